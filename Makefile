@@ -1,0 +1,31 @@
+# Needs python3 (3.11 or newer) and make; everything else is installed into .venv, once per requirements.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test soak lint FORCE
+
+demo: .venv/.installed  ## SFT and then DPO on the embedded model and data
+	$(BIN)/python benchmarks/demo.py
+
+test: .venv/.installed  ## the tests that every change must pass
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+soak: .venv/.installed  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The stamp is a copy of the requirements that are installed: it is their content that counts, not the age of the file.
+.venv/.installed: requirements.txt FORCE
+	@cmp -s requirements.txt $@ || { \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+			{ echo "make: Python 3.11 or newer is needed as $(PYTHON); to use another: make PYTHON=python3.11" >&2; exit 1; }; \
+		rm -f $@ && $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -r requirements.txt && cp requirements.txt $@; \
+	}
+
+FORCE:

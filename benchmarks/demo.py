@@ -1,0 +1,56 @@
+"""What does DPO gain? SFT and then DPO on the embedded model and films, and a report of what changed."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EVAL = ["n_eval_examples=512", "n_eval_model_samples=256", "eval_batch_size=256"]
+SFT = ["loss=sft", "optimizer=AdamW", "lr=3e-3", "warmup_steps=20", "lr_schedule=cosine", "batch_size=32", "n_epochs=2"]
+DPO = ["loss=dpo", "loss.beta=0.1", "lr=2e-4", "warmup_steps=10", "batch_size=32", "reference=live"]
+
+
+def train(*overrides: str) -> Path:
+    """Run train.py, showing what it prints; returns its run directory, which its last line names."""
+    command = [sys.executable, "train.py", *overrides, *EVAL]
+    print("\n$ python", *command[1:], flush=True)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = ""
+        for line in process.stdout:
+            print(line, end="", flush=True)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return ROOT / line.removeprefix("run_dir: ").strip()
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    start = time.monotonic()
+    sft = train(*SFT)
+    dpo = train(*DPO, f"model.archive={sft / 'LATEST'}")
+    seconds = time.monotonic() - start
+
+    evaluations = [row for row in read(dpo / "metrics.jsonl") if "loss/eval" in row]
+    before, after = evaluations[0], evaluations[-1]
+    rows = [row for row in read(dpo / "samples.jsonl") if row["examples"] == after["counters/examples"]]
+    print(f"\nWhat DPO gained, on {len(rows)} held-out prompts and {512} held-out pairs:\n")
+    print(f"  reward accuracy of the policy   {after['rewards_eval/accuracies']:.3f}   (0.5 is chance)")
+    print(f"  ground-truth reward, SFT        {before['ground_truth/policy']:+.3f}   (the range is -1 to +1)")
+    print(f"  ground-truth reward, DPO        {after['ground_truth/policy']:+.3f}")
+    print(f"  win rate of DPO over SFT        {after['ground_truth/win_rate']:.3f}   (ties count as half)")
+    print(f"  KL to the SFT model             {after['kl_eval']:.2f}    nats per answer")
+    for row in rows[:4]:
+        print(f"\n{row['prompt'].strip()}")
+        print(f"    SFT ({row['reference_reward']:+.2f}): {row['reference'].strip()}")
+        print(f"    DPO ({row['policy_reward']:+.2f}): {row['policy'].strip()}")
+    print(f"\nBoth runs took {seconds:.0f} s. The runs, with their models, are in\n  {sft}\n  {dpo}")
+
+
+if __name__ == "__main__":
+    main()

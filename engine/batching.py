@@ -1,0 +1,226 @@
+"""Which examples make a batch, and how examples are laid out in the rows that the model runs over.
+
+A packed microbatch is one row of tokens without padding, made of groups: a prompt and its responses laid end to end,
+[P | R1 | R2 | ...]. Every response attends to its prompt and to itself and starts at position len(P), so a prompt is
+run once however many responses share it. A response's last token predicts nothing and is not fed; its first token is
+predicted by the prompt's last position. The padded layout, one row per response, gives the same log-probs.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.attention import Segment, Segments
+from engine.tokenization import Example
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of whole groups of a microbatch: its targets, its responses and its examples."""
+
+    targets: slice
+    responses: slice
+    examples: slice
+
+
+@dataclass
+class Microbatch:
+    """Some examples of a batch, laid out for one forward pass; in every field, groups follow one another.
+
+    rows are 1 and tokens the sum of all groups when packed; when padded, rows are responses and tokens the longest.
+    """
+
+    input_ids: Tensor  # int64 [rows, tokens]
+    position_ids: Tensor  # int64 [rows, tokens]
+    predict_index: Tensor  # int64 [targets], into rows * tokens: the position whose hidden state predicts the target
+    targets: Tensor  # int64 [targets], the tokens of all responses
+    response_index: Tensor  # int64 [targets], the response that each target belongs to, ascending
+    response_lengths: Tensor  # int64 [responses]
+    chosen: Tensor  # int64 [examples], the response that is chosen (the target of SFT)
+    rejected: Tensor | None  # int64 [examples]; None for SFT
+    groups: list[Part]
+    responses: list[tuple[np.ndarray, np.ndarray]]  # prompt and response tokens of each response
+    num_tokens: int  # fed, without padding
+    segments: Segments | None = None  # packed: who attends to whom
+    attention_mask: Tensor | None = None  # padded: int64 [rows, tokens], 1 at tokens
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.chosen)
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """The same microbatch with its tensors on device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Microbatch(**{**vars(self), **tensors})
+
+
+@dataclass
+class _Group:
+    """Examples that share a prompt, token for token, with the distinct responses among them."""
+
+    prompt: np.ndarray
+    responses: list[np.ndarray] = field(default_factory=list)
+    indices: dict[bytes, int] = field(default_factory=dict)
+    examples: list[tuple[int, ...]] = field(default_factory=list)
+
+    def add(self, example: Example) -> None:
+        for response in example.responses:
+            if self.indices.setdefault(response.tobytes(), len(self.responses)) == len(self.responses):
+                self.responses.append(response)
+        self.examples.append(tuple(self.indices[response.tobytes()] for response in example.responses))
+
+
+def _groups(examples: Sequence[Example]) -> list[_Group]:
+    groups: dict[bytes, _Group] = {}
+    for example in examples:
+        groups.setdefault(example.prompt.tobytes(), _Group(example.prompt)).add(example)
+    return list(groups.values())
+
+
+def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: int = 0) -> Microbatch:
+    """Lay examples out for one forward pass: "packed" or "padded" (which needs a pad_token_id).
+
+    Examples with the same prompt become one group, so their order may change; losses are summed, so it does not matter.
+    """
+    groups = _groups(examples)
+    parts: list[Part] = []
+    responses: list[tuple[np.ndarray, np.ndarray]] = []
+    pairs: list[tuple[int, ...]] = []
+    num_targets = 0
+    for group in groups:
+        first_response, first_example, first_target = len(responses), len(pairs), num_targets
+        responses += [(group.prompt, response) for response in group.responses]
+        pairs += [tuple(first_response + index for index in example) for example in group.examples]
+        num_targets += sum(len(response) for response in group.responses)
+        parts.append(
+            Part(
+                targets=slice(first_target, num_targets),
+                responses=slice(first_response, len(responses)),
+                examples=slice(first_example, len(pairs)),
+            )
+        )
+    lengths = torch.tensor([len(response) for _, response in responses])
+    indices = torch.tensor(pairs)
+    shared: dict[str, Any] = {
+        "targets": _tensor([response for _, response in responses]),
+        "response_index": torch.arange(len(responses)).repeat_interleave(lengths),
+        "response_lengths": lengths,
+        "chosen": indices[:, 0].contiguous(),
+        "rejected": indices[:, 1].contiguous() if indices.shape[1] == 2 else None,
+        "groups": parts,
+        "responses": responses,
+    }
+    rows = _packed_row(groups) if layout == "packed" else _padded_rows(responses, pad_token_id)
+    return Microbatch(**shared, **rows)
+
+
+def _packed_row(groups: Sequence[_Group]) -> dict[str, Any]:
+    tokens, positions, predict_index, segments = [], [], [], []
+    end = 0  # of what has been laid out
+    for group in groups:
+        prompt_start, prompt_end = end, end + len(group.prompt)
+        tokens.append(group.prompt)
+        positions.append(np.arange(len(group.prompt)))
+        end = prompt_end
+        for number, response in enumerate(group.responses):
+            start, end = end, end + len(response) - 1
+            tokens.append(response[:-1])
+            positions.append(len(group.prompt) + np.arange(len(response) - 1))
+            predict_index.append(np.array([prompt_end - 1]))
+            predict_index.append(np.arange(start, end))
+            # The first response follows its prompt, so the two are one causal segment.
+            query_start = prompt_start if number == 0 else start
+            if end > query_start:
+                segments.append(Segment(prompt_start, prompt_end, query_start, end))
+    return {
+        "input_ids": _tensor(tokens)[None],
+        "position_ids": _tensor(positions)[None],
+        "predict_index": _tensor(predict_index),
+        "num_tokens": end,
+        "segments": Segments(segments),
+    }
+
+
+def _padded_rows(responses: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int) -> dict[str, Any]:
+    rows = [torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64)) for prompt, response in responses]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    length = input_ids.shape[1]
+    predict_index = [
+        row * length + len(prompt) - 1 + np.arange(len(response)) for row, (prompt, response) in enumerate(responses)
+    ]
+    return {
+        "input_ids": input_ids,
+        "position_ids": torch.arange(length).expand_as(input_ids),
+        "predict_index": _tensor(predict_index),
+        "num_tokens": int(lengths.sum()),
+        "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+    }
+
+
+def _tensor(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+
+
+def num_fed_tokens(example: Example) -> int:
+    """Tokens that a packed row holds for an example: its prompt once, each response without its last token."""
+    return len(example.prompt) + sum(len(response) - 1 for response in example.responses)
+
+
+def cut(examples: Sequence[Example], num_parts: int, token_budget: int) -> list[list[Example]]:
+    """Cut a batch into microbatches: num_parts of about equal count (fewer if there are fewer examples), each cut
+    again where it holds more than token_budget tokens. An example that is longer alone makes its own microbatch."""
+    microbatches: list[list[Example]] = []
+    bounds = np.linspace(0, len(examples), min(num_parts, len(examples)) + 1).astype(int)
+    for start, end in pairwise(bounds):
+        room = 0
+        for example in examples[start:end]:
+            tokens = num_fed_tokens(example)
+            if example is examples[start] or tokens > room:
+                microbatches.append([])
+                room = token_budget
+            microbatches[-1].append(example)
+            room -= tokens
+    return microbatches
+
+
+def plan_batches(
+    examples: Sequence[Example], batch_size: int, *, seed: int, n_epochs: int | None, n_examples: int | None
+) -> Iterator[list[int]]:
+    """Indices of the examples of each batch, the same for the same arguments.
+
+    Each epoch goes over the prompts in an order of its own, drawn from seed; the examples of one prompt stay together.
+    Batches run on across epochs. Ends after n_epochs or n_examples, whichever comes first; the last batch may be short.
+    """
+    by_prompt: dict[int, list[int]] = {}
+    for index, example in enumerate(examples):
+        by_prompt.setdefault(example.prompt_index, []).append(index)
+    prompts = list(by_prompt.values())
+    left = num_planned(len(examples), n_epochs, n_examples)
+    batch: list[int] = []
+    epoch = 0
+    while left > 0:
+        random.Random(f"{seed}/{epoch}").shuffle(prompts)
+        epoch += 1
+        for index in (index for prompt in prompts for index in prompt):
+            batch.append(index)
+            left -= 1
+            if len(batch) == batch_size or left == 0:
+                yield batch
+                batch = []
+            if left == 0:
+                break
+
+
+def num_planned(num_examples: int, n_epochs: int | None, n_examples: int | None) -> int:
+    """How many examples a run trains on; n_epochs or n_examples may be None, not both."""
+    limits = [n_examples] if n_examples is not None else []
+    if n_epochs is not None:
+        limits.append(n_epochs * num_examples)
+    return min(limits)

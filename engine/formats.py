@@ -1,0 +1,514 @@
+"""The user's own files: rows read and checked, and what each form of row says about preferences."""
+
+import gzip
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, NotRequired, TypedDict
+
+from utils import UserError, content_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SplitName = Literal["train", "test"]
+
+SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
+SPLIT_FILES = {"train": ("train",), "test": ("test", "validation", "eval")}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ASSISTANT_TURN = "\n\nAssistant:"
+PROMPTS_DIFFER = "prompts of chosen and rejected differ"
+# Data never holds a NUL byte (Row.as_text), so it can say: what is around this mark is no special token.
+MARK = "\x00"
+
+
+class Preference(TypedDict):
+    """What is known about the answers to one prompt."""
+
+    responses: list[str]
+    pairs: list[tuple[int, int]]  # (preferred, other), as indices into responses
+    sft_target: str
+    template: NotRequired[bool]  # written by a chat template, whose special tokens are encoded as such
+
+
+Preferences = dict[str, Preference]
+
+
+@dataclass
+class Tally:
+    """What became of the rows of a data set: how many were read, and how many dropped, by reason."""
+
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def add_preference(
+    preferences: Preferences, prompt: str, responses: Sequence[str], pairs: Sequence[tuple[int, int]], sft_target: str
+) -> Preference:
+    """Add responses to a prompt, which may be known already; pairs index these responses. The last sft_target stays."""
+    preference = preferences.setdefault(prompt, {"responses": [], "pairs": [], "sft_target": sft_target})
+    start = len(preference["responses"])
+    preference["responses"].extend(responses)
+    preference["pairs"].extend((start + chosen, start + rejected) for chosen, rejected in pairs)
+    preference["sft_target"] = sft_target
+    return preference
+
+
+def pairs_by_score(scores: Sequence[float]) -> list[tuple[int, int]]:
+    """All pairs of indices, the higher score first; equal scores prefer neither, so they make no pair."""
+    return [
+        (i, j) if scores[i] > scores[j] else (j, i)
+        for i, j in combinations(range(len(scores)), 2)
+        if scores[i] != scores[j]
+    ]
+
+
+# ---- Rows ----
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data set, and where it stands: "hh/train.jsonl line 17". Asking for a field checks it."""
+
+    values: dict[str, Any]
+    origin: str
+
+    def text(self, name: str) -> str:
+        return self.as_text(self.present(name), name)
+
+    def number(self, name: str) -> float:
+        return self.as_number(self.present(name), name)
+
+    def items(self, name: str) -> list[Any]:
+        return self.as_list(self.present(name), name)
+
+    def present(self, name: str) -> Any:
+        if name not in self.values:
+            raise self.error(name, "is missing")
+        return self.values[name]
+
+    # `name` below says where the value stands in the row: "chosen[0].content".
+
+    def as_text(self, value: Any, name: str) -> str:
+        if not isinstance(value, str):
+            raise self.wrong_type(value, name, "text")
+        if MARK in value:
+            raise self.error(name, "holds a NUL byte")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.error(name, "holds half a surrogate pair, which is no character") from None
+        return value
+
+    def as_number(self, value: Any, name: str) -> float:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise self.wrong_type(value, name, "a number")
+        if not math.isfinite(value):
+            raise self.error(name, f"is {value}")
+        return value
+
+    def as_list(self, value: Any, name: str) -> list[Any]:
+        if not isinstance(value, list):
+            raise self.wrong_type(value, name, "a list")
+        return value
+
+    def member(self, value: Any, key: str, name: str) -> Any:
+        """value[key], where value must be an object that has the key."""
+        if not isinstance(value, dict):
+            raise self.wrong_type(value, name, "an object")
+        if key not in value:
+            raise self.error(f"{name}.{key}", "is missing")
+        return value[key]
+
+    def wrong_type(self, value: Any, name: str, wanted: str) -> UserError:
+        names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text"}
+        names |= {list: "a list", dict: "an object"}
+        return self.error(name, f"is {names.get(type(value), type(value).__name__)}, not {wanted}")
+
+    def error(self, name: str, problem: str, fix: str = "correct this row or remove it") -> UserError:
+        return UserError("DATA", f"{self.origin}: field '{name}' {problem}", fix)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a .json, .jsonl or .parquet file, or a gzipped one, in order.
+
+    JSON is a list of objects or an object per line, whatever the suffix says. Lines are counted from 1, rows from 0.
+
+    Raises:
+        UserError: for anything that cannot be read, with the file and the line.
+    """
+    if not path.name.endswith(SUFFIXES):
+        raise UserError("DATA", f"{path}: unknown kind of file", f"use one of {', '.join(SUFFIXES)}")
+    try:
+        if path.name.endswith(".parquet"):
+            yield from _parquet_rows(path)
+        else:
+            with open(path, "rb") as file:
+                yield from _json_rows(path, gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file)
+    except (OSError, EOFError, zlib.error) as error:  # not a gzip file, cut short, damaged, not permitted
+        raise UserError("DATA", f"{path} cannot be read: {error}", "check or replace the file") from error
+
+
+def _json_rows(path: Path, file: BinaryIO | gzip.GzipFile) -> Iterator[Row]:
+    is_first = True
+    for number, line in enumerate(file, start=1):
+        text = line.strip(b" \t\r\n\xef\xbb\xbf")
+        if is_first and text.startswith(b"["):
+            for index, value in enumerate(_parse_json(line + file.read(), path, number)):
+                yield _as_row(value, f"{path} row {index}")
+        elif text:
+            yield _as_row(_parse_json(line, path, number), f"{path} line {number}")
+        is_first = is_first and not text
+
+
+def _parse_json(data: bytes, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line, problem = first_line + data.count(b"\n", 0, error.start), "is not UTF-8"
+    except json.JSONDecodeError as error:
+        line, problem = first_line + error.lineno - 1, f"is not JSON: {error.msg}, column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
+        line, problem = first_line, f"is not usable JSON: {error}"
+    raise UserError("DATA", f"{path} line {line} {problem}", "correct this line or remove it")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    index = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    yield _as_row(values, f"{path} row {index}")
+                    index += 1
+    except pyarrow.ArrowException as error:
+        raise UserError("DATA", f"{path} cannot be read: {error}", "check or replace the file") from error
+    except UnicodeDecodeError as error:
+        problem = f"{path}: text near row {index} is not UTF-8"
+        raise UserError("DATA", problem, "write the file again from valid text") from error
+
+
+def _as_row(value: Any, origin: str) -> Row:
+    if not isinstance(value, dict):
+        raise UserError("DATA", f"{origin} is not an object", 'write each row as {"field": value, ...}')
+    return Row(value, origin)
+
+
+# ---- Message lists as text ----
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+class Chat:
+    """Writes message lists as text: by the tokenizer's chat template, by that of a Jinja file, or in the form of HH.
+
+    Args:
+        tokenizer: the tokenizer that the text is for.
+        chat_template: null for the tokenizer's own, "hh", or the path of a Jinja file.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None):
+        self.tokenizer = tokenizer
+        self.is_template = chat_template != "hh"  # else all of the text is plain
+        self.jinja: str | None = None
+        if chat_template is not None and self.is_template:
+            try:
+                self.jinja = Path(chat_template).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                problem = f"chat_template: {chat_template} cannot be read ({error})"
+                raise UserError("CONFIG", problem, "give null, hh or the path of a Jinja file") from error
+
+    def render(self, row: Row, messages: list[Message], answers: Sequence[str]) -> tuple[str, list[str]]:
+        """The text of a prompt, and what each answer adds to it, without the end-of-text token that may close it.
+
+        An empty answer stays empty, so that it is dropped rather than trained on as nothing but the template's tokens.
+        """
+        if not self.is_template:
+            return _hh_prompt(row, messages), [" " + answer if answer.strip() else "" for answer in answers]
+        if self.jinja is None and not self.tokenizer.chat_template:
+            fix = "set chat_template=hh, or chat_template to the path of a Jinja file"
+            raise UserError("CONFIG", f"chat_template: {row.origin} has messages, the tokenizer has no template", fix)
+        prompt = self._apply(row, messages, add_generation_prompt=True)
+        responses = []
+        for answer in answers:
+            whole = self._apply(row, [*messages, {"role": "assistant", "content": answer}])
+            if not whole.startswith(prompt):
+                problem = f"chat_template: with {row.origin}, a dialogue does not begin as its own prompt does"
+                raise UserError("CONFIG", problem, "use a template that only appends, or chat_template=hh")
+            responses.append(self._without_eos(whole[len(prompt) :]) if answer.strip() else "")
+        return prompt, responses
+
+    def _apply(self, row: Row, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        marked = [{"role": self._mark(m["role"]), "content": self._mark(m["content"])} for m in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                marked, chat_template=self.jinja, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError) as error:
+            fix = "correct this row or remove it, or set another chat_template"
+            raise UserError("DATA", f"{row.origin}: the chat template refuses it: {error}", fix) from error
+
+    def _mark(self, text: str) -> str:
+        """Put a mark into every literal special token: tokenising cuts there, so content never becomes control."""
+        return self._special_tokens.sub(rf"\g<0>{MARK}", text) if self._special_tokens else text
+
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str] | None:
+        """Matches the first character of every special token, where they overlap too."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        escaped = [re.escape(token) for token in sorted(tokens) if len(token) > 1]
+        return re.compile(f"(?={'|'.join(escaped)}).", re.DOTALL) if escaped else None
+
+    def _without_eos(self, response: str) -> str:
+        eos = self.tokenizer.eos_token
+        return response.rstrip().removesuffix(eos) if eos and response.rstrip().endswith(eos) else response
+
+
+def _hh_prompt(row: Row, messages: list[Message]) -> str:
+    parts = [message["content"] for message in messages if message["role"] == "system"]
+    names = {"user": "Human", "assistant": "Assistant"}
+    for message in messages:
+        if message["role"] in names:
+            parts.append(f"\n\n{names[message['role']]}: {message['content']}")
+        elif message["role"] != "system":
+            problem = f"{row.origin}: role '{message['role']}' has no place in chat_template=hh"
+            raise UserError("DATA", problem, "use the roles system, user and assistant, or another chat_template")
+    return "".join(parts) + ASSISTANT_TURN
+
+
+# ---- Forms ----
+
+
+class Parsed(NamedTuple):
+    """What one row says. `key` names its prompt whatever the chat template makes of it (which may write the date)."""
+
+    key: Any
+    prompt: str
+    responses: list[str]
+    pairs: list[tuple[int, int]]
+    best: int = 0
+    template: bool = False
+
+
+def split_transcript(row: Row) -> tuple[str, str, str] | None:
+    """Prompt, chosen and rejected of two HH transcripts, split at the last Assistant turn of each.
+
+    Returns:
+        None where what is before that turn is not the same in both.
+    """
+    texts = [row.text("chosen"), row.text("rejected")]
+    cuts = [text.rfind(ASSISTANT_TURN) + len(ASSISTANT_TURN) for text in texts]
+    if ASSISTANT_TURN not in texts[0]:
+        raise row.error("chosen", "has no '\\n\\nAssistant:' turn")
+    if ASSISTANT_TURN not in texts[1] or texts[0][: cuts[0]] != texts[1][: cuts[1]]:
+        return None
+    return texts[0][: cuts[0]], texts[0][cuts[0] :], texts[1][cuts[1] :]
+
+
+def _strings(row: Row, chat: Chat) -> Parsed:
+    prompt = row.text("prompt")
+    return Parsed(prompt, prompt, [row.text("chosen"), row.text("rejected")], [(0, 1)])
+
+
+def _transcripts(row: Row, chat: Chat) -> Parsed | str:
+    parts = split_transcript(row)
+    return Parsed(parts[0], parts[0], list(parts[1:]), [(0, 1)]) if parts else PROMPTS_DIFFER
+
+
+def _messages(row: Row, chat: Chat) -> Parsed | str:
+    chosen, rejected = (_message_list(row, row.items(name), name) for name in ("chosen", "rejected"))
+    prompt: list[Message] | None = None
+    if isinstance(row.values.get("prompt"), str):
+        prompt = [{"role": "user", "content": row.text("prompt")}]
+    elif "prompt" in row.values:
+        prompt = _message_list(row, row.items("prompt"), "prompt")
+    for name, dialogue in (("chosen", chosen), ("rejected", rejected)):
+        if dialogue[-1]["role"] != "assistant":
+            raise row.error(name, "does not end in a message of the assistant")
+        before = dialogue[:-1]
+        # A system message may stand in front of the prompt that is given.
+        if prompt is not None and before and before[-len(prompt) :] != prompt:
+            raise row.error(name, "has messages before its last that are not those of 'prompt'")
+        if prompt is None and not before:
+            raise row.error(name, "has no message before its last, and there is no field 'prompt'")
+    prompts = [dialogue[:-1] or prompt or [] for dialogue in (chosen, rejected)]
+    if prompts[0] != prompts[1]:
+        return PROMPTS_DIFFER
+    return _rendered(row, chat, prompts[0], [chosen[-1]["content"], rejected[-1]["content"]])
+
+
+def _sharegpt(row: Row, chat: Chat) -> Parsed:
+    prompt = _message_list(row, row.items("conversations"), "conversations")
+    if row.values.get("system"):
+        prompt.insert(0, {"role": "system", "content": row.text("system")})
+    answers = []
+    for name in ("chosen", "rejected"):
+        answer = row.present(name)
+        if not isinstance(answer, str):
+            message = _message(row, answer, name)
+            if message["role"] != "assistant":
+                raise row.error(name, "is not a message of the assistant")
+            answer = message["content"]
+        answers.append(row.as_text(answer, name))
+    return _rendered(row, chat, prompt, answers)
+
+
+def _rendered(row: Row, chat: Chat, messages: list[Message], answers: list[str]) -> Parsed:
+    if messages[-1]["role"] == "assistant":
+        name = next(name for name in ("conversations", "prompt", "chosen") if name in row.values)
+        raise row.error(name, "ends in a message of the assistant, where the answer should follow")
+    prompt, responses = chat.render(row, messages, answers)
+    key = [[message["role"], message["content"].strip()] for message in messages]
+    return Parsed(key, prompt, responses, [(0, 1)], template=chat.is_template)
+
+
+def _message_list(row: Row, values: list[Any], name: str) -> list[Message]:
+    if not values:
+        raise row.error(name, "is an empty list")
+    return [_message(row, value, f"{name}[{index}]") for index, value in enumerate(values)]
+
+
+def _message(row: Row, value: Any, name: str) -> Message:
+    """{"role", "content"}, or ShareGPT's {"from", "value"}, whose roles have other names."""
+    is_sharegpt = isinstance(value, dict) and "role" not in value and "from" in value
+    role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
+    role = row.as_text(row.member(value, role_key, name), f"{name}.{role_key}")
+    content = row.as_text(row.member(value, content_key, name), f"{name}.{content_key}")
+    if is_sharegpt and role not in ROLES:
+        raise row.error(f"{name}.{role_key}", f"is '{role}', not one of {', '.join(ROLES)}")
+    return {"role": ROLES.get(role, role), "content": content}
+
+
+def _ranked(row: Row, chat: Chat) -> Parsed:
+    prompt = row.text("prompt")
+    responses = [row.as_text(text, f"responses[{i}]") for i, text in enumerate(row.items("responses"))]
+    if not responses:
+        raise row.error("responses", "is an empty list")
+    scores: list[float] = [-float(rank) for rank in range(len(responses))]
+    if "scores" in row.values:
+        scores = [row.as_number(score, f"scores[{i}]") for i, score in enumerate(row.items("scores"))]
+        if len(scores) != len(responses):
+            raise row.error("scores", f"has {len(scores)} values for {len(responses)} responses")
+    return Parsed(prompt, prompt, responses, pairs_by_score(scores), best=scores.index(max(scores)))
+
+
+FORMS: dict[str, Callable[[Row, Chat], Parsed | str]] = {
+    "strings": _strings,
+    "transcripts": _transcripts,
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "ranked": _ranked,
+}
+
+
+def detect_form(row: Row) -> str:
+    """The form that a file's first row has, told from its columns."""
+    columns = row.values
+    if "conversations" in columns:
+        return "sharegpt"
+    if "responses" in columns:
+        return "ranked"
+    if "chosen" in columns and "rejected" in columns:
+        if isinstance(columns["chosen"], list):
+            return "messages"
+        return "strings" if "prompt" in columns else "transcripts"
+    problem = f"{row.origin}: the columns {', '.join(columns) or '(none)'} are of no known form"
+    raise UserError("DATA", problem, f"rename them as one of the forms {', '.join(FORMS)}, or name it with format=")
+
+
+# ---- Files ----
+
+
+def load_file(
+    path: Path,
+    split: SplitName,
+    tally: Tally,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    form: str | None = None,
+    chat_template: str | None = None,
+    test_fraction: float = 0.05,
+) -> Preferences:
+    """A split of the user's own data: a file, or a folder with train.* and test.* (or validation.*, eval.*) files.
+
+    Where there is no test file, test_fraction of the prompts are held out: always the same ones, by a hash of the
+    prompt, whichever split is asked for.
+
+    Args:
+        path: the file or folder.
+        split: the split to load.
+        tally: gets the rows of this split and those dropped. Dropped rows of a file that is split count as train's.
+        tokenizer: writes message lists as text.
+        form: a key of FORMS; None tells it from the columns of the first row.
+        chat_template: see Chat.
+        test_fraction: of the prompts, at least one if there are two.
+    """
+    if form is not None and form not in FORMS:
+        raise UserError("CONFIG", f"format: '{form}' is not a form", f"use one of {', '.join(FORMS)}, or null")
+    file, is_split = find_split(path, split)
+    chat = Chat(tokenizer, chat_template)
+    preferences: Preferences = {}
+    hashes: dict[str, str] = {}
+    num_rows: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    for row in read_rows(file):
+        form = form or detect_form(row)
+        parsed = FORMS[form](row, chat)
+        if isinstance(parsed, str):
+            dropped[parsed] += 1
+            continue
+        target = parsed.responses[parsed.best]
+        preference = add_preference(preferences, parsed.prompt, parsed.responses, parsed.pairs, target)
+        if parsed.template:
+            preference["template"] = True
+        num_rows[parsed.prompt] += 1
+        hashes.setdefault(parsed.prompt, content_hash([parsed.key]))
+
+    if not is_split:
+        order = sorted(preferences, key=hashes.__getitem__)
+        num_test = round(test_fraction * len(order))
+        if test_fraction > 0 and len(order) > 1:
+            num_test = min(max(num_test, 1), len(order) - 1)
+        wanted = set(order[:num_test] if split == "test" else order[num_test:])
+        preferences = {prompt: preference for prompt, preference in preferences.items() if prompt in wanted}
+    if is_split or split == "train":
+        tally.rows += sum(dropped.values())
+        tally.dropped.update(dropped)
+    tally.rows += sum(num_rows[prompt] for prompt in preferences)
+    return preferences
+
+
+def find_split(path: Path, split: SplitName) -> tuple[Path, bool]:
+    """The file that holds a split, and whether it holds nothing else (False: test prompts must be held out of it)."""
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError("DATA", f"datasets: there is no file {path}", "correct the path")
+        return path, False
+    files: dict[str, Path] = {}
+    for name, stems in SPLIT_FILES.items():
+        for stem in reversed(stems):  # so that the first that exists stays
+            same = [file for file in sorted(path.iterdir()) if file.name in [stem + suffix for suffix in SUFFIXES]]
+            if len(same) > 1:
+                names = " and ".join(file.name for file in same)
+                raise UserError("DATA", f"datasets: {path} holds both {names}", "leave one of them there")
+            if same:
+                files[name] = same[0]
+    if "train" not in files:
+        raise UserError("DATA", f"datasets: {path} holds no file train.*", f"name it train + {', '.join(SUFFIXES)}")
+    return (files[split], True) if "test" in files else (files["train"], False)

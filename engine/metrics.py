@@ -1,0 +1,218 @@
+"""Where numbers go: metrics.jsonl always, the terminal, and wandb and TensorBoard if asked for.
+
+A logger that fails is reported once and left out; it never ends a run.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+Metrics = Mapping[str, float]
+
+
+class Sums:
+    """Means over examples, exactly: per-example values are kept on their device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, **values: Tensor) -> None:
+        """Add values, each [examples]."""
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value.detach())
+
+    def means(self) -> dict[str, float]:
+        return {name: torch.cat(values).double().mean().item() for name, values in self._values.items()}
+
+
+class Logger(Protocol):
+    """What takes the metrics and samples of a run."""
+
+    def log(self, metrics: Metrics, step: int) -> None: ...
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Wandb:
+    """A wandb run; offline, with a line that says so, where there is no account or no network."""
+
+    def __init__(self, config: DictConfig, run_dir: Path):
+        import wandb
+
+        if "WANDB_MODE" not in os.environ:
+            reason = _why_offline(wandb)
+            if reason:
+                print(f"wandb: {reason}, so the run is logged offline in {run_dir / 'wandb'}")
+        else:
+            reason = ""
+        self._wandb = wandb
+        self._rows: list[list[Any]] = []
+        self._columns: list[str] = []
+        self._run = wandb.init(
+            entity=config.wandb.entity,
+            project=config.wandb.project,
+            name=config.exp_name,
+            dir=run_dir,
+            config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
+            mode="offline" if reason else None,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        # A logged table cannot grow, so each evaluation logs all rows again, as one table under one name.
+        self._columns = list(rows[0])
+        self._rows += [list(row.values()) for row in rows]
+        self._run.log({"samples": self._wandb.Table(columns=self._columns, data=self._rows)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _why_offline(wandb: Any) -> str:
+    if not os.environ.get("WANDB_API_KEY") and not wandb.setup().settings.api_key and not _netrc_has_wandb():
+        return "no account is set up"
+    address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout=3).close()
+    except OSError:
+        return f"{address.hostname} cannot be reached"
+    return ""
+
+
+def _netrc_has_wandb() -> bool:
+    import netrc
+
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class TensorBoard:
+    """TensorBoard files in run_dir/tensorboard."""
+
+    def __init__(self, run_dir: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(run_dir / "tensorboard")
+        self._text = ""
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        if not self._text:
+            self._text = "|" + "|".join(rows[0]) + "|\n" + "|---" * len(rows[0]) + "|\n"
+        for row in rows:
+            cells = (str(value).replace("|", "\\|").replace("\n", "<br>") for value in row.values())
+            self._text += "|" + "|".join(cells) + "|\n"
+        self._writer.add_text("samples", self._text, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Loggers:
+    """All the loggers of a run, and its progress on the terminal."""
+
+    def __init__(self, config: DictConfig, run_dir: Path, num_examples: int, first_example: int = 0):
+        self._run_dir = run_dir
+        self._interval = config.minimum_log_interval_secs
+        self._last = -float("inf")
+        self._loggers: dict[str, Logger] = {}
+        if config.wandb.enabled and not config.debug:
+            self._try("wandb", lambda: self._loggers.update(wandb=Wandb(config, run_dir)))
+        if config.tensorboard:
+            self._try("tensorboard", lambda: self._loggers.update(tensorboard=TensorBoard(run_dir)))
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=num_examples, initial=first_example, unit="ex", disable=not on_terminal, leave=True)
+
+    def _try(self, name: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever a logger raises, the run goes on
+            self._loggers.pop(name, None)
+            self.print(f"{name}: logging stopped, the run goes on ({type(error).__name__}: {error})")
+
+    def print(self, text: str) -> None:
+        """A line on stdout that does not break the progress bar."""
+        self._bar.clear()
+        print(text, flush=True)
+        self._bar.refresh()
+
+    def train(self, metrics: dict[str, float]) -> None:
+        """Log a training step."""
+        examples = int(metrics["counters/examples"])
+        self._write("metrics.jsonl", [metrics])
+        self._bar.update(examples - self._bar.n)
+        now = time.monotonic()
+        if now - self._last < self._interval:
+            return
+        self._last = now
+        short = {
+            "loss": metrics["loss/train"],
+            "accuracy": metrics.get("rewards_train/accuracies"),
+            "margin": metrics.get("rewards_train/margins"),
+            "tokens/s": metrics["tokens_per_second"],
+        }
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in short.items() if value is not None})
+        if self._bar.disable:
+            print(f"train after {examples} examples: {format_metrics(metrics)}", flush=True)
+        self._log(metrics, examples)
+
+    def eval(self, metrics: dict[str, float]) -> None:
+        """Log an evaluation."""
+        examples = int(metrics["counters/examples"])
+        self._write("metrics.jsonl", [metrics])
+        self.print(f"eval after {examples} examples: {format_metrics(metrics)}")
+        self._log(metrics, examples)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log sampled answers; every row has the same keys, "examples" (the counter) first."""
+        self._write("samples.jsonl", rows)
+        for name, logger in list(self._loggers.items()):
+            self._try(name, lambda logger=logger: logger.log_samples(rows, int(rows[0]["examples"])))  # type: ignore[misc]
+
+    def _log(self, metrics: Metrics, step: int) -> None:
+        for name, logger in list(self._loggers.items()):
+            self._try(name, lambda logger=logger: logger.log(metrics, step))  # type: ignore[misc]
+
+    def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        with open(self._run_dir / name, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def close(self) -> None:
+        self._bar.close()
+        for name, logger in list(self._loggers.items()):
+            self._try(name, logger.close)
+
+
+def format_metrics(metrics: Metrics) -> str:
+    """Metrics on one line, counters left out."""
+    shown = {name: value for name, value in metrics.items() if not name.startswith("counters/")}
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The peak of a GPU's dense bfloat16 matrix products in FLOP/s, from its data sheet; None if not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}
+    return next((peak for known, peak in peaks.items() if known in name), None)

@@ -1,0 +1,196 @@
+"""Tokenizers and models: built from the hub, a directory, or a config with random weights; checked before use."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import engine.attention  # noqa: F401  registers packed attention
+from engine.batching import lay_out
+from engine.logprobs import response_logps
+from engine.tokenization import Example
+from utils import UserError
+
+EMBEDDED_TOKENIZER = "films"
+
+
+def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of config.model, with a padding token; UserError if there is none to be had or it has no EOS."""
+    name = config.model.tokenizer_name_or_path or config.model.name_or_path
+    if name == EMBEDDED_TOKENIZER:
+        from engine.films import film_tokenizer
+
+        tokenizer: PreTrainedTokenizerBase = film_tokenizer()
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise _cannot_load("tokenizer", "model.tokenizer_name_or_path", name, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError("CONFIG", f"the tokenizer {name} has no end-of-text token", "use a tokenizer that has one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _cannot_load(kind: str, key: str, name: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        "CONFIG",
+        f"{key}: no {kind} can be loaded from '{name}' ({reason})",
+        "give a local directory, or a name on the hub that this machine can reach or has in its cache",
+    )
+
+
+def load_model(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The causal language model of config.model, with the weights of model.archive if that is given.
+
+    Args:
+        dtype: of its weights, whatever the dtype they are stored in.
+        device: where it is put; on "cuda" with several GPUs its layers are split among them.
+
+    Raises:
+        UserError: CONFIG if there is no such model, CHECKPOINT if the archive does not fit it.
+    """
+    settings = config.model
+    hf_config = _hf_config(settings, tokenizer)
+    _turn_off_dropout(hf_config)
+    kwargs: dict[str, Any] = {"config": hf_config, "dtype": dtype, "trust_remote_code": settings.trust_remote_code}
+    if device.type == "cuda":
+        kwargs["device_map"] = "balanced" if torch.cuda.device_count() > 1 else device
+    if settings.archive is not None:
+        model = _load_archive(Path(settings.archive), kwargs)
+    elif settings.architecture is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # the policy and the reference start from the same weights
+            model = AutoModelForCausalLM.from_config(
+                hf_config, dtype=dtype, trust_remote_code=settings.trust_remote_code
+            )
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(settings.name_or_path, **kwargs)
+        except (OSError, ValueError, KeyError) as error:
+            raise _cannot_load("model", "model.name_or_path", settings.name_or_path, error) from error
+    if not hasattr(model, "hf_device_map"):
+        model = model.to(device)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > num_embeddings:
+        raise UserError(
+            "CONFIG",
+            f"model.tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens, the model {num_embeddings}",
+            "use the tokenizer that the model was trained with",
+        )
+    return model
+
+
+def _hf_config(settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    if settings.architecture is None:
+        try:
+            return AutoConfig.from_pretrained(settings.name_or_path, trust_remote_code=settings.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise _cannot_load("model", "model.name_or_path", settings.name_or_path, error) from error
+    values = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **OmegaConf.to_container(settings.architecture, resolve=True),  # type: ignore[dict-item]
+    }
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            "CONFIG", f"model.architecture: {error}", "give model_type and values that its transformers config takes"
+        ) from error
+
+
+def _turn_off_dropout(hf_config: Any) -> None:
+    # Attention modules copy these values when they are built, and apply them functionally.
+    for name, value in hf_config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(hf_config, name, 0.0)
+
+
+def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    fix = "give the checkpoint directory (step-N, LATEST) or policy.pt of a run with this model"
+    try:
+        if archive.is_dir():
+            model, info = AutoModelForCausalLM.from_pretrained(archive, output_loading_info=True, **kwargs)
+        else:
+            state = torch.load(archive, map_location="cpu", weights_only=True, mmap=True)["state"]
+            del kwargs["trust_remote_code"]  # settled when the config was read; there is no repository here
+            model, info = AutoModelForCausalLM.from_pretrained(
+                None, state_dict=state, output_loading_info=True, **kwargs
+            )
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError("CHECKPOINT", f"model.archive: cannot load {archive}: {reason}", fix) from error
+    problems = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in info if info[kind] and kind != "error_msgs"]
+    if problems:
+        raise UserError("CHECKPOINT", f"model.archive: {archive} does not fit the model ({', '.join(problems)})", fix)
+    return model
+
+
+def find_blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
+    """The repeated transformer blocks, in order: those of class block_name, or the longest list of like modules."""
+    if block_name is not None:
+        blocks = [module for module in model.modules() if type(module).__name__ == block_name]
+        if not blocks:
+            classes = sorted({type(child).__name__ for module in _lists(model) for child in module})
+            raise UserError(
+                "CONFIG",
+                f"model.block_name: the model has no {block_name}",
+                f"one of {', '.join(classes)}, or null to have it found",
+            )
+        return blocks
+    return max((list(blocks) for blocks in _lists(model)), key=len)
+
+
+def _lists(model: nn.Module) -> list[nn.ModuleList]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+    ]
+
+
+@torch.no_grad()
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switch model to packed attention, after a check that it gives the log-probs of the model's own forward.
+
+    The check runs the model over a few tokens, packed and padded. It catches whatever packing would get wrong:
+    attention that cannot be replaced, state that crosses examples (Mamba), position biases, logits that are scaled
+    or capped after the head.
+
+    Raises:
+        UserError: CONFIG, naming batching=padded.
+    """
+    name = type(model).__name__
+    fix = "batching=padded"
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(vocabulary, (40,), generator=torch.Generator().manual_seed(0)).numpy().astype("int32")
+    examples = [
+        Example(tokens[:7], (tokens[7:12], tokens[12:20]), 0),
+        Example(tokens[20:24], (tokens[24:29], tokens[29:40]), 1),
+    ]
+    device = model.get_input_embeddings().weight.device
+    _, padded_logps = response_logps(model, lay_out(examples, "padded").to(device))
+    try:
+        model.set_attn_implementation("packed")
+        _, packed_logps = response_logps(model, lay_out(examples).to(device))
+    except Exception as error:  # whatever a model does with keywords or attention it does not know
+        raise UserError("CONFIG", f"{name} does not run with batching=packed ({error})", fix) from error
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 0.02)
+    difference = ((packed_logps - padded_logps) / padded_logps).abs().max().item()
+    if model.config._attn_implementation != "packed" or not difference <= tolerance:
+        raise UserError(
+            "CONFIG", f"{name} gives other log-probs with batching=packed (off by {difference:.1%} on a check)", fix
+        )

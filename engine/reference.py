@@ -1,0 +1,100 @@
+"""Log-probs under the frozen reference model: from the model itself, or computed once and kept on disk."""
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from engine.batching import Microbatch
+from engine.logprobs import response_logps
+from utils import UserError, content_hash
+
+
+class LiveReference:
+    """Runs the frozen model over each microbatch."""
+
+    def __init__(self, model: PreTrainedModel, mixed_precision: torch.dtype | None = None):
+        self.model = model
+        self.mixed_precision = mixed_precision
+
+    @torch.no_grad()
+    def logps(self, batch: Microbatch) -> Tensor:
+        """Sums of log-probs of the responses of batch, [responses]."""
+        device_type = batch.input_ids.device.type
+        with torch.autocast(device_type, dtype=self.mixed_precision, enabled=self.mixed_precision is not None):
+            return response_logps(self.model, batch)[1]
+
+
+class CachedReference:
+    """Log-probs kept in an SQLite file, under the hash of the reference's weights, by the tokens of each response.
+
+    The tokens stand for tokenizer, template and truncation, so the same cache serves any beta, loss, learning rate
+    and batch. What was computed before a run was killed is kept.
+    """
+
+    def __init__(self, directory: Path, key: str):
+        self.path = directory / f"{key}.sqlite"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(self.path, timeout=60)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS logps"
+                " (response BLOB PRIMARY KEY, logp REAL NOT NULL, num_tokens INTEGER NOT NULL) WITHOUT ROWID"
+            )
+            self._logps = dict(self._connection.execute("SELECT response, logp FROM logps"))
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(
+                "STORAGE",
+                f"the cache of reference log-probs at {self.path} cannot be used ({error})",
+                "remove that file, set cache_dir to a directory that can be written, or use reference=live",
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._logps)
+
+    def lacks(self, responses: Iterable[tuple[np.ndarray, np.ndarray]]) -> bool:
+        """Whether any of these (prompt, response) pairs of tokens is not in the cache yet."""
+        return any(_digest(prompt, response) not in self._logps for prompt, response in responses)
+
+    def add(self, batch: Microbatch, logps: Tensor) -> None:
+        """Keep logps [responses] of the responses of batch; those that are there already stay."""
+        rows = [
+            (_digest(prompt, response), logp, len(response))
+            for (prompt, response), logp in zip(batch.responses, logps.tolist(), strict=True)
+        ]
+        self._connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?)", rows)
+        self._connection.commit()
+        for digest, logp, _ in rows:
+            self._logps.setdefault(digest, logp)
+
+    def logps(self, batch: Microbatch) -> Tensor:
+        """Sums of log-probs of the responses of batch, [responses]."""
+        values = [self._logps[_digest(prompt, response)] for prompt, response in batch.responses]
+        return torch.tensor(values, dtype=torch.float64).to(batch.input_ids.device)
+
+
+Reference = LiveReference | CachedReference
+
+
+def _digest(prompt: np.ndarray, response: np.ndarray) -> bytes:
+    digest = hashlib.blake2b(len(prompt).to_bytes(4, "little"), digest_size=16)
+    digest.update(prompt.astype(np.int32).tobytes())
+    digest.update(response.astype(np.int32).tobytes())
+    return digest.digest()
+
+
+def reference_key(model: PreTrainedModel, mixed_precision: torch.dtype | None, batching: str) -> str:
+    """A hash of all that decides the log-probs of given tokens: weights, their dtypes, config, precision and layout
+    (which decides the last bits)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    config = {key: value for key, value in model.config.to_diff_dict().items() if not key.startswith("_")}
+    return content_hash([digest.digest(), type(model).__name__, str(config), str(mixed_precision), batching])

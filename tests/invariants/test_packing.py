@@ -1,0 +1,146 @@
+"""Packed, padded and one row at a time give the same log-probs, losses and gradients, whatever the model."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import engine.logprobs
+from engine.batching import Microbatch, Part, cut, lay_out
+from engine.logprobs import plain_head, response_logps
+from engine.models import use_packed_attention
+from engine.tokenization import Example
+from tests.models import SIZES, VOCABULARY, exact_norms, pair_examples, tiny_model
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+ARCHITECTURES = list(SIZES)
+DTYPES = [torch.float64, torch.float32]
+
+
+def pair_loss(batch: Microbatch, num_examples: int):
+    def objective(logps: Tensor, part: Part) -> Tensor:
+        assert batch.rejected is not None
+        chosen = logps[batch.chosen[part.examples] - part.responses.start]
+        rejected = logps[batch.rejected[part.examples] - part.responses.start]
+        return -F.logsigmoid(0.1 * (chosen - rejected)).sum() / num_examples
+
+    return objective
+
+
+def gradient(model: PreTrainedModel) -> Tensor:
+    gradients = [parameter.grad.flatten().clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    return torch.cat(gradients)
+
+
+def loss_and_gradient(
+    model: PreTrainedModel, microbatches: Sequence[Sequence[Example]], layout: str = "packed"
+) -> tuple[float, Tensor]:
+    num_examples = sum(map(len, microbatches))
+    total = 0.0
+    for examples in microbatches:
+        batch = lay_out(examples, layout)
+        loss, _ = response_logps(model, batch, pair_loss(batch, num_examples))
+        loss.backward()
+        total += loss.item()
+    return total, gradient(model)
+
+
+def one_row_at_a_time(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[float, Tensor]:
+    """The oracle: each prompt + response through the model's own forward, nothing of ours but the arithmetic here."""
+    losses = []
+    for example in examples:
+        logps = []
+        for response in example.responses:
+            tokens = torch.tensor([*example.prompt.tolist(), *response.tolist()])[None]
+            log_softmax = model(tokens).logits.log_softmax(-1)[0]
+            start = len(example.prompt)
+            logps.append(log_softmax[range(start - 1, tokens.shape[1] - 1), tokens[0, start:]].sum())
+        losses.append(-F.logsigmoid(0.1 * (logps[0] - logps[1])))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss.item(), gradient(model)
+
+
+def assert_same(ours: tuple[float, Tensor], theirs: tuple[float, Tensor], dtype: torch.dtype) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=TOLERANCE[dtype])
+    assert ((ours[1] - theirs[1]).norm() / theirs[1].norm()).item() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_is_padded_is_one_row_at_a_time(
+    architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = exact_norms(tiny_model(architecture, dtype))
+    examples = pair_examples()
+    truth = one_row_at_a_time(model, examples)
+    assert_same(loss_and_gradient(model, [examples], "padded"), truth, dtype)
+    use_packed_attention(model)
+    assert_same(loss_and_gradient(model, [examples]), truth, dtype)
+    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", 8 * VOCABULARY)  # several chunks
+    assert_same(loss_and_gradient(model, [examples]), truth, dtype)
+    model.set_attn_implementation("packed_dense")
+    assert_same(loss_and_gradient(model, [examples]), truth, dtype)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_any_cut_gives_the_same_gradient(layout: str) -> None:
+    model = exact_norms(tiny_model("llama", torch.float64))
+    if layout == "packed":
+        use_packed_attention(model)
+    examples = pair_examples() + pair_examples(seed=5)
+    truth = loss_and_gradient(model, [examples], layout)
+    for parts, budget in [(2, 10**6), (8, 10**6), (10, 10**6), (1, 30), (3, 25), (1, 1)]:
+        assert_same(loss_and_gradient(model, cut(examples, parts, budget), layout), truth, torch.float64)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_siblings_and_other_groups_are_never_seen(architecture: str) -> None:
+    """Changing one response changes no log-prob but its own."""
+    model = tiny_model(architecture, torch.float64)
+    use_packed_attention(model)
+    examples = pair_examples()
+    with torch.no_grad():
+        _, before = response_logps(model, lay_out(examples))
+        chosen, rejected = examples[2].responses
+        examples[2] = Example(examples[2].prompt, (chosen, (rejected + 7) % VOCABULARY), 2)
+        batch = lay_out(examples)
+        _, after = response_logps(model, batch)
+    assert batch.rejected is not None
+    changed = (before != after).nonzero().flatten().tolist()
+    # Groups are in the order of their first example: the pair that shares the first prompt joins it.
+    assert changed == [batch.rejected.tolist()[3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunked_head_is_the_plain_head(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of the fused head against plain fp32 log-softmax; log-probs are never rounded to bf16."""
+    batch = lay_out(pair_examples())
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(batch.num_tokens, 32, generator=generator).to(dtype)
+    weight = torch.randn(VOCABULARY, 32, generator=generator).to(dtype)
+    offset = torch.randn(VOCABULARY, generator=generator).to(dtype) if bias else None
+    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", 9 * VOCABULARY)
+
+    def run(head) -> tuple[float, Tensor, list[Tensor]]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, offset) if tensor is not None]
+        arguments = leaves if bias else [*leaves, None]
+        loss, logps = head(*arguments, batch, pair_loss(batch, 5))
+        loss.backward()
+        return loss.item(), logps, [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    loss, logps, gradients = run(engine.logprobs.chunked_head)
+    plain_loss, plain_logps, plain_gradients = run(plain_head)
+    assert logps.dtype == torch.float32
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    torch.testing.assert_close(logps, plain_logps, rtol=1e-6, atol=1e-5)
+    for ours, plain in zip(gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6) if dtype == torch.float32 else None
+        assert ((ours - plain).float().norm() / plain.float().norm()).item() < (
+            1e-6 if dtype == torch.float32 else 0.01
+        )

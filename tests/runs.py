@@ -1,0 +1,86 @@
+"""Runs of the program inside a test: the command line as users give it, on a model that trains in a second."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+
+SMALL = (
+    "model.architecture.hidden_size=32",
+    "model.architecture.intermediate_size=48",
+    "model.architecture.num_hidden_layers=2",
+    "model.architecture.num_attention_heads=2",
+    "model.architecture.num_key_value_heads=2",
+)
+# Few examples, no samples, and a learning rate at which a few steps show.
+QUICK = (
+    "wandb.enabled=false",
+    "sample_during_eval=false",
+    "n_examples=16",
+    "n_eval_examples=8",
+    "eval_batch_size=4",
+    "warmup_steps=2",
+    "lr=1e-3",
+)
+
+
+@dataclass
+class Run:
+    """What a run left: its exit status, what it printed, and its files."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.out.strip().splitlines()[-1].removeprefix("run_dir: "))
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [row for row in self.metrics if "loss/train" in row]
+
+    @property
+    def evals(self) -> list[dict[str, Any]]:
+        return [row for row in self.metrics if "loss/eval" in row]
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.dir / "samples.jsonl").read_text().splitlines()]
+
+
+class Program:
+    """`python train.py` inside this process, with all its directories under one."""
+
+    def __init__(
+        self, directory: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        self.directory = directory
+        self._cache = cache
+        self._capsys = capsys
+        self._monkeypatch = monkeypatch
+
+    def __call__(self, *overrides: str, defaults: tuple[str, ...] = SMALL + QUICK) -> Run:
+        given = {override.split("=")[0].lstrip("+") for override in overrides}
+        kept = [default for default in defaults if default.split("=")[0] not in given]
+        arguments = [f"local_dirs=[{self.directory}]", f"cache_dir={self._cache}", *kept, *overrides]
+        self._monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        self._capsys.readouterr()
+        status = train.main()
+        captured = self._capsys.readouterr()
+        return Run(status, captured.out, captured.err)
+
+    def ok(self, *overrides: str, **kwargs: Any) -> Run:
+        """A run that must succeed."""
+        run = self(*overrides, **kwargs)
+        assert run.status == 0, run.err
+        return run

@@ -1,0 +1,184 @@
+"""The training loop, through the command line: counting, evaluation, schedules, checkpoints, errors."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.runs import Program
+
+DPO = ("loss=dpo", "loss.beta=0.1")
+
+
+def test_a_run_counts_what_its_keys_say(program: Program) -> None:
+    run = program.ok("batch_size=6", "n_examples=20", "eval_every=12", "save_every=6", "keep_checkpoints=2")
+    assert [row["counters/examples"] for row in run.steps] == [6, 12, 18, 20]
+    assert [row["counters/updates"] for row in run.steps] == [1, 2, 3, 4]
+    assert [row["counters/examples"] for row in run.evals] == [0, 12, 20]
+    assert sorted(path.name for path in run.dir.glob("step-*")) == ["step-18", "step-20"]
+    assert (run.dir / "LATEST").resolve().name == "step-20"
+    assert run.out.strip().splitlines()[-1] == f"run_dir: {run.dir}"
+
+
+def test_the_loss_falls_and_the_metrics_have_their_names(program: Program) -> None:
+    run = program.ok(*DPO, "n_examples=64", "batch_size=8", "loss.beta=0.5")
+    assert run.evals[-1]["loss/eval"] < run.evals[0]["loss/eval"]
+    for split, row in (("train", run.steps[0]), ("eval", run.evals[0])):
+        names = {f"rewards_{split}/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
+        names |= {f"logps_{split}/chosen", f"logps_{split}/rejected", f"loss/{split}"}
+        assert names <= set(row)
+    extra = {"examples_per_second", "tokens_per_second", "grad_norm", "learning_rate", "peak_memory_gb"}
+    assert extra <= set(run.steps[0])
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.75, 0.25]),
+    ],
+)
+def test_learning_rates(program: Program, schedule: str, expected: list[float]) -> None:
+    run = program.ok(f"lr_schedule={schedule}", "lr=3e-4", "batch_size=4", "n_examples=20", "do_first_eval=false")
+    assert [row["learning_rate"] for row in run.steps] == pytest.approx([3e-4 * factor for factor in expected])
+
+
+@pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam"])
+def test_every_optimizer_learns_and_resumes(program: Program, optimizer: str) -> None:
+    run = program.ok(
+        f"optimizer={optimizer}", f"local_run_dir={program.directory / 'a'}", "save_every=8", "n_eval_examples=2"
+    )
+    again = program.ok(
+        f"optimizer={optimizer}",
+        f"resume={run.dir}/step-8",
+        f"local_run_dir={program.directory / 'b'}",
+        "n_eval_examples=2",
+    )
+    ours, theirs = (load_file(r.dir / "LATEST" / "model.safetensors") for r in (run, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_evaluation_is_over_exactly_n_eval_examples(program: Program) -> None:
+    """Batches of 4 over 7 examples: the mean is over examples, not of batch means."""
+    one_batch = program.ok("n_eval_examples=7", "eval_batch_size=7", "n_examples=4")
+    several = program.ok("n_eval_examples=7", "eval_batch_size=4", "n_examples=4")
+    assert several.evals[0]["loss/eval"] == pytest.approx(one_batch.evals[0]["loss/eval"], rel=1e-6)
+
+
+def test_sampling_and_evaluating_do_not_change_training(program: Program) -> None:
+    plain = program.ok(*DPO, "do_first_eval=false", "eval_every=1000")
+    busy = program.ok(
+        *DPO, "eval_every=4", "sample_during_eval=true", "n_eval_model_samples=3", "max_length=300", "reference=live"
+    )
+    assert [row["loss/train"] for row in plain.steps] == [row["loss/train"] for row in busy.steps]
+
+
+def test_samples_are_logged_as_a_growing_table(program: Program) -> None:
+    run = program.ok(
+        *DPO, "sample_during_eval=true", "n_eval_model_samples=3", "eval_every=8", "max_length=280", "reference=live"
+    )
+    assert [row["examples"] for row in run.samples] == [0, 0, 0, 8, 8, 8, 16, 16, 16]
+    assert set(run.samples[0]) == {"examples", "prompt", "policy", "reference", "policy_reward", "reference_reward"}
+    # Before the first step the two models are the same, and so are their answers.
+    assert all(row["policy"] == row["reference"] for row in run.samples[:3])
+    assert run.evals[0]["kl_eval"] == 0
+    assert run.evals[0]["ground_truth/win_rate"] == 0.5
+    assert math.isfinite(run.evals[-1]["kl_eval"]) and run.evals[-1]["kl_eval"] != 0
+
+
+def test_the_checkpoint_is_a_model_for_other_tools(program: Program) -> None:
+    run = program.ok("n_examples=4")
+    model = AutoModelForCausalLM.from_pretrained(run.dir / "LATEST")
+    tokenizer = AutoTokenizer.from_pretrained(run.dir / "LATEST")
+    assert model.config._attn_implementation != "packed"
+    text = "\n\nHuman: What did you think of it?\n\nAssistant:"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    policy = torch.load(run.dir / "LATEST" / "policy.pt", weights_only=True)
+    assert set(policy) == {"step_idx", "state", "metrics"} and policy["step_idx"] == 4
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(policy["state"][name], tensor)
+
+
+@pytest.mark.parametrize("archive", ["LATEST", "LATEST/policy.pt", "step-4"])
+def test_model_archive_starts_policy_and_reference(program: Program, archive: str) -> None:
+    sft = program.ok("n_examples=4")
+    dpo = program.ok(*DPO, f"model.archive={sft.dir / archive}", "n_examples=8")
+    assert dpo.steps[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-7)
+    fresh = program.ok(*DPO, "n_examples=8")
+    assert dpo.evals[0]["logps_eval/chosen"] != fresh.evals[0]["logps_eval/chosen"]
+
+
+def test_an_archive_that_does_not_fit_is_refused(program: Program) -> None:
+    sft = program.ok("n_examples=4")
+    for archive in ("LATEST", "LATEST/policy.pt"):
+        run = program(f"model.archive={sft.dir / archive}", "model.architecture.num_hidden_layers=3")
+        assert run.status == 4
+        assert run.err.startswith("error[CHECKPOINT] model.archive") and run.err.count("\n") == 1
+    torch.save({"state": {"x": print}}, program.directory / "evil.pt")
+    run = program(f"model.archive={program.directory / 'evil.pt'}")
+    assert run.status == 4 and run.err.count("\n") == 1
+
+
+def test_debug_saves_nothing(program: Program) -> None:
+    run = program.ok("debug=true")
+    assert not list(run.dir.glob("step-*")) and not (run.dir / "LATEST").exists()
+
+
+def test_a_run_directory_is_never_written_over(program: Program) -> None:
+    run = program.ok("n_examples=4")
+    before = (run.dir / "metrics.jsonl").read_text()
+    again = program("n_examples=4", f"local_run_dir={run.dir}")
+    assert again.status == 2 and "resume=auto" in again.err
+    assert (run.dir / "metrics.jsonl").read_text() == before
+
+
+def test_a_non_finite_loss_ends_the_run_and_spares_the_checkpoint(program: Program) -> None:
+    run = program(
+        "lr=1e30", "optimizer=SGD", "warmup_steps=0", "save_every=4", f"local_run_dir={program.directory / 'x'}"
+    )
+    assert run.status == 5
+    assert run.err.startswith("error[NONFINITE] update 2") and "fix:" in run.err
+    assert "Traceback" in (program.directory / "x" / "crash.log").read_text()
+    rows = (program.directory / "x" / "metrics.jsonl").read_text().splitlines()
+    assert all(math.isfinite(value) for row in rows for value in json.loads(row).values())
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_mixed_precision_stays_near_fp32(program: Program, batching: str) -> None:
+    full = program.ok(*DPO, "seed=3", f"batching={batching}")
+    mixed = program.ok(*DPO, "seed=3", f"batching={batching}", "mixed_precision=bfloat16")
+    assert mixed.steps[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-7)
+    assert mixed.steps[-1]["loss/train"] == pytest.approx(full.steps[-1]["loss/train"], rel=0.05)
+    assert mixed.steps[0]["logps_train/chosen"] != full.steps[0]["logps_train/chosen"]
+
+
+def test_activation_checkpointing_changes_nothing(program: Program) -> None:
+    plain, checkpointed = (program.ok(*DPO, f"activation_checkpointing={on}") for on in ("false", "true"))
+    assert [row["loss/train"] for row in plain.steps] == [row["loss/train"] for row in checkpointed.steps]
+
+
+def test_sft_weight_adds_the_mean_nll_of_the_chosen(program: Program) -> None:
+    plain = program.ok(*DPO, "n_examples=4")
+    weighted = program.ok(*DPO, "n_examples=4", "loss.sft_weight=0.5")
+    average = program.ok("loss=sft", "loss.average_log_prob=true", "n_examples=4")
+    # SFT and DPO evaluate the same chosen responses where every prompt has one pair.
+    difference = weighted.evals[0]["loss/eval"] - plain.evals[0]["loss/eval"]
+    assert difference == pytest.approx(0.5 * average.evals[0]["loss/eval"], rel=1e-5)
+
+
+def test_average_log_prob_divides_by_the_tokens(program: Program) -> None:
+    total = program.ok("loss=ipo", "loss.beta=0.1", "n_examples=4")
+    average = program.ok("loss=ipo", "loss.beta=0.1", "n_examples=4", "loss.average_log_prob=true")
+    assert total.evals[0]["loss/eval"] == average.evals[0]["loss/eval"] == pytest.approx(25)  # (0 - 1/(2 beta))^2
+    vocabulary = 896  # random weights give every token about the same probability
+    assert average.evals[0]["logps_eval/chosen"] == pytest.approx(-math.log(vocabulary), rel=0.02)
+    assert total.evals[0]["logps_eval/chosen"] < -100
+
+
+def test_tensorboard(program: Program) -> None:
+    run = program.ok("tensorboard=true", "n_examples=4")
+    assert list((run.dir / "tensorboard").glob("events.out.*"))

@@ -1,0 +1,432 @@
+"""The training loop: one loop for every loss; a trainer decides where the model is placed."""
+
+import copy
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.batching import Microbatch, Part, cut, lay_out, num_fed_tokens, num_planned, plan_batches
+from engine.checkpoint import load_checkpoint, save_checkpoint, truncate_logs
+from engine.logprobs import response_logps
+from engine.metrics import Loggers, Sums, peak_flops
+from engine.models import find_blocks, load_model, use_packed_attention
+from engine.reference import CachedReference, LiveReference, Reference, reference_key
+from engine.sampling import sample_responses
+from losses import LOSSES
+from preference_datasets import DATASETS, Example, Split
+from utils import UserError, content_hash
+
+# Keys that may change when a run is resumed: they do not change what is learned.
+FREE_ON_RESUME = {
+    "exp_name", "local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "debug", "wandb", "tensorboard",
+    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "num_processes", "compile",
+}  # fmt: skip
+
+
+class BasicTrainer:
+    """Trains in one process, on the CPU or a GPU; on several GPUs the layers of the model are split among them.
+
+    Args:
+        config: the composed and validated config.
+        run_dir: where logs and checkpoints go.
+        train_split, test_split: tokenised examples; without test examples there is no evaluation.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        run_dir: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        train_split: Split,
+        test_split: Split,
+    ):
+        self.config = config
+        self.run_dir = run_dir
+        self.tokenizer = tokenizer
+        self.train_examples = train_split.examples
+        self.eval_examples = choose_eval_examples(test_split.examples, config.n_eval_examples, config.seed)
+        self.num_train_examples = num_planned(len(self.train_examples), config.n_epochs, config.n_examples)
+        self.num_updates = math.ceil(self.num_train_examples / config.batch_size)
+        self.counters = {"examples": 0, "updates": 0}
+
+        self.loss = LOSSES[config.loss.name]
+        own_keys = ("name", "average_log_prob", "sft_weight")
+        self.loss_arguments = {key: value for key, value in config.loss.items() if key not in own_keys}
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.mixed_precision = getattr(torch, config.mixed_precision) if config.mixed_precision else None
+        self.policy = self.place_model(getattr(torch, config.model.policy_dtype))
+        self.token_budget = config.token_budget or self.default_token_budget()
+        self.reference_samples: list[np.ndarray] = []
+        self.reference = self.build_reference()
+        self.prepare_policy()
+        self.optimizer = getattr(torch.optim, config.optimizer)(self.policy.parameters(), lr=config.lr)
+
+    # ---- Models ----
+
+    def place_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A model with the starting weights, where this trainer runs it."""
+        model = load_model(self.config, self.tokenizer, dtype, self.device)
+        if self.config.batching == "packed":
+            use_packed_attention(model)
+        return model.eval()
+
+    def prepare_policy(self) -> None:
+        """Make the policy trainable, after the reference was computed from it."""
+        if self.config.activation_checkpointing:
+            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.config.compile:
+            for block in find_blocks(self.policy, self.config.model.block_name):
+                block.compile(dynamic=True)
+        self.policy.train()
+
+    def build_reference(self) -> Reference | None:
+        """Log-probs of the frozen reference: from a model that stays loaded, or computed now and kept on disk."""
+        config = self.config
+        if not self.loss.needs_reference or config.loss.get("reference_free"):
+            return None
+        # The policy starts as the reference: another copy is needed only if it must stay, or has another dtype.
+        model = self.policy
+        if config.model.reference_dtype not in (None, config.model.policy_dtype):
+            model = self.place_model(getattr(torch, config.model.reference_dtype))
+        elif config.reference == "live":
+            model = copy.deepcopy(self.policy)
+        if config.sample_during_eval:
+            self.reference_samples = self.sample(model)
+        if model is not self.policy:
+            model.requires_grad_(False)
+        live = LiveReference(model, self.mixed_precision)
+        if config.reference == "live":
+            return live
+        cached = CachedReference(
+            Path(config.cache_dir) / "reference", reference_key(model, self.mixed_precision, config.batching)
+        )
+        self.fill(cached, live)
+        return cached
+
+    def fill(self, cached: CachedReference, live: LiveReference) -> None:
+        """Compute what the cache lacks, in the microbatches of training, so that equal weights give equal numbers."""
+        microbatches = [
+            examples
+            for batches in (self.train_batches(), self.eval_batches())
+            for batch in batches
+            for examples in batch
+            if cached.lacks((example.prompt, response) for example in examples for response in example.responses)
+        ]
+        if not microbatches:
+            print(f"reference: all log-probs are in {cached.path}")
+            return
+        start = time.monotonic()
+        disable = not sys.stderr.isatty()
+        for examples in tqdm(microbatches, desc="reference log-probs", unit="microbatch", disable=disable):
+            batch = self.lay_out(examples)
+            cached.add(batch, live.logps(batch))
+        print(f"reference: {len(cached)} log-probs in {cached.path}, {time.monotonic() - start:.1f} s")
+
+    def default_token_budget(self) -> int:
+        """Tokens of a forward pass that fit in memory, at 34 bytes x hidden size x layers of activations a token."""
+        if self.device.type == "cpu":
+            return 16384
+        shape = self.policy.config
+        state = 4 * sum(parameter.nbytes for parameter in self.policy.parameters())  # gradients, optimizer, updates
+        free = torch.cuda.mem_get_info(self.device)[0] - state
+        layers = 1 if self.config.activation_checkpointing else shape.num_hidden_layers
+        return max(1024, int(0.5 * free / (34 * shape.hidden_size * layers * 2)))
+
+    # ---- Data ----
+
+    def train_batches(self) -> Iterator[list[list[Example]]]:
+        """The batches of the run, in order, each cut into microbatches."""
+        config = self.config
+        plan = plan_batches(
+            self.train_examples,
+            config.batch_size,
+            seed=config.seed,
+            n_epochs=config.n_epochs,
+            n_examples=config.n_examples,
+        )
+        for indices in plan:
+            examples = [self.train_examples[index] for index in indices]
+            yield cut(examples, config.gradient_accumulation_steps, self.token_budget)
+
+    def eval_batches(self) -> Iterator[list[list[Example]]]:
+        """The evaluation examples, eval_batch_size at a time, each cut into microbatches."""
+        for start in range(0, len(self.eval_examples), self.config.eval_batch_size):
+            examples = self.eval_examples[start : start + self.config.eval_batch_size]
+            yield cut(examples, 1, self.token_budget)
+
+    def lay_out(self, examples: Sequence[Example]) -> Microbatch:
+        """Examples as one microbatch, on the device."""
+        return lay_out(examples, self.config.batching, self.tokenizer.pad_token_id).to(self.device)
+
+    # ---- The step ----
+
+    def losses(
+        self, batch: Microbatch, reference_logps: Tensor | None, sums: Sums, logps: Tensor, part: Part
+    ) -> Tensor:
+        """Losses of the examples in a part of a microbatch, from the log-probs of its responses.
+
+        Args:
+            reference_logps: of all responses of batch, [responses]; None without a reference.
+            sums: takes the metrics, per example.
+            logps: of the responses of part, [responses of part].
+
+        Returns:
+            losses, [examples of part].
+        """
+        lengths = batch.response_lengths[part.responses]
+        scale = lengths if self.config.loss.average_log_prob else 1
+
+        def of_examples(values: Tensor) -> list[Tensor]:  # [responses of part] -> chosen and rejected [examples]
+            roles = (batch.chosen, batch.rejected)
+            return [values[role[part.examples] - part.responses.start] for role in roles if role is not None]
+
+        policy = of_examples(logps / scale)
+        sums.add(**{f"logps/{role}": value for role, value in zip(("chosen", "rejected"), policy, strict=False)})
+        reference: list[Tensor] = []
+        if reference_logps is not None:
+            reference = of_examples(reference_logps[part.responses].to(logps.dtype) / scale)
+        elif self.loss.needs_reference:  # reference_free
+            reference = [torch.zeros_like(value) for value in policy]
+        output = self.loss.function(*policy, *reference, **self.loss_arguments)
+        if self.loss.batch == "pairs":
+            losses, chosen_rewards, rejected_rewards = output
+            sums.add(
+                **{
+                    "rewards/chosen": chosen_rewards,
+                    "rewards/rejected": rejected_rewards,
+                    "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+                    "rewards/margins": chosen_rewards - rejected_rewards,
+                }
+            )
+        else:
+            losses = output
+        if self.config.loss.get("sft_weight"):
+            losses = losses - self.config.loss.sft_weight * of_examples(logps / lengths)[0]
+        sums.add(loss=losses)
+        return losses
+
+    def run_microbatch(self, examples: Sequence[Example], num_examples: int, sums: Sums) -> Tensor:
+        """The share of some examples in the mean loss of num_examples, a scalar to call backward on."""
+        batch = self.lay_out(examples)
+        reference_logps = self.reference.logps(batch) if self.reference else None
+        losses = partial(self.losses, batch, reference_logps, sums)
+        with torch.autocast(self.device.type, dtype=self.mixed_precision, enabled=self.mixed_precision is not None):
+            loss, _ = response_logps(self.policy, batch, lambda logps, part: losses(logps, part).sum() / num_examples)
+        return loss
+
+    def learning_rate(self) -> float:
+        """Of the coming update: linear warm-up, then constant or a decay to 0 at the last update."""
+        config, update = self.config, self.counters["updates"]
+        if update < config.warmup_steps:
+            return config.lr * (update + 1) / (config.warmup_steps + 1)
+        done = (update - config.warmup_steps) / max(1, self.num_updates - config.warmup_steps)
+        decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return config.lr * decay[config.lr_schedule]
+
+    def step(self, microbatches: Sequence[Sequence[Example]]) -> dict[str, float]:
+        """One update of the policy on a batch; returns the metrics of the step."""
+        start = time.monotonic()
+        num_examples = sum(map(len, microbatches))
+        sums = Sums()
+        for examples in microbatches:
+            self.run_microbatch(examples, num_examples, sums).backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
+        metrics = named(sums.means(), "train")
+        if not math.isfinite(metrics["loss/train"]) or not math.isfinite(grad_norm):
+            prompts = sorted({example.prompt_index for examples in microbatches for example in examples})
+            raise UserError(
+                "NONFINITE",
+                f"update {self.counters['updates'] + 1} has loss {metrics['loss/train']} and gradient norm {grad_norm},"
+                f" on the prompts number {prompts} of the training data",
+                "lower lr, raise warmup_steps, or look at those prompts; the last checkpoint is untouched",
+            )
+        learning_rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.counters["examples"] += num_examples
+        self.counters["updates"] += 1
+        seconds = time.monotonic() - start
+        num_tokens = sum(num_fed_tokens(example) for examples in microbatches for example in examples)
+        metrics |= {
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "examples_per_second": num_examples / seconds,
+            "tokens_per_second": num_tokens / seconds,
+            "peak_memory_gb": self.peak_memory_gb(),
+        }
+        peak = peak_flops(self.device)
+        if peak:
+            metrics["mfu"] = 6 * self.policy.num_parameters() * num_tokens / seconds / peak
+        return metrics | self.counted()
+
+    def counted(self) -> dict[str, float]:
+        return {f"counters/{name}": value for name, value in self.counters.items()}
+
+    def peak_memory_gb(self) -> float:
+        """The most memory held so far, in 10^9 bytes: of the GPU, or of this process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    # ---- The run ----
+
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Train, evaluate and save as the config says; from checkpoint on, if one is given."""
+        config = self.config
+        batches = self.train_batches()
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, self.policy, self.optimizer, self.settings())
+            truncate_logs(self.run_dir, state["log_sizes"])
+            self.counters = state["counters"]
+            for _ in range(self.counters["updates"]):
+                next(batches)
+            print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
+        self.loggers = Loggers(config, self.run_dir, self.num_train_examples, self.counters["examples"])
+        self.eval_metrics: dict[str, float] = {}
+        try:
+            if checkpoint is None and config.do_first_eval:
+                self.evaluate()
+            for microbatches in batches:
+                before = self.counters["examples"]
+                self.loggers.train(self.step(microbatches))
+                now = self.counters["examples"]
+                is_last = now == self.num_train_examples
+                if is_last or now // config.eval_every > before // config.eval_every:
+                    self.evaluate()
+                save_every = config.save_every or config.eval_every
+                if is_last or now // save_every > before // save_every:
+                    self.save(is_last)
+        finally:
+            self.loggers.close()
+
+    def evaluate(self) -> None:
+        """Log the metrics of the evaluation examples, and answers sampled to their prompts."""
+        if not self.eval_examples:
+            return
+        self.policy.eval()
+        sums = Sums()
+        with torch.no_grad():
+            for microbatches in self.eval_batches():
+                for examples in microbatches:
+                    self.run_microbatch(examples, len(self.eval_examples), sums)
+        self.eval_metrics = named(sums.means(), "eval")
+        if self.config.sample_during_eval:
+            self.eval_metrics |= self.log_samples()
+        self.loggers.eval(self.eval_metrics | self.counted())
+        self.policy.train()
+
+    def sample(self, model: PreTrainedModel) -> list[np.ndarray]:
+        """An answer of model to each prompt that is sampled for, as token ids."""
+        return sample_responses(
+            model,
+            self.tokenizer,
+            self.sample_prompts(),
+            max_new_tokens=self.config.max_length - self.config.max_prompt_length,
+            batch_size=self.config.eval_batch_size,
+            seed=int(content_hash(["sample", self.config.seed, self.counters["examples"]])[:8], 16),
+        )
+
+    def sample_prompts(self) -> list[np.ndarray]:
+        """The first n_eval_model_samples distinct prompts of the evaluation examples."""
+        prompts = {example.prompt.tobytes(): example.prompt for example in self.eval_examples}
+        return list(prompts.values())[: self.config.n_eval_model_samples]
+
+    def log_samples(self) -> dict[str, float]:
+        """Sample and log answers of the policy, beside the reference's; returns what can be measured of them: the
+        ground-truth reward where the data set has one, the KL to a live reference in nats per answer."""
+        prompts = self.sample_prompts()
+        answers = {"policy": self.sample(self.policy)}
+        if self.reference_samples:
+            answers["reference"] = self.reference_samples
+        texts = {who: self.tokenizer.batch_decode(ids, skip_special_tokens=True) for who, ids in answers.items()}
+        rows: list[dict[str, Any]] = [
+            {"examples": self.counters["examples"], "prompt": prompt}
+            for prompt in self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        ]
+        for who in texts:
+            for row, text in zip(rows, texts[who], strict=True):
+                row[who] = text
+        metrics = {}
+        rewards = [DATASETS[name].reward if name in DATASETS else None for name in self.config.datasets]
+        if len(rewards) == 1 and (reward := rewards[0]) is not None:
+            for who in texts:
+                for row in rows:
+                    row[f"{who}_reward"] = reward(row[who])
+                metrics[f"ground_truth/{who}"] = float(np.mean([row[f"{who}_reward"] for row in rows]))
+            if "reference" in texts:
+                differences = np.array([row["policy_reward"] - row["reference_reward"] for row in rows])
+                metrics["ground_truth/win_rate"] = float(np.mean((differences > 0) + 0.5 * (differences == 0)))
+        if isinstance(self.reference, LiveReference):
+            metrics["kl_eval"] = self.estimate_kl(prompts, answers["policy"])
+        self.loggers.samples(rows)
+        return metrics
+
+    @torch.no_grad()
+    def estimate_kl(self, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> float:
+        """The mean of log(policy / reference) over answers sampled from the policy: an unbiased estimate of
+        KL(policy || reference) in nats per answer."""
+        assert self.reference is not None
+        examples = [
+            Example(*pair, index) for index, pair in enumerate(zip(prompts, ((a,) for a in answers), strict=True))
+        ]
+        ratios = []
+        for microbatch in cut(examples, 1, self.token_budget):
+            batch = self.lay_out(microbatch)
+            policy = LiveReference(self.policy, self.mixed_precision).logps(batch)
+            ratios.append(policy - self.reference.logps(batch))
+        return torch.cat(ratios).mean().item()
+
+    # ---- Checkpoints ----
+
+    def settings(self) -> dict[str, Any]:
+        """The part of the config that a resumed run must share."""
+        config = OmegaConf.to_container(self.config, resolve=True)
+        assert isinstance(config, dict)
+        return {str(key): value for key, value in config.items() if key not in FREE_ON_RESUME}
+
+    def save(self, is_last: bool) -> None:
+        """Write a checkpoint, and policy.pt with the last one."""
+        if self.config.debug:
+            return
+        path = save_checkpoint(
+            self.run_dir,
+            self.policy,
+            self.tokenizer,
+            self.optimizer,
+            self.counters,
+            settings=self.settings(),
+            metrics=self.eval_metrics,
+            keep=self.config.keep_checkpoints,
+            write_policy_pt=is_last,
+        )
+        self.loggers.print(f"saved {path}")
+
+
+def choose_eval_examples(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """The first count examples of the test split in a shuffled order, all of them if it holds fewer."""
+    plan = plan_batches(examples, max(1, len(examples)), seed=seed, n_epochs=1, n_examples=None)
+    return [examples[index] for indices in plan for index in indices][:count]
+
+
+def named(means: dict[str, float], split: str) -> dict[str, float]:
+    """Metrics under the names that users see: loss/train, rewards_train/chosen, logps_eval/rejected, ..."""
+    names = {name: f"{name.split('/')[0]}_{split}/{name.split('/')[-1]}" for name in means} | {"loss": f"loss/{split}"}
+    return {names[name]: value for name, value in means.items()}
+
+
+TRAINERS = {"BasicTrainer": BasicTrainer}

@@ -1,0 +1,67 @@
+"""Stateless helpers: errors for users, content hashes, local directories, atomic files."""
+
+import getpass
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+EXIT_STATUS = {
+    "CONFIG": 2,
+    "DATA": 3,
+    "CHECKPOINT": 4,
+    "NONFINITE": 5,
+    "STORAGE": 6,
+    "DISTRIBUTED": 7,
+    "MEMORY": 8,
+}
+
+
+class UserError(ValueError):
+    """What ended a run, said for its user: one line with what, where and how to fix it.
+
+    Args:
+        code: a key of EXIT_STATUS; it decides the exit status.
+        what: what is wrong and where (key, file, line, field).
+        fix: what to do about it.
+    """
+
+    def __init__(self, code: str, what: str, fix: str):
+        self.code, self.what, self.fix = code, what, fix
+        super().__init__(" ".join(f"error[{code}] {what}; fix: {fix}".split()))
+
+    @property
+    def exit_status(self) -> int:
+        return EXIT_STATUS[self.code]
+
+
+def content_hash(parts: Iterable[Any]) -> str:
+    """A hex digest of parts, each bytes or something that JSON can write; the same parts give the same digest."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, ensure_ascii=False).encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def local_dir(local_dirs: Iterable[str]) -> Path:
+    """<dir>/<user> for the first of local_dirs that exists; if none does, for the last."""
+    candidates = [Path(directory) for directory in local_dirs]
+    return next((path for path in candidates if path.is_dir()), candidates[-1]) / getpass.getuser()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing: a reader never sees half of it, nor does a run after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
