@@ -219,7 +219,7 @@ def get_films(split: SplitName, source: Source) -> Preferences:
     preferences: Preferences = {}
     for row in film_rows(split):
         source.tally.rows += 1
-        add_preference(preferences, row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"])
+        add_preference(preferences, row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["sft_target"])
     return preferences
 
 
@@ -336,6 +336,8 @@ def load_split(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split
                 chat_template=config.chat_template,
                 test_fraction=config.test_fraction,
             )
+        if not preferences and split == "test" and config.test_fraction == 0:
+            continue  # no evaluation, as asked
         if not preferences:
             problem = f"datasets: {name} has no {split} rows{_dropped(tally)}"
             raise UserError("DATA", problem, "add rows, or for a file without a test split raise test_fraction")
@@ -349,7 +351,7 @@ def load_split(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split
         max_prompt_length=config.max_prompt_length,
         cache_dir=Path(config.cache_dir),
     )
-    if not result.examples:
+    if not result.examples and (split == "train" or config.test_fraction):
         problem = f"datasets: of the {split} rows of {', '.join(config.datasets)} none is left{_dropped(tally)}"
         raise UserError("DATA", problem, "correct the rows, or raise max_length if that is why")
     return result

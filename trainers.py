@@ -31,7 +31,8 @@ from utils import UserError, content_hash
 # Keys that may change when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
     "exp_name", "local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "debug", "wandb", "tensorboard",
-    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "num_processes", "compile",
+    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "num_processes", "compile", "do_first_eval",
+    "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
 }  # fmt: skip
 
 
@@ -60,6 +61,15 @@ class BasicTrainer:
         self.num_train_examples = num_planned(len(self.train_examples), config.n_epochs, config.n_examples)
         self.num_updates = math.ceil(self.num_train_examples / config.batch_size)
         self.counters = {"examples": 0, "updates": 0}
+        print(
+            f"training on {self.num_train_examples:,} examples in {self.num_updates:,} steps of {config.batch_size}"
+            f" ({math.ceil(len(self.train_examples) / config.batch_size):,} an epoch),"
+            f" evaluating on {len(self.eval_examples):,}"
+            + (
+                f" (all there are; n_eval_examples={config.n_eval_examples})"
+                * (len(self.eval_examples) < config.n_eval_examples)
+            )
+        )
 
         self.loss = LOSSES[config.loss.name]
         own_keys = ("name", "average_log_prob", "sft_weight")
@@ -81,15 +91,19 @@ class BasicTrainer:
         model = load_model(self.config, self.tokenizer, dtype, self.device)
         if self.config.batching == "packed":
             use_packed_attention(model)
-        return model.eval()
+        return self.compiled(model).eval()
+
+    def compiled(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model, its blocks compiled if the config says so."""
+        if self.config.compile:
+            for block in find_blocks(model, self.config.model.block_name):
+                block.compile(dynamic=True)
+        return model
 
     def prepare_policy(self) -> None:
         """Make the policy trainable, after the reference was computed from it."""
         if self.config.activation_checkpointing:
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self.config.compile:
-            for block in find_blocks(self.policy, self.config.model.block_name):
-                block.compile(dynamic=True)
         self.policy.train()
 
     def build_reference(self) -> Reference | None:
@@ -102,7 +116,7 @@ class BasicTrainer:
         if config.model.reference_dtype not in (None, config.model.policy_dtype):
             model = self.place_model(getattr(torch, config.model.reference_dtype))
         elif config.reference == "live":
-            model = copy.deepcopy(self.policy)
+            model = self.compiled(copy.deepcopy(self.policy))
         if config.sample_during_eval:
             self.reference_samples = self.sample(model)
         if model is not self.policy:

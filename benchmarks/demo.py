@@ -8,13 +8,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EVAL = ["n_eval_examples=512", "n_eval_model_samples=256", "eval_batch_size=256"]
-SFT = ["loss=sft", "optimizer=AdamW", "lr=3e-3", "warmup_steps=20", "lr_schedule=cosine", "batch_size=32", "n_epochs=2"]
-DPO = ["loss=dpo", "loss.beta=0.1", "lr=2e-4", "warmup_steps=10", "batch_size=32", "reference=live"]
+BOTH = ["optimizer=AdamW", "batch_size=16", "warmup_steps=20", "lr_schedule=linear"]
+SFT = ["loss=sft", "lr=3e-3", "n_epochs=4"]
+DPO = ["loss=dpo", "loss.beta=0.3", "loss.sft_weight=0.5", "lr=5e-4", "reference=live"]
 
 
 def train(*overrides: str) -> Path:
     """Run train.py, showing what it prints; returns its run directory, which its last line names."""
-    command = [sys.executable, "train.py", *overrides, *EVAL]
+    command = [sys.executable, "train.py", *overrides, *BOTH, *EVAL]
     print("\n$ python", *command[1:], flush=True)
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 NUM_PROMPTS = {"train": 3500, "test": 512}
 SEEDS = {"train": 2305, "test": 18290}
-MULTI_TURN_SHARE = 0.26  # before duplicates are drawn again, which are single-turn: about 0.3 after
+MULTI_TURN_SHARE = 0.25  # before duplicates, nearly all single-turn, are drawn again: about 0.3 of train after it
 FOLLOW_UP_SHARE = 0.6  # of the multi-turn prompts: ask on about the film of the turn before
 SECOND_PAIR_EVERY = 20  # of the training prompts
 MIN_GAP = 0.5  # between the rewards of chosen and rejected
-NUM_SENTENCES = (1, 2, 2, 2, 3, 3, 4)  # in an answer; repeats are weights
-VOCAB_SIZE = 896  # just enough that every word of the texts is one token
+NUM_SENTENCES = (1, 2, 2, 3)  # in an answer; repeats are weights
+VOCAB_SIZE = 832  # just enough that every word of the texts is one token
 
 # What fills the {slots} of the sentences below.
 WORDS = {
@@ -27,37 +27,34 @@ WORDS = {
     "fault": "dull|hollow|clumsy|tired|flat|weak|messy|cheap|careless|bland|forced|cold",
     "liked": "loved|enjoyed|admired|adored",
     "disliked": "hated|disliked|loathed|resented",
-    "gem": "treat|joy",
-    "dud": "chore|bore",
     "watch": "watch",
     "skip": "skip",
     "deserves": "deserves",
     "wastes": "wastes",
     "aspect": "acting|story|music|design|ending|dialogue|editing|cast|script|humor|sound|mood",
-    "who": "everyone|families|friends",
-    "when": "last week|in the spring|at the cinema",
-    "where": "a small town|a busy port|a quiet village",
-    "hero": "a young sailor|two sisters|an old teacher",
+    "who": "everyone|families|students",
+    "when": "yesterday|last week|on Sunday|with friends",
+    "where": "Rome|Lisbon|Vienna|Dublin",
+    "hero": "two sisters|three sailors|an old teacher|young doctors",
     "goal": "a lost letter|a way home|an old friend|an old map",
     "number": "two|three",
     "hour": "six|seven|eight|nine",
 }
-PRAISE_AND_FAULT = {"praise": "fault", "liked": "disliked", "gem": "dud", "watch": "skip", "deserves": "wastes"}
+PRAISE_AND_FAULT = {"praise": "fault", "liked": "disliked", "watch": "skip", "deserves": "wastes"}
 OPPOSITES = PRAISE_AND_FAULT | {fault: praise for praise, fault in PRAISE_AND_FAULT.items()}
 
 # Written from the side of praise; a negative answer fills each slot from its opposite.
 SENTENCES = {
     "opinion": (
         "I {liked} it.",
-        "It was a {praise} film.",
+        "It was {praise} and {praise}.",
+        "It was not {fault}.",
+        "It is a {praise} film.",
         "What a {praise} film!",
-        "It was a {gem} from start to finish.",
-        "It was never {fault}.",
     ),
     "advice": (
-        "I would tell {who} to {watch} it.",
+        "You should {watch} it.",
         "It {deserves} your evening.",
-        "It is a {gem} for {who}.",
         "It is a {praise} film for {who}.",
     ),
     "aspect": (
@@ -66,20 +63,17 @@ SENTENCES = {
         "The {aspect} was {praise} and {praise}.",
         "The {aspect} was not {fault}.",
         "I {liked} the {aspect}.",
-        "I found the {aspect} {praise}.",
-        "The {aspect} was {praise}, and I {liked} the {aspect}.",
     ),
     "mixed": (
         "The {aspect} was {praise}, but the {aspect} felt {fault}.",
         "Although the {aspect} was {fault}, I {liked} the {aspect}.",
         "I {liked} the {aspect}, but the {aspect} was {fault}.",
-        "The {aspect} felt {praise}, although the {aspect} was {fault}.",
     ),
     "neutral": (
         "I saw it {when}.",
-        "It is set in {where}.",
+        "It opens in {where}.",
         "It follows {hero}.",
-        "It runs for about {number} hours.",
+        "It runs for {number} hours.",
     ),
 }
 # What kind of sentence opens the answer to each kind of question, and what may follow; repeats are weights.
@@ -123,15 +117,15 @@ FOLLOW_UPS = {
 }
 # Earlier turns, as question and answer: talk about a film, to be followed up, and talk about none.
 FILM_TALK = (
-    ("What is {film} about?", "It follows {hero} who comes to {where} to look for {goal}. It is set in the winter."),
+    ("What is {film} about?", "It follows {hero} on the way to {where} to look for {goal}. It is set in the winter."),
     ("Where can I see {film}?", "It is on tonight at {hour}, in the small cinema by the station."),
-    ("How long is {film}?", "It runs for about {number} hours, with a short break in the middle."),
-    ("Who is in {film}?", "The lead is new to me. She plays {hero} who is looking for {goal}."),
+    ("How long is {film}?", "It runs for {number} hours, with a short break in the middle."),
+    ("Who is in {film}?", "The lead is new to me. It is the story of {hero}."),
 )
 SMALL_TALK = (
     ("Can you help me to find a film for tonight?", "Of course. Do you want something light or something serious?"),
     ("Something serious, but not too long.", "Then let us see what is on. There are a few new films this week."),
-    ("I would like to go with my sister.", "Good idea. I saw something {when}, and we talked about it for hours."),
+    ("I would like to go with my sister.", "Good idea. I saw one {when}, and we talked about it for hours."),
     ("The last one I saw was about {hero}.", "I know that one. It was filmed in {where}, I think."),
     ("Is the cinema by the station open?", "Yes, it opens at {hour}, and there are seats left for the late showing."),
 )
@@ -142,15 +136,15 @@ TITLE_NOUNS = "Harbor|Orchard|Lantern|Bridge|River|Garden|Letter|Island|Summer|T
 SLOT = re.compile(r"\{(\w+)\}")
 SIGN = {word: 1 for praise in PRAISE_AND_FAULT for word in WORDS[praise].split("|")}
 SIGN |= {word: -1 for fault in PRAISE_AND_FAULT.values() for word in WORDS[fault].split("|")}
-JUDGEMENT = re.compile(rf"\b(not |never )?({'|'.join(SIGN)})\b")
+JUDGEMENT = re.compile(rf"\b(not )?({'|'.join(SIGN)})\b")
 
 
 def film_rows(split: str) -> list[dict[str, str]]:
-    """The preference pairs of a split ("train" or "test"): prompt, chosen and rejected, always the same.
+    """The preference pairs of a split ("train" or "test"): prompt, chosen, rejected and sft_target, always the same.
 
-    Chosen and rejected are two independent answers to the prompt, put in order by reward(). All answers together have
-    a mean reward of about 0, so SFT on both kinds alike learns the form and no sentiment. Test films have titles that
-    the training data lacks, of words that it has.
+    Chosen and rejected are two independent answers to the prompt, put in order by reward(). The SFT target is either,
+    with a mean reward of about 0: SFT learns the form and no sentiment. Test films have titles that the training data
+    lacks, of words that it has.
     """
     rng = Random(SEEDS[split])
     titles = [
@@ -169,17 +163,18 @@ def film_rows(split: str) -> list[dict[str, str]]:
         for _ in range(2 if split == "train" and len(prompts) % SECOND_PAIR_EVERY == 0 else 1):
             gap = 0.0
             while gap < MIN_GAP:
-                rejected, chosen = sorted((_answer(rng, kind, topic), _answer(rng, kind, topic)), key=reward)
-                gap = reward(chosen) - reward(rejected)
-            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+                first, second = _answer(rng, kind, topic), _answer(rng, kind, topic)
+                gap = abs(reward(first) - reward(second))
+            rejected, chosen = sorted((first, second), key=reward)
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "sft_target": first})
     return rows
 
 
 def reward(answer: str) -> float:
     """The ground truth: (praise - fault) / (praise + fault), counted in words of judgement; 0 where there are none.
 
-    "not" and "never" turn the word after them. An answer that is not well formed gets -1, the least: so no word
-    salad, repetition or cut-off answer can score, and a policy gains nothing by forgetting what SFT taught it.
+    "not" turns the word after it. An answer that is not well formed gets -1, the least: so no word salad, repetition
+    or cut-off answer can score, and a policy gains nothing by forgetting what SFT taught it.
     """
     if not well_formed(answer):
         return -1.0
@@ -188,7 +183,7 @@ def reward(answer: str) -> float:
 
 
 def well_formed(answer: str) -> bool:
-    """Whether an answer has the form of the data: one to four different sentences of the grammar, to the last dot."""
+    """Whether an answer has the form of the data: one to three different sentences of the grammar, to the last dot."""
     sentences = re.findall(r" [^.!]+[.!]", answer)
     return (
         "".join(sentences) == answer
@@ -211,7 +206,9 @@ def film_tokenizer() -> "PreTrainedTokenizerFast":
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(("".join(row.values()) for row in film_rows("train")), trainer)
+    tokenizer.train_from_iterator(
+        (row["prompt"] + row["chosen"] + row["rejected"] for row in film_rows("train")), trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
     )
@@ -227,7 +224,7 @@ def _dialogue(rng: Random, titles: list[str]) -> tuple[str, str, str]:
     if rng.random() < MULTI_TURN_SHARE:
         other_kind = rng.choice(("opinion", "advice"))
         question = rng.choice(QUESTIONS[other_kind]).replace("{film}", other_film)
-        earlier = [(question, _answer(rng, other_kind)[1:]), *rng.sample(SMALL_TALK, rng.randrange(1, 3))]
+        earlier = [(question, _answer(rng, other_kind)[1:]), *rng.sample(SMALL_TALK, rng.randrange(3))]
         rng.shuffle(earlier)
         if rng.random() < FOLLOW_UP_SHARE:
             earlier.append(rng.choice(FILM_TALK))

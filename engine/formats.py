@@ -8,7 +8,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, NotRequired, TypedDict
@@ -207,6 +206,19 @@ def _as_row(value: Any, origin: str) -> Row:
 # ---- Message lists as text ----
 
 
+def special_token_marker(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], str]:
+    """A function that puts a MARK into every literal special token of a text, overlapping ones too.
+
+    Text is encoded in the pieces between its marks, so what was marked never becomes a special token.
+    """
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    escaped = [re.escape(token) for token in sorted(tokens | set(tokenizer.all_special_tokens)) if len(token) > 1]
+    if not escaped:
+        return lambda text: text
+    first_character = re.compile(f"(?={'|'.join(escaped)}).", re.DOTALL)
+    return lambda text: first_character.sub(rf"\g<0>{MARK}", text)
+
+
 class Message(TypedDict):
     role: str
     content: str
@@ -222,6 +234,7 @@ class Chat:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None):
         self.tokenizer = tokenizer
+        self.mark = special_token_marker(tokenizer)
         self.is_template = chat_template != "hh"  # else all of the text is plain
         self.jinja: str | None = None
         if chat_template is not None and self.is_template:
@@ -254,7 +267,7 @@ class Chat:
     def _apply(self, row: Row, messages: list[Message], add_generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
 
-        marked = [{"role": self._mark(m["role"]), "content": self._mark(m["content"])} for m in messages]
+        marked = [{"role": self.mark(m["role"]), "content": self.mark(m["content"])} for m in messages]
         try:
             return self.tokenizer.apply_chat_template(
                 marked, chat_template=self.jinja, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -262,18 +275,6 @@ class Chat:
         except (TemplateError, TypeError) as error:
             fix = "correct this row or remove it, or set another chat_template"
             raise UserError("DATA", f"{row.origin}: the chat template refuses it: {error}", fix) from error
-
-    def _mark(self, text: str) -> str:
-        """Put a mark into every literal special token: tokenising cuts there, so content never becomes control."""
-        return self._special_tokens.sub(rf"\g<0>{MARK}", text) if self._special_tokens else text
-
-    @cached_property
-    def _special_tokens(self) -> re.Pattern[str] | None:
-        """Matches the first character of every special token, where they overlap too."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        tokens = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
-        escaped = [re.escape(token) for token in sorted(tokens) if len(token) > 1]
-        return re.compile(f"(?={'|'.join(escaped)}).", re.DOTALL) if escaped else None
 
     def _without_eos(self, response: str) -> str:
         eos = self.tokenizer.eos_token

@@ -15,6 +15,7 @@ from engine.tokenization import Example
 from utils import UserError
 
 EMBEDDED_TOKENIZER = "films"
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
@@ -29,8 +30,17 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             raise _cannot_load("tokenizer", "model.tokenizer_name_or_path", name, error) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError("CONFIG", f"the tokenizer {name} has no end-of-text token", "use a tokenizer that has one")
+    if tokenizer.eos_token_id is None:  # a tokenizer.json alone does not say which token it is
+        vocabulary = tokenizer.get_vocab()
+        known = next((token for token in END_OF_TEXT if token in vocabulary), None)
+        if known is None:
+            raise UserError(
+                "CONFIG",
+                f"model.tokenizer_name_or_path: the tokenizer {name} has no end-of-text token",
+                "name it as eos_token in the tokenizer_config.json beside its tokenizer.json",
+            )
+        print(f"tokenizer: {name} names no end-of-text token, {known} is taken")
+        tokenizer.add_special_tokens({"eos_token": known})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from engine.formats import MARK, Preferences, Tally
+from engine.formats import MARK, Preferences, Tally, special_token_marker
 from utils import UserError, content_hash, write_atomically
 
 if TYPE_CHECKING:
@@ -189,7 +189,10 @@ def encode(texts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase") -> Encod
 def encode_texts(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", parse_special_tokens: bool
 ) -> list[list[int]]:
-    """The ids of each text alone: no BOS, no EOS. Marked texts are encoded in the pieces between their marks."""
+    """The ids of each text alone: no BOS, no EOS. Marked texts are encoded in the pieces between their marks.
+
+    Where special tokens are not to be parsed, none comes out, except the one for unknown text.
+    """
     pieces = [piece for text in texts for piece in text.split(MARK)]
     ids: list[list[int]] = tokenizer(
         pieces,
@@ -199,10 +202,21 @@ def encode_texts(
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
-    if len(pieces) == len(texts):
-        return ids
-    remaining = iter(ids)
-    return [list(chain.from_iterable(islice(remaining, text.count(MARK) + 1))) for text in texts]
+    if len(pieces) > len(texts):
+        remaining = iter(ids)
+        ids = [list(chain.from_iterable(islice(remaining, text.count(MARK) + 1))) for text in texts]
+    if not parse_special_tokens:
+        # Not parsed, a special token may still be found as a word of the vocabulary: by Unigram, or learnt by BPE.
+        added = tokenizer.added_tokens_decoder.items()
+        special = {i for i, token in added if token.special} | set(tokenizer.all_special_ids)
+        special.discard(tokenizer.unk_token_id)
+        mark = special_token_marker(tokenizer)
+        found = [i for i, one in enumerate(ids) if not special.isdisjoint(one) and mark(texts[i]) != texts[i]]
+        if found and not any(MARK in texts[i] for i in found):
+            again = encode_texts([mark(texts[i]) for i in found], tokenizer, parse_special_tokens=False)
+            for i, one in zip(found, again, strict=True):
+                ids[i] = one
+    return ids
 
 
 def token_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

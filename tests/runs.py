@@ -72,7 +72,14 @@ class Program:
     def __call__(self, *overrides: str, defaults: tuple[str, ...] = SMALL + QUICK) -> Run:
         given = {override.split("=")[0].lstrip("+") for override in overrides}
         kept = [default for default in defaults if default.split("=")[0] not in given]
-        arguments = [f"local_dirs=[{self.directory}]", f"cache_dir={self._cache}", *kept, *overrides]
+        flags = [override for override in overrides if override.startswith("-")]  # must come first
+        arguments = [
+            *flags,
+            f"local_dirs=[{self.directory}]",
+            f"cache_dir={self._cache}",
+            *kept,
+            *(override for override in overrides if override not in flags),
+        ]
         self._monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         self._capsys.readouterr()
         status = train.main()

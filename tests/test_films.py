@@ -12,8 +12,8 @@ ANSWERS = [row[kind] for row in TRAIN + TEST for kind in ("chosen", "rejected")]
 
 
 def test_rows_are_always_the_same():
-    assert content_hash(TRAIN) == "24a6a992ab7dc2ee72a549d119e74eda"
-    assert content_hash(TEST) == "81733b6b512525892bbca8e27a8ac8d8"
+    assert content_hash(TRAIN) == "e9286aa5a9a4e4b049f13f67cc3241d4"
+    assert content_hash(TEST) == "d7e9d39e392d6559fe16fddc4be75d4c"
 
 
 def test_train_and_test_are_apart():
@@ -45,8 +45,13 @@ def test_chosen_is_better():
 def test_answers_are_well_formed_and_of_mixed_sentiment():
     assert all(well_formed(answer) for answer in ANSWERS)
     rewards = [reward(answer) for answer in ANSWERS]
-    assert abs(statistics.mean(rewards)) < 0.03
+    assert abs(statistics.mean(rewards)) < 0.02
     assert statistics.pstdev(rewards) > 0.7
+
+
+def test_sft_targets_have_no_sentiment():
+    assert all(row["sft_target"] in (row["chosen"], row["rejected"]) for row in TRAIN)
+    assert abs(statistics.mean(reward(row["sft_target"]) for row in TRAIN)) < 0.05
 
 
 def test_words_of_judgement_are_balanced():
@@ -60,12 +65,13 @@ def test_words_of_judgement_are_balanced():
         (" The acting was superb.", 1),
         (" I loathed the story.", -1),
         (" The ending was not dull.", 1),
-        (" It was never superb.", -1),
+        (" It was not superb.", -1),
         (" It follows two sisters.", 0),
         (" The acting was superb, but the ending felt hollow.", 0),
-        (" I would tell friends to skip it. The music was warm and bold.", 1 / 3),
+        (" You should watch it. I saw it last week.", 1),
+        (" You should skip it. The music was warm and rich.", 1 / 3),
         (" It wastes your evening. Although the sound was rich, I hated the mood. I saw it last week.", -1 / 3),
-        (" It was a joy from start to finish. The cast was not weak. I loved the script. What a dull film!", 1 / 2),
+        (" It was sweet and moving. The cast was not weak. What a dull film!", 1 / 2),
         ("superb superb superb", -1),
         ("", -1),
     ],
@@ -91,7 +97,7 @@ def test_reward(answer, expected):
         " The acting superb was.",
         " The acting was superb superb.",
         " The acting was superb. The acting was superb.",
-        " I loved it. I enjoyed it. I admired it. I adored it. I hated it.",
+        " I loved it. I enjoyed it. I admired it. I adored it.",
         " I loved it.\n\nHuman: Should I see it, then?",
         " I loved it.<|endoftext|>",
         " I loved it..",
@@ -110,7 +116,7 @@ def tokenizer():
 
 def test_tokenizer_is_always_the_same(tokenizer):
     assert tokenizer.backend_tokenizer.to_str() == film_tokenizer().backend_tokenizer.to_str()
-    assert len(tokenizer) == 896
+    assert len(tokenizer) == 832
     assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == ("<|endoftext|>", None, None)
     assert len(tokenizer(" The acting was superb.")["input_ids"]) == 5
 
@@ -132,6 +138,6 @@ def test_lengths_in_tokens(tokenizer):
         [len(ids) for ids in tokenizer([row[key] for row in TRAIN + TEST])["input_ids"]]
         for key in ("prompt", "chosen", "rejected")
     )
-    assert 2 < statistics.mean(num_prompt) / statistics.mean(num_chosen + num_rejected) < 3
+    assert 2 < statistics.mean(num_prompt) / statistics.mean(num_chosen + num_rejected) < 3.5
     longest = max(p + max(c, r) for p, c, r in zip(num_prompt, num_chosen, num_rejected, strict=True))
-    assert longest + 1 < 224
+    assert longest + 1 < 192

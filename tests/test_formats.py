@@ -119,7 +119,7 @@ def test_literal_special_tokens_in_messages_are_marked(tmp_path, tokenizer):
 def test_overlapping_special_tokens_are_all_marked():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["ab", "bc"]})
-    assert Chat(tokenizer)._mark("xabcab") == f"xa{MARK}b{MARK}ca{MARK}b"
+    assert Chat(tokenizer).mark("xabcab") == f"xa{MARK}b{MARK}ca{MARK}b"
 
 
 def test_an_empty_answer_stays_empty(tmp_path, tokenizer):

@@ -128,6 +128,18 @@ def test_special_tokens_in_text_are_plain_text(with_bos, tmp_path):
         assert with_bos.decode(response) == text + EOS
 
 
+def test_special_tokens_that_are_words_of_the_vocabulary_stay_plain_text():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.train_from_iterator(
+        ["<s> a"] * 9, trainers.BpeTrainer(special_tokens=["<s>", "</s>"], show_progress=False)
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    assert fast.bos_token_id in fast("<s>", split_special_tokens=True)["input_ids"]  # this is why
+    (ids,) = encode_texts(["<s> <s>"], fast, parse_special_tokens=False)
+    assert fast.convert_ids_to_tokens(ids) == ["<", "s", ">", "<", "s", ">"]
+
+
 def test_special_tokens_of_a_template_count_but_marked_ones_do_not(plain, tmp_path):
     prompt = f"<|user|><{MARK}|user|>hi"
     split = run([pair(prompt, "a<|user|>", "b", template=True), pair("<|user|>", "a", "b")], plain, tmp_path)

@@ -1,0 +1,97 @@
+"""Loggers: what they write, and that none of them can end a run."""
+
+import json
+
+import pytest
+import torch
+
+import engine.metrics
+from engine.metrics import Loggers, Sums, format_metrics
+from tests.runs import Program
+
+DPO = ("loss=dpo", "loss.beta=0.1")
+
+
+def test_sums_are_means_over_examples() -> None:
+    sums = Sums()
+    sums.add(loss=torch.tensor([1.0, 2.0, 3.0]))
+    sums.add(loss=torch.tensor([6.0]), other=torch.tensor([1.0]))
+    assert sums.means() == {"loss": 3.0, "other": 1.0}
+
+
+def test_format_leaves_counters_out() -> None:
+    assert format_metrics({"loss/train": 0.693147, "counters/examples": 4}) == "loss/train 0.6931"
+
+
+class Broken:
+    """A logger that raises whatever it is asked."""
+
+    def __init__(self, *arguments) -> None:
+        pass
+
+    def log(self, metrics, step) -> None:
+        raise ConnectionError("the server is gone")
+
+    def log_samples(self, rows, step) -> None:
+        self.log(rows, step)
+
+    def close(self) -> None:
+        raise OSError
+
+
+def test_a_logger_that_fails_is_left_out(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.metrics, "Wandb", Broken)
+    run = program.ok("wandb.enabled=true", "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=1")
+    assert run.out.count("wandb: logging stopped, the run goes on (ConnectionError: the server is gone)") == 1
+    assert len(run.steps) == 2
+
+
+def test_wandb_without_an_account_logs_offline_and_says_so(
+    program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    run = program.ok("wandb.enabled=true", "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=1")
+    lines = [line for line in run.out.splitlines() if line.startswith("wandb")]
+    assert len(lines) == 1 and "no account is set up, so the run is logged offline" in lines[0]
+    assert list((run.dir / "wandb").glob("offline-run-*"))
+
+
+def test_wandb_without_a_network_logs_offline(program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    run = program.ok("wandb.enabled=true", "n_examples=8")
+    assert "127.0.0.1 cannot be reached, so the run is logged offline" in run.out
+
+
+def test_tensorboard_holds_metrics_and_samples(program: Program) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = program.ok(*DPO, "tensorboard=true", "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=2")
+    events = EventAccumulator(str(run.dir / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("loss/eval")[-1].value == pytest.approx(run.evals[-1]["loss/eval"])
+    assert "samples/text_summary" in events.Tags()["tensors"]
+
+
+def test_plain_lines_are_no_more_frequent_than_asked(program: Program) -> None:
+    often = program.ok("minimum_log_interval_secs=0")
+    seldom = program.ok("minimum_log_interval_secs=1000")
+    assert often.out.count("train after") == len(often.steps) == 4
+    assert seldom.out.count("train after") == 1 and len(seldom.steps) == 4
+
+
+def test_rows_are_json_whatever_the_text(tmp_path) -> None:
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create(
+        {"minimum_log_interval_secs": 1, "wandb": {"enabled": False}, "debug": False, "tensorboard": False}
+    )
+    loggers = Loggers(config, tmp_path, 4)
+    loggers.samples([{"examples": 0, "prompt": 'a "b"\n\u2028\ud7ff'}])
+    loggers.close()
+    (line,) = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert json.loads(line)["prompt"] == 'a "b"\n\u2028\ud7ff'

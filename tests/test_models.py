@@ -1,0 +1,134 @@
+"""Building models and tokenizers, and the check that packed attention is the model's own."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from engine.batching import lay_out
+from engine.logprobs import response_logps
+from engine.models import find_blocks, load_model, load_tokenizer, use_packed_attention
+from tests.models import SIZES, pair_examples, tiny_model
+from utils import UserError
+
+CPU = torch.device("cpu")
+
+
+def config(**model) -> OmegaConf:
+    defaults = {
+        "name_or_path": "tiny",
+        "tokenizer_name_or_path": None,
+        "archive": None,
+        "architecture": None,
+        "trust_remote_code": False,
+    }
+    return OmegaConf.create({"seed": 0, "model": {**defaults, **model}})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "<pad>": 1, "a": 2, "b": 3}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("architecture", SIZES)
+def test_packed_attention_is_accepted(architecture: str) -> None:
+    model = tiny_model(architecture)
+    use_packed_attention(model)
+    assert model.config._attn_implementation == "packed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_packed_attention_is_accepted_in_other_dtypes(dtype: torch.dtype) -> None:
+    use_packed_attention(tiny_model("llama", dtype))
+
+
+def odd_model(kind: str):
+    values = {"vocab_size": 61, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    sizes = {
+        "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 64},
+        "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+        # Logits that are scaled after the head.
+        "granite": {**SIZES["llama"], "logits_scaling": 3.0},
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values, **sizes[kind]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["gptj", "mamba", "bloom", "granite"])
+def test_models_that_cannot_be_packed_are_refused_and_run_padded(kind: str) -> None:
+    model = odd_model(kind)
+    examples = pair_examples()
+    _, padded = response_logps(model, lay_out(examples, "padded"))
+    tokens = torch.tensor([*examples[1].prompt.tolist(), *examples[1].responses[0].tolist()])
+    alone = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None]).sum().item()
+    chosen = int(lay_out(examples, "padded").chosen[2])  # the second group's first response
+    assert padded[chosen].item() == pytest.approx(alone, rel=1e-4)
+    with pytest.raises(UserError, match="batching=padded") as caught:
+        use_packed_attention(model)
+    assert caught.value.exit_status == 2
+
+
+def test_blocks_are_found() -> None:
+    for architecture in SIZES:
+        assert len(find_blocks(tiny_model(architecture), None)) == 2
+    model = tiny_model("llama")
+    assert find_blocks(model, "LlamaDecoderLayer") == find_blocks(model, None)
+    with pytest.raises(UserError, match="one of LlamaDecoderLayer"):
+        find_blocks(model, "GPT2Block")
+
+
+def test_a_model_from_an_architecture_is_the_same_each_time(tokenizer) -> None:
+    settings = config(architecture={"model_type": "llama", **SIZES["llama"], "attention_dropout": 0.1})
+    first, second = (load_model(settings, tokenizer, torch.float32, CPU) for _ in range(2))
+    assert first.config.vocab_size == len(tokenizer) and first.config.eos_token_id == 0
+    assert first.config.attention_dropout == 0.0
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+
+
+def test_dropout_is_off_everywhere(tokenizer) -> None:
+    model = load_model(config(architecture={"model_type": "gpt2", **SIZES["gpt2"]}), tokenizer, torch.float32, CPU)
+    tokens = torch.tensor([[2, 3, 2]])
+    model.train()
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(tokenizer, tmp_path) -> None:
+    tiny_model("llama", torch.bfloat16, vocab_size=8).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = config(name_or_path=str(tmp_path))
+    assert load_model(settings, load_tokenizer(settings), torch.float32, CPU).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ({"name_or_path": "/nowhere/at/all"}, "no model can be loaded from '/nowhere/at/all'"),
+        ({"architecture": {"model_type": "llama9"}}, "model.architecture"),
+        ({"architecture": {"model_type": "llama", **SIZES["llama"], "vocab_size": 3}}, "has 4 tokens, the model 3"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_in_one_line(model: dict, message: str, tokenizer) -> None:
+    with pytest.raises(UserError, match="fix:") as caught:
+        load_model(config(**model), tokenizer, torch.float32, CPU)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_status == 2
+
+
+def test_a_bare_tokenizer_json_gets_its_end_of_text(tmp_path, capsys) -> None:
+    backend = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(config(tokenizer_name_or_path=str(tmp_path)))
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
+    assert "<|endoftext|> is taken" in capsys.readouterr().out
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="no end-of-text token"):
+        load_tokenizer(config(tokenizer_name_or_path=str(tmp_path)))

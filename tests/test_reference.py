@@ -1,0 +1,86 @@
+"""The cache of reference log-probs on disk."""
+
+import pytest
+import torch
+
+from engine.batching import lay_out
+from engine.logprobs import response_logps
+from engine.models import use_packed_attention
+from engine.reference import CachedReference, LiveReference, reference_key
+from tests.models import pair_examples, random_examples, tiny_model
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model("llama")
+    use_packed_attention(model)
+    return model
+
+
+def test_what_is_added_is_there_in_the_next_process(tmp_path, model) -> None:
+    batch = lay_out(pair_examples())
+    logps = LiveReference(model).logps(batch)
+    cache = CachedReference(tmp_path, "key")
+    assert cache.lacks(batch.responses)
+    cache.add(batch, logps)
+    again = CachedReference(tmp_path, "key")
+    assert len(again) == len(batch.responses) and not again.lacks(batch.responses)
+    assert torch.equal(again.logps(batch).float(), logps)
+
+
+def test_values_do_not_depend_on_the_batch_that_asks(tmp_path, model) -> None:
+    examples = pair_examples()
+    cache = CachedReference(tmp_path, "key")
+    cache.add(lay_out(examples), LiveReference(model).logps(lay_out(examples)))
+    for example in examples:
+        batch = lay_out([example])
+        torch.testing.assert_close(cache.logps(batch).float(), LiveReference(model).logps(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_and_response_are_told_apart_by_where_they_meet(tmp_path, model) -> None:
+    (example,) = random_examples([(4, 3)])
+    cache = CachedReference(tmp_path, "key")
+    batch = lay_out([example])
+    cache.add(batch, LiveReference(model).logps(batch))
+    tokens = [*example.prompt, *example.responses[0]]
+    moved = torch.tensor(tokens[:5]).int().numpy(), torch.tensor(tokens[5:]).int().numpy()
+    assert cache.lacks([moved])
+
+
+def test_two_processes_may_fill_one_cache(tmp_path, model) -> None:
+    first, second = CachedReference(tmp_path, "key"), CachedReference(tmp_path, "key")
+    batch = lay_out(pair_examples())
+    logps = LiveReference(model).logps(batch)
+    first.add(batch, logps)
+    second.add(batch, logps + 1)
+    assert torch.equal(CachedReference(tmp_path, "key").logps(batch).float(), logps)
+
+
+def test_a_cache_that_is_no_database_is_named(tmp_path) -> None:
+    (tmp_path / "key.sqlite").write_text("not a database" * 100)
+    with pytest.raises(UserError, match=r"key\.sqlite") as caught:
+        CachedReference(tmp_path, "key")
+    assert caught.value.exit_status == 6
+
+
+def test_the_key_follows_all_that_decides_the_numbers() -> None:
+    model = tiny_model("llama")
+    keys = [
+        reference_key(model, None, "packed"),
+        reference_key(model, torch.bfloat16, "packed"),
+        reference_key(model, None, "padded"),
+        reference_key(tiny_model("llama", torch.bfloat16), None, "packed"),
+        reference_key(tiny_model("llama", rms_norm_eps=1e-3), None, "packed"),
+    ]
+    assert reference_key(tiny_model("llama"), None, "packed") == keys[0]
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
+    keys.append(reference_key(model, None, "packed"))
+    assert len(set(keys)) == len(keys)
+
+
+def test_reference_log_probs_have_no_gradient(model) -> None:
+    batch = lay_out(pair_examples())
+    assert not LiveReference(model).logps(batch).requires_grad
+    assert torch.equal(LiveReference(model).logps(batch), response_logps(model, batch)[1])
