@@ -7,6 +7,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine.films import well_formed  # noqa: E402  found through the line above
+
 EVAL = ["n_eval_examples=512", "n_eval_model_samples=256", "eval_batch_size=256"]
 BOTH = ["optimizer=AdamW", "batch_size=16", "warmup_steps=20", "lr_schedule=linear"]
 SFT = ["loss=sft", "lr=3e-3", "n_epochs=4"]
@@ -40,10 +44,12 @@ def main() -> None:
     evaluations = [row for row in read(dpo / "metrics.jsonl") if "loss/eval" in row]
     before, after = evaluations[0], evaluations[-1]
     rows = [row for row in read(dpo / "samples.jsonl") if row["examples"] == after["counters/examples"]]
-    print(f"\nWhat DPO gained, on {len(rows)} held-out prompts and {512} held-out pairs:\n")
+    forms = {who: sum(well_formed(row[who]) for row in rows) / len(rows) for who in ("reference", "policy")}
+    print(f"\nWhat DPO gained, on {len(rows)} held-out prompts and 512 held-out pairs:\n")
     print(f"  reward accuracy of the policy   {after['rewards_eval/accuracies']:.3f}   (0.5 is chance)")
     print(f"  ground-truth reward, SFT        {before['ground_truth/policy']:+.3f}   (the range is -1 to +1)")
     print(f"  ground-truth reward, DPO        {after['ground_truth/policy']:+.3f}")
+    print(f"  well-formed answers, SFT / DPO  {forms['reference']:.3f} / {forms['policy']:.3f}")
     print(f"  win rate of DPO over SFT        {after['ground_truth/win_rate']:.3f}   (ties count as half)")
     print(f"  KL to the SFT model             {after['kl_eval']:.2f}    nats per answer")
     for row in rows[:4]:

@@ -136,10 +136,10 @@ def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
             model, info = AutoModelForCausalLM.from_pretrained(archive, output_loading_info=True, **kwargs)
         else:
             state = torch.load(archive, map_location="cpu", weights_only=True, mmap=True)["state"]
-            del kwargs["trust_remote_code"]  # settled when the config was read; there is no repository here
-            model, info = AutoModelForCausalLM.from_pretrained(
-                None, state_dict=state, output_loading_info=True, **kwargs
-            )
+            with torch.device("meta"):  # without a name, only the model's own class loads weights
+                trusted = kwargs.pop("trust_remote_code")
+                own = type(AutoModelForCausalLM.from_config(kwargs["config"], trust_remote_code=trusted))
+            model, info = own.from_pretrained(None, state_dict=state, output_loading_info=True, **kwargs)
     except Exception as error:  # a damaged file raises nearly anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError("CHECKPOINT", f"model.archive: cannot load {archive}: {reason}", fix) from error

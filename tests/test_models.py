@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -15,7 +15,7 @@ from utils import UserError
 CPU = torch.device("cpu")
 
 
-def config(**model) -> OmegaConf:
+def config(**model) -> DictConfig:
     defaults = {
         "name_or_path": "tiny",
         "tokenizer_name_or_path": None,

@@ -21,7 +21,7 @@ def sample(model, prompts, seed=0, batch_size=3, max_new_tokens=6):
         prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        seed=seed,  # type: ignore[arg-type]
+        seed=seed,
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line as users have it: a process of its own, its exit status, its last line, and the README's commands."""
+"""The command line as users have it: in a process, its exit status, its last line, and the README's commands."""
 
 import json
 import os

@@ -47,7 +47,9 @@ def test_learning_rates(program: Program, schedule: str, expected: list[float]) 
     assert [row["learning_rate"] for row in run.steps] == pytest.approx([3e-4 * factor for factor in expected])
 
 
-@pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam"])
+@pytest.mark.parametrize(
+    "optimizer", ["RMSprop", "AdamW", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Adafactor"]
+)
 def test_every_optimizer_learns_and_resumes(program: Program, optimizer: str) -> None:
     run = program.ok(
         f"optimizer={optimizer}", f"local_run_dir={program.directory / 'a'}", "save_every=8", "n_eval_examples=2"
@@ -162,10 +164,13 @@ def test_activation_checkpointing_changes_nothing(program: Program) -> None:
 
 
 def test_sft_weight_adds_the_mean_nll_of_the_chosen(program: Program) -> None:
-    plain = program.ok(*DPO, "n_examples=4")
-    weighted = program.ok(*DPO, "n_examples=4", "loss.sft_weight=0.5")
-    average = program.ok("loss=sft", "loss.average_log_prob=true", "n_examples=4")
-    # SFT and DPO evaluate the same chosen responses where every prompt has one pair.
+    path = program.directory / "pairs.jsonl"  # one pair per prompt, so SFT and DPO evaluate the same responses
+    rows = [{"prompt": f"Is {n} even?", "chosen": f" It is {n}.", "rejected": " No."} for n in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    common = (f"datasets=[{path}]", "test_fraction=0.25", "n_examples=4")
+    plain = program.ok(*DPO, *common)
+    weighted = program.ok(*DPO, *common, "loss.sft_weight=0.5")
+    average = program.ok("loss=sft", "loss.average_log_prob=true", *common)
     difference = weighted.evals[0]["loss/eval"] - plain.evals[0]["loss/eval"]
     assert difference == pytest.approx(0.5 * average.evals[0]["loss/eval"], rel=1e-5)
 
@@ -174,9 +179,9 @@ def test_average_log_prob_divides_by_the_tokens(program: Program) -> None:
     total = program.ok("loss=ipo", "loss.beta=0.1", "n_examples=4")
     average = program.ok("loss=ipo", "loss.beta=0.1", "n_examples=4", "loss.average_log_prob=true")
     assert total.evals[0]["loss/eval"] == average.evals[0]["loss/eval"] == pytest.approx(25)  # (0 - 1/(2 beta))^2
-    vocabulary = 896  # random weights give every token about the same probability
+    vocabulary = 832  # random weights give every token about the same probability
     assert average.evals[0]["logps_eval/chosen"] == pytest.approx(-math.log(vocabulary), rel=0.02)
-    assert total.evals[0]["logps_eval/chosen"] < -100
+    assert total.evals[0]["logps_eval/chosen"] < -50
 
 
 def test_tensorboard(program: Program) -> None:
