@@ -340,7 +340,7 @@ def load_split(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split
             continue  # no evaluation, as asked
         if not preferences:
             problem = f"datasets: {name} has no {split} rows{_dropped(tally)}"
-            raise UserError("DATA", problem, "add rows, or for a file without a test split raise test_fraction")
+            raise UserError("DATA", problem, "add rows; test_fraction=0 trains without an evaluation")
         data.append((preferences, mode))
     result = tokenize(
         data,

@@ -1,28 +1,37 @@
 """Train a language model on preference data: python train.py loss=dpo loss.beta=0.1 (see README.md)."""
 
+import contextlib
+import errno
 import os
 import sys
 import traceback
 from datetime import datetime
 from pathlib import Path
+from urllib.request import getproxies
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from engine.validation import explain_hydra_error, validate_config
-from utils import UserError, local_dir, write_atomically
+from utils import UserError, is_out_of_memory, is_reachable, local_dir, write_atomically
 
 
 def run(config: DictConfig) -> None:
     """One training run: validate, resolve names, load data and models, train. Heavy imports wait for a valid config."""
     validate_config(config)
     derive_names(config)
+    if not reaches_hub(config):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before libraries are imported that read it, and would try for a minute
+        print("the Hugging Face hub cannot be reached: models and data come from its local cache")
     run_dir, checkpoint = open_run_dir(config)
     try:
         train(config, run_dir, checkpoint)
-    except Exception as error:
-        (run_dir / "crash.log").write_text(traceback.format_exc())
-        raise as_user_error(error, run_dir) from error
+    except Exception:
+        with contextlib.suppress(OSError):
+            (run_dir / "crash.log").write_text(traceback.format_exc())
+        raise
     print(f"run_dir: {run_dir}", flush=True)
 
 
@@ -45,8 +54,8 @@ def derive_names(config: DictConfig) -> None:
 
 
 def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
-    """Make the run directory, write config.yaml, and find the checkpoint to resume from, if any."""
-    from engine.checkpoint import find_checkpoint
+    """Find the checkpoint to resume from, if any; then make the run directory and write config.yaml."""
+    from engine.checkpoint import check_settings, checkpoints, find_checkpoint, rewind
 
     run_dir = Path(config.local_run_dir)
     checkpoint = None
@@ -55,8 +64,20 @@ def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
         checkpoint = find_checkpoint(source)
         if checkpoint is None and config.resume != "auto":
             raise UserError("CHECKPOINT", f"resume: no checkpoint in {source}", "give a run directory or checkpoint")
-    resumes_here = checkpoint is not None and checkpoint.parent == run_dir.resolve()
-    if (run_dir / "metrics.jsonl").exists() and not resumes_here and config.resume != "auto":
+    holds_a_run = (run_dir / "metrics.jsonl").exists()
+    if checkpoint is not None:
+        check_settings(checkpoint, config)
+        if checkpoint.parent == run_dir.resolve() and checkpoint != checkpoints(run_dir.resolve())[-1]:
+            raise UserError(
+                "CONFIG",
+                f"resume: {run_dir} holds checkpoints after {checkpoint.name}",
+                f"resume={run_dir} to go on from the last one, or another local_run_dir to branch off",
+            )
+        holds_a_run &= checkpoint.parent != run_dir.resolve()
+    elif config.resume == "auto":  # stopped before its first checkpoint, so it starts anew
+        rewind(run_dir, {})
+        holds_a_run = False
+    if holds_a_run:
         raise UserError(
             "CONFIG", f"local_run_dir: {run_dir} holds a run", "resume=auto to continue it, or another local_run_dir"
         )
@@ -90,56 +111,76 @@ def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> None:
     trainer.train(checkpoint)
 
 
-def as_user_error(error: Exception, run_dir: Path) -> Exception:
-    """The one line that tells of an error; of one that is not the user's, where its traceback is."""
+def reaches_hub(config: DictConfig) -> bool:
+    """Whether the hub can be reached, or the run has no need of it, or the environment has settled it."""
+    names = [config.model.name_or_path, config.model.tokenizer_name_or_path]
+    if config.model.architecture is not None:
+        names = names[1:]
+    local = all(name is None or name == "films" or Path(name).exists() for name in names)
+    if local or os.environ.get("HF_HUB_OFFLINE") or getproxies().get("https"):
+        return True
+    return is_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+
+
+def as_user_error(error: Exception) -> UserError | None:
+    """What to tell the user of an error; None if it is the program's own."""
     if isinstance(error, UserError):
         return error
-    if "OutOfMemoryError" in type(error).__name__ or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         reason = str(error).splitlines()[0] if str(error) else "no details"
         return UserError(
             "MEMORY",
             f"out of memory ({reason})",
             "a smaller token_budget, activation_checkpointing=true, mixed_precision=bfloat16 or a smaller max_length",
         )
-    if isinstance(error, OSError) and error.errno in (28, 122):  # no space left, quota exceeded
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError("STORAGE", f"no room left to write ({error})", "make room, then continue with resume=")
-    return InternalError(f"error[INTERNAL] {type(error).__name__}: {error}; traceback in {run_dir / 'crash.log'}")
+    return None
 
 
-class InternalError(RuntimeError):
-    """An error of this program, not of its user."""
-
-
-@hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="config")
-def command(config: DictConfig) -> None:
-    """What the command line runs, once for each job of a sweep."""
-    # SystemExit passes through Hydra without a report of Hydra's own.
+def run_job(config: DictConfig) -> int:
+    """Run one job of the command line, print the error that ended it, and return its exit status."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        print(f"job {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", flush=True)
     try:
         run(config)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_status)
-    except InternalError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
+        return 0
+    except Exception as error:
+        user_error = as_user_error(error)
+        if user_error is not None:
+            print(user_error, file=sys.stderr)
+            return user_error.exit_status
+        log = Path(config.local_run_dir or ".", "crash.log")
+        where = f"traceback in {log}" if log.exists() else traceback.format_exc()
+        print(f"error[INTERNAL] {type(error).__name__}: {' '.join(str(error).split())}; {where}", file=sys.stderr)
+        return 1
 
 
 def main() -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line, a job or the jobs of a sweep; returns the exit status, of a sweep the first that failed."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors in the command line reach this function
+    OmegaConf.register_new_resolver("local_dir", lambda dirs: str(local_dir(dirs)), replace=True)
+    statuses: list[int] = []
+
+    @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="config")
+    def command(config: DictConfig) -> None:
+        statuses.append(run_job(config))
+
     try:
         command()
     except KeyboardInterrupt:
+        print("interrupted; resume= goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except SystemExit as exit:
+    except SystemExit as exit:  # of --help, or an option that Hydra does not have
         return int(exit.code or 0)
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("hydra", "omegaconf", "builtins"):
-            raise
+    except BrokenPipeError:  # of a pager that was closed
+        return 1
+    except Exception as error:  # of the command line: errors of the job do not get here
         user_error = explain_hydra_error(error)
         print(user_error, file=sys.stderr)
         return user_error.exit_status
-    return 0
+    return next((status for status in statuses if status), 0)
 
 
 if __name__ == "__main__":

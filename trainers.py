@@ -7,18 +7,19 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.batching import Microbatch, Part, cut, lay_out, num_fed_tokens, num_planned, plan_batches
-from engine.checkpoint import load_checkpoint, save_checkpoint, truncate_logs
+from engine.batching import Microbatch, Part, cut, lay_out, num_planned, plan_batches
+from engine.checkpoint import load_checkpoint, rewind, save_checkpoint
 from engine.logprobs import response_logps
 from engine.metrics import Loggers, Sums, peak_flops
 from engine.models import find_blocks, load_model, use_packed_attention
@@ -27,13 +28,6 @@ from engine.sampling import sample_responses
 from losses import LOSSES
 from preference_datasets import DATASETS, Example, Split
 from utils import UserError, content_hash
-
-# Keys that may change when a run is resumed: they do not change what is learned.
-FREE_ON_RESUME = {
-    "exp_name", "local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "debug", "wandb", "tensorboard",
-    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "num_processes", "compile", "do_first_eval",
-    "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
-}  # fmt: skip
 
 
 class BasicTrainer:
@@ -61,15 +55,7 @@ class BasicTrainer:
         self.num_train_examples = num_planned(len(self.train_examples), config.n_epochs, config.n_examples)
         self.num_updates = math.ceil(self.num_train_examples / config.batch_size)
         self.counters = {"examples": 0, "updates": 0}
-        print(
-            f"training on {self.num_train_examples:,} examples in {self.num_updates:,} steps of {config.batch_size}"
-            f" ({math.ceil(len(self.train_examples) / config.batch_size):,} an epoch),"
-            f" evaluating on {len(self.eval_examples):,}"
-            + (
-                f" (all there are; n_eval_examples={config.n_eval_examples})"
-                * (len(self.eval_examples) < config.n_eval_examples)
-            )
-        )
+        self.print_plan()
 
         self.loss = LOSSES[config.loss.name]
         own_keys = ("name", "average_log_prob", "sft_weight")
@@ -83,6 +69,18 @@ class BasicTrainer:
         self.reference = self.build_reference()
         self.prepare_policy()
         self.optimizer = getattr(torch.optim, config.optimizer)(self.policy.parameters(), lr=config.lr)
+
+    def print_plan(self) -> None:
+        """Say how long training will be, before anything heavy is loaded."""
+        config, num_eval = self.config, len(self.eval_examples)
+        per_epoch = math.ceil(len(self.train_examples) / config.batch_size)
+        plan = f"training on {self.num_train_examples:,} examples in {self.num_updates:,} steps of {config.batch_size}"
+        plan += f" ({per_epoch:,} an epoch), evaluating on {num_eval:,}"
+        if num_eval < config.n_eval_examples:
+            plan += f" (all there are; n_eval_examples={config.n_eval_examples})"
+        if config.n_examples is not None and self.num_train_examples < config.n_examples:
+            plan += f"; n_epochs={config.n_epochs} ends it before n_examples={config.n_examples}"
+        print(plan, flush=True)
 
     # ---- Models ----
 
@@ -117,7 +115,7 @@ class BasicTrainer:
             model = self.place_model(getattr(torch, config.model.reference_dtype))
         elif config.reference == "live":
             model = self.compiled(copy.deepcopy(self.policy))
-        if config.sample_during_eval:
+        if self.samples:
             self.reference_samples = self.sample(model)
         if model is not self.policy:
             model.requires_grad_(False)
@@ -132,13 +130,12 @@ class BasicTrainer:
 
     def fill(self, cached: CachedReference, live: LiveReference) -> None:
         """Compute what the cache lacks, in the microbatches of training, so that equal weights give equal numbers."""
-        microbatches = [
-            examples
-            for batches in (self.train_batches(), self.eval_batches())
-            for batch in batches
-            for examples in batch
-            if cached.lacks((example.prompt, response) for example in examples for response in example.responses)
-        ]
+        microbatches, planned, num_before = [], set[bytes](), len(cached)
+        for examples in (part for batch in chain(self.train_batches(), self.eval_batches()) for part in batch):
+            missing = cached.missing((example.prompt, answer) for example in examples for answer in example.responses)
+            if missing - planned:  # each later epoch asks for the same
+                microbatches.append(examples)
+                planned |= missing
         if not microbatches:
             print(f"reference: all log-probs are in {cached.path}")
             return
@@ -147,14 +144,16 @@ class BasicTrainer:
         for examples in tqdm(microbatches, desc="reference log-probs", unit="microbatch", disable=disable):
             batch = self.lay_out(examples)
             cached.add(batch, live.logps(batch))
-        print(f"reference: {len(cached)} log-probs in {cached.path}, {time.monotonic() - start:.1f} s")
+        seconds = time.monotonic() - start
+        print(f"reference: {len(cached) - num_before:,} log-probs computed in {seconds:.1f} s, kept in {cached.path}")
 
     def default_token_budget(self) -> int:
         """Tokens of a forward pass that fit in memory, at 34 bytes x hidden size x layers of activations a token."""
         if self.device.type == "cpu":
             return 16384
         shape = self.policy.config
-        state = 4 * sum(parameter.nbytes for parameter in self.policy.parameters())  # gradients, optimizer, updates
+        copies = 4 + (self.config.reference == "live")  # gradients, optimizer and its temporaries, reference
+        state = copies * sum(parameter.nbytes for parameter in self.policy.parameters())
         free = torch.cuda.mem_get_info(self.device)[0] - state
         layers = 1 if self.config.activation_checkpointing else shape.num_hidden_layers
         return max(1024, int(0.5 * free / (34 * shape.hidden_size * layers * 2)))
@@ -173,13 +172,13 @@ class BasicTrainer:
         )
         for indices in plan:
             examples = [self.train_examples[index] for index in indices]
-            yield cut(examples, config.gradient_accumulation_steps, self.token_budget)
+            yield cut(examples, config.gradient_accumulation_steps, self.token_budget, config.batching)
 
     def eval_batches(self) -> Iterator[list[list[Example]]]:
         """The evaluation examples, eval_batch_size at a time, each cut into microbatches."""
         for start in range(0, len(self.eval_examples), self.config.eval_batch_size):
             examples = self.eval_examples[start : start + self.config.eval_batch_size]
-            yield cut(examples, 1, self.token_budget)
+            yield cut(examples, 1, self.token_budget, self.config.batching)
 
     def lay_out(self, examples: Sequence[Example]) -> Microbatch:
         """Examples as one microbatch, on the device."""
@@ -232,17 +231,18 @@ class BasicTrainer:
         sums.add(loss=losses)
         return losses
 
-    def run_microbatch(self, examples: Sequence[Example], num_examples: int, sums: Sums) -> Tensor:
-        """The share of some examples in the mean loss of num_examples, a scalar to call backward on."""
+    def run_microbatch(self, examples: Sequence[Example], num_examples: int, sums: Sums) -> tuple[Tensor, int]:
+        """The share of some examples in the mean loss of num_examples, a scalar to call backward on; and the number of
+        tokens that were fed for it."""
         batch = self.lay_out(examples)
         reference_logps = self.reference.logps(batch) if self.reference else None
         losses = partial(self.losses, batch, reference_logps, sums)
         with torch.autocast(self.device.type, dtype=self.mixed_precision, enabled=self.mixed_precision is not None):
             loss, _ = response_logps(self.policy, batch, lambda logps, part: losses(logps, part).sum() / num_examples)
-        return loss
+        return loss, batch.num_tokens
 
     def learning_rate(self) -> float:
-        """Of the coming update: linear warm-up, then constant or a decay to 0 at the last update."""
+        """Of the coming update: linear warm-up, then constant or a decay that would reach 0 after the last update."""
         config, update = self.config, self.counters["updates"]
         if update < config.warmup_steps:
             return config.lr * (update + 1) / (config.warmup_steps + 1)
@@ -255,17 +255,18 @@ class BasicTrainer:
         start = time.monotonic()
         num_examples = sum(map(len, microbatches))
         sums = Sums()
+        num_tokens = 0
         for examples in microbatches:
-            self.run_microbatch(examples, num_examples, sums).backward()
+            loss, fed = self.run_microbatch(examples, num_examples, sums)
+            loss.backward()
+            num_tokens += fed
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
         metrics = named(sums.means(), "train")
         if not math.isfinite(metrics["loss/train"]) or not math.isfinite(grad_norm):
             prompts = sorted({example.prompt_index for examples in microbatches for example in examples})
-            raise UserError(
-                "NONFINITE",
+            self.fail_as_non_finite(
                 f"update {self.counters['updates'] + 1} has loss {metrics['loss/train']} and gradient norm {grad_norm},"
-                f" on the prompts number {prompts} of the training data",
-                "lower lr, raise warmup_steps, or look at those prompts; the last checkpoint is untouched",
+                f" on the prompts number {prompts} of the training data"
             )
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
@@ -275,7 +276,6 @@ class BasicTrainer:
         self.counters["examples"] += num_examples
         self.counters["updates"] += 1
         seconds = time.monotonic() - start
-        num_tokens = sum(num_fed_tokens(example) for examples in microbatches for example in examples)
         metrics |= {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
@@ -288,6 +288,13 @@ class BasicTrainer:
             metrics["mfu"] = 6 * self.policy.num_parameters() * num_tokens / seconds / peak
         return metrics | self.counted()
 
+    def fail_as_non_finite(self, what: str) -> NoReturn:
+        raise UserError(
+            "NONFINITE",
+            f"{what}, after {self.counters['updates']} updates",
+            "lower lr or raise warmup_steps, and look at the data; the last checkpoint is untouched",
+        )
+
     def counted(self) -> dict[str, float]:
         return {f"counters/{name}": value for name, value in self.counters.items()}
 
@@ -295,7 +302,8 @@ class BasicTrainer:
         """The most memory held so far, in 10^9 bytes: of the GPU, or of this process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e9
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
     # ---- The run ----
 
@@ -304,14 +312,15 @@ class BasicTrainer:
         config = self.config
         batches = self.train_batches()
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.policy, self.optimizer, self.settings())
-            truncate_logs(self.run_dir, state["log_sizes"])
+            state = load_checkpoint(checkpoint, self.policy, self.optimizer, self.data_hash())
+            rewind(self.run_dir, state["log_sizes"])
             self.counters = state["counters"]
             for _ in range(self.counters["updates"]):
                 next(batches)
             print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
         self.loggers = Loggers(config, self.run_dir, self.num_train_examples, self.counters["examples"])
         self.eval_metrics: dict[str, float] = {}
+        is_done = False
         try:
             if checkpoint is None and config.do_first_eval:
                 self.evaluate()
@@ -325,8 +334,9 @@ class BasicTrainer:
                 save_every = config.save_every or config.eval_every
                 if is_last or now // save_every > before // save_every:
                     self.save(is_last)
+            is_done = True
         finally:
-            self.loggers.close()
+            self.loggers.close(is_done)
 
     def evaluate(self) -> None:
         """Log the metrics of the evaluation examples, and answers sampled to their prompts."""
@@ -339,10 +349,17 @@ class BasicTrainer:
                 for examples in microbatches:
                     self.run_microbatch(examples, len(self.eval_examples), sums)
         self.eval_metrics = named(sums.means(), "eval")
-        if self.config.sample_during_eval:
+        if not math.isfinite(self.eval_metrics["loss/eval"]):
+            self.fail_as_non_finite(f"the evaluation has loss {self.eval_metrics['loss/eval']}")
+        if self.samples:
             self.eval_metrics |= self.log_samples()
         self.loggers.eval(self.eval_metrics | self.counted())
         self.policy.train()
+
+    @property
+    def samples(self) -> bool:
+        """Whether answers are sampled in evaluations."""
+        return self.config.sample_during_eval and bool(self.sample_prompts())
 
     def sample(self, model: PreTrainedModel) -> list[np.ndarray]:
         """An answer of model to each prompt that is sampled for, as token ids."""
@@ -351,6 +368,7 @@ class BasicTrainer:
             self.tokenizer,
             self.sample_prompts(),
             max_new_tokens=self.config.max_length - self.config.max_prompt_length,
+            max_length=self.config.max_length,
             batch_size=self.config.eval_batch_size,
             seed=int(content_hash(["sample", self.config.seed, self.counters["examples"]])[:8], 16),
         )
@@ -399,7 +417,7 @@ class BasicTrainer:
             Example(*pair, index) for index, pair in enumerate(zip(prompts, ((a,) for a in answers), strict=True))
         ]
         ratios = []
-        for microbatch in cut(examples, 1, self.token_budget):
+        for microbatch in cut(examples, 1, self.token_budget, self.config.batching):
             batch = self.lay_out(microbatch)
             policy = LiveReference(self.policy, self.mixed_precision).logps(batch)
             ratios.append(policy - self.reference.logps(batch))
@@ -407,23 +425,26 @@ class BasicTrainer:
 
     # ---- Checkpoints ----
 
-    def settings(self) -> dict[str, Any]:
-        """The part of the config that a resumed run must share."""
-        config = OmegaConf.to_container(self.config, resolve=True)
-        assert isinstance(config, dict)
-        return {str(key): value for key, value in config.items() if key not in FREE_ON_RESUME}
+    def data_hash(self) -> str:
+        """A hash of the training examples."""
+        return content_hash(
+            array.tobytes() for example in self.train_examples for array in (example.prompt, *example.responses)
+        )
 
     def save(self, is_last: bool) -> None:
         """Write a checkpoint, and policy.pt with the last one."""
         if self.config.debug:
             return
+        if not all(parameter.isfinite().all() for parameter in self.policy.parameters()):
+            self.fail_as_non_finite("a weight is not a number")
         path = save_checkpoint(
             self.run_dir,
             self.policy,
             self.tokenizer,
             self.optimizer,
             self.counters,
-            settings=self.settings(),
+            config=self.config,
+            data=self.data_hash(),
             metrics=self.eval_metrics,
             keep=self.config.keep_checkpoints,
             write_policy_pt=is_last,

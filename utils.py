@@ -4,9 +4,11 @@ import getpass
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 EXIT_STATUS = {
     "CONFIG": 2,
@@ -50,7 +52,32 @@ def content_hash(parts: Iterable[Any]) -> str:
 def local_dir(local_dirs: Iterable[str]) -> Path:
     """<dir>/<user> for the first of local_dirs that exists; if none does, for the last."""
     candidates = [Path(directory) for directory in local_dirs]
-    return next((path for path in candidates if path.is_dir()), candidates[-1]) / getpass.getuser()
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in containers
+        user = str(os.getuid())
+    return next((path for path in candidates if path.is_dir()), candidates[-1]) / user
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or not; torch has an exception of its own for GPUs only."""
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or "OutOfMemoryError" in type(error).__name__
+        or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text))
+    )
+
+
+def is_reachable(url: str, timeout: float = 5) -> bool:
+    """Whether the server of url takes a connection within timeout seconds."""
+    address = urlsplit(url)
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout=timeout).close()
+        return True
+    except OSError:
+        return False
 
 
 def write_atomically(path: Path, data: bytes) -> None:

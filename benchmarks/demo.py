@@ -11,8 +11,8 @@ sys.path.insert(0, str(ROOT))
 
 from engine.films import well_formed  # noqa: E402  found through the line above
 
-EVAL = ["n_eval_examples=512", "n_eval_model_samples=256", "eval_batch_size=256"]
-BOTH = ["optimizer=AdamW", "batch_size=16", "warmup_steps=20", "lr_schedule=linear"]
+EVAL = ["n_eval_examples=512", "n_eval_model_samples=256", "eval_batch_size=256", "wandb.enabled=false"]
+BOTH = ["optimizer=AdamW", "batch_size=16", "warmup_steps=20", "lr_schedule=linear", "minimum_log_interval_secs=5"]
 SFT = ["loss=sft", "lr=3e-3", "n_epochs=4"]
 DPO = ["loss=dpo", "loss.beta=0.3", "loss.sft_weight=0.5", "lr=5e-4", "reference=live"]
 

@@ -1,13 +1,13 @@
 """Attention over a packed row: each response sees its prompt and itself, never a sibling or another group.
 
 Registered with transformers under the name "packed"; models hand `segments` through from their call. `packed` runs a
-kernel per segment; `packed_dense` builds the whole mask, and is the readable truth that every other way is tested
+kernel per response; `packed_dense` builds the whole mask, and is the readable truth that every other way is tested
 against.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,45 +15,56 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 
-class Segment(NamedTuple):
-    """Queries [start, end) of the row, which attend to the prompt at [prompt_start, prompt_end) and causally to
-    themselves. A group's first segment holds the prompt too: start == prompt_start."""
-
-    prompt_start: int
-    prompt_end: int
-    start: int
-    end: int
-
-
 class Segments:
-    """The segments of a row, in its order; they cover every token once. A class of its own, because torch.compile
-    would specialise the blocks that it passes through on the numbers in a plain list."""
+    """How a packed row is divided: for each group, the number of tokens of its prompt and of each of its responses.
 
-    def __init__(self, segments: Sequence[Segment]):
-        self.list = list(segments)
+    A class of its own, because torch.compile would specialise the blocks that it passes through on the numbers in a
+    plain list.
+    """
 
+    def __init__(self, groups: Sequence[Sequence[int]]):
+        self.groups = [tuple(group) for group in groups]
+        self._masks: dict[tuple, Tensor] = {}
 
-def dense_mask(segments: Segments, num_tokens: int, sliding_window: int | None = None) -> Tensor:
-    """Which position attends to which: bool [tokens, tokens]."""
-    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
-    for segment in segments.list:
-        keys = _key_positions(segment)
-        positions = torch.arange(len(keys))  # in the sequence prompt + response
-        queries = positions[len(keys) - (segment.end - segment.start) :]
-        mask[keys[queries][:, None], keys] = _causal(queries, positions, sliding_window)
-    return mask
-
-
-def _key_positions(segment: Segment) -> Tensor:
-    own = torch.arange(segment.start, segment.end)
-    if segment.start == segment.prompt_start:
-        return own
-    return torch.cat([torch.arange(segment.prompt_start, segment.prompt_end), own])
+    def mask(self, num_queries: int, num_keys: int, sliding_window: int | None, like: Tensor) -> Tensor:
+        """The additive mask of the last num_queries of num_keys positions, [queries, keys]; kept for the next layer."""
+        key = (num_queries, num_keys, sliding_window, like.dtype, like.device)
+        if key not in self._masks:
+            positions = torch.arange(num_keys)
+            allowed = _causal(positions[num_keys - num_queries :], positions, sliding_window)
+            mask = torch.zeros(allowed.shape, dtype=like.dtype).masked_fill_(~allowed, -torch.inf)
+            self._masks[key] = mask.to(like.device)
+        return self._masks[key]
 
 
 def _causal(queries: Tensor, keys: Tensor, sliding_window: int | None) -> Tensor:
     distance = queries[:, None] - keys
     return (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+
+
+def dense_mask(segments: Segments, sliding_window: int | None = None) -> Tensor:
+    """Which position of the row attends to which: bool [tokens, tokens]."""
+    num_tokens = sum(map(sum, segments.groups))
+    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    prompt_start = 0
+    for prompt_length, *response_lengths in segments.groups:
+        prompt = torch.arange(prompt_start, prompt_start + prompt_length)
+        start = prompt_start + prompt_length
+        for length in response_lengths:
+            sequence = torch.cat([prompt, torch.arange(start, start + length)])  # as if it stood alone
+            positions = torch.arange(len(sequence))
+            mask[sequence[:, None], sequence] = _causal(positions, positions, sliding_window)
+            start += length
+        prompt_start = start
+    return mask
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    """Raise for what a model asks of its attention and would not get."""
+    for name in ("softcap", "s_aux", "position_bias", "dropout"):
+        value = options.get(name)
+        if value is not None and not (isinstance(value, float) and value == 0):
+            raise ValueError(f"its attention uses {name}, which packed attention has not")
 
 
 def packed_dense(
@@ -69,7 +80,8 @@ def packed_dense(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention with the whole mask: memory and time grow with the square of the row. Shapes as for packed."""
-    mask = dense_mask(segments, query.shape[2], sliding_window).to(query.device)
+    _refuse(kwargs)
+    mask = dense_mask(segments, sliding_window).to(query.device)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2), None
 
@@ -87,46 +99,47 @@ def packed(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention one segment at a time, in the signature of transformers' AttentionInterface.
+    """Attention one response at a time, in the signature of transformers' AttentionInterface.
 
     Args:
         query: [1, heads, tokens, head_dim].
         key, value: [1, key_value_heads, tokens, head_dim].
-        segments: of the row.
+        segments: how the row is divided.
         sliding_window: the number of positions that a query sees, itself included; None for all.
 
     Returns:
         [1, tokens, heads, head_dim], and None for the attention weights.
     """
+    _refuse(kwargs)
+    # The row is split once, not sliced for each response: the gradient of a slice is as long as the row. A group's
+    # prompt attends together with its first response, which follows it.
+    query_lengths = [n for prompt, first, *others in segments.groups for n in (prompt + first, *others)]
+    key_lengths = [n for group in segments.groups for n in group]
+    queries = iter(query.split(query_lengths, dim=2))
+    keys, values = (iter(states.split(key_lengths, dim=2)) for states in (key, value))
     outputs = []
-    for segment in segments.list:
-        queries = query[:, :, segment.start : segment.end]
-        keys, values = (_segment_keys(states, segment) for states in (key, value))
-        num_queries, num_keys = queries.shape[2], keys.shape[2]
-        windowed = sliding_window is not None and num_keys > sliding_window
-        mask = None
-        if windowed or (num_queries > 1 and num_queries < num_keys):
-            positions = torch.arange(num_keys, device=query.device)
-            mask = _causal(positions[num_keys - num_queries :], positions, sliding_window if windowed else None)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=mask is None and num_queries == num_keys,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
+    for _, *response_lengths in segments.groups:
+        prompt_key, prompt_value = next(keys), next(values)
+        for _ in response_lengths:
+            segment_query = next(queries)
+            segment_key = torch.cat([prompt_key, next(keys)], dim=2)
+            segment_value = torch.cat([prompt_value, next(values)], dim=2)
+            num_queries, num_keys = segment_query.shape[2], segment_key.shape[2]
+            if num_queries == 0:  # a response of one token, which is not fed
+                continue
+            is_plain = num_queries == num_keys and (sliding_window is None or num_keys <= sliding_window)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    segment_query,
+                    segment_key,
+                    segment_value,
+                    attn_mask=None if is_plain else segments.mask(num_queries, num_keys, sliding_window, query),
+                    is_causal=is_plain,
+                    scale=scaling,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
             )
-        )
     return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-def _segment_keys(states: Tensor, segment: Segment) -> Tensor:
-    own = states[:, :, segment.start : segment.end]
-    if segment.start == segment.prompt_start:
-        return own
-    return torch.cat([states[:, :, segment.prompt_start : segment.prompt_end], own], dim=2)
 
 
 # No mask function is registered with the names, so transformers builds no mask for them.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention import Segment, Segments
+from engine.attention import Segments
 from engine.tokenization import Example
 
 
@@ -37,7 +37,6 @@ class Microbatch:
     """
 
     input_ids: Tensor  # int64 [rows, tokens]
-    position_ids: Tensor  # int64 [rows, tokens]
     predict_index: Tensor  # int64 [targets], into rows * tokens: the position whose hidden state predicts the target
     targets: Tensor  # int64 [targets], the tokens of all responses
     response_index: Tensor  # int64 [targets], the response that each target belongs to, ascending
@@ -47,6 +46,7 @@ class Microbatch:
     groups: list[Part]
     responses: list[tuple[np.ndarray, np.ndarray]]  # prompt and response tokens of each response
     num_tokens: int  # fed, without padding
+    position_ids: Tensor | None = None  # packed: int64 [1, tokens]
     segments: Segments | None = None  # packed: who attends to whom
     attention_mask: Tensor | None = None  # padded: int64 [rows, tokens], 1 at tokens
 
@@ -121,29 +121,24 @@ def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: i
 
 
 def _packed_row(groups: Sequence[_Group]) -> dict[str, Any]:
-    tokens, positions, predict_index, segments = [], [], [], []
+    tokens, positions, predict_index = [], [], []
     end = 0  # of what has been laid out
     for group in groups:
-        prompt_start, prompt_end = end, end + len(group.prompt)
         tokens.append(group.prompt)
         positions.append(np.arange(len(group.prompt)))
-        end = prompt_end
-        for number, response in enumerate(group.responses):
+        end += len(group.prompt)
+        last_of_prompt = np.array([end - 1])
+        for response in group.responses:
             start, end = end, end + len(response) - 1
             tokens.append(response[:-1])
             positions.append(len(group.prompt) + np.arange(len(response) - 1))
-            predict_index.append(np.array([prompt_end - 1]))
-            predict_index.append(np.arange(start, end))
-            # The first response follows its prompt, so the two are one causal segment.
-            query_start = prompt_start if number == 0 else start
-            if end > query_start:
-                segments.append(Segment(prompt_start, prompt_end, query_start, end))
+            predict_index += [last_of_prompt, np.arange(start, end)]
     return {
         "input_ids": _tensor(tokens)[None],
         "position_ids": _tensor(positions)[None],
         "predict_index": _tensor(predict_index),
         "num_tokens": end,
-        "segments": Segments(segments),
+        "segments": Segments([(len(group.prompt), *(len(r) - 1 for r in group.responses)) for group in groups]),
     }
 
 
@@ -157,7 +152,6 @@ def _padded_rows(responses: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_i
     ]
     return {
         "input_ids": input_ids,
-        "position_ids": torch.arange(length).expand_as(input_ids),
         "predict_index": _tensor(predict_index),
         "num_tokens": int(lengths.sum()),
         "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
@@ -173,20 +167,27 @@ def num_fed_tokens(example: Example) -> int:
     return len(example.prompt) + sum(len(response) - 1 for response in example.responses)
 
 
-def cut(examples: Sequence[Example], num_parts: int, token_budget: int) -> list[list[Example]]:
+def cut(examples: Sequence[Example], num_parts: int, token_budget: int, layout: str = "packed") -> list[list[Example]]:
     """Cut a batch into microbatches: num_parts of about equal count (fewer if there are fewer examples), each cut
     again where it holds more than token_budget tokens. An example that is longer alone makes its own microbatch."""
+
+    def num_tokens(part: Sequence[Example]) -> int:
+        """Positions that a microbatch of part runs over, at most: examples of one prompt may share it."""
+        if layout == "packed":
+            return sum(num_fed_tokens(example) for example in part)
+        rows = [len(example.prompt) + len(response) for example in part for response in example.responses]
+        return len(rows) * max(rows)
+
     microbatches: list[list[Example]] = []
     bounds = np.linspace(0, len(examples), min(num_parts, len(examples)) + 1).astype(int)
     for start, end in pairwise(bounds):
-        room = 0
+        part: list[Example] = []
         for example in examples[start:end]:
-            tokens = num_fed_tokens(example)
-            if example is examples[start] or tokens > room:
-                microbatches.append([])
-                room = token_budget
-            microbatches[-1].append(example)
-            room -= tokens
+            if part and num_tokens([*part, example]) > token_budget:
+                microbatches.append(part)
+                part = []
+            part.append(example)
+        microbatches.append(part)
     return microbatches
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +21,12 @@ from utils import UserError
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
+# Keys that may change when a run is resumed: they do not change what is learned.
+FREE_ON_RESUME = {
+    "exp_name", "local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "debug", "wandb", "tensorboard",
+    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "num_processes", "compile", "do_first_eval",
+    "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
+}  # fmt: skip
 
 
 def save_checkpoint(
@@ -28,7 +36,8 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     counters: dict[str, int],
     *,
-    settings: dict[str, Any],
+    config: DictConfig,
+    data: str,
     metrics: dict[str, float],
     keep: int | None,
     write_policy_pt: bool = False,
@@ -37,7 +46,8 @@ def save_checkpoint(
 
     Args:
         counters: "examples" and "updates" so far.
-        settings: the run's config; a resumed run must have the same.
+        config: of the run; a resumed run must have the same, FREE_ON_RESUME aside.
+        data: a hash of the training examples; a resumed run must have the same.
         metrics: of the last evaluation.
         write_policy_pt: add a policy.pt ({step_idx, state, metrics}) for tools of the reference implementation.
 
@@ -54,7 +64,8 @@ def save_checkpoint(
         tensors, plain = _flatten(optimizer.state_dict())
         save_file(tensors, temporary / OPTIMIZER_FILE)
         log_sizes = {name: path.stat().st_size for name in LOG_FILES if (path := run_dir / name).exists()}
-        state = {"counters": counters, "log_sizes": log_sizes, "settings": settings, "optimizer": plain}
+        state = {"counters": counters, "log_sizes": log_sizes, "settings": _settings(config), "data": data}
+        state["optimizer"] = plain
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
         if write_policy_pt:
             weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -71,7 +82,7 @@ def save_checkpoint(
         link.symlink_to(target.name)
         link.replace(run_dir / "LATEST")
         _fsync(run_dir)
-    except (OSError, RuntimeError) as error:  # torch.save and safetensors raise RuntimeError on a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             "STORAGE",
@@ -108,32 +119,67 @@ def find_checkpoint(path: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def check_settings(checkpoint: Path, config: DictConfig) -> None:
+    """Raise a UserError that names the keys in which config differs from that of the run of checkpoint."""
+    before, now = _read_state(checkpoint)["settings"], _settings(config)
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if differing:
+        changes = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in differing)
+        raise UserError(
+            "CONFIG",
+            f"resume: the run at {checkpoint} had another config: {changes}",
+            "repeat its command and add resume=, or start a new run from its weights with model.archive",
+        )
+
+
+def _settings(config: DictConfig) -> dict[str, Any]:
+    """The part of a config that a resumed run must share, by dotted key."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                add(f"{prefix}.{key}" if prefix else str(key), item)
+        else:
+            flat[prefix] = value
+
+    add("", OmegaConf.to_container(config, resolve=True))
+    return {key: value for key, value in flat.items() if key.split(".")[0] not in FREE_ON_RESUME}
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> UserError:
+    return UserError("CHECKPOINT", f"the checkpoint {checkpoint} cannot be read ({error})", "resume from another one")
+
+
 def load_checkpoint(
-    checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+    checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, data: str
 ) -> dict[str, Any]:
     """Bring model and optimizer to where checkpoint was saved; returns its counters and the sizes of its logs.
 
     Raises:
-        UserError: CHECKPOINT if it cannot be read or does not fit, CONFIG if settings differ from those of its run.
+        UserError: CHECKPOINT if it cannot be read or does not fit, DATA if the training examples are others.
     """
+    state = _read_state(checkpoint)
+    if state["data"] != data:
+        raise UserError(
+            "DATA",
+            f"resume: the run at {checkpoint} was trained on other examples",
+            "give the same data, or start a new run from its weights with model.archive",
+        )
     try:
-        state = json.loads((checkpoint / STATE_FILE).read_text())
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(checkpoint.glob("model*.safetensors")):
             weights.update(load_file(file))
         tensors = load_file(checkpoint / OPTIMIZER_FILE)
     except Exception as error:  # a damaged file raises nearly anything
-        raise UserError(
-            "CHECKPOINT", f"the checkpoint {checkpoint} cannot be read ({error})", "resume from another one"
-        ) from error
-    differing = [key for key in sorted(settings) if settings[key] != state["settings"].get(key)]
-    if differing:
-        changes = ", ".join(f"{key} was {state['settings'].get(key)} and is {settings[key]}" for key in differing)
-        raise UserError(
-            "CONFIG",
-            f"resume: the run at {checkpoint} had another config: {changes}",
-            "give the same values, or start a new run from its weights with model.archive",
-        )
+        raise _unreadable(checkpoint, error) from error
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(model.state_dict()) - set(_untied(model))
     if unexpected or set(missing) - tied:
@@ -152,7 +198,7 @@ def _untied(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def truncate_logs(run_dir: Path, sizes: dict[str, int]) -> None:
+def rewind(run_dir: Path, sizes: dict[str, int]) -> None:
     """Cut the logs of a run back to what they held when its checkpoint was saved, so that no row is repeated."""
     for name in LOG_FILES:
         if (run_dir / name).exists():

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from engine.batching import Microbatch, Part
 
-# Logits that are held at a time: 2**24 are 64 MiB in fp32.
-CHUNK_LOGITS = 2**24
+# Logits that are held at a time: 2**22 are 16 MiB in fp32, which a CPU keeps in its last cache.
+CHUNK_LOGITS = 2**22
 
 # Takes the log-probs of the responses of a part, [responses], and that part; returns the part's share of the loss.
 Objective = Callable[[Tensor, Part], Tensor]
@@ -38,14 +38,17 @@ def response_logps(
     if batch.attention_mask is not None:  # padded: the model's own logits and a plain log-softmax
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits = logits.flatten(0, 1)[batch.predict_index]
-        logps = sum_by_response(plain_token_logps(logits, batch.targets), batch.response_index, len(batch.responses))
+        logps = sum_by_response(plain_token_logps(logits, batch.targets), batch.response_lengths)
         loss = logps.new_zeros(()) if objective is None else objective(logps, whole(batch))
         return loss, logps.detach()
     hidden = model.base_model(
         batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, use_cache=False
     ).last_hidden_state
     head = model.get_output_embeddings()
-    return chunked_head(hidden[0], head.weight, head.bias, batch, objective)
+    # Where layers are split among GPUs, the last hidden states may not be where the batch and the head are.
+    hidden = hidden[0].to(head.weight.device)
+    loss, logps = chunked_head(hidden, head.weight, head.bias, batch.to(hidden.device), objective)
+    return loss, logps.to(batch.input_ids.device)
 
 
 def whole(batch: Microbatch) -> Part:
@@ -59,9 +62,10 @@ def plain_token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
-def sum_by_response(token_logps: Tensor, response_index: Tensor, num_responses: int) -> Tensor:
+def sum_by_response(token_logps: Tensor, lengths: Tensor) -> Tensor:
     """Sums of token_logps [targets] over the tokens of each response, [responses]."""
-    return token_logps.new_zeros(num_responses).index_add(0, response_index, token_logps)
+    # Not index_add, whose order on a GPU, and so its last bits, changes from run to run.
+    return torch.segment_reduce(token_logps, "sum", lengths=lengths)
 
 
 def plain_head(
@@ -72,7 +76,7 @@ def plain_head(
     logits = hidden[batch.predict_index].to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias
-    logps = sum_by_response(plain_token_logps(logits, batch.targets), batch.response_index, len(batch.responses))
+    logps = sum_by_response(plain_token_logps(logits, batch.targets), batch.response_lengths)
     return objective(logps, whole(batch)), logps.detach()
 
 
@@ -114,8 +118,8 @@ class _ChunkedHead(torch.autograd.Function):
         with torch.autocast(device_type, enabled=False):
             selected = hidden[batch.predict_index]
             grad_selected = torch.empty_like(selected) if needs_hidden else None
-            grad_weight = torch.zeros_like(weight) if needs_weight else None
-            grad_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
+            grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+            grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias and bias is not None else None
             low_weight = weight.to(gradient_dtype)
             parts = list(_chunks(batch.groups, max(1, CHUNK_LOGITS // weight.shape[0])))
             longest = max(part.targets.stop - part.targets.start for part in parts)
@@ -129,8 +133,7 @@ class _ChunkedHead(torch.autograd.Function):
                 logits = _logits(inputs, weight, bias, buffer[: len(inputs)])
                 normalizer = logits.logsumexp(-1, keepdim=True)
                 token_logps = (logits.gather(-1, targets) - normalizer).squeeze(-1)
-                num_responses = part.responses.stop - part.responses.start
-                part_logps = sum_by_response(token_logps, response_index, num_responses)
+                part_logps = sum_by_response(token_logps, batch.response_lengths[part.responses])
                 logps[part.responses] = part_logps
                 if objective is None:
                     continue
@@ -155,7 +158,11 @@ class _ChunkedHead(torch.autograd.Function):
             if grad_selected is not None:
                 grad_hidden = torch.zeros_like(hidden).index_add_(0, batch.predict_index, grad_selected)
         ctx.mark_non_differentiable(logps)
-        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        ctx.gradients = (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
         return loss, logps
 
     @staticmethod

@@ -5,18 +5,19 @@ A logger that fails is reported once and left out; it never ends a run.
 
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
+
+from utils import is_reachable
 
 Metrics = Mapping[str, float]
 
@@ -41,7 +42,7 @@ class Logger(Protocol):
 
     def log(self, metrics: Metrics, step: int) -> None: ...
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None: ...
-    def close(self) -> None: ...
+    def close(self, is_done: bool) -> None: ...
 
 
 class Wandb:
@@ -78,20 +79,17 @@ class Wandb:
         self._rows += [list(row.values()) for row in rows]
         self._run.log({"samples": self._wandb.Table(columns=self._columns, data=self._rows)}, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, is_done: bool) -> None:
+        self._run.finish(exit_code=0 if is_done else 1)
 
 
 def _why_offline(wandb: Any) -> str:
     if not os.environ.get("WANDB_API_KEY") and not wandb.setup().settings.api_key and not _netrc_has_wandb():
         return "no account is set up"
-    address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    try:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname or "", port), timeout=3).close()
-    except OSError:
-        return f"{address.hostname} cannot be reached"
-    return ""
+    if getproxies().get("https"):
+        return ""  # what can be reached is the proxy's to say
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return "" if is_reachable(address) else f"{address} cannot be reached"
 
 
 def _netrc_has_wandb() -> bool:
@@ -124,7 +122,7 @@ class TensorBoard:
             self._text += "|" + "|".join(cells) + "|\n"
         self._writer.add_text("samples", self._text, step)
 
-    def close(self) -> None:
+    def close(self, is_done: bool) -> None:
         self._writer.close()
 
 
@@ -195,17 +193,19 @@ class Loggers:
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         with open(self._run_dir / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
-    def close(self) -> None:
+    def close(self, is_done: bool = True) -> None:
+        """Finish all logs; is_done is whether the run came to its end."""
         self._bar.close()
         for name, logger in list(self._loggers.items()):
-            self._try(name, logger.close)
+            self._try(name, lambda logger=logger: logger.close(is_done))  # type: ignore[misc]
 
 
 def format_metrics(metrics: Metrics) -> str:
-    """Metrics on one line, counters left out."""
-    shown = {name: value for name, value in metrics.items() if not name.startswith("counters/")}
+    """Metrics on one line, the loss first, counters left out."""
+    shown = {name: metrics[name] for name in sorted(metrics, key=lambda name: not name.startswith("loss/"))}
+    shown = {name: value for name, value in shown.items() if not name.startswith("counters/")}
     return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 

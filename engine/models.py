@@ -5,22 +5,25 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import engine.attention  # noqa: F401  registers packed attention
 from engine.batching import lay_out
 from engine.logprobs import response_logps
 from engine.tokenization import Example
-from utils import UserError
+from utils import UserError, is_out_of_memory
 
 EMBEDDED_TOKENIZER = "films"
+# Masks and frequencies, which older versions of transformers saved with the weights.
+BUFFERS = ("attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of config.model, with a padding token; UserError if there is none to be had or it has no EOS."""
-    name = config.model.tokenizer_name_or_path or config.model.name_or_path
+    key = "model.name_or_path" if config.model.tokenizer_name_or_path is None else "model.tokenizer_name_or_path"
+    name = OmegaConf.select(config, key)
     if name == EMBEDDED_TOKENIZER:
         from engine.films import film_tokenizer
 
@@ -29,7 +32,7 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
-            raise _cannot_load("tokenizer", "model.tokenizer_name_or_path", name, error) from error
+            raise _cannot_load("tokenizer", key, name, error) from error
     if tokenizer.eos_token_id is None:  # a tokenizer.json alone does not say which token it is
         vocabulary = tokenizer.get_vocab()
         known = next((token for token in END_OF_TEXT if token in vocabulary), None)
@@ -62,13 +65,18 @@ def load_model(
 
     Args:
         dtype: of its weights, whatever the dtype they are stored in.
-        device: where it is put; on "cuda" with several GPUs its layers are split among them.
+        device: where it is put; on "cuda" with several GPUs the layers of a model read from files are split among them.
 
     Raises:
         UserError: CONFIG if there is no such model, CHECKPOINT if the archive does not fit it.
     """
     settings = config.model
     hf_config = _hf_config(settings, tokenizer)
+    context = getattr(hf_config, "max_position_embeddings", None)
+    if context is not None and config.max_length > context:
+        raise UserError(
+            "CONFIG", f"max_length: {config.max_length} is more than the {context} positions of the model", "lower it"
+        )
     _turn_off_dropout(hf_config)
     kwargs: dict[str, Any] = {"config": hf_config, "dtype": dtype, "trust_remote_code": settings.trust_remote_code}
     if device.type == "cuda":
@@ -91,6 +99,7 @@ def load_model(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    _repair_generation_config(model)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_embeddings:
         raise UserError(
@@ -129,8 +138,18 @@ def _turn_off_dropout(hf_config: Any) -> None:
             setattr(hf_config, name, 0.0)
 
 
+def _repair_generation_config(model: PreTrainedModel) -> None:
+    # Some published models have settings for sampling without do_sample, with which no checkpoint could be saved.
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+
+
 def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
-    fix = "give the checkpoint directory (step-N, LATEST) or policy.pt of a run with this model"
+    fix = "give the run directory, checkpoint (step-N, LATEST) or policy.pt of a run with this model"
+    if (archive / "LATEST").is_dir():  # a run directory
+        archive = archive / "LATEST"
     try:
         if archive.is_dir():
             model, info = AutoModelForCausalLM.from_pretrained(archive, output_loading_info=True, **kwargs)
@@ -141,8 +160,11 @@ def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
                 own = type(AutoModelForCausalLM.from_config(kwargs["config"], trust_remote_code=trusted))
             model, info = own.from_pretrained(None, state_dict=state, output_loading_info=True, **kwargs)
     except Exception as error:  # a damaged file raises nearly anything
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError("CHECKPOINT", f"model.archive: cannot load {archive}: {reason}", fix) from error
+    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.endswith(BUFFERS)}
     problems = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in info if info[kind] and kind != "error_msgs"]
     if problems:
         raise UserError("CHECKPOINT", f"model.archive: {archive} does not fit the model ({', '.join(problems)})", fix)
@@ -187,20 +209,29 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     fix = "batching=padded"
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(vocabulary, (40,), generator=torch.Generator().manual_seed(0)).numpy().astype("int32")
-    examples = [
-        Example(tokens[:7], (tokens[7:12], tokens[12:20]), 0),
-        Example(tokens[20:24], (tokens[24:29], tokens[29:40]), 1),
-    ]
+    example = Example(tokens[:7], (tokens[7:12], tokens[12:20]), 0)
+    changed = Example(example.prompt, (example.responses[0], (example.responses[1] + 1) % vocabulary), 0)
+    other = Example(tokens[20:24], (tokens[24:29], tokens[29:40]), 1)
     device = model.get_input_embeddings().weight.device
-    _, padded_logps = response_logps(model, lay_out(examples, "padded").to(device))
+
+    def logps(examples: list[Example], layout: str) -> Tensor:
+        return response_logps(model, lay_out(examples, layout).to(device))[1]
+
+    model.own_attention = model.config._attn_implementation  # for sampling
+    padded = logps([example, other], "padded")
     try:
         model.set_attn_implementation("packed")
-        _, packed_logps = response_logps(model, lay_out(examples).to(device))
+        packed, packed_changed = (logps([first, other], "packed") for first in (example, changed))
     except Exception as error:  # whatever a model does with keywords or attention it does not know
+        if is_out_of_memory(error):
+            raise
         raise UserError("CONFIG", f"{name} does not run with batching=packed ({error})", fix) from error
+    if model.config._attn_implementation != "packed":
+        raise UserError("CONFIG", f"{name} has an attention that batching=packed cannot replace", fix)
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 0.02)
-    difference = ((packed_logps - padded_logps) / padded_logps).abs().max().item()
-    if model.config._attn_implementation != "packed" or not difference <= tolerance:
-        raise UserError(
-            "CONFIG", f"{name} gives other log-probs with batching=packed (off by {difference:.1%} on a check)", fix
-        )
+    difference = ((packed - padded) / padded).abs().max().item()
+    unchanged = [0, 2, 3]  # all responses but the one that was changed
+    leak = ((packed - packed_changed) / packed)[unchanged].abs().max().item()
+    if not (difference <= tolerance and leak <= tolerance / 100):
+        worst = max(difference, leak)
+        raise UserError("CONFIG", f"{name} gives other log-probs with batching=packed (off by {worst:.1%})", fix)

@@ -49,18 +49,21 @@ class CachedReference:
             )
             self._logps = dict(self._connection.execute("SELECT response, logp FROM logps"))
         except (OSError, sqlite3.Error) as error:
-            raise UserError(
-                "STORAGE",
-                f"the cache of reference log-probs at {self.path} cannot be used ({error})",
-                "remove that file, set cache_dir to a directory that can be written, or use reference=live",
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            "STORAGE",
+            f"the cache of reference log-probs at {self.path} cannot be used ({error})",
+            "make room, remove that file, set cache_dir elsewhere, or use reference=live",
+        )
 
     def __len__(self) -> int:
         return len(self._logps)
 
-    def lacks(self, responses: Iterable[tuple[np.ndarray, np.ndarray]]) -> bool:
-        """Whether any of these (prompt, response) pairs of tokens is not in the cache yet."""
-        return any(_digest(prompt, response) not in self._logps for prompt, response in responses)
+    def missing(self, responses: Iterable[tuple[np.ndarray, np.ndarray]]) -> set[bytes]:
+        """Which of these (prompt, response) pairs of tokens are not in the cache yet, by digest."""
+        return {_digest(prompt, response) for prompt, response in responses} - self._logps.keys()
 
     def add(self, batch: Microbatch, logps: Tensor) -> None:
         """Keep logps [responses] of the responses of batch; those that are there already stay."""
@@ -68,8 +71,11 @@ class CachedReference:
             (_digest(prompt, response), logp, len(response))
             for (prompt, response), logp in zip(batch.responses, logps.tolist(), strict=True)
         ]
-        self._connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?)", rows)
-        self._connection.commit()
+        try:
+            self._connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?)", rows)
+            self._connection.commit()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
         for digest, logp, _ in rows:
             self._logps.setdefault(digest, logp)
 
@@ -90,11 +96,14 @@ def _digest(prompt: np.ndarray, response: np.ndarray) -> bytes:
 
 
 def reference_key(model: PreTrainedModel, mixed_precision: torch.dtype | None, batching: str) -> str:
-    """A hash of all that decides the log-probs of given tokens: weights, their dtypes, config, precision and layout
-    (which decides the last bits)."""
+    """A hash of all that decides the log-probs of given tokens: weights, their dtypes, config, precision; and what
+    decides the last bits: layout, device, and the version of torch."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     config = {key: value for key, value in model.config.to_diff_dict().items() if not key.startswith("_")}
-    return content_hash([digest.digest(), type(model).__name__, str(config), str(mixed_precision), batching])
+    return content_hash(
+        [digest.digest(), type(model).__name__, str(config), str(mixed_precision), batching, device, torch.__version__]
+    )

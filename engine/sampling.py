@@ -1,10 +1,11 @@
 """Answers sampled from a model, with random numbers of their own: sampling never changes training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.attention import attention_of
 
@@ -16,6 +17,7 @@ def sample_responses(
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
+    max_length: int,
     batch_size: int,
     seed: int,
 ) -> list[np.ndarray]:
@@ -23,39 +25,57 @@ def sample_responses(
 
     Args:
         prompts: token ids, each [prompt tokens].
+        max_new_tokens: of an answer.
+        max_length: of prompt + answer.
 
     Returns:
         token ids of each answer, int32 [answer tokens], with its end-of-text token if it came to one.
     """
-    was_training = model.training
-    model.eval()
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    responses: dict[int, np.ndarray] = {}
     device = model.get_input_embeddings().weight.device
-    responses: list[np.ndarray] = []
-    attention = "sdpa" if model.config._attn_implementation == "packed" else model.config._attn_implementation
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), attention_of(model, attention):
-        torch.manual_seed(seed)
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
+    with _ready_to_generate(model, settings, seed):
         for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            length = max(map(len, batch))
-            input_ids = torch.full((len(batch), length), tokenizer.pad_token_id)
+            indices = by_length[start : start + batch_size]
+            length = max(len(prompts[index]) for index in indices)
+            input_ids = torch.full((len(indices), length), tokenizer.pad_token_id)
             attention_mask = torch.zeros_like(input_ids)
-            for row, prompt in enumerate(batch):  # padded on the left, so that all answers start together
+            for row, index in enumerate(indices):  # padded on the left, so that all answers start together
+                prompt = prompts[index]
                 input_ids[row, length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
                 attention_mask[row, length - len(prompt) :] = 1
             output = model.generate(
                 input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                max_new_tokens=max_new_tokens,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                max_new_tokens=min(max_new_tokens, max_length - length),
             )
-            for answer in output[:, length:].cpu().numpy().astype(np.int32):
+            for index, answer in zip(indices, output[:, length:].cpu().numpy().astype(np.int32), strict=True):
                 ends = np.flatnonzero(answer == tokenizer.eos_token_id)
-                responses.append(answer[: ends[0] + 1] if len(ends) else answer)
-    model.train(was_training)
-    return responses
+                responses[index] = answer[: ends[0] + 1] if len(ends) else answer
+    return [responses[index] for index in range(len(prompts))]
+
+
+@contextmanager
+def _ready_to_generate(model: PreTrainedModel, settings: GenerationConfig, seed: int) -> Iterator[None]:
+    """The model in evaluation mode with its own attention, its own generation settings out of the way (a repetition
+    penalty would not sample from the policy), and a random generator of its own."""
+    was_training, own_settings = model.training, model.generation_config
+    device = model.get_input_embeddings().weight.device
+    attention = getattr(model, "own_attention", model.config._attn_implementation)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), attention_of(model, attention):
+        torch.manual_seed(seed)
+        model.generation_config = settings
+        model.eval()
+        try:
+            yield
+        finally:
+            model.generation_config = own_settings
+            model.train(was_training)

@@ -20,7 +20,7 @@ OTHER = Example(array(13), (array(40), array(50, 51, 1)), 1)
 def test_packed_row_by_hand() -> None:
     batch = lay_out([PAIR, OTHER])
     assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 13, 50, 51]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    assert batch.position_ids is not None and batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
     assert batch.targets.tolist() == [20, 21, 1, 30, 1, 40, 50, 51, 1]
     assert batch.predict_index.tolist() == [2, 3, 4, 2, 5, 6, 6, 7, 8]
     assert batch.response_index.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3]
@@ -28,7 +28,7 @@ def test_packed_row_by_hand() -> None:
     assert batch.chosen.tolist() == [0, 2]
     assert batch.rejected is not None and batch.rejected.tolist() == [1, 3]
     assert batch.segments is not None
-    assert [tuple(s) for s in batch.segments.list] == [(0, 3, 0, 5), (0, 3, 5, 6), (6, 7, 6, 7), (6, 7, 7, 9)]
+    assert batch.segments.groups == [(3, 2, 1), (1, 0, 2)]
     assert batch.num_tokens == 9 == num_fed_tokens(PAIR) + num_fed_tokens(OTHER)
 
 

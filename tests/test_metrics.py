@@ -35,7 +35,7 @@ class Broken:
     def log_samples(self, rows, step) -> None:
         self.log(rows, step)
 
-    def close(self) -> None:
+    def close(self, is_done) -> None:
         raise OSError
 
 
@@ -64,7 +64,7 @@ def test_wandb_without_a_network_logs_offline(program: Program, monkeypatch: pyt
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     run = program.ok("wandb.enabled=true", "n_examples=8")
-    assert "127.0.0.1 cannot be reached, so the run is logged offline" in run.out
+    assert "http://127.0.0.1:9 cannot be reached, so the run is logged offline" in run.out
 
 
 def test_tensorboard_holds_metrics_and_samples(program: Program) -> None:

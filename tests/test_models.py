@@ -23,7 +23,7 @@ def config(**model) -> DictConfig:
         "architecture": None,
         "trust_remote_code": False,
     }
-    return OmegaConf.create({"seed": 0, "model": {**defaults, **model}})
+    return OmegaConf.create({"seed": 0, "max_length": 64, "model": {**defaults, **model}})
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,8 @@ def odd_model(kind: str):
         "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 64},
         "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
         "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+        # Attention scores that are capped.
+        "gemma2": {**SIZES["llama"], "head_dim": 8, "final_logit_softcapping": None, "attn_logit_softcapping": 50.0},
         # Logits that are scaled after the head.
         "granite": {**SIZES["llama"], "logits_scaling": 3.0},
     }
@@ -63,7 +65,7 @@ def odd_model(kind: str):
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["gptj", "mamba", "bloom", "granite"])
+@pytest.mark.parametrize("kind", ["gptj", "mamba", "bloom", "granite", "gemma2"])
 def test_models_that_cannot_be_packed_are_refused_and_run_padded(kind: str) -> None:
     model = odd_model(kind)
     examples = pair_examples()
@@ -132,3 +134,23 @@ def test_a_bare_tokenizer_json_gets_its_end_of_text(tmp_path, capsys) -> None:
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="no end-of-text token"):
         load_tokenizer(config(tokenizer_name_or_path=str(tmp_path)))
+
+
+def test_settings_that_could_not_be_saved_are_repaired(tokenizer, tmp_path) -> None:
+    model = tiny_model("llama", vocab_size=8)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
+    load_model(config(name_or_path=str(tmp_path)), tokenizer, torch.float32, CPU).save_pretrained(tmp_path / "again")
+
+
+def test_buffers_that_older_versions_saved_are_passed_over(tokenizer, tmp_path) -> None:
+    settings = config(architecture={"model_type": "gpt2", **SIZES["gpt2"]})
+    state = load_model(settings, tokenizer, torch.float32, CPU).state_dict()
+    state["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    torch.save({"state": state}, tmp_path / "policy.pt")
+    settings.model.archive = str(tmp_path / "policy.pt")
+    load_model(settings, tokenizer, torch.float32, CPU)
+    state["transformer.h.0.other"] = torch.tensor(0.0)
+    torch.save({"state": state}, tmp_path / "policy.pt")
+    with pytest.raises(UserError, match="1 unexpected keys"):
+        load_model(settings, tokenizer, torch.float32, CPU)

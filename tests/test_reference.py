@@ -22,10 +22,10 @@ def test_what_is_added_is_there_in_the_next_process(tmp_path, model) -> None:
     batch = lay_out(pair_examples())
     logps = LiveReference(model).logps(batch)
     cache = CachedReference(tmp_path, "key")
-    assert cache.lacks(batch.responses)
+    assert cache.missing(batch.responses)
     cache.add(batch, logps)
     again = CachedReference(tmp_path, "key")
-    assert len(again) == len(batch.responses) and not again.lacks(batch.responses)
+    assert len(again) == len(batch.responses) and not again.missing(batch.responses)
     assert torch.equal(again.logps(batch).float(), logps)
 
 
@@ -45,7 +45,7 @@ def test_a_prompt_and_response_are_told_apart_by_where_they_meet(tmp_path, model
     cache.add(batch, LiveReference(model).logps(batch))
     tokens = [*example.prompt, *example.responses[0]]
     moved = torch.tensor(tokens[:5]).int().numpy(), torch.tensor(tokens[5:]).int().numpy()
-    assert cache.lacks([moved])
+    assert cache.missing([moved])
 
 
 def test_two_processes_may_fill_one_cache(tmp_path, model) -> None:

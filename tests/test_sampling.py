@@ -20,6 +20,7 @@ def sample(model, prompts, seed=0, batch_size=3, max_new_tokens=6):
         Tokens(),
         prompts,
         max_new_tokens=max_new_tokens,
+        max_length=100,
         batch_size=batch_size,
         seed=seed,
     )
@@ -59,3 +60,14 @@ def test_attention_of_restores_what_was() -> None:
     with attention_of(model, "sdpa"):
         assert model.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "packed"
+
+
+def test_the_models_own_generation_settings_are_left_out() -> None:
+    """A repetition penalty, as some published models have, would not sample from the policy."""
+    model = tiny_model("llama")
+    prompts = [example.prompt for example in random_examples([(4, 1), (9, 1)])]
+    plain = [answer.tolist() for answer in sample(model, prompts, max_new_tokens=20)]
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.min_p = 0.5
+    assert [answer.tolist() for answer in sample(model, prompts, max_new_tokens=20)] == plain
+    assert model.generation_config.min_p == 0.5

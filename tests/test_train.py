@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def process(*overrides: str, directory: Path, **environment: str) -> subprocess.
         capture_output=True,
         text=True,
         cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        | {"OMP_NUM_THREADS": "1", **environment},
         timeout=120,
     )
 
@@ -107,6 +109,22 @@ def test_a_sweep_runs_every_job_in_a_directory_of_its_own(program: Program) -> N
     betas = [re.search(r"^  beta: (.*)$", (path / "config.yaml").read_text(), re.M) for path in directories]
     assert [match and match[1] for match in betas] == ["0.05", "0.1", "0.5"]
     assert run.out.count("all log-probs are in") >= 2  # the reference is computed once
+    assert "job 1: loss=dpo" in run.out or "loss.beta=0.1" in run.out
+    assert not (ROOT / "multirun.yaml").exists()
+
+
+def test_a_sweep_goes_on_after_a_job_that_fails(program: Program) -> None:
+    run = program("-m", "loss=dpo", "loss.beta=0.3,-1,0.5", "n_examples=4")
+    assert run.status == 2 and run.err.count("error[CONFIG]") == 1
+    assert run.out.count("run_dir: ") == 2
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_seconds(tmp_path) -> None:
+    start = time.monotonic()
+    result = process("model=pythia28", "wandb.enabled=false", directory=tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert result.returncode == 2 and time.monotonic() - start < 40
+    assert "the Hugging Face hub cannot be reached" in result.stdout
+    assert result.stderr.startswith("error[CONFIG] model.name_or_path") and result.stderr.count("\n") == 1
 
 
 def test_a_file_of_ones_own(program: Program) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.runs import Program
+from tests.runs import QUICK, Program
 
 DPO = ("loss=dpo", "loss.beta=0.1")
 
@@ -187,3 +187,59 @@ def test_average_log_prob_divides_by_the_tokens(program: Program) -> None:
 def test_tensorboard(program: Program) -> None:
     run = program.ok("tensorboard=true", "n_examples=4")
     assert list((run.dir / "tensorboard").glob("events.out.*"))
+
+
+def test_a_diverged_model_is_not_saved(program: Program) -> None:
+    """The last update makes the weights too large to evaluate: what would be saved is not a model."""
+    directory = program.directory / "x"
+    run = program("lr=1e30", "optimizer=SGD", "warmup_steps=0", "n_examples=4", f"local_run_dir={directory}")
+    assert run.status == 5 and "error[NONFINITE] the evaluation has loss nan" in run.err
+    assert not list(directory.glob("step-*"))
+    assert "NaN" not in (directory / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("prompt_words", [40, 400])
+def test_prompts_of_any_length_are_sampled_within_the_context(program: Program, prompt_words: int) -> None:
+    """A learned position table has no room beyond it."""
+    path = program.directory / "long.jsonl"
+    rows = [{"prompt": f"{n} " * prompt_words, "chosen": " a", "rejected": " b"} for n in range(1, 9)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    model = ("model=blank_model", "model.name_or_path=tiny", "model.tokenizer_name_or_path=films")
+    architecture = "model.architecture={model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 1, n_positions: 420}"
+    common = (*model, architecture, f"datasets=[{path}]", "test_fraction=0.25", "max_length=420")
+    samples = ("sample_during_eval=true", "n_eval_model_samples=2", "n_examples=4")
+    run = program.ok(*common, *samples, "max_prompt_length=20", defaults=QUICK)
+    assert len(run.samples) == 4
+
+
+def test_a_context_that_is_too_short_is_refused(program: Program) -> None:
+    run = program("model.architecture.max_position_embeddings=256")
+    assert run.status == 2 and "max_length: 512 is more than the 256 positions of the model" in run.err
+
+
+def test_no_samples_where_none_are_asked_for(program: Program) -> None:
+    run = program.ok(*DPO, "sample_during_eval=true", "n_eval_model_samples=0", "reference=live", "n_examples=4")
+    assert not (run.dir / "samples.jsonl").exists() and "kl_eval" not in run.evals[0]
+
+
+def test_tokens_per_second_counts_what_is_fed(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four pairs on one prompt feed it once when packed."""
+    path = program.directory / "ranked.jsonl"
+    row = {"prompt": "one two three four five six seven eight", "responses": [" a", " b", " c", " d"]}
+    path.write_text(json.dumps(row))
+    clock = iter(range(10**6))
+    monkeypatch.setattr("trainers.time.monotonic", lambda: next(clock))
+    counts = {}
+    for batching in ("packed", "padded"):
+        common = (f"datasets=[{path}]", "test_fraction=0", "batch_size=6", f"batching={batching}", "n_examples=6")
+        counts[batching] = program.ok(*DPO, *common).steps[0]["tokens_per_second"]  # a second by this clock
+    assert counts["packed"] < counts["padded"] / 2
+
+
+def test_the_reference_is_computed_once_for_all_epochs(program: Program) -> None:
+    path = program.directory / "few.jsonl"
+    rows = [{"prompt": f"{n}?", "chosen": " a", "rejected": " b"} for n in range(10)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    common = (f"datasets=[{path}]", "test_fraction=0.2", "n_examples=null", f"cache_dir={program.directory / 'own'}")
+    run = program.ok(*DPO, *common, "n_epochs=3")
+    assert "reference: 20 log-probs computed in" in run.out

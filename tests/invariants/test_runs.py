@@ -84,7 +84,7 @@ def test_cached_reference_is_the_live_one(program: Program, loss: str) -> None:
     common = (*PAIR_LOSSES[loss], "eval_every=8", "gradient_accumulation_steps=2", "seed=5")
     live = program.ok(*common, "reference=live")
     cached = program.ok(*common, "reference=cached", f"cache_dir={program.directory / 'own'}")
-    assert "log-probs in" in cached.out
+    assert "log-probs computed in" in cached.out
     assert numbers(live) == numbers(cached)
     again = program.ok(*common, "reference=auto", f"cache_dir={program.directory / 'own'}")
     assert "all log-probs are in" in again.out
@@ -145,9 +145,44 @@ def test_resume_auto_starts_a_run_that_is_not_there_yet(program: Program) -> Non
 
 def test_a_resumed_run_must_have_the_same_config(program: Program) -> None:
     run = program.ok("save_every=8")
-    other = program("save_every=8", f"resume={run.dir}", "lr=1e-4", "batch_size=8")
+    before = (run.dir / "config.yaml").read_text()
+    other = program("save_every=8", f"resume={run.dir}", "lr=1e-4", "batch_size=8", "model.architecture.hidden_size=64")
     assert other.status == 2
-    assert "batch_size was 4 and is 8" in other.err and "lr was 0.001 and is 0.0001" in other.err
+    for change in ("batch_size was 4 and is 8", "lr was 0.001 and is 0.0001", "hidden_size was 32 and is 64"):
+        assert change in other.err
+    assert (run.dir / "config.yaml").read_text() == before
+
+
+def test_a_resumed_run_must_have_the_same_data(program: Program) -> None:
+    path = program.directory / "mine.jsonl"
+    common = (f"datasets=[{path}]", "test_fraction=0", "n_examples=8")
+
+    def write(word: str) -> None:
+        path.write_text("".join(f'{{"prompt": "{n}?", "chosen": " {word}", "rejected": " b"}}\n' for n in range(8)))
+
+    write("a")
+    run = program.ok(*common)
+    write("c")
+    other = program(*common, f"resume={run.dir}")
+    assert other.status == 3 and "trained on other examples" in other.err
+
+
+def test_a_branch_from_an_older_checkpoint_leaves_the_run_as_it_is(program: Program) -> None:
+    run = program.ok("save_every=4", "keep_checkpoints=null")
+    refused = program("save_every=4", f"resume={run.dir}/step-8", "keep_checkpoints=null")
+    assert refused.status == 2 and "holds checkpoints after step-8" in refused.err
+    branch = program.ok(
+        "save_every=4", f"resume={run.dir}/step-8", "keep_checkpoints=null", f"local_run_dir={program.directory / 'b'}"
+    )
+    assert [row["counters/examples"] for row in branch.steps] == [12, 16]
+    assert (run.dir / "LATEST").resolve().name == "step-16"
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_anew(program: Program) -> None:
+    directory = f"local_run_dir={program.directory / 'x'}"
+    program.ok(directory, "debug=true")
+    again = program.ok(directory, "resume=auto", "debug=true")
+    assert [row["counters/examples"] for row in again.steps] == [4, 8, 12, 16]
 
 
 def test_the_seed_reaches_the_order_of_the_data(program: Program) -> None:
