@@ -18,7 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from losses import LOSSES
 from utils import UserError
 
+
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
+TINY = CONFIG_DIR / "model" / "tiny.yaml"
 TRAINERS = ("BasicTrainer",)
 OPTIMIZERS = ("RMSprop", "Adam", "AdamW", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Adafactor")
 
@@ -296,8 +298,8 @@ RULES = (
         "auto needs local_run_dir, the run to continue",
     ),
     Rule(
-        ("model.name_or_path", "model.architecture", "model.tokenizer_name_or_path"),
-        lambda name, architecture, tokenizer: architecture is not None and tokenizer == "films" and name != "tiny",
+        ("model.name_or_path", "model.architecture"),
+        lambda name, architecture: name != "tiny" and architecture == OmegaConf.load(TINY).architecture,
         "{0} would not be read, as model=tiny makes its own model: add model=blank_model",
     ),
 )

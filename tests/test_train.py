@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -166,11 +167,12 @@ def commands() -> list[str]:
 STAND_INS = [
     (r"^python (-u )?train\.py ?", ""),
     (r"\bmodel=(?!tiny|blank_model)\S+", "model=tiny"),
-    (r"model=blank_model model\.name_or_path=\S+", "model=tiny"),
+    (r"model=blank_model model\.name_or_path=(?!mine)\S+", "model=tiny"),
     (r"datasets=\[\S*?\]", "datasets=[films]"),
     (r"data_dir=\S+ ?", ""),
-    (r"(model\.archive|resume)=(?!auto)\S+", r"\1=ARCHIVE"),
+    (r"model\.archive=\S+", "model.archive=ARCHIVE"),
     (r"trainer=\w+", "trainer=BasicTrainer"),
+    (r"local_run_dir=\S+", "local_run_dir=RUN"),
     (r"batch_size=\d+", "batch_size=2"),
     (r"n_epochs=\d+ ?", ""),
     (r"gradient_accumulation_steps=\d+", "gradient_accumulation_steps=2"),
@@ -193,10 +195,9 @@ def archive(tmp_path_factory) -> Path:
 def test_every_command_of_the_readme_runs(command: str, program: Program, archive: Path) -> None:
     for pattern, replacement in STAND_INS:
         command = re.sub(pattern, replacement, command)
-    arguments = command.replace("ARCHIVE", str(archive)).split()
-    if "resume=" in command:
-        arguments += [f"local_run_dir={program.directory / 'resumed'}"]
-    run = program.ok(*arguments, "n_examples=4", defaults=SMALL + QUICKER)
+    arguments = shlex.split(command.replace("ARCHIVE", str(archive)).replace("=RUN", f"={program.directory}/run"))
+    sizes = () if "model.architecture" in command else SMALL
+    run = program.ok(*arguments, "n_examples=4", defaults=sizes + QUICKER)
     assert run.out.splitlines()[-1].startswith("run_dir: ") or "--" in command
 
 
