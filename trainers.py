@@ -64,6 +64,7 @@ class BasicTrainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.mixed_precision = getattr(torch, config.mixed_precision) if config.mixed_precision else None
         self.policy = self.place_model(getattr(torch, config.model.policy_dtype))
+        self.device = self.policy.get_output_embeddings().weight.device  # where layers are split, the head's
         self.token_budget = config.token_budget or self.default_token_budget()
         self.reference_samples: list[np.ndarray] = []
         self.reference = self.build_reference()

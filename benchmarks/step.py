@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
@@ -217,6 +218,11 @@ def work_trl(job: dict[str, Any]) -> None:
     )
 
     class Ordered(DPOTrainer):
+        """Trains on the given tokens in the given order."""
+
+        def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+            return dataset
+
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
             return SequentialSampler(self.train_dataset)
 
@@ -252,7 +258,10 @@ def work(job_file: str) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  answers go to the real stderr
     sys.path.insert(0, str(ROOT))
     job = json.loads(Path(job_file).read_text())
-    {"ours": work_ours, "trl": work_trl}[job["worker"]](job)
+    try:
+        {"ours": work_ours, "trl": work_trl}[job["worker"]](job)
+    except Exception:
+        traceback.print_exc(file=sys.__stderr__)
 
 
 # ---- The comparison ----

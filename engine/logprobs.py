@@ -29,6 +29,7 @@ def response_logps(
     """Run model over batch once.
 
     Args:
+        batch: on the device of the model's LM head.
         objective: the loss, called on parts of the batch that cover it; without it no gradient is made.
 
     Returns:
@@ -45,10 +46,8 @@ def response_logps(
         batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, use_cache=False
     ).last_hidden_state
     head = model.get_output_embeddings()
-    # Where layers are split among GPUs, the last hidden states may not be where the batch and the head are.
-    hidden = hidden[0].to(head.weight.device)
-    loss, logps = chunked_head(hidden, head.weight, head.bias, batch.to(hidden.device), objective)
-    return loss, logps.to(batch.input_ids.device)
+    # Where layers are split among GPUs, the last hidden states may be elsewhere than the head and the batch.
+    return chunked_head(hidden[0].to(head.weight.device), head.weight, head.bias, batch, objective)
 
 
 def whole(batch: Microbatch) -> Part:

@@ -212,7 +212,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     example = Example(tokens[:7], (tokens[7:12], tokens[12:20]), 0)
     changed = Example(example.prompt, (example.responses[0], (example.responses[1] + 1) % vocabulary), 0)
     other = Example(tokens[20:24], (tokens[24:29], tokens[29:40]), 1)
-    device = model.get_input_embeddings().weight.device
+    device = model.get_output_embeddings().weight.device
 
     def logps(examples: list[Example], layout: str) -> Tensor:
         return response_logps(model, lay_out(examples, layout).to(device))[1]

@@ -18,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 from losses import LOSSES
 from utils import UserError
 
-
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 TINY = CONFIG_DIR / "model" / "tiny.yaml"
 TRAINERS = ("BasicTrainer",)
