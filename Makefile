@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test soak lint FORCE
+.PHONY: demo test soak lint bench FORCE
 
 demo: .venv/.installed  ## SFT and then DPO on the embedded model and data
 	$(BIN)/python benchmarks/demo.py
@@ -19,6 +19,12 @@ lint: .venv/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/.installed .venv-bench/.installed  ## a step beside TRL's; make bench BENCH="--data DIR --model pythia-70m"
+	$(BIN)/python benchmarks/step.py $(BENCH)
+
+.venv-bench/.installed: benchmarks/requirements-trl.txt
+	rm -f $@ && $(PYTHON) -m venv .venv-bench && .venv-bench/bin/python -m pip install -r $< && cp $< $@
 
 # The stamp is a copy of the requirements that are installed: it is their content that counts, not the age of the file.
 .venv/.installed: requirements.txt FORCE

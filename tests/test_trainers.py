@@ -243,3 +243,12 @@ def test_the_reference_is_computed_once_for_all_epochs(program: Program) -> None
     common = (f"datasets=[{path}]", "test_fraction=0.2", "n_examples=null", f"cache_dir={program.directory / 'own'}")
     run = program.ok(*DPO, *common, "n_epochs=3")
     assert "reference: 20 log-probs computed in" in run.out
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(program: Program) -> None:
+    common = (*DPO, "n_examples=12", "reference=live", "n_eval_examples=4")
+    plain, compiled = (program.ok(*common, f"compile={on}") for on in ("false", "true"))
+    for row, other in zip(compiled.steps, plain.steps, strict=True):
+        assert row["loss/train"] == pytest.approx(other["loss/train"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
