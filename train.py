@@ -38,7 +38,7 @@ def run(config: DictConfig) -> None:
 def derive_names(config: DictConfig) -> None:
     """Fill in the names that were left to be derived."""
     if config.exp_name is None:
-        datasets = "_".join(Path(name).stem for name in config.datasets)
+        datasets = "_".join(Path(name).name.split(".")[0] for name in config.datasets)
         config.exp_name = f"{datasets}_{Path(config.model.name_or_path).name}_{config.loss.name}"
     root = local_dir(config.local_dirs)
     if config.cache_dir is None:

@@ -5,6 +5,7 @@ A logger that fails is reported once and left out; it never ends a run.
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -139,7 +140,15 @@ class Loggers:
         if config.tensorboard:
             self._try("tensorboard", lambda: self._loggers.update(tensorboard=TensorBoard(run_dir)))
         on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=num_examples, initial=first_example, unit="ex", disable=not on_terminal, leave=True)
+        terminal = shutil.get_terminal_size()  # tqdm shows nothing on a terminal that does not know its own size
+        self._bar = tqdm(
+            total=num_examples,
+            initial=first_example,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            disable=not on_terminal,
+            ncols=terminal.columns,
+            nrows=terminal.lines,
+        )
 
     def _try(self, name: str, action: Callable[[], Any]) -> None:
         try:
@@ -163,13 +172,9 @@ class Loggers:
         if now - self._last < self._interval:
             return
         self._last = now
-        short = {
-            "loss": metrics["loss/train"],
-            "accuracy": metrics.get("rewards_train/accuracies"),
-            "margin": metrics.get("rewards_train/margins"),
-            "tokens/s": metrics["tokens_per_second"],
-        }
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in short.items() if value is not None})
+        short = {"loss": "loss/train", "acc": "rewards_train/accuracies", "margin": "rewards_train/margins"}
+        postfix = {name: f"{metrics[key]:.4g}" for name, key in short.items() if key in metrics}
+        self._bar.set_postfix(postfix | {"tokens/s": f"{metrics['tokens_per_second']:,.0f}"})
         if self._bar.disable:
             print(f"train after {examples} examples: {format_metrics(metrics)}", flush=True)
         self._log(metrics, examples)
@@ -182,8 +187,12 @@ class Loggers:
         self._log(metrics, examples)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log sampled answers; every row has the same keys, "examples" (the counter) first."""
+        """Log sampled answers; every row has the same keys, "examples" (the counter) first. The first is shown."""
         self._write("samples.jsonl", rows)
+        for name, value in rows[0].items():
+            if isinstance(value, str):
+                text = " ".join(value.split())
+                self.print(f"  sample, {name}: {text if len(text) <= 160 else '... ' + text[-156:]}")
         for name, logger in list(self._loggers.items()):
             self._try(name, lambda logger=logger: logger.log_samples(rows, int(rows[0]["examples"])))  # type: ignore[misc]
 
