@@ -422,7 +422,7 @@ def main() -> None:
         )
         table[name] = {"seconds": seconds, "median": median, "memory_mb": memory, "ratio_to_first": ratio}
     record = {
-        "command": " ".join(["benchmarks/step.py", *sys.argv[1:]]),
+        "command": " ".join(["benchmarks/step.py", *("DATA" if a == str(arguments.data) else a for a in sys.argv[1:])]),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
         "machine": f"{platform.processor() or platform.machine()}, {arguments.threads} threads",
         "versions": versions(),
