@@ -113,11 +113,12 @@ def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> None:
 
 def reaches_hub(config: DictConfig) -> bool:
     """Whether the hub can be reached, or the run has no need of it, or the environment has settled it."""
-    names = [config.model.name_or_path, config.model.tokenizer_name_or_path]
-    if config.model.architecture is not None:
-        names = names[1:]
-    local = all(name is None or name == "films" or Path(name).exists() for name in names)
-    if local or os.environ.get("HF_HUB_OFFLINE") or getproxies().get("https"):
+    model = config.model
+    names = [model.tokenizer_name_or_path or model.name_or_path]
+    if model.architecture is None:
+        names.append(model.name_or_path)
+    is_local = all(name == "films" or Path(name).exists() for name in names)
+    if is_local or os.environ.get("HF_HUB_OFFLINE") or getproxies().get("https"):
         return True
     return is_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -313,7 +313,7 @@ class BasicTrainer:
         config = self.config
         batches = self.train_batches()
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.policy, self.optimizer, self.data_hash())
+            state = load_checkpoint(checkpoint, self.policy, self.optimizer, self.data_hash)
             rewind(self.run_dir, state["log_sizes"])
             self.counters = state["counters"]
             for _ in range(self.counters["updates"]):
@@ -426,6 +426,7 @@ class BasicTrainer:
 
     # ---- Checkpoints ----
 
+    @cached_property
     def data_hash(self) -> str:
         """A hash of the training examples."""
         return content_hash(
@@ -445,7 +446,7 @@ class BasicTrainer:
             self.optimizer,
             self.counters,
             config=self.config,
-            data=self.data_hash(),
+            data=self.data_hash,
             metrics=self.eval_metrics,
             keep=self.config.keep_checkpoints,
             write_policy_pt=is_last,

@@ -170,22 +170,18 @@ def num_fed_tokens(example: Example) -> int:
 def cut(examples: Sequence[Example], num_parts: int, token_budget: int, layout: str = "packed") -> list[list[Example]]:
     """Cut a batch into microbatches: num_parts of about equal count (fewer if there are fewer examples), each cut
     again where it holds more than token_budget tokens. An example that is longer alone makes its own microbatch."""
-
-    def num_tokens(part: Sequence[Example]) -> int:
-        """Positions that a microbatch of part runs over, at most: examples of one prompt may share it."""
-        if layout == "packed":
-            return sum(num_fed_tokens(example) for example in part)
-        rows = [len(example.prompt) + len(response) for example in part for response in example.responses]
-        return len(rows) * max(rows)
-
     microbatches: list[list[Example]] = []
     bounds = np.linspace(0, len(examples), min(num_parts, len(examples)) + 1).astype(int)
     for start, end in pairwise(bounds):
         part: list[Example] = []
+        fed = rows = longest = 0  # of part
         for example in examples[start:end]:
-            if part and num_tokens([*part, example]) > token_budget:
+            lengths = [len(example.prompt) + len(response) for response in example.responses]
+            fed, rows, longest = fed + num_fed_tokens(example), rows + len(lengths), max(longest, *lengths)
+            if part and (fed if layout == "packed" else rows * longest) > token_budget:
                 microbatches.append(part)
                 part = []
+                fed, rows, longest = num_fed_tokens(example), len(lengths), max(lengths)
             part.append(example)
         microbatches.append(part)
     return microbatches

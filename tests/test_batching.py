@@ -120,3 +120,12 @@ def test_plan_follows_the_seed() -> None:
 def test_to_moves_every_tensor() -> None:
     batch = lay_out(random_examples([(3, 2, 2)])).to(torch.device("meta"))
     assert {value.device.type for value in vars(batch).values() if isinstance(value, torch.Tensor)} == {"meta"}
+
+
+@pytest.mark.parametrize("budget", [1, 30, 100, 10**6])
+def test_the_budget_of_padded_rows_counts_their_padding(budget: int) -> None:
+    examples = pair_examples()
+    microbatches = cut(examples, 1, budget, "padded")
+    assert [example for part in microbatches for example in part] == examples
+    assert all(len(part) == 1 or lay_out(part, "padded").input_ids.numel() <= budget for part in microbatches)
+    assert (len(microbatches) == 1) == (budget == 10**6)
