@@ -1,11 +1,14 @@
 """The training loop: one loop for every loss; a trainer decides where the model is placed."""
 
 import copy
+import inspect
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -18,16 +21,32 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.batching import Microbatch, Part, cut, lay_out, num_planned, plan_batches
+from engine.batching import Microbatch, Part, cut, lay_out, num_fed_tokens, num_planned, plan_batches
 from engine.checkpoint import load_checkpoint, rewind, save_checkpoint
 from engine.logprobs import response_logps
-from engine.metrics import Loggers, Sums, peak_flops
+from engine.memory import fitting, saved_bytes
+from engine.metrics import Loggers, Moment, Sums, fetched, peak_flops
 from engine.models import find_blocks, load_model, use_packed_attention
+from engine.precision import parameters_in
 from engine.reference import CachedReference, LiveReference, Reference, reference_key
 from engine.sampling import sample_responses
 from losses import LOSSES
 from preference_datasets import DATASETS, Example, Split
-from utils import UserError, content_hash
+from utils import UserError, ahead, content_hash
+
+Prepared = tuple[Microbatch, Tensor | None]  # with reference log-probs of its responses, if they are cached
+
+
+@dataclass
+class Step:
+    """An update of the policy that was started, and what is to be logged of it."""
+
+    values: dict[str, Tensor]  # scalars on the device, known once it is done
+    facts: dict[str, float]
+    num_examples: int
+    num_tokens: int
+    prompts: list[int]
+    end: Moment
 
 
 class BasicTrainer:
@@ -61,15 +80,17 @@ class BasicTrainer:
         own_keys = ("name", "average_log_prob", "sft_weight")
         self.loss_arguments = {key: value for key, value in config.loss.items() if key not in own_keys}
 
+        torch.set_float32_matmul_precision(config.matmul_precision)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.mixed_precision = getattr(torch, config.mixed_precision) if config.mixed_precision else None
         self.policy = self.place_model(getattr(torch, config.model.policy_dtype))
         self.device = self.policy.get_output_embeddings().weight.device  # where layers are split, the head's
-        self.token_budget = config.token_budget or self.default_token_budget()
+        self.reference: Reference | None = None
+        self.token_budget, self.num_checkpointed = self.fit_memory()
         self.reference_samples: list[np.ndarray] = []
         self.reference = self.build_reference()
         self.prepare_policy()
-        self.optimizer = getattr(torch.optim, config.optimizer)(self.policy.parameters(), lr=config.lr)
+        self.optimizer = self.build_optimizer()
 
     def print_plan(self) -> None:
         """Say how long training will be, before anything heavy is loaded."""
@@ -101,9 +122,17 @@ class BasicTrainer:
 
     def prepare_policy(self) -> None:
         """Make the policy trainable, after the reference was computed from it."""
-        if self.config.activation_checkpointing:
-            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.num_checkpointed:
+            self.policy.activation_checkpointing_enable({"use_reentrant": False})
+            for block in find_blocks(self.policy, self.config.model.block_name)[self.num_checkpointed :]:
+                setattr(block, "gradient_checkpointing", False)  # noqa: B010  mypy knows no such attribute
         self.policy.train()
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the config; as one fused pass over the weights where torch has that."""
+        optimizer = getattr(torch.optim, self.config.optimizer)
+        fused = {"fused": True} if "fused" in inspect.signature(optimizer).parameters else {}
+        return optimizer(self.policy.parameters(), lr=self.config.lr, **fused)
 
     def build_reference(self) -> Reference | None:
         """Log-probs of the frozen reference: from a model that stays loaded, or computed now and kept on disk."""
@@ -142,22 +171,51 @@ class BasicTrainer:
             return
         start = time.monotonic()
         disable = not sys.stderr.isatty()
-        for examples in tqdm(microbatches, desc="reference log-probs", unit="microbatch", disable=disable):
-            batch = self.lay_out(examples)
-            cached.add(batch, live.logps(batch))
+        with live.in_mixed_precision():
+            for examples in tqdm(microbatches, desc="reference log-probs", unit="microbatch", disable=disable):
+                batch = self.lay_out(examples)
+                cached.add(batch, live.logps(batch))
         seconds = time.monotonic() - start
         print(f"reference: {len(cached) - num_before:,} log-probs computed in {seconds:.1f} s, kept in {cached.path}")
 
-    def default_token_budget(self) -> int:
-        """Tokens of a forward pass that fit in memory, at 34 bytes x hidden size x layers of activations a token."""
-        if self.device.type == "cpu":
-            return 16384
-        shape = self.policy.config
-        copies = 4 + (self.config.reference == "live")  # gradients, optimizer and its temporaries, reference
-        state = copies * sum(parameter.nbytes for parameter in self.policy.parameters())
-        free = torch.cuda.mem_get_info(self.device)[0] - state
-        layers = 1 if self.config.activation_checkpointing else shape.num_hidden_layers
-        return max(1024, int(0.5 * free / (34 * shape.hidden_size * layers * 2)))
+    def fit_memory(self) -> tuple[int, int]:
+        """The tokens of a forward pass, and the number of blocks that recompute their activations: as the config says,
+        or as memory allows."""
+        config = self.config
+        blocks = find_blocks(self.policy, config.model.block_name)
+        given = config.activation_checkpointing
+        if isinstance(given, bool):
+            given = len(blocks) if given else 0
+        given = None if given == "auto" else min(given, len(blocks))
+        if config.token_budget is not None and given is not None:
+            return config.token_budget, given
+        weights = sum(parameter.nbytes for parameter in self.policy.parameters())
+        # Beside the weights: their gradients, the optimizer's state and what it or mixed precision needs on the way.
+        copies = 4 + (config.reference == "live")
+        longest = max((num_fed_tokens(example) for example in self.train_examples), default=0)
+        wanted = config.token_budget or max(2048, longest)
+        num_devices = len({parameter.device for parameter in self.policy.parameters()})  # that share the layers
+        per_token = self.bytes_per_token() / num_devices
+        tokens, num_checkpointed = fitting(
+            self.device, copies * weights // num_devices, per_token, len(blocks), wanted, given
+        )
+        if given is None and num_checkpointed:
+            print(f"activation_checkpointing: {num_checkpointed} of {len(blocks)} blocks, to fit {wanted:,} tokens")
+        return config.token_budget or tokens, num_checkpointed
+
+    def bytes_per_token(self) -> float:
+        """Bytes of activations that a fed token keeps for the backward pass, measured on this model."""
+
+        def measured(num_examples: int) -> tuple[int, int]:
+            ids = np.zeros(64, dtype=np.int32)
+            responses = (ids[:32], ids[:31])[: len(self.train_examples[0].responses)]
+            batch = self.lay_out([Example(ids[: 33 + index], responses, index) for index in range(num_examples)])
+            with self.in_mixed_precision():
+                kept = saved_bytes(lambda: response_logps(self.policy, batch, lambda logps, part: logps.sum())[0])
+            return kept, batch.input_ids.numel()
+
+        (few, few_tokens), (many, many_tokens) = measured(1), measured(4)
+        return (many - few) / (many_tokens - few_tokens)  # what does not grow with the tokens is not theirs
 
     # ---- Data ----
 
@@ -170,6 +228,7 @@ class BasicTrainer:
             seed=config.seed,
             n_epochs=config.n_epochs,
             n_examples=config.n_examples,
+            length_grouping=config.length_grouping,
         )
         for indices in plan:
             examples = [self.train_examples[index] for index in indices]
@@ -232,15 +291,30 @@ class BasicTrainer:
         sums.add(loss=losses)
         return losses
 
-    def run_microbatch(self, examples: Sequence[Example], num_examples: int, sums: Sums) -> tuple[Tensor, int]:
-        """The share of some examples in the mean loss of num_examples, a scalar to call backward on; and the number of
-        tokens that were fed for it."""
-        batch = self.lay_out(examples)
-        reference_logps = self.reference.logps(batch) if self.reference else None
+    def prepared(self, batches: Iterable[list[list[Example]]]) -> Iterator[list[Prepared]]:
+        """Batches laid out on the device, with the log-probs of a cached reference, one batch ahead of its use."""
+
+        def prepare(examples: list[Example]) -> Prepared:
+            batch = self.lay_out(examples)
+            return batch, self.reference.logps(batch) if isinstance(self.reference, CachedReference) else None
+
+        return ahead([prepare(examples) for examples in microbatches] for microbatches in batches)
+
+    def run_microbatch(self, prepared: Prepared, num_examples: int, sums: Sums) -> Tensor:
+        """The share of some examples in the mean loss of num_examples: a scalar to call backward on."""
+        batch, reference_logps = prepared
+        if isinstance(self.reference, LiveReference):
+            reference_logps = self.reference.logps(batch)
         losses = partial(self.losses, batch, reference_logps, sums)
-        with torch.autocast(self.device.type, dtype=self.mixed_precision, enabled=self.mixed_precision is not None):
-            loss, _ = response_logps(self.policy, batch, lambda logps, part: losses(logps, part).sum() / num_examples)
-        return loss, batch.num_tokens
+        loss, _ = response_logps(self.policy, batch, lambda logps, part: losses(logps, part).sum() / num_examples)
+        return loss
+
+    @contextmanager
+    def in_mixed_precision(self) -> Iterator[None]:
+        """Inside this, policy and live reference compute in the dtype of mixed_precision, all but their heads."""
+        reference = self.reference.in_mixed_precision() if isinstance(self.reference, LiveReference) else nullcontext()
+        with parameters_in(self.policy, self.mixed_precision, keep=self.policy.get_output_embeddings()), reference:
+            yield
 
     def learning_rate(self) -> float:
         """Of the coming update: linear warm-up, then constant or a decay that would reach 0 after the last update."""
@@ -251,24 +325,17 @@ class BasicTrainer:
         decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
         return config.lr * decay[config.lr_schedule]
 
-    def step(self, microbatches: Sequence[Sequence[Example]]) -> dict[str, float]:
-        """One update of the policy on a batch; returns the metrics of the step."""
-        start = time.monotonic()
-        num_examples = sum(map(len, microbatches))
+    def step(self, microbatches: Sequence[Prepared]) -> Step:
+        """One update of the policy on a batch. A GPU may still be at work on it when this returns."""
+        num_examples = sum(batch.num_examples for batch, _ in microbatches)
         sums = Sums()
-        num_tokens = 0
-        for examples in microbatches:
-            loss, fed = self.run_microbatch(examples, num_examples, sums)
-            loss.backward()
-            num_tokens += fed
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
-        metrics = named(sums.means(), "train")
-        if not math.isfinite(metrics["loss/train"]) or not math.isfinite(grad_norm):
-            prompts = sorted({example.prompt_index for examples in microbatches for example in examples})
-            self.fail_as_non_finite(
-                f"update {self.counters['updates'] + 1} has loss {metrics['loss/train']} and gradient norm {grad_norm},"
-                f" on the prompts number {prompts} of the training data"
-            )
+        with self.in_mixed_precision():
+            for prepared in microbatches:
+                self.run_microbatch(prepared, num_examples, sums).backward()
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if self.device.type != "cpu" or grad_norm > self.config.max_grad_norm:  # a GPU is not waited for
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, grad_norm)
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -276,18 +343,31 @@ class BasicTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.counters["examples"] += num_examples
         self.counters["updates"] += 1
-        seconds = time.monotonic() - start
-        metrics |= {
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "examples_per_second": num_examples / seconds,
-            "tokens_per_second": num_tokens / seconds,
-            "peak_memory_gb": self.peak_memory_gb(),
-        }
+        return Step(
+            values=named(sums.means(), "train") | {"grad_norm": grad_norm},
+            facts={"learning_rate": learning_rate, "peak_memory_gb": self.peak_memory_gb()} | self.counted(),
+            num_examples=num_examples,
+            num_tokens=sum(batch.num_tokens for batch, _ in microbatches),
+            prompts=sorted({index for batch, _ in microbatches for index in batch.prompt_indices}),
+            end=Moment(self.device),
+        )
+
+    def metrics_of(self, step: Step, start: Moment) -> dict[str, float]:
+        """The metrics of a step that began at start, once it is done; fails if a number in them is not finite."""
+        seconds = step.end.seconds_since(start)
+        metrics = fetched(step.values)
+        if not math.isfinite(metrics["loss/train"]) or not math.isfinite(metrics["grad_norm"]):
+            self.fail_as_non_finite(
+                f"update {step.facts['counters/updates']} has loss {metrics['loss/train']} and gradient norm"
+                f" {metrics['grad_norm']}, on the prompts number {step.prompts} of the training data"
+            )
+        metrics |= step.facts
+        metrics["examples_per_second"] = step.num_examples / seconds
+        metrics["tokens_per_second"] = step.num_tokens / seconds
         peak = peak_flops(self.device)
         if peak:
-            metrics["mfu"] = 6 * self.policy.num_parameters() * num_tokens / seconds / peak
-        return metrics | self.counted()
+            metrics["mfu"] = 6 * self.policy.num_parameters() * step.num_tokens / seconds / peak
+        return metrics
 
     def fail_as_non_finite(self, what: str) -> NoReturn:
         raise UserError(
@@ -325,16 +405,34 @@ class BasicTrainer:
         try:
             if checkpoint is None and config.do_first_eval:
                 self.evaluate()
-            for microbatches in batches:
+            running: Step | None = None
+            start = Moment(self.device)  # of the running step
+
+            def log_running() -> None:
+                nonlocal running, start
+                done, running = running, None
+                if done is not None:
+                    self.loggers.train(self.metrics_of(done, start))
+                    start = done.end
+
+            for microbatches in self.prepared(batches):
                 before = self.counters["examples"]
-                self.loggers.train(self.step(microbatches))
+                step = self.step(microbatches)
+                log_running()  # of the step before, while a GPU runs this one
+                running = step
                 now = self.counters["examples"]
                 is_last = now == self.num_train_examples
-                if is_last or now // config.eval_every > before // config.eval_every:
-                    self.evaluate()
                 save_every = config.save_every or config.eval_every
-                if is_last or now // save_every > before // save_every:
+                evaluates = is_last or now // config.eval_every > before // config.eval_every
+                saves = is_last or now // save_every > before // save_every
+                if evaluates or saves or self.device.type == "cpu":
+                    log_running()
+                if evaluates:
+                    self.evaluate()
+                if saves:
                     self.save(is_last)
+                if evaluates or saves:
+                    start = Moment(self.device)
             is_done = True
         finally:
             self.loggers.close(is_done)
@@ -345,11 +443,11 @@ class BasicTrainer:
             return
         self.policy.eval()
         sums = Sums()
-        with torch.no_grad():
-            for microbatches in self.eval_batches():
-                for examples in microbatches:
-                    self.run_microbatch(examples, len(self.eval_examples), sums)
-        self.eval_metrics = named(sums.means(), "eval")
+        with torch.no_grad(), self.in_mixed_precision():
+            for microbatches in self.prepared(self.eval_batches()):
+                for prepared in microbatches:
+                    self.run_microbatch(prepared, len(self.eval_examples), sums)
+        self.eval_metrics = fetched(named(sums.means(), "eval"))
         if not math.isfinite(self.eval_metrics["loss/eval"]):
             self.fail_as_non_finite(f"the evaluation has loss {self.eval_metrics['loss/eval']}")
         if self.samples:
@@ -460,7 +558,7 @@ def choose_eval_examples(examples: Sequence[Example], count: int, seed: int) -> 
     return [examples[index] for indices in plan for index in indices][:count]
 
 
-def named(means: dict[str, float], split: str) -> dict[str, float]:
+def named(means: dict[str, Tensor], split: str) -> dict[str, Tensor]:
     """Metrics under the names that users see: loss/train, rewards_train/chosen, logps_eval/rejected, ..."""
     names = {name: f"{name.split('/')[0]}_{split}/{name.split('/')[-1]}" for name in means} | {"loss": f"loss/{split}"}
     return {names[name]: value for name, value in means.items()}

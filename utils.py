@@ -1,14 +1,17 @@
-"""Stateless helpers: errors for users, content hashes, local directories, atomic files."""
+"""Stateless helpers: errors for users, content hashes, local directories, work ahead of its use, atomic files."""
 
 import getpass
 import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
+
+T = TypeVar("T")
 
 EXIT_STATUS = {
     "CONFIG": 2,
@@ -57,6 +60,16 @@ def local_dir(local_dirs: Iterable[str]) -> Path:
     except (KeyError, OSError):  # a user without a name, as in containers
         user = str(os.getuid())
     return next((path for path in candidates if path.is_dir()), candidates[-1]) / user
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made by a thread in the background while the one before is used."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(next, iterator, end)
+        while (item := future.result()) is not end:
+            future = executor.submit(next, iterator, end)
+            yield item  # type: ignore[misc]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

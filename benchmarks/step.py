@@ -3,7 +3,9 @@
 Each system runs in a process of its own; the parent lets one at a time take a step, in turn, so that all see the same
 machine. Same initial weights, pairs, truncation, batch, optimizer (AdamW) and learning rate; the losses of the first
 steps are printed beside each other. The first steps are warm-up and left out; medians, ranges and ratios are printed
-and written to benchmarks/results/.
+and written to benchmarks/results/. Each system keeps its own best number of tokens at a time; memory is what the last
+steps take above what the process holds between steps. tokens/s counts each prompt once for every system. Of the ratios
+to the first system, `times` is that of all steps together, `median` that of the steps one by one.
 
     .venv/bin/python benchmarks/step.py --data DATA_DIR --model llama-8k
 
@@ -19,16 +21,20 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainers import BasicTrainer, Prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096, "tie_word_embeddings": False}
@@ -58,16 +64,40 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 9,
         "num_attention_heads": 12,
     },
+    # For a GPU, with the systems *-weights-bf16.
+    "pythia-2.8b": {
+        "model_type": "gpt_neox",
+        "vocab_size": 50304,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+    "llama-8b": {
+        **LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
 }
 # name -> (which worker, its settings)
-SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ours": ("ours", {"batching": "packed", "mixed_precision": None}),
-    "ours-bf16": ("ours", {"batching": "packed", "mixed_precision": "bfloat16"}),
-    "ours-padded": ("ours", {"batching": "padded", "mixed_precision": None}),
+TRL_BEST = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
+SYSTEMS: dict[str, tuple[str, Any]] = {
+    "ours-bf16": ("ours", ["mixed_precision=bfloat16"]),
+    "ours": ("ours", []),
+    "ours-padded": ("ours", ["batching=padded"]),
     "trl-default": ("trl", {}),
-    "trl-best": ("trl", {"gradient_checkpointing": False, "precompute_ref_log_probs": True, "bf16": True}),
-    "trl-best-fp32": ("trl", {"gradient_checkpointing": False, "precompute_ref_log_probs": True, "bf16": False}),
+    # TRL 1.16 has switched padding_free off, and its fused head (Liger) needs a GPU.
+    "trl-best": ("trl", {**TRL_BEST, "bf16": True}),
+    "trl-best-fp32": ("trl", {**TRL_BEST, "bf16": False}),
+    "ours-weights-bf16": ("ours", ["model.policy_dtype=bfloat16", "mixed_precision=null"]),
+    "trl-weights-bf16": ("trl", {**TRL_BEST, "bf16": True, "dtype": "bfloat16"}),
 }
+CPU_SYSTEMS = "ours-bf16,ours,ours-padded,trl-default,trl-best,trl-best-fp32"
 BETA, LEARNING_RATE = 0.1, 1e-5
 Pair = dict[str, list[int]]  # prompt, chosen, rejected: token ids
 
@@ -133,27 +163,49 @@ def resident(field: str) -> int:
 
 
 @contextlib.contextmanager
-def measured() -> Iterator[Callable[[float], None]]:
-    """Wait for the word to start; time what is done, and the memory it takes above what is held before."""
-    sys.stdin.readline()
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    idle = resident("VmRSS")
+def measured(of_memory: bool) -> Iterator[dict[str, float]]:
+    """Measure the time of what is done, or the memory it takes above what is held before.
+
+    Not both at once: to give freed memory back first, so that the peak is that of the step, makes the step slower.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    idle = 0
+    if of_memory:
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            idle = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            idle = resident("VmRSS")
+    answer: dict[str, float] = {}
     start = time.perf_counter()
-    loss = float("nan")
+    yield answer
+    if on_gpu:
+        torch.cuda.synchronize()
+    answer["seconds"] = time.perf_counter() - start
+    if of_memory:
+        answer["memory"] = (torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - idle
 
-    def report(value: float) -> None:
-        nonlocal loss
-        loss = value
 
-    yield report
-    seconds = time.perf_counter() - start
-    answer = {"seconds": seconds, "loss": loss, "memory": resident("VmHWM") - idle}
+def told_of_memory() -> bool:
+    """Waits for the word to take a step."""
+    return sys.stdin.readline().strip() == "memory"
+
+
+def tell(answer: dict[str, float]) -> None:
     print(json.dumps(answer), file=sys.__stderr__, flush=True)
 
 
-def work_ours(job: dict[str, Any]) -> None:
+def our_batches(
+    folder: str, cache: str, batches: list[list[Pair]], *settings: str
+) -> tuple["BasicTrainer", Iterator[list["Prepared"]]]:
+    """Our trainer on the model in a folder, and the batches as it lays them out."""
+    import numpy as np
     from hydra import compose, initialize_config_dir
 
     from engine.batching import cut
@@ -161,30 +213,37 @@ def work_ours(job: dict[str, Any]) -> None:
     from engine.tokenization import Example, Split
     from trainers import BasicTrainer
 
-    settings = job["settings"]
     overrides = [
-        *("model=blank_model", f"model.name_or_path={job['model']}", "model.tokenizer_name_or_path=films"),
-        *("loss=dpo", f"loss.beta={BETA}", f"batch_size={job['batch_size']}", "sample_during_eval=false"),
-        *("optimizer=AdamW", f"lr={LEARNING_RATE}", "warmup_steps=0", "reference=auto", f"cache_dir={job['cache']}"),
-        *(f"batching={settings['batching']}", f"mixed_precision={settings['mixed_precision'] or 'null'}"),
+        *("model=blank_model", f"model.name_or_path={folder}", "model.tokenizer_name_or_path=films"),
+        *("loss=dpo", f"loss.beta={BETA}", f"batch_size={len(batches[0])}", "sample_during_eval=false"),
+        *("optimizer=AdamW", f"lr={LEARNING_RATE}", "warmup_steps=0", "reference=auto", f"cache_dir={cache}"),
     ]
     with initialize_config_dir(str(ROOT / "config"), version_base=None):
-        config = compose("config", overrides)
+        config = compose("config", [*overrides, *settings])
     tokenizer = film_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    import numpy as np
 
-    array = lambda ids: np.array(ids, dtype=np.int32)  # noqa: E731
-    batches = [
-        [Example(array(p["prompt"]), (array(p["chosen"]), array(p["rejected"])), i) for i, p in enumerate(batch)]
-        for batch in job["batches"]
-    ]
-    train_split = Split([example for batch in batches for example in batch])
-    trainer = BasicTrainer(config, Path(job["cache"]), tokenizer, train_split, Split([]))
+    def example(pair: Pair) -> Example:
+        prompt, chosen, rejected = (np.array(pair[name], np.int32) for name in ("prompt", "chosen", "rejected"))
+        return Example(prompt, (chosen, rejected), prompt_index=0)
+
+    examples = [[example(pair) for pair in batch] for batch in batches]
+    train_split = Split([example for batch in examples for example in batch])
+    trainer = BasicTrainer(config, Path(cache), tokenizer, train_split, Split([]))
+    return trainer, trainer.prepared(cut(batch, 1, trainer.token_budget, config.batching) for batch in examples)
+
+
+def take_step(trainer: "BasicTrainer", microbatches: list["Prepared"], of_memory: bool) -> dict[str, float]:
+    with measured(of_memory) as answer:
+        answer["loss"] = trainer.step(microbatches).values["loss/train"].item()
+    return answer
+
+
+def work_ours(job: dict[str, Any]) -> None:
+    trainer, batches = our_batches(job["model"], job["cache"], job["batches"], *job["settings"])
     print("ready", file=sys.__stderr__, flush=True)
-    for batch in batches:
-        with measured() as report:
-            report(trainer.step(cut(batch, 1, trainer.token_budget))["loss/train"])
+    for microbatches in batches:
+        tell(take_step(trainer, microbatches, told_of_memory()))
 
 
 def work_trl(job: dict[str, Any]) -> None:
@@ -199,6 +258,8 @@ def work_trl(job: dict[str, Any]) -> None:
         for batch in job["batches"]
         for p in batch
     ]
+    settings = dict(job["settings"])
+    dtype = getattr(torch, settings.pop("dtype", "float32"))
     arguments = DPOConfig(
         output_dir=job["cache"],
         per_device_train_batch_size=job["batch_size"],
@@ -214,7 +275,7 @@ def work_trl(job: dict[str, Any]) -> None:
         report_to=[],
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        **job["settings"],
+        **settings,
     )
 
     class Ordered(DPOTrainer):
@@ -231,18 +292,19 @@ def work_trl(job: dict[str, Any]) -> None:
 
         def __init__(self) -> None:
             self.stack = contextlib.ExitStack()
-            self.report: Callable[[float], None] | None = None
+            self.answer: dict[str, float] | None = None
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.report = self.stack.enter_context(measured())
+            self.answer = self.stack.enter_context(measured(told_of_memory()))
 
         def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-            if self.report is not None and logs and "loss" in logs:
-                self.report(float(logs["loss"]))
-                self.report = None
+            if self.answer is not None and logs and "loss" in logs:
+                self.answer["loss"] = float(logs["loss"])
                 self.stack.close()
+                tell(self.answer)
+                self.answer = None
 
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
     from tokenizers import Tokenizer, models
 
     tokenizer = PreTrainedTokenizerFast(
@@ -268,7 +330,7 @@ def work(job_file: str) -> None:
 
 
 def run_systems(
-    names: list[str], model: dict[str, Any], batches: list[list[Pair]], batch_size: int, threads: int
+    names: list[str], model: dict[str, Any], batches: list[list[Pair]], batch_size: int, threads: int, memory_steps: int
 ) -> dict[str, list[dict[str, float]]]:
     """One step of each system in turn, for every batch."""
     import torch
@@ -296,7 +358,6 @@ def run_systems(
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": str(threads),
-                    "OMP_WAIT_POLICY": "PASSIVE",
                     "HF_HUB_OFFLINE": "1",
                 },
             )
@@ -304,12 +365,15 @@ def run_systems(
             start = time.perf_counter()
             until(workers[name], "ready")
             print(f"{name}: ready after {time.perf_counter() - start:.0f} s", flush=True)
-        for _ in batches:
+            workers[name].send_signal(signal.SIGSTOP)  # its idle threads would spin, and take the cores from the others
+        for index in range(len(batches)):
             for name, process in workers.items():
+                process.send_signal(signal.SIGCONT)
                 assert process.stdin is not None
-                process.stdin.write("step\n")
+                process.stdin.write("memory\n" if index >= len(batches) - memory_steps else "time\n")
                 process.stdin.flush()
                 results[name].append(json.loads(until(process, "{")))
+                process.send_signal(signal.SIGSTOP)
     return results
 
 
@@ -329,20 +393,24 @@ def gemm_peak(dtype: str, threads: int) -> float:
     import torch
 
     torch.set_num_threads(threads)
-    a, b = (torch.randn(2048, 2048).to(getattr(torch, dtype)) for _ in range(2))
+    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     times = []
     for _ in range(8):
         start = time.perf_counter()
         a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(times)
+    return 2 * size**3 / min(times)
 
 
 def step_flops(model: dict[str, Any], batches: list[list[Pair]]) -> float:
     """Mean FLOP of a step on the packed row: 6 per block parameter and fed token, the head on response positions, and
     attention (4 x hidden per query-key pair forward, 12 with backward)."""
     hidden, layers, inner = model["hidden_size"], model["num_hidden_layers"], model["intermediate_size"]
-    block = (4 * hidden**2 + (3 if model["model_type"] == "llama" else 2) * hidden * inner) * layers
+    shared = model.get("num_key_value_heads", model["num_attention_heads"]) / model["num_attention_heads"]
+    block = ((2 + 2 * shared) * hidden**2 + (3 if model["model_type"] == "llama" else 2) * hidden * inner) * layers
     fed = sum(fed_tokens(pair) for batch in batches for pair in batch)
     targets = sum(len(pair["chosen"]) + len(pair["rejected"]) for batch in batches for pair in batch)
     scores = 0.0
@@ -367,10 +435,11 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help="folder with hh/train.jsonl.gz; synthetic lengths without it")
     parser.add_argument("--model", choices=MODELS, default="llama-8k")
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="comma-separated, of " + ", ".join(SYSTEMS))
+    parser.add_argument("--systems", default=CPU_SYSTEMS, help="comma-separated, of " + ", ".join(SYSTEMS))
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8, help="measured steps, after --warmup")
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--memory-steps", type=int, default=2, help="steps whose memory is measured, after the others")
     parser.add_argument("--grouped", action="store_true", help="batches of similar lengths, for all systems")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
@@ -383,14 +452,15 @@ def main() -> None:
         print("TRL is left out: there is no .venv-bench (make bench)")
         names = [name for name in names if not name.startswith("trl")]
     model = MODELS[arguments.model]
-    count = arguments.batch_size * (arguments.steps + arguments.warmup)
+    count = arguments.batch_size * (arguments.warmup + arguments.steps + arguments.memory_steps)
     vocabulary = model["vocab_size"]
     pairs = hh_pairs(arguments.data, vocabulary, count) if arguments.data else synthetic_pairs(vocabulary, count)
     batches = batches_of(pairs, arguments.batch_size, arguments.grouped)
-    results = run_systems(names, model, batches, arguments.batch_size, arguments.threads)
+    results = run_systems(names, model, batches, arguments.batch_size, arguments.threads, arguments.memory_steps)
 
-    kept = {name: rows[arguments.warmup :] for name, rows in results.items()}
-    timed = batches[arguments.warmup :]
+    last = arguments.warmup + arguments.steps
+    kept = {name: rows[arguments.warmup : last] for name, rows in results.items()}
+    timed = batches[arguments.warmup : last]
     fed, padded = (sum(map(count_of, timed)) for count_of in (lambda b: sum(map(fed_tokens, b)), padded_tokens))
     peaks = {dtype: gemm_peak(dtype, arguments.threads) for dtype in ("float32", "bfloat16")}
     flops = step_flops(model, timed)
@@ -402,25 +472,34 @@ def main() -> None:
         f" ({padded / fed:.1f} times)"
     )
     print(
-        f"\n{'system':14}{'s/step':>9}{'min':>8}{'max':>8}{'pairs/s':>9}{'tokens/s':>10}{'MB':>7}{'/ ours':>8}"
+        f"\n{'system':17}{'s/step':>8}{'min':>8}{'max':>8}{'pairs/s':>9}{'tokens/s':>10}{'MB':>7}{'times':>8}{'median':>8}"
         f"{'of peak':>9}"
     )
     table = {}
+    first = [row["seconds"] for row in kept[names[0]]]
     for name, rows in kept.items():
         seconds = [row["seconds"] for row in rows]
-        median = statistics.median(seconds)
-        ratio = statistics.median(
-            row["seconds"] / own["seconds"] for row, own in zip(rows, kept[names[0]], strict=True)
-        )
-        memory = max(row["memory"] for row in rows) / 1e6
-        useful = fed / len(timed) / median
+        total = sum(seconds)
+        ratios = [theirs / ours for theirs, ours in zip(seconds, first, strict=True)]
+        memory = max(row["memory"] for row in results[name][last:]) / 1e6
         peak = peaks["bfloat16" if "bf16" in name else "float32"]
-        share = f"{flops / median / peak:9.0%}" if name.startswith("ours") and "padded" not in name else f"{'':9}"
+        is_packed = name.startswith("ours") and "padded" not in name
+        table[name] = {
+            "seconds": [round(value, 4) for value in seconds],
+            "median": round(statistics.median(seconds), 4),
+            "pairs_per_second": round(len(timed) * arguments.batch_size / total, 2),
+            "tokens_per_second": round(fed / total),
+            "memory_mb": round(memory),
+            "ratio_of_totals": round(total / sum(first), 2),
+            "median_ratio": round(statistics.median(ratios), 2),
+            "share_of_gemm_peak": round(flops * len(timed) / total / peak, 3) if is_packed else None,
+        }
+        row = table[name]
+        share = f"{row['share_of_gemm_peak']:9.0%}" if is_packed else ""
         print(
-            f"{name:14}{median:9.3f}{min(seconds):8.3f}{max(seconds):8.3f}{arguments.batch_size / median:9.1f}"
-            f"{useful:10.0f}{memory:7.0f}{ratio:8.2f}{share}"
+            f"{name:17}{row['median']:8.3f}{min(seconds):8.3f}{max(seconds):8.3f}{row['pairs_per_second']:9.1f}"
+            f"{row['tokens_per_second']:10.0f}{memory:7.0f}{row['ratio_of_totals']:8.2f}{row['median_ratio']:8.2f}{share}"
         )
-        table[name] = {"seconds": seconds, "median": median, "memory_mb": memory, "ratio_to_first": ratio}
     record = {
         "command": " ".join(["benchmarks/step.py", *("DATA" if a == str(arguments.data) else a for a in sys.argv[1:])]),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),

@@ -6,10 +6,10 @@ run once however many responses share it. A response's last token predicts nothi
 predicted by the prompt's last position. The padded layout, one row per response, gives the same log-probs.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Microbatch:
     rejected: Tensor | None  # int64 [examples]; None for SFT
     groups: list[Part]
     responses: list[tuple[np.ndarray, np.ndarray]]  # prompt and response tokens of each response
+    prompt_indices: list[int]  # of the prompts, in the data set
     num_tokens: int  # fed, without padding
     position_ids: Tensor | None = None  # packed: int64 [1, tokens]
     segments: Segments | None = None  # packed: who attends to whom
@@ -57,6 +58,8 @@ class Microbatch:
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch with its tensors on device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if device.type == "cuda" and self.segments is not None:
+            self.segments.varlen(device)
         return Microbatch(**{**vars(self), **tensors})
 
 
@@ -115,6 +118,7 @@ def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: i
         "rejected": indices[:, 1].contiguous() if indices.shape[1] == 2 else None,
         "groups": parts,
         "responses": responses,
+        "prompt_indices": sorted({example.prompt_index for example in examples}),
     }
     rows = _packed_row(groups) if layout == "packed" else _padded_rows(responses, pad_token_id)
     return Microbatch(**shared, **rows)
@@ -168,32 +172,74 @@ def num_fed_tokens(example: Example) -> int:
 
 
 def cut(examples: Sequence[Example], num_parts: int, token_budget: int, layout: str = "packed") -> list[list[Example]]:
-    """Cut a batch into microbatches: num_parts of about equal count (fewer if there are fewer examples), each cut
-    again where it holds more than token_budget tokens. An example that is longer alone makes its own microbatch."""
-    microbatches: list[list[Example]] = []
-    bounds = np.linspace(0, len(examples), min(num_parts, len(examples)) + 1).astype(int)
-    for start, end in pairwise(bounds):
-        part: list[Example] = []
-        fed = rows = longest = 0  # of part
-        for example in examples[start:end]:
-            lengths = [len(example.prompt) + len(response) for response in example.responses]
-            fed, rows, longest = fed + num_fed_tokens(example), rows + len(lengths), max(longest, *lengths)
-            if part and (fed if layout == "packed" else rows * longest) > token_budget:
-                microbatches.append(part)
-                part = []
-                fed, rows, longest = num_fed_tokens(example), len(lengths), max(lengths)
-            part.append(example)
-        microbatches.append(part)
-    return microbatches
+    """Cut a batch into num_parts microbatches, or as many more as it takes for none to hold over token_budget tokens.
+
+    The examples of a prompt stay together, so that it is fed once, unless they alone are over the budget; an example
+    that is over it alone makes its own microbatch. The longest go first, each where it leaves the largest microbatch
+    smallest, so that all are about equally full.
+    """
+
+    def size(groups: Sequence[list[Example]]) -> int:  # fed tokens, padding included
+        if layout == "packed":
+            return sum(map(_num_packed, groups))
+        rows = [len(example.prompt) + len(response) for g in groups for example in g for response in example.responses]
+        return len(rows) * max(rows, default=0)
+
+    by_prompt: dict[bytes, list[Example]] = {}
+    for example in examples:
+        by_prompt.setdefault(example.prompt.tobytes(), []).append(example)
+    groups: list[list[Example]] = []
+    for group in by_prompt.values():
+        groups.append([])
+        for example in group:
+            if groups[-1] and size([[*groups[-1], example]]) > token_budget:
+                groups.append([])
+            groups[-1].append(example)
+    sizes = [size([group]) for group in groups]
+    too_long = [[index] for index in range(len(groups)) if sizes[index] > token_budget]
+    longest_first = sorted((i for i in range(len(groups)) if sizes[i] <= token_budget), key=lambda i: -sizes[i])
+    fewest = max(num_parts - len(too_long), math.ceil(sum(sizes[i] for i in longest_first) / token_budget))
+    microbatches: list[list[int]] = []
+    for num in range(min(fewest, len(longest_first)), len(longest_first) + 1):
+        microbatches = [[] for _ in range(num)]
+        filled = [0] * num
+        for index in longest_first:
+            if layout == "packed":
+                after = [tokens + sizes[index] for tokens in filled]
+            else:
+                after = [size([groups[other] for other in (*held, index)]) for held in microbatches]
+            smallest = after.index(min(after))
+            microbatches[smallest].append(index)
+            filled[smallest] = after[smallest]
+        if max(filled, default=0) <= token_budget:
+            break
+    in_order = sorted(sorted(held) for held in (*microbatches, *too_long))
+    return [[example for index in held for example in groups[index]] for held in in_order]
+
+
+def _num_packed(group: Sequence[Example]) -> int:
+    """Tokens that a packed row holds for examples of one prompt, each distinct response once."""
+    responses = {response.tobytes(): len(response) - 1 for example in group for response in example.responses}
+    return len(group[0].prompt) + sum(responses.values())
 
 
 def plan_batches(
-    examples: Sequence[Example], batch_size: int, *, seed: int, n_epochs: int | None, n_examples: int | None
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
+    seed: int,
+    n_epochs: int | None,
+    n_examples: int | None,
+    length_grouping: bool = False,
 ) -> Iterator[list[int]]:
     """Indices of the examples of each batch, the same for the same arguments.
 
     Each epoch goes over the prompts in an order of its own, drawn from seed; the examples of one prompt stay together.
     Batches run on across epochs. Ends after n_epochs or n_examples, whichever comes first; the last batch may be short.
+
+    Args:
+        length_grouping: put prompts of similar lengths into the same batch, the batches in random order; one whose
+            examples are cut by the end of a batch may go on in any other.
     """
     by_prompt: dict[int, list[int]] = {}
     for index, example in enumerate(examples):
@@ -203,9 +249,13 @@ def plan_batches(
     batch: list[int] = []
     epoch = 0
     while left > 0:
-        random.Random(f"{seed}/{epoch}").shuffle(prompts)
+        rng = random.Random(f"{seed}/{epoch}")
+        rng.shuffle(prompts)
+        order = [index for prompt in prompts for index in prompt]
+        if length_grouping:
+            order = _grouped_by_length(prompts, examples, batch_size, len(batch), rng)
         epoch += 1
-        for index in (index for prompt in prompts for index in prompt):
+        for index in order:
             batch.append(index)
             left -= 1
             if len(batch) == batch_size or left == 0:
@@ -213,6 +263,31 @@ def plan_batches(
                 batch = []
             if left == 0:
                 break
+
+
+# Batches whose examples are sorted by length among each other: more make them more alike, and the order less random.
+GROUPED_BATCHES = 50
+
+
+def _grouped_by_length(
+    prompts: Sequence[Sequence[int]], examples: Sequence[Example], batch_size: int, num_begun: int, rng: random.Random
+) -> list[int]:
+    """An order of the examples of prompts whose batches hold similar lengths; the first batch has num_begun already."""
+
+    def longest(prompt: Sequence[int]) -> int:
+        return max(num_fed_tokens(examples[index]) for index in prompt)
+
+    left = list(prompts)
+    begun: list[int] = []
+    while num_begun and left and len(begun) < batch_size - num_begun:
+        begun += left.pop(0)
+    window = GROUPED_BATCHES * batch_size
+    sorted_windows = (sorted(left[start : start + window], key=longest) for start in range(0, len(left), window))
+    order = [index for some in sorted_windows for prompt in some for index in prompt]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    short = batches.pop() if len(order) % batch_size else []  # elsewhere it would shift all that follow it
+    rng.shuffle(batches)
+    return [*begun, *(index for batch in batches for index in batch), *short]
 
 
 def num_planned(num_examples: int, n_epochs: int | None, n_examples: int | None) -> int:

@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.batching import Microbatch, Part
+from engine.triton_head import gradient_of_logits, has_triton, normalize
 
-# Logits that are held at a time: 2**22 are 16 MiB in fp32, which a CPU keeps in its last cache.
-CHUNK_LOGITS = 2**22
+# Tokens whose logits are held at a time. With fewer, matrix products wait for the weights and their gradient, which
+# every chunk reads anew; a small vocabulary has room for more.
+CHUNK_TOKENS, CHUNK_LOGITS = 512, {"cpu": 2**22, "cuda": 2**26}
 
 # Takes the log-probs of the responses of a part, [responses], and that part; returns the part's share of the loss.
 Objective = Callable[[Tensor, Part], Tensor]
@@ -37,7 +39,9 @@ def response_logps(
         response's tokens, [responses], detached; both in fp32, or fp64 for a model in fp64.
     """
     if batch.attention_mask is not None:  # padded: the model's own logits and a plain log-softmax
-        logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        head = model.get_output_embeddings()
+        with head.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),)):
+            logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits = logits.flatten(0, 1)[batch.predict_index]
         logps = sum_by_response(plain_token_logps(logits, batch.targets), batch.response_lengths)
         loss = logps.new_zeros(()) if objective is None else objective(logps, whole(batch))
@@ -64,7 +68,7 @@ def plain_token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 def sum_by_response(token_logps: Tensor, lengths: Tensor) -> Tensor:
     """Sums of token_logps [targets] over the tokens of each response, [responses]."""
     # Not index_add, whose order on a GPU, and so its last bits, changes from run to run.
-    return torch.segment_reduce(token_logps, "sum", lengths=lengths)
+    return torch.segment_reduce(token_logps, "sum", lengths=lengths, unsafe=True)  # a check would wait for the GPU
 
 
 def plain_head(
@@ -106,80 +110,127 @@ class _ChunkedHead(torch.autograd.Function):
         objective: Objective | None,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        # Log-probs are made in fp32 (or fp64) from the weights as they are kept; only the products of the gradients
-        # follow the lower dtype of autocast or of the weights.
+        # Logits are fp32 (or fp64) whatever the dtype, and come from the weights as they are kept where that is no
+        # slower; only the products of the gradients follow the dtype of the hidden states.
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        device_type = hidden.device.type
-        gradient_dtype = weight.dtype
-        if torch.is_autocast_enabled(device_type):
-            gradient_dtype = torch.get_autocast_dtype(device_type)
+        low_weight = weight.to(hidden.dtype)
+        wide_weight = low_weight if hidden.is_cuda else weight.to(dtype)
         needs_hidden, needs_weight, needs_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
-        with torch.autocast(device_type, enabled=False):
-            selected = hidden[batch.predict_index]
-            grad_selected = torch.empty_like(selected) if needs_hidden else None
-            grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
-            grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias and bias is not None else None
-            low_weight = weight.to(gradient_dtype)
-            parts = list(_chunks(batch.groups, max(1, CHUNK_LOGITS // weight.shape[0])))
-            longest = max(part.targets.stop - part.targets.start for part in parts)
-            buffer = hidden.new_empty(longest, weight.shape[0], dtype=dtype)
-            loss = hidden.new_zeros((), dtype=dtype)
-            logps = hidden.new_empty(len(batch.responses), dtype=dtype)
-            for part in parts:
-                inputs = selected[part.targets]
-                targets = batch.targets[part.targets, None]
-                response_index = batch.response_index[part.targets] - part.responses.start
-                logits = _logits(inputs, weight, bias, buffer[: len(inputs)])
-                normalizer = logits.logsumexp(-1, keepdim=True)
-                token_logps = (logits.gather(-1, targets) - normalizer).squeeze(-1)
-                part_logps = sum_by_response(token_logps, batch.response_lengths[part.responses])
-                logps[part.responses] = part_logps
-                if objective is None:
-                    continue
-                part_logps.requires_grad_()
-                with torch.enable_grad():
-                    part_loss = objective(part_logps, part)
-                    loss += part_loss.detach()
-                if not (needs_hidden or needs_weight or needs_bias):
-                    continue
-                (grad_logps,) = torch.autograd.grad(part_loss, part_logps)
-                grad_tokens = grad_logps[response_index, None]  # [targets of the part, 1]
-                # d logp(target) / d logits = onehot(target) - softmax(logits), in the buffer of the logits.
-                grad_logits = logits.sub_(normalizer).exp_().mul_(-grad_tokens).scatter_add_(-1, targets, grad_tokens)
-                if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0)
-                low = grad_logits.to(gradient_dtype)
+        selected = hidden[batch.predict_index]
+        grad_selected = torch.empty_like(selected) if needs_hidden else None
+        grad_weight = grad_bias = None
+        max_targets = max(CHUNK_TOKENS, CHUNK_LOGITS[hidden.device.type] // len(weight))
+        buffer = hidden.new_empty(min(max_targets, len(selected)), len(weight), dtype=dtype)
+        loss = hidden.new_zeros((), dtype=dtype)
+        logps = hidden.new_empty(len(batch.responses), dtype=dtype)
+
+        normalized = _normalize_on_gpu if has_triton(hidden.device) and dtype == torch.float32 else softmax_
+
+        def log_probs(span: slice) -> tuple[Tensor, GradientOfLogits]:
+            logits = _logits(selected[span], wide_weight, bias, buffer[: span.stop - span.start])
+            return normalized(logits, batch.targets[span])
+
+        for part in _chunks(batch.groups, max_targets):
+            spans = list(_spans(part.targets, max_targets))
+            outputs = [log_probs(span) for span in spans]
+            token_logps = torch.cat([logps_of_span for logps_of_span, _ in outputs])
+            part_logps = sum_by_response(token_logps, batch.response_lengths[part.responses])
+            logps[part.responses] = part_logps
+            if objective is None:
+                continue
+            part_logps.requires_grad_()
+            with torch.enable_grad():
+                part_loss = objective(part_logps, part)
+                loss += part_loss.detach()
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            (grad_logps,) = torch.autograd.grad(part_loss, part_logps)
+            for span in spans:
+                # The logits of a single group that is too long for the buffer are made again.
+                _, gradient = outputs[0] if len(spans) == 1 else log_probs(span)
+                # Its scale, the gradient of the loss, goes to the thin side of each product, not to the logits.
+                grad_logits = gradient(hidden.dtype)
+                scale = grad_logps[batch.response_index[span] - part.responses.start, None]
                 if grad_selected is not None:
-                    grad_selected[part.targets] = low @ low_weight
-                if grad_weight is not None:
-                    grad_weight += low.T @ inputs.to(gradient_dtype)
-            grad_hidden = None
-            if grad_selected is not None:
-                grad_hidden = torch.zeros_like(hidden).index_add_(0, batch.predict_index, grad_selected)
+                    grad_selected[span] = (grad_logits @ low_weight).mul_(scale)
+                if needs_weight:
+                    scaled = (selected[span] * scale).to(hidden.dtype)
+                    grad_weight = _add_product(grad_weight, grad_logits.T, scaled, dtype)
+                if needs_bias:
+                    grad_bias = _add_product(grad_bias, grad_logits.T, scale.to(hidden.dtype), dtype)
+        grad_hidden = None
+        if grad_selected is not None:
+            grad_hidden = torch.zeros_like(hidden).index_add_(0, batch.predict_index, grad_selected)
         ctx.mark_non_differentiable(logps)
         ctx.gradients = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            None if grad_bias is None or bias is None else grad_bias[:, 0].to(bias.dtype),
         )
         return loss, logps
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None  # autograd may take them as they are, when nobody else has them
+        if grad_loss.is_cuda or grad_loss != 1:  # on a GPU a look at the value would wait for all that is queued
+            gradients = tuple(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients)
         return (*gradients, None, None, None)
 
 
 def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """inputs @ weight.T + bias in the dtype of out; a low-precision weight is widened a slice at a time."""
-    inputs = inputs.to(out.dtype)
-    if weight.dtype == out.dtype:
-        torch.mm(inputs, weight.T, out=out)
+    """inputs @ weight.T + bias in the dtype of out, summed and rounded in no lower one."""
+    if inputs.is_cuda and inputs.dtype != out.dtype:
+        torch.mm(inputs, weight.T, out_dtype=out.dtype, out=out)
     else:
-        rows = max(1, CHUNK_LOGITS // (4 * weight.shape[1]))
-        for start in range(0, weight.shape[0], rows):
-            out[:, start : start + rows] = inputs @ weight[start : start + rows].to(out.dtype).T
+        torch.mm(inputs.to(out.dtype), weight.T, out=out)
     return out if bias is None else out.add_(bias)
+
+
+# Makes the gradient of the sum of all log-probs, onehot(target) - softmax(logits), in a dtype; may use up the logits.
+GradientOfLogits = Callable[[torch.dtype], Tensor]
+
+
+def softmax_(logits: Tensor, targets: Tensor) -> tuple[Tensor, GradientOfLogits]:
+    """The log-probs of targets [tokens], in place in logits [tokens, vocabulary].
+
+    One pass of exponentials, where a logsumexp and a softmax after it take two: the largest probability is the
+    reciprocal of the sum.
+    """
+    largest = logits.amax(-1)
+    target_logits = logits.gather(-1, targets[:, None]).squeeze(-1)
+    probs = torch.softmax(logits, -1, out=logits)
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        one = probs.new_ones(1, 1).expand(len(targets), 1)
+        return probs.neg_().scatter_add_(-1, targets[:, None], one).to(dtype)
+
+    return target_logits - largest + probs.amax(-1).log(), gradient
+
+
+def _normalize_on_gpu(logits: Tensor, targets: Tensor) -> tuple[Tensor, GradientOfLogits]:
+    """The same in two Triton kernels, each one trip through memory."""
+    normalizer, target_logits = normalize(logits, targets)
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        grad_logits = torch.empty_like(logits, dtype=dtype)
+        gradient_of_logits(logits, normalizer, targets, torch.ones_like(normalizer), grad_logits)
+        return grad_logits
+
+    return target_logits - normalizer, gradient
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left @ right, total in dtype."""
+    if total is None:
+        return (left @ right).to(dtype)
+    if left.dtype == dtype:
+        return total.addmm_(left, right)
+    return total.add_(left @ right)
+
+
+def _spans(targets: slice, longest: int) -> Iterator[slice]:
+    for start in range(targets.start, targets.stop, longest):
+        yield slice(start, min(start + longest, targets.stop))
 
 
 def _chunks(groups: list[Part], max_targets: int) -> Iterator[Part]:

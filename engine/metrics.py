@@ -34,8 +34,31 @@ class Sums:
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.detach())
 
-    def means(self) -> dict[str, float]:
-        return {name: torch.cat(values).double().mean().item() for name, values in self._values.items()}
+    def means(self) -> dict[str, Tensor]:
+        """Scalars in fp64, on the device of the values."""
+        return {name: torch.cat(values).double().mean() for name, values in self._values.items()}
+
+
+def fetched(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """The numbers in scalars, brought from their device all at once."""
+    return dict(zip(scalars, torch.stack([scalar.double() for scalar in scalars.values()]).tolist(), strict=True))
+
+
+class Moment:
+    """When all work that was given to a device so far is done."""
+
+    def __init__(self, device: torch.device):
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(device))
+        self._time = time.monotonic()
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Waits for this moment, if it is still to come."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1000
 
 
 class Logger(Protocol):

@@ -3,15 +3,18 @@
 import hashlib
 import sqlite3
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.batching import Microbatch
 from engine.logprobs import response_logps
+from engine.precision import parameters_in
 from utils import UserError, content_hash
 
 
@@ -25,9 +28,12 @@ class LiveReference:
     @torch.no_grad()
     def logps(self, batch: Microbatch) -> Tensor:
         """Sums of log-probs of the responses of batch, [responses]."""
-        device_type = batch.input_ids.device.type
-        with torch.autocast(device_type, dtype=self.mixed_precision, enabled=self.mixed_precision is not None):
+        with self.in_mixed_precision():
             return response_logps(self.model, batch)[1]
+
+    def in_mixed_precision(self) -> AbstractContextManager[None]:
+        """Around several calls of logps, this casts the weights once."""
+        return parameters_in(self.model, self.mixed_precision, keep=self.model.get_output_embeddings())
 
 
 class CachedReference:
@@ -98,7 +104,7 @@ def _digest(prompt: np.ndarray, response: np.ndarray) -> bytes:
 def reference_key(model: PreTrainedModel, mixed_precision: torch.dtype | None, batching: str) -> str:
     """A hash of all that decides the log-probs of given tokens: weights, their dtypes, config, precision; and what
     decides the last bits: layout, device, and the version of torch."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = xxhash.xxh3_128()  # as fast as memory: billions of weights take seconds, so no digest need be remembered
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

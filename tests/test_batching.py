@@ -1,9 +1,13 @@
 """Layouts, cuts and plans of batches, by hand."""
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
+import engine.batching
 from engine.batching import cut, lay_out, num_fed_tokens, num_planned, plan_batches
 from engine.tokenization import Example
 from tests.models import pair_examples, random_examples
@@ -64,17 +68,71 @@ def test_sft_has_no_rejected() -> None:
     assert batch.chosen.tolist() == [0]
 
 
+def assert_cut_in_order(microbatches: list[list[Example]], examples: list[Example]) -> None:
+    """Every example once; prompts in the order of their first examples, in a microbatch and from one to the next."""
+    first: dict[bytes, int] = {}
+    for index, example in enumerate(examples):
+        first.setdefault(example.prompt.tobytes(), index)
+    assert sorted(id(example) for part in microbatches for example in part) == sorted(map(id, examples))
+    orders = [[first[example.prompt.tobytes()] for example in part] for part in microbatches]
+    assert all(order == sorted(order) for order in orders)
+    starts = [order[0] for order in orders]
+    assert starts == sorted(starts)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 9])
-@pytest.mark.parametrize("budget", [1, 20, 40, 10**6])
-def test_cut_keeps_every_example_and_the_budget(parts: int, budget: int) -> None:
+@pytest.mark.parametrize("budget", [1, 20, 27, 40, 10**6])
+def test_cut_keeps_every_example_the_order_and_the_budget(parts: int, budget: int) -> None:
     examples = pair_examples()
+    shared = [examples[0], examples[4]]  # one prompt: 22 tokens together, 18 and 17 alone
     microbatches = cut(examples, parts, budget)
-    assert [example for part in microbatches for example in part] == examples
-    assert len(microbatches) >= min(parts, len(examples))
-    assert all(len(part) == 1 or sum(map(num_fed_tokens, part)) <= budget for part in microbatches)
+    assert_cut_in_order(microbatches, examples)
+    assert all(len(part) == 1 or lay_out(part).num_tokens <= budget for part in microbatches)
+    assert len(microbatches) >= min(parts, 4)
+    together = any(all(any(e is s for e in part) for s in shared) for part in microbatches)
+    assert together == (budget >= lay_out(shared).num_tokens)
     if budget == 10**6:
-        sizes = [len(part) for part in microbatches]
-        assert len(sizes) == min(parts, len(examples)) and max(sizes) - min(sizes) <= 1
+        assert len(microbatches) == min(parts, 4)
+
+
+def sized(*sizes: int) -> list[Example]:
+    """Examples of as many fed tokens, each with a prompt of its own: the responses are of one token."""
+    return [Example(np.full(n, 2 + i, np.int32), (array(0), array(1)), i) for i, n in enumerate(sizes)]
+
+
+def cut_sizes(sizes: Sequence[int], parts: int, budget: int = 10**6) -> list[list[int]]:
+    return [[num_fed_tokens(example) for example in part] for part in cut(sized(*sizes), parts, budget)]
+
+
+def test_the_longest_go_where_they_leave_the_fullest_emptiest() -> None:
+    assert cut_sizes([5, 4, 3, 3, 3], 2) == [[5, 3], [4, 3, 3]]
+    assert cut_sizes([1, 1, 1, 9], 2) == [[1, 1, 1], [9]]
+    assert cut_sizes([2, 7, 1, 6, 3], 2) == [[2, 7, 1], [6, 3]]
+
+
+def test_a_budget_takes_as_few_more_microbatches_as_it_can() -> None:
+    assert cut_sizes([6, 5, 5, 4], 1, budget=10) == [[6, 4], [5, 5]]
+    assert cut_sizes([6, 5, 5, 4], 1, budget=9) == [[6], [5, 4], [5]]
+    assert cut_sizes([5, 4, 3, 3, 3], 1, budget=10) == [[5, 3], [4, 3, 3]]
+    assert cut_sizes([5, 4, 3, 3, 3], 1, budget=9) == [[5], [4, 3], [3, 3]]  # [5, 4] and [3, 3, 3] are not found
+    assert cut_sizes([30, 40], 1, budget=9) == [[30], [40]]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_one_example_over_the_budget_does_not_scatter_the_others(layout: str) -> None:
+    microbatches = cut(sized(3, 300, 3, 3), 1, 30, layout)
+    assert [len(part) for part in microbatches] == [3, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_fullest_microbatch_is_near_the_least_possible(seed: int) -> None:
+    sizes = np.random.default_rng(seed).integers(1, 40, 7)
+    for parts in (2, 3):
+        best = min(
+            max(sum(size for size, where in zip(sizes, places, strict=True) if where == part) for part in range(parts))
+            for places in itertools.product(range(parts), repeat=len(sizes))
+        )
+        assert max(map(sum, cut_sizes(sizes.tolist(), parts))) <= best * (4 / 3 - 1 / (3 * parts)) + 1e-9
 
 
 def examples_of(*pairs_per_prompt: int) -> list[Example]:
@@ -126,6 +184,63 @@ def test_to_moves_every_tensor() -> None:
 def test_the_budget_of_padded_rows_counts_their_padding(budget: int) -> None:
     examples = pair_examples()
     microbatches = cut(examples, 1, budget, "padded")
-    assert [example for part in microbatches for example in part] == examples
+    assert_cut_in_order(microbatches, examples)
     assert all(len(part) == 1 or lay_out(part, "padded").input_ids.numel() <= budget for part in microbatches)
     assert (len(microbatches) == 1) == (budget == 10**6)
+
+
+def grouped_plan(
+    examples: Sequence[Example], seed: int = 0, n_epochs: int | None = 1, n_examples: int | None = None, on: bool = True
+) -> list[list[int]]:
+    return list(plan_batches(examples, 8, seed=seed, n_epochs=n_epochs, n_examples=n_examples, length_grouping=on))
+
+
+def spread(plan: list[list[int]], examples: Sequence[Example]) -> float:
+    """The mean difference of the longest and the shortest of a batch."""
+    lengths = [[num_fed_tokens(examples[index]) for index in batch] for batch in plan]
+    return float(np.mean([max(batch) - min(batch) for batch in lengths]))
+
+
+@pytest.fixture
+def few_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.batching, "GROUPED_BATCHES", 10)
+
+
+def test_length_grouping_makes_batches_of_similar_lengths_in_random_order(few_grouped: None) -> None:
+    examples = sized(*np.random.default_rng(0).integers(1, 100, 160))
+    grouped = grouped_plan(examples)
+    assert spread(grouped, examples) < spread(grouped_plan(examples, on=False), examples) / 5
+    means = [np.mean([num_fed_tokens(examples[index]) for index in batch]) for batch in grouped]
+    assert sum(later > earlier for earlier, later in itertools.pairwise(means)) < 15  # of 19, if sorted 18 or 19
+
+
+def test_length_grouping_keeps_the_epochs_the_seed_and_the_end(few_grouped: None) -> None:
+    examples = sized(*np.random.default_rng(0).integers(1, 100, 150))  # no whole number of batches
+    batches = grouped_plan(examples, n_epochs=2)
+    assert [len(batch) for batch in batches] == [8] * 37 + [4]
+    order = [index for batch in batches for index in batch]
+    assert sorted(order[:150]) == sorted(order[150:]) == list(range(150))
+    assert order[:150] != order[150:]
+    assert batches == grouped_plan(examples, n_epochs=2) != grouped_plan(examples, n_epochs=2, seed=1)
+    some = grouped_plan(examples, n_epochs=None, n_examples=170)
+    assert some[:-1] == batches[:21] and some[-1] == batches[21][:2]
+
+
+@pytest.mark.parametrize("n_epochs", [1, 2])
+def test_length_grouping_survives_a_short_batch(n_epochs: int, few_grouped: None) -> None:
+    examples = sized(*np.random.default_rng(0).integers(1, 100, 156))
+    spreads = {
+        on: np.mean([spread(grouped_plan(examples, seed, n_epochs, on=on), examples) for seed in range(4)])
+        for on in (True, False)
+    }
+    assert spreads[True] < spreads[False] / 5
+
+
+def test_length_grouping_keeps_the_examples_of_a_prompt_together() -> None:
+    examples = [
+        Example(np.full(5, 2 + prompt, np.int32), (np.zeros(length, np.int32),), prompt)
+        for prompt in range(16)
+        for length in (1, 40)
+    ]
+    order = [index for batch in grouped_plan(examples) for index in batch]
+    assert all(abs(order.index(2 * prompt) - order.index(2 * prompt + 1)) == 1 for prompt in range(16))

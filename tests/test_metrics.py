@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import engine.metrics
-from engine.metrics import Loggers, Sums, format_metrics
+from engine.metrics import Loggers, Moment, Sums, fetched, format_metrics
 from tests.runs import Program
 
 DPO = ("loss=dpo", "loss.beta=0.1")
@@ -16,7 +16,29 @@ def test_sums_are_means_over_examples() -> None:
     sums = Sums()
     sums.add(loss=torch.tensor([1.0, 2.0, 3.0]))
     sums.add(loss=torch.tensor([6.0]), other=torch.tensor([1.0]))
-    assert sums.means() == {"loss": 3.0, "other": 1.0}
+    assert fetched(sums.means()) == {"loss": 3.0, "other": 1.0}
+
+
+def test_means_are_exact_over_many_examples() -> None:
+    sums = Sums()
+    for value in (2.0**25, 1.0, 1.0, 2.0):  # 2**25 + 1 is none of fp32's numbers
+        sums.add(loss=torch.tensor([value]))
+    (mean,) = sums.means().values()
+    assert mean.dtype == torch.float64 and mean.item() == 2.0**23 + 1
+
+
+def test_fetched_are_the_numbers_whatever_their_dtype() -> None:
+    scalars = {"b": torch.tensor(0.1, dtype=torch.float64), "a": torch.tensor(3), "c": torch.tensor(0.5).bfloat16()}
+    numbers = fetched(scalars)
+    assert list(numbers.items()) == [("b", 0.1), ("a", 3.0), ("c", 0.5)]
+    assert all(type(number) is float for number in numbers.values())
+
+
+def test_moments_on_a_cpu_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(engine.metrics.time, "monotonic", lambda: next(clock))
+    earlier, later = Moment(torch.device("cpu")), Moment(torch.device("cpu"))
+    assert later.seconds_since(earlier) == 2.5
 
 
 def test_format_leaves_counters_out() -> None:

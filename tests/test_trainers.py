@@ -2,13 +2,19 @@
 
 import json
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import engine.memory
+from engine.batching import Microbatch
+from engine.models import find_blocks
+from engine.tokenization import Example
 from tests.runs import QUICK, Program
+from trainers import BasicTrainer
 
 DPO = ("loss=dpo", "loss.beta=0.1")
 
@@ -158,9 +164,116 @@ def test_mixed_precision_stays_near_fp32(program: Program, batching: str) -> Non
     assert mixed.steps[0]["logps_train/chosen"] != full.steps[0]["logps_train/chosen"]
 
 
-def test_activation_checkpointing_changes_nothing(program: Program) -> None:
-    plain, checkpointed = (program.ok(*DPO, f"activation_checkpointing={on}") for on in ("false", "true"))
-    assert [row["loss/train"] for row in plain.steps] == [row["loss/train"] for row in checkpointed.steps]
+@pytest.mark.parametrize(
+    "memory, value, recomputed",
+    [
+        (2**40, "true", [0, 1, 2]),
+        (2**40, "1", [0]),
+        (2**40, "auto", []),
+        (2**20, "auto", [0, 1, 2]),
+    ],
+)
+def test_activation_checkpointing_changes_nothing(
+    program: Program, monkeypatch: pytest.MonkeyPatch, memory: int, value: str, recomputed: list[int]
+) -> None:
+    """Blocks that recompute their activations run twice in a step, the others once."""
+    calls: list[int] = []
+    prepare_policy = BasicTrainer.prepare_policy
+
+    def counting(trainer: BasicTrainer) -> None:
+        prepare_policy(trainer)
+        for index, block in enumerate(find_blocks(trainer.policy, None)):
+            inner = block.get_submodule("self_attn.q_proj")  # a block's own hooks do not see it recomputed
+            inner.register_forward_pre_hook(
+                lambda module, inputs, index=index: calls.append(index) if module.training else None
+            )
+
+    monkeypatch.setattr(BasicTrainer, "prepare_policy", counting)
+    monkeypatch.setattr(engine.memory, "total_memory", lambda device: memory)
+    common = (*DPO, "model.architecture.num_hidden_layers=3", "n_examples=8", "token_budget=512")
+    plain = program.ok(*common, "activation_checkpointing=false")
+    once = [calls.count(index) for index in range(3)]
+    assert once[0] >= 2
+    calls.clear()
+    checkpointed = program.ok(*common, f"activation_checkpointing={value}")
+    assert [calls.count(index) for index in range(3)] == [n * (1 + (i in recomputed)) for i, n in enumerate(once)]
+    for name in ("loss/train", "grad_norm", "logps_train/rejected"):
+        assert [row[name] for row in checkpointed.steps] == [row[name] for row in plain.steps]
+    assert (f"activation_checkpointing: {len(recomputed)} of 3 blocks" in checkpointed.out) == (
+        value == "auto" and bool(recomputed)
+    )
+
+
+def test_recomputed_activations_have_the_same_precision(program: Program) -> None:
+    common = (*DPO, "mixed_precision=bfloat16", "loss.beta=0.5")
+    plain, checkpointed = (program.ok(*common, f"activation_checkpointing={on}") for on in ("false", "true"))
+    assert [row["loss/train"] for row in checkpointed.steps] == pytest.approx(
+        [row["loss/train"] for row in plain.steps], rel=1e-3
+    )
+    assert checkpointed.steps[0]["grad_norm"] == pytest.approx(plain.steps[0]["grad_norm"], rel=1e-3)
+
+
+def test_tied_weights_stay_tied_in_mixed_precision(program: Program) -> None:
+    common = ("model.architecture.tie_word_embeddings=true", "mixed_precision=bfloat16")
+    sft = program.ok(*common, "n_examples=4")
+    dpo = program.ok(*DPO, *common, f"model.archive={sft.dir}", "loss.beta=0.5", "warmup_steps=0")
+    assert dpo.steps[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-7)
+    before, after = (load_file(run.dir / "LATEST" / "model.safetensors") for run in (sft, dpo))
+    assert "lm_head.weight" not in after and set(after) == set(before)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert not any(torch.equal(before[name], after[name]) for name in after)
+
+
+@pytest.fixture
+def laid_out(monkeypatch: pytest.MonkeyPatch) -> list[Microbatch]:
+    """All microbatches of the runs of a test."""
+    batches: list[Microbatch] = []
+    lay_out = BasicTrainer.lay_out
+
+    def recording(trainer: BasicTrainer, examples: Sequence[Example]) -> Microbatch:
+        batches.append(lay_out(trainer, examples))
+        return batches[-1]
+
+    monkeypatch.setattr(BasicTrainer, "lay_out", recording)
+    return batches
+
+
+def test_the_budget_follows_the_memory(
+    program: Program, monkeypatch: pytest.MonkeyPatch, laid_out: list[Microbatch]
+) -> None:
+    """Little memory makes more microbatches, and the same update."""
+    runs, longest = [], []
+    for memory in (2**40, 2**20):
+        monkeypatch.setattr(engine.memory, "total_memory", lambda device, memory=memory: memory)
+        runs.append(program.ok("batch_size=16", "do_first_eval=false"))
+        longest.append(max(batch.num_tokens for batch in laid_out))
+        laid_out.clear()
+    assert longest[1] <= engine.memory.FEWEST_TOKENS < longest[0]
+    assert runs[1].steps[0]["loss/train"] == pytest.approx(runs[0].steps[0]["loss/train"], rel=1e-6)
+    assert runs[1].steps[0]["grad_norm"] == pytest.approx(runs[0].steps[0]["grad_norm"], rel=1e-5)
+
+
+def test_matmul_precision_is_set_for_torch(program: Program) -> None:
+    try:
+        program.ok("matmul_precision=high", "n_examples=4")
+        assert torch.get_float32_matmul_precision() == "high"
+        program.ok("n_examples=4")
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_length_grouping_saves_padding(program: Program, laid_out: list[Microbatch]) -> None:
+    path = program.directory / "pairs.jsonl"
+    rows = [{"prompt": "a " * (10 * n), "chosen": " b", "rejected": " c"} for n in range(1, 17)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    common = (f"datasets=[{path}]", "test_fraction=0", "batching=padded", "token_budget=100000")
+    fed = []
+    for on in ("false", "true"):
+        program.ok(*common, f"length_grouping={on}")
+        fed.append(sum(batch.input_ids.numel() for batch in laid_out))
+        laid_out.clear()
+    assert fed[1] < 0.8 * fed[0]
 
 
 def test_sft_weight_adds_the_mean_nll_of_the_chosen(program: Program) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import engine.attention
 import engine.logprobs
 from engine.batching import Microbatch, Part, cut, lay_out
 from engine.logprobs import plain_head, response_logps
@@ -65,6 +66,12 @@ def one_row_at_a_time(model: PreTrainedModel, examples: Sequence[Example]) -> tu
     return loss.item(), gradient(model)
 
 
+def make_logits_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tokens' logits at a time: nearly every group is longer."""
+    monkeypatch.setattr(engine.logprobs, "CHUNK_TOKENS", 2)
+    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", {"cpu": 1})
+
+
 def assert_same(ours: tuple[float, Tensor], theirs: tuple[float, Tensor], dtype: torch.dtype) -> None:
     assert ours[0] == pytest.approx(theirs[0], rel=TOLERANCE[dtype])
     assert ((ours[1] - theirs[1]).norm() / theirs[1].norm()).item() < TOLERANCE[dtype]
@@ -81,7 +88,11 @@ def test_packed_is_padded_is_one_row_at_a_time(
     assert_same(loss_and_gradient(model, [examples], "padded"), truth, dtype)
     use_packed_attention(model)
     assert_same(loss_and_gradient(model, [examples]), truth, dtype)
-    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", 8 * VOCABULARY)  # several chunks
+    monkeypatch.setattr(engine.attention, "BLOCK", 3)  # several blocks
+    monkeypatch.setattr(engine.logprobs, "CHUNK_TOKENS", 8)  # several chunks
+    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", {"cpu": 9 * VOCABULARY})
+    assert_same(loss_and_gradient(model, [examples]), truth, dtype)
+    make_logits_twice(monkeypatch)
     assert_same(loss_and_gradient(model, [examples]), truth, dtype)
     model.set_attn_implementation("packed_dense")
     assert_same(loss_and_gradient(model, [examples]), truth, dtype)
@@ -118,14 +129,20 @@ def test_siblings_and_other_groups_are_never_seen(architecture: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_chunked_head_is_the_plain_head(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("twice", [False, True])
+def test_chunked_head_is_the_plain_head(
+    dtype: torch.dtype, bias: bool, twice: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forward and backward of the fused head against plain fp32 log-softmax; log-probs are never rounded to bf16."""
     batch = lay_out(pair_examples())
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(batch.num_tokens, 32, generator=generator).to(dtype)
     weight = torch.randn(VOCABULARY, 32, generator=generator).to(dtype)
     offset = torch.randn(VOCABULARY, generator=generator).to(dtype) if bias else None
-    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", 9 * VOCABULARY)
+    monkeypatch.setattr(engine.logprobs, "CHUNK_TOKENS", 9)
+    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", {"cpu": 1})
+    if twice:
+        make_logits_twice(monkeypatch)
 
     def run(head) -> tuple[float, Tensor, list[Tensor]]:
         leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, offset) if tensor is not None]

@@ -1,0 +1,170 @@
+"""The two elementwise passes over the logits of the LM head, each in one trip through a GPU's memory.
+
+As torch operations they are a pass each for the maximum, the differences to it, their exponentials and the sum, then
+one each for the difference to the normalizer, the exponential, the product and the narrowing to a lower dtype. The
+kernels read the logits once for the log-probs and once for the gradient, which they write in the dtype of the matrix
+product that follows.
+
+They compute in fp32 whatever they are given, so logits in fp64 are not for them: callers keep those to the plain_*
+twins, which compute in fp32 or more, run anywhere, and are what the kernels are tested against.
+"""
+
+import os
+import shutil
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it comes with the CUDA builds of torch only
+    triton = None
+
+# Logits of a row that one program holds at a time, a power of two, and its warps: 16 logits in each thread, few enough
+# that nothing spills from its registers.
+NORMALIZE_BLOCK, NORMALIZE_WARPS = 8192, 16
+GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 8
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether the kernels run on a device: Triton needs a C compiler for its launchers."""
+    compilers = (os.environ.get("CC"), "gcc", "clang")
+    return device.type == "cuda" and triton is not None and any(shutil.which(name) for name in compilers if name)
+
+
+def normalize(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What a row's log-probs need: log p(target) is its target's logit less its normalizer.
+
+    Args:
+        logits: [targets, vocabulary] in fp32, bf16 or fp16; rows are contiguous, and may lie apart.
+        targets: int64 [targets], each in the vocabulary: unlike torch's gather, the kernel does not check.
+
+    Returns:
+        the log-sum-exp of each row and the logit of its target, both fp32 [targets].
+    """
+    _check(logits, targets)
+    normalizer, target_logits = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
+    with torch.cuda.device_of(logits):  # where layers are split among GPUs, the head need not be on the current one
+        _normalize_kernel[(len(logits),)](
+            logits,
+            targets.contiguous(),
+            normalizer,
+            target_logits,
+            logits.shape[1],
+            logits.stride(0),
+            block=NORMALIZE_BLOCK,
+            num_warps=NORMALIZE_WARPS,
+        )
+    return normalizer, target_logits
+
+
+def gradient_of_logits(
+    logits: Tensor, normalizer: Tensor, targets: Tensor, grad_token_logps: Tensor, out: Tensor
+) -> None:
+    """Write the gradient with respect to the logits, (onehot(target) - softmax(logits)) * grad_token_logps, to out.
+
+    Args:
+        logits, targets: as normalize.
+        normalizer: from normalize, [targets].
+        grad_token_logps: of the log-prob of each target, fp32 [targets].
+        out: [targets, vocabulary] in any float dtype, with contiguous rows; may be logits itself.
+    """
+    _check(logits, targets, normalizer, grad_token_logps, out)
+    blocks = triton.cdiv(logits.shape[1], GRADIENT_BLOCK)
+    with torch.cuda.device_of(logits):
+        _gradient_kernel[(len(logits), blocks)](
+            logits,
+            normalizer.contiguous(),
+            targets.contiguous(),
+            grad_token_logps.contiguous(),
+            out,
+            logits.shape[1],
+            logits.stride(0),
+            out.stride(0),
+            block=GRADIENT_BLOCK,
+            num_warps=GRADIENT_WARPS,
+        )
+
+
+def plain_normalize(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """normalize in plain torch, and in fp64 for logits in fp64."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.logsumexp(-1), logits.gather(-1, targets[:, None]).squeeze(-1)
+
+
+def plain_gradient_of_logits(
+    logits: Tensor, normalizer: Tensor, targets: Tensor, grad_token_logps: Tensor, out: Tensor
+) -> None:
+    """gradient_of_logits in plain torch, and in fp64 for logits in fp64."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    gradient = out if out.dtype == dtype else torch.empty_like(logits, dtype=dtype)  # rounded to out's dtype once
+    grad_tokens = grad_token_logps[:, None]
+    torch.sub(logits, normalizer[:, None], out=gradient)
+    gradient.exp_().mul_(-grad_tokens).scatter_add_(-1, targets[:, None], grad_tokens)
+    if gradient is not out:
+        out.copy_(gradient)
+
+
+def _check(logits: Tensor, targets: Tensor, *others: Tensor) -> None:
+    """The kernels take addresses: what would be an error elsewhere would be memory read or overwritten here."""
+    rows = len(logits)
+    assert logits.ndim == 2 and logits.stride(1) == 1 and logits.dtype != torch.float64, (logits.shape, logits.dtype)
+    assert targets.dtype == torch.int64 and targets.shape == (rows,), (targets.dtype, targets.shape)
+    assert all(tensor.device == logits.device for tensor in (targets, *others))
+    for other in others:
+        matches = other.shape == logits.shape and other.stride(1) == 1 if other.ndim == 2 else other.shape == (rows,)
+        assert matches, (other.shape, logits.shape)
+
+
+if triton is not None:
+    # Triton reads annotations: an int would be cut to 32 bits, and a name that is not of its language is an error.
+    # Rows are counted in 64 bits, as row * stride may pass 2**31; within a row 32 bits are enough.
+
+    @triton.jit
+    def _normalize_kernel(
+        logits: tl.tensor,
+        targets: tl.tensor,
+        normalizer: tl.tensor,
+        target_logits: tl.tensor,
+        vocabulary: tl.tensor,
+        row_stride: tl.tensor,
+        block: tl.constexpr,
+    ) -> None:
+        """One program per row: sums of exp(logit - maximum so far), scaled down whenever the maximum rises."""
+        row = tl.program_id(0).to(tl.int64)
+        row_logits = logits + row * row_stride
+        columns = tl.arange(0, block)
+        # The lowest finite number and not -inf, whose difference to logits of -inf would be NaN.
+        maximum = -3.4028234663852886e38
+        sums = tl.zeros([block], dtype=tl.float32)  # each lane's own: they are added up after the last block only
+        for start in range(0, vocabulary, block):
+            values = tl.load(row_logits + start + columns, mask=start + columns < vocabulary, other=-float("inf"))
+            values = values.to(tl.float32)
+            new_maximum = tl.maximum(maximum, tl.max(values, axis=0))
+            sums = sums * tl.exp(maximum - new_maximum) + tl.exp(values - new_maximum)
+            maximum = new_maximum
+        tl.store(normalizer + row, maximum + tl.log(tl.sum(sums, axis=0)))
+        tl.store(target_logits + row, tl.load(row_logits + tl.load(targets + row)).to(tl.float32))
+
+    @triton.jit
+    def _gradient_kernel(
+        logits: tl.tensor,
+        normalizer: tl.tensor,
+        targets: tl.tensor,
+        grad_token_logps: tl.tensor,
+        out: tl.tensor,
+        vocabulary: tl.tensor,
+        row_stride: tl.tensor,
+        out_stride: tl.tensor,
+        block: tl.constexpr,
+    ) -> None:
+        """One program per row and block; it reads no logit but those it overwrites where out is logits."""
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.program_id(1) * block + tl.arange(0, block)
+        within = columns < vocabulary
+        values = tl.load(logits + row * row_stride + columns, mask=within, other=0.0).to(tl.float32)
+        softmax = tl.exp(values - tl.load(normalizer + row))
+        onehot = tl.where(columns == tl.load(targets + row), 1.0, 0.0)
+        gradient = (onehot - softmax) * tl.load(grad_token_logps + row)
+        tl.store(out + row * out_stride + columns, gradient.to(out.dtype.element_ty), mask=within)

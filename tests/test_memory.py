@@ -1,0 +1,75 @@
+"""How much a forward pass keeps, and what fits: by hand."""
+
+import pytest
+import torch
+
+import engine.memory
+from engine.memory import FEWEST_TOKENS, MOST_TOKENS, SHARE, fitting, saved_bytes
+
+CPU = torch.device("cpu")
+STATE = 10**6
+# Eleven blocks and the rest, 100 bytes each, hold 1200 bytes of a token; with n > 0 blocks checkpointed,
+# 1200 - n * 100 * 11 / 12 + 100.
+BYTES, BLOCKS = 1200, 11
+
+
+def fits(
+    monkeypatch: pytest.MonkeyPatch, room: float, wanted: int = 1000, checkpointed: int | None = None
+) -> tuple[int, int]:
+    """What fits into room bytes of activations."""
+    monkeypatch.setattr(engine.memory, "total_memory", lambda device: STATE + room / SHARE + 1e-3)
+    return fitting(CPU, STATE, BYTES, BLOCKS, wanted, checkpointed)
+
+
+def test_a_storage_is_counted_once_and_whole() -> None:
+    values = torch.ones(10, requires_grad=True)  # 40 bytes
+    big = torch.ones(100, dtype=torch.float64)  # 800 bytes
+
+    def forward() -> torch.Tensor:
+        exponentials = values.exp()  # keeps its output: 40 bytes
+        product = values[:5] * exponentials.view(2, 5)[1]  # keeps parts of both, which are there already
+        return (product * big[::20]).sum()  # keeps the factor that has no gradient, not the other
+
+    assert saved_bytes(forward) == 40 + 40 + 800
+    assert saved_bytes(lambda: (values + 1).sum()) == 0
+
+
+def test_auto_recomputes_nothing_where_what_is_wanted_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fits(monkeypatch, 1000 * 1200) == (1000, 0)
+
+
+@pytest.mark.parametrize("blocks, held", [(4, 1300 - 4 * 100 * 11 / 12), (11, 1300 - 11 * 100 * 11 / 12)])
+def test_auto_recomputes_as_few_blocks_as_it_takes(monkeypatch: pytest.MonkeyPatch, blocks: int, held: float) -> None:
+    assert fits(monkeypatch, 1000 * held) == (1000, blocks)
+
+
+def test_with_more_memory_more_fits_and_less_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms = [room * 10**4 for room in range(1, 400)]
+    for count in (0, 5, BLOCKS):
+        tokens = [fits(monkeypatch, room, checkpointed=count)[0] for room in rooms]
+        assert tokens == sorted(tokens) and len(set(tokens)) > 40
+    blocks = [fits(monkeypatch, room)[1] for room in rooms]
+    assert blocks == sorted(blocks, reverse=True) and {0, 2, 5, BLOCKS} <= set(blocks)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, BLOCKS])
+def test_a_given_count_is_kept_whether_it_suffices_or_not(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    assert fits(monkeypatch, 0, checkpointed=count) == (FEWEST_TOKENS, count)
+    assert fits(monkeypatch, 10**9, checkpointed=count) == (MOST_TOKENS["cpu"], count)
+
+
+def test_auto_keeps_to_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fits(monkeypatch, 10**9) == (MOST_TOKENS["cpu"], 0)
+    assert fits(monkeypatch, 0) == (FEWEST_TOKENS, BLOCKS)
+    assert fits(monkeypatch, -(10**5)) == (FEWEST_TOKENS, BLOCKS)  # not even the weights fit
+
+
+def test_auto_makes_more_fit_than_a_cpu_would_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as an example that is longer than that, or the token_budget of the config."""
+    wanted = 2 * MOST_TOKENS["cpu"]
+    _, blocks = fits(monkeypatch, wanted * 1000, wanted=wanted)
+    assert blocks > 0
+
+
+def test_there_is_some_memory() -> None:
+    assert 2**28 < engine.memory.total_memory(CPU) < 2**50

@@ -1,0 +1,114 @@
+"""Parameters in another dtype for a while: who is cast, what comes back, and where gradients go."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.precision import parameters_in
+
+TOKENS = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 4, 5, 1])]
+
+
+class Tied(nn.Module):
+    """A language model of sorts: embedding and head share a weight, and there are frozen integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(6, 4)
+        self.middle = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+        self.quantised = nn.Parameter(torch.arange(3, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.middle(self.embedding(tokens)).tanh()
+        return self.head(hidden.to(self.head.weight.dtype)).float().log_softmax(-1)[:, 0].sum()
+
+
+def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_all_but_integers_have_the_dtype_inside_and_their_own_after() -> None:
+    model = Tied()
+    before = dict(model.named_parameters())
+    with parameters_in(model, torch.bfloat16):
+        assert dtypes(model) == {
+            "embedding.weight": torch.bfloat16,
+            "middle.weight": torch.bfloat16,
+            "middle.bias": torch.bfloat16,
+            "quantised": torch.int8,
+        }
+        assert model.quantised is before["quantised"]
+        assert torch.equal(model.middle.weight, before["middle.weight"].to(torch.bfloat16))
+    after = dict(model.named_parameters())
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+
+
+def test_the_originals_are_back_after_an_exception() -> None:
+    model = Tied()
+    before = list(model.parameters())
+    with pytest.raises(KeyError), parameters_in(model, torch.bfloat16):
+        raise KeyError
+    assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
+
+
+def test_a_tied_weight_is_copied_once() -> None:
+    model = Tied()
+    with parameters_in(model, torch.bfloat16):
+        assert model.head.weight is model.embedding.weight
+
+
+def test_gradients_are_those_of_a_model_cast_by_hand_added_in_fp32() -> None:
+    model = Tied()
+    with parameters_in(model, torch.bfloat16):
+        for tokens in TOKENS:
+            model(tokens).backward()
+    expected: dict[str, Tensor] = {}
+    for tokens in TOKENS:
+        cast = copy.deepcopy(model)
+        cast.zero_grad()
+        cast.to(torch.bfloat16)
+        cast(tokens).backward()
+        for name, gradient in gradients(cast).items():
+            expected[name] = expected.get(name, 0) + gradient.float()
+    ours = gradients(model)
+    assert set(ours) == set(expected) == {"embedding.weight", "middle.weight", "middle.bias"}
+    for name, gradient in ours.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, expected[name])
+
+
+def test_what_is_kept_stays_though_its_tied_twin_is_cast() -> None:
+    model = Tied()
+    weight = model.head.weight
+    with parameters_in(model, torch.bfloat16, keep=model.head):
+        assert model.head.weight is weight
+        assert model.embedding.weight.dtype == torch.bfloat16
+        model(TOKENS[0]).backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+    rows = weight.grad.ne(0).any(1)
+    assert rows.all()  # of the head all, of the embedding four
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_no_dtype_or_their_own_leaves_the_parameters(dtype: torch.dtype | None) -> None:
+    model = Tied()
+    before = list(model.parameters())
+    with parameters_in(model, dtype):
+        assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
+
+
+def test_without_gradients_copies_have_none() -> None:
+    model = Tied()
+    with torch.no_grad(), parameters_in(model, torch.bfloat16):
+        assert not model(TOKENS[0]).requires_grad
+    with parameters_in(model, torch.bfloat16):
+        assert model(TOKENS[0]).requires_grad
