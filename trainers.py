@@ -24,10 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine.batching import Microbatch, Part, cut, lay_out, num_fed_tokens, num_planned, plan_batches
 from engine.checkpoint import load_checkpoint, rewind, save_checkpoint
 from engine.logprobs import response_logps
-from engine.memory import fitting, saved_bytes
+from engine.memory import fitting, most_useful, saved_bytes
 from engine.metrics import Loggers, Moment, Sums, fetched, peak_flops
 from engine.models import find_blocks, load_model, use_packed_attention
-from engine.precision import parameters_in
+from engine.precision import model_in
 from engine.reference import CachedReference, LiveReference, Reference, reference_key
 from engine.sampling import sample_responses
 from losses import LOSSES
@@ -197,7 +197,13 @@ class BasicTrainer:
         num_devices = len({parameter.device for parameter in self.policy.parameters()})  # that share the layers
         per_token = self.bytes_per_token() / num_devices
         tokens, num_checkpointed = fitting(
-            self.device, copies * weights // num_devices, per_token, len(blocks), wanted, given
+            self.device,
+            copies * weights // num_devices,
+            per_token,
+            len(blocks),
+            wanted=wanted,
+            most=most_useful(self.device, weights // num_devices, per_token),
+            checkpointed=given,
         )
         if given is None and num_checkpointed:
             print(f"activation_checkpointing: {num_checkpointed} of {len(blocks)} blocks, to fit {wanted:,} tokens")
@@ -311,9 +317,9 @@ class BasicTrainer:
 
     @contextmanager
     def in_mixed_precision(self) -> Iterator[None]:
-        """Inside this, policy and live reference compute in the dtype of mixed_precision, all but their heads."""
+        """Inside this, policy and live reference compute in the dtype of mixed_precision."""
         reference = self.reference.in_mixed_precision() if isinstance(self.reference, LiveReference) else nullcontext()
-        with parameters_in(self.policy, self.mixed_precision, keep=self.policy.get_output_embeddings()), reference:
+        with model_in(self.policy, self.mixed_precision), reference:
             yield
 
     def learning_rate(self) -> float:

@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# On a CPU more tokens at a time are no faster, they only take more memory.
-MOST_TOKENS = {"cpu": 2048, "cuda": 65536}
 FEWEST_TOKENS = 512
 # Share of the memory that saved activations may fill: the rest is for what operations need for themselves, the
 # gradients on their way, and what the allocator cannot use.
@@ -44,8 +42,23 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+def most_useful(device: torch.device, gradients: int, bytes_per_token: float) -> int:
+    """The tokens past which a pass is hardly faster per token, only larger.
+
+    On a CPU that is when the activations outweigh the gradients of the weights, which each pass adds to once.
+    """
+    return 65536 if device.type == "cuda" else max(2048, int(2 * gradients / bytes_per_token))
+
+
 def fitting(
-    device: torch.device, state: int, bytes_per_token: float, num_blocks: int, wanted: int, checkpointed: int | None
+    device: torch.device,
+    state: int,
+    bytes_per_token: float,
+    num_blocks: int,
+    *,
+    wanted: int,
+    most: int,
+    checkpointed: int | None,
 ) -> tuple[int, int]:
     """How many tokens fit into one forward and backward pass, and how many blocks must recompute their activations.
 
@@ -53,6 +66,7 @@ def fitting(
         state: bytes that weights, gradients, optimizer and reference take.
         bytes_per_token: of activations, when no block recomputes its own.
         wanted: tokens that should fit; only for these are blocks recomputed.
+        most: tokens, however many fit.
         checkpointed: the number of blocks that recompute theirs; None finds the smallest that wanted fits with.
 
     Returns:
@@ -67,4 +81,4 @@ def fitting(
         tokens = room / held
         if tokens >= wanted:
             break
-    return max(FEWEST_TOKENS, int(min(tokens, MOST_TOKENS[device.type]))), blocks
+    return max(FEWEST_TOKENS, int(min(tokens, most))), blocks

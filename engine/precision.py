@@ -1,14 +1,33 @@
 """Run a model in another dtype than its weights are kept in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
-def parameters_in(module: nn.Module, dtype: torch.dtype | None, keep: nn.Module | None = None) -> Iterator[None]:
+def model_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside a with block, model runs in dtype over weights that stay as they are; None leaves all as it is.
+
+    Its embeddings, the output aside, and its head keep their own dtype: only some rows of the embeddings are used, and
+    what the head gives is summed over many tokens.
+    """
+    if dtype is None:
+        yield
+        return
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    with (
+        parameters_in(model, dtype, keep=(embeddings, head)),
+        embeddings.register_forward_hook(lambda module, inputs, output: output.to(dtype)),
+    ):
+        yield
+
+
+@contextmanager
+def parameters_in(module: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Inside a with block, the parameters of module are copies in dtype; gradients reach the originals in their own.
 
     So every operation runs in dtype, as under FSDP's mixed precision, and each weight is cast once, however many
@@ -16,15 +35,14 @@ def parameters_in(module: nn.Module, dtype: torch.dtype | None, keep: nn.Module 
     them before each product.)
 
     Args:
-        dtype: None leaves all as it is.
-        keep: a part of module that keeps its own dtype.
+        keep: parts of module that keep their own dtype.
     """
-    kept = set() if keep is None else set(keep.modules())
+    kept = {module for part in keep for module in part.modules()}
     originals: list[tuple[nn.Module, str, nn.Parameter]] = []
     copies: dict[int, Tensor] = {}  # a parameter that modules share is copied once
     for child in module.modules():
         for name, parameter in child._parameters.items():
-            if dtype is None or child in kept or parameter is None or parameter.dtype == dtype:
+            if child in kept or parameter is None or parameter.dtype == dtype:
                 continue
             if parameter.is_floating_point():  # quantised weights are integers
                 originals.append((child, name, parameter))

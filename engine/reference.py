@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from engine.batching import Microbatch
 from engine.logprobs import response_logps
-from engine.precision import parameters_in
+from engine.precision import model_in
 from utils import UserError, content_hash
 
 
@@ -33,7 +33,7 @@ class LiveReference:
 
     def in_mixed_precision(self) -> AbstractContextManager[None]:
         """Around several calls of logps, this casts the weights once."""
-        return parameters_in(self.model, self.mixed_precision, keep=self.model.get_output_embeddings())
+        return model_in(self.model, self.mixed_precision)
 
 
 class CachedReference:

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import engine.memory
-from engine.memory import FEWEST_TOKENS, MOST_TOKENS, SHARE, fitting, saved_bytes
+from engine.memory import FEWEST_TOKENS, SHARE, fitting, most_useful, saved_bytes
 
 CPU = torch.device("cpu")
 STATE = 10**6
 # Eleven blocks and the rest, 100 bytes each, hold 1200 bytes of a token; with n > 0 blocks checkpointed,
 # 1200 - n * 100 * 11 / 12 + 100.
-BYTES, BLOCKS = 1200, 11
+BYTES, BLOCKS, MOST = 1200, 11, 2048
 
 
 def fits(
@@ -18,7 +18,7 @@ def fits(
 ) -> tuple[int, int]:
     """What fits into room bytes of activations."""
     monkeypatch.setattr(engine.memory, "total_memory", lambda device: STATE + room / SHARE + 1e-3)
-    return fitting(CPU, STATE, BYTES, BLOCKS, wanted, checkpointed)
+    return fitting(CPU, STATE, BYTES, BLOCKS, wanted=wanted, most=MOST, checkpointed=checkpointed)
 
 
 def test_a_storage_is_counted_once_and_whole() -> None:
@@ -55,20 +55,25 @@ def test_with_more_memory_more_fits_and_less_is_recomputed(monkeypatch: pytest.M
 @pytest.mark.parametrize("count", [0, 1, 7, BLOCKS])
 def test_a_given_count_is_kept_whether_it_suffices_or_not(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     assert fits(monkeypatch, 0, checkpointed=count) == (FEWEST_TOKENS, count)
-    assert fits(monkeypatch, 10**9, checkpointed=count) == (MOST_TOKENS["cpu"], count)
+    assert fits(monkeypatch, 10**9, checkpointed=count) == (MOST, count)
 
 
 def test_auto_keeps_to_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fits(monkeypatch, 10**9) == (MOST_TOKENS["cpu"], 0)
+    assert fits(monkeypatch, 10**9) == (MOST, 0)
     assert fits(monkeypatch, 0) == (FEWEST_TOKENS, BLOCKS)
     assert fits(monkeypatch, -(10**5)) == (FEWEST_TOKENS, BLOCKS)  # not even the weights fit
 
 
 def test_auto_makes_more_fit_than_a_cpu_would_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as an example that is longer than that, or the token_budget of the config."""
-    wanted = 2 * MOST_TOKENS["cpu"]
+    wanted = 2 * MOST
     _, blocks = fits(monkeypatch, wanted * 1000, wanted=wanted)
     assert blocks > 0
+
+
+def test_a_cpu_runs_as_many_tokens_as_outweigh_the_gradients() -> None:
+    assert most_useful(CPU, gradients=10**6, bytes_per_token=200.0) == 10**4
+    assert most_useful(CPU, gradients=10**4, bytes_per_token=200.0) == 2048
 
 
 def test_there_is_some_memory() -> None:

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.precision import parameters_in
+from engine.batching import lay_out
+from engine.logprobs import response_logps
+from engine.precision import model_in, parameters_in
+from tests.models import pair_examples, tiny_model
 
 TOKENS = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 4, 5, 1])]
 
@@ -89,7 +92,7 @@ def test_gradients_are_those_of_a_model_cast_by_hand_added_in_fp32() -> None:
 def test_what_is_kept_stays_though_its_tied_twin_is_cast() -> None:
     model = Tied()
     weight = model.head.weight
-    with parameters_in(model, torch.bfloat16, keep=model.head):
+    with parameters_in(model, torch.bfloat16, keep=[model.head]):
         assert model.head.weight is weight
         assert model.embedding.weight.dtype == torch.bfloat16
         model(TOKENS[0]).backward()
@@ -98,11 +101,10 @@ def test_what_is_kept_stays_though_its_tied_twin_is_cast() -> None:
     assert rows.all()  # of the head all, of the embedding four
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_no_dtype_or_their_own_leaves_the_parameters(dtype: torch.dtype | None) -> None:
+def test_their_own_dtype_leaves_the_parameters() -> None:
     model = Tied()
     before = list(model.parameters())
-    with parameters_in(model, dtype):
+    with parameters_in(model, torch.float32):
         assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
 
 
@@ -112,3 +114,20 @@ def test_without_gradients_copies_have_none() -> None:
         assert not model(TOKENS[0]).requires_grad
     with parameters_in(model, torch.bfloat16):
         assert model(TOKENS[0]).requires_grad
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])  # qwen2 and gpt2 with tied embeddings
+def test_a_model_runs_in_a_dtype_between_embeddings_and_head_that_keep_theirs(architecture: str) -> None:
+    model = tiny_model(architecture)
+    dtypes = []
+    model.base_model.register_forward_hook(lambda module, args, output: dtypes.append(output.last_hidden_state.dtype))
+    batch = lay_out(pair_examples(), "padded")
+    with model_in(model, torch.bfloat16):
+        assert model.get_input_embeddings().weight.dtype == torch.float32
+        loss, logps = response_logps(model, batch, lambda logps, part: logps.sum())
+        loss.backward()
+    assert dtypes == [torch.bfloat16] and logps.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in model.parameters())
+    with model_in(model, None):
+        response_logps(model, batch)
+    assert dtypes[1] == torch.float32
