@@ -8,8 +8,12 @@ import socket
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:  # it takes seconds to import
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -70,6 +74,11 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
         while (item := future.result()) is not end:
             future = executor.submit(next, iterator, end)
             yield item  # type: ignore[misc]
+
+
+def to_device(tensor: "Tensor", device: "torch.device") -> "Tensor":
+    """tensor on device; nobody waits for a copy to a GPU, nor for what the GPU has to do before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from utils import to_device
+
 # Queries of a block: more see more keys in vain, fewer make the matrix products small.
 BLOCK = 128
 
@@ -122,9 +124,9 @@ class Segments:
             num_queries = torch.tensor([branch.rows.stop - branch.rows.start for branch in self.branches])
             num_keys = torch.tensor([branch.num_keys for branch in self.branches])
             self._varlen[device] = VariableLengths(
-                torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(device),
-                F.pad(num_queries.cumsum(0), (1, 0)).int().to(device),
-                F.pad(num_keys.cumsum(0), (1, 0)).int().to(device),
+                to_device(torch.cat([torch.arange(span.start, span.stop) for span in spans]), device),
+                to_device(F.pad(num_queries.cumsum(0), (1, 0)).int(), device),
+                to_device(F.pad(num_keys.cumsum(0), (1, 0)).int(), device),
                 int(num_queries.max()),
                 int(num_keys.max()),
             )

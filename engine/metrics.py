@@ -40,8 +40,11 @@ class Sums:
 
 
 def fetched(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """The numbers in scalars, brought from their device all at once."""
-    return dict(zip(scalars, torch.stack([scalar.double() for scalar in scalars.values()]).tolist(), strict=True))
+    """The numbers in scalars, brought to the CPU all at once."""
+    device = next(iter(scalars.values())).device  # of most of them, where layers are split among GPUs
+    return dict(
+        zip(scalars, torch.stack([value.double().to(device) for value in scalars.values()]).tolist(), strict=True)
+    )
 
 
 class Moment:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from engine.batching import Microbatch
 from engine.logprobs import response_logps
 from engine.precision import model_in
-from utils import UserError, content_hash
+from utils import UserError, content_hash, to_device
 
 
 class LiveReference:
@@ -88,7 +88,7 @@ class CachedReference:
     def logps(self, batch: Microbatch) -> Tensor:
         """Sums of log-probs of the responses of batch, [responses]."""
         values = [self._logps[_digest(prompt, response)] for prompt, response in batch.responses]
-        return torch.tensor(values, dtype=torch.float64).to(batch.input_ids.device)
+        return to_device(torch.tensor(values, dtype=torch.float64), batch.input_ids.device)
 
 
 Reference = LiveReference | CachedReference
