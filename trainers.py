@@ -364,7 +364,7 @@ class BasicTrainer:
         metrics = fetched(step.values)
         if not math.isfinite(metrics["loss/train"]) or not math.isfinite(metrics["grad_norm"]):
             self.fail_as_non_finite(
-                f"update {step.facts['counters/updates']} has loss {metrics['loss/train']} and gradient norm"
+                f"update {step.facts['counters/updates']} had loss {metrics['loss/train']} and gradient norm"
                 f" {metrics['grad_norm']}, on the prompts number {step.prompts} of the training data"
             )
         metrics |= step.facts
@@ -378,7 +378,7 @@ class BasicTrainer:
     def fail_as_non_finite(self, what: str) -> NoReturn:
         raise UserError(
             "NONFINITE",
-            f"{what}, after {self.counters['updates']} updates",
+            f"{what} (counters/updates is {self.counters['updates']})",
             "lower lr or raise warmup_steps, and look at the data; the last checkpoint is untouched",
         )
 

@@ -15,7 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import engine.logprobs
 from engine import triton_head
+from engine.batching import lay_out
+from engine.logprobs import chunked_head
 from engine.triton_head import (
     gradient_of_logits,
     has_triton,
@@ -23,6 +26,7 @@ from engine.triton_head import (
     plain_gradient_of_logits,
     plain_normalize,
 )
+from tests.models import VOCABULARY, pair_examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of the narrowing of the gradient to its dtype: half a unit in the last place, and one more where the kernel's last
@@ -209,3 +213,27 @@ def test_without_triton_the_twins_remain(monkeypatch) -> None:
 def test_kernels_are_for_gpus_only() -> None:
     assert not has_triton(torch.device("cpu"))
     assert has_triton(torch.device("cuda", 1)) == (importlib.util.find_spec("triton") is not None)
+
+
+def head_results(device: torch.device, has_kernels: bool) -> list[Tensor]:
+    """Loss, log-probs and gradients of the head, with the kernels or without."""
+    batch = lay_out(pair_examples()).to(device)
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(count, 16, generator=generator).to(device, torch.bfloat16).requires_grad_()
+        for count in (batch.num_tokens, VOCABULARY)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.logprobs, "has_triton", lambda device: has_kernels)
+        loss, logps = chunked_head(*leaves, None, batch, lambda logps, part: (0.1 * logps).sigmoid().sum())
+    loss.backward()
+    return [loss.detach(), logps, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def test_the_head_with_kernels_is_the_head_without(kernels: Kernels) -> None:
+    ours = kernels(head_results, kernels.device, True)
+    plain = head_results(kernels.device, False)
+    assert len(ours) == 4
+    for value, expected in zip(ours, plain, strict=True):
+        tolerance = 1e-5 if value.dtype == torch.float32 else 0.01
+        assert ((value - expected).float().norm() / expected.float().norm()).item() < tolerance
