@@ -219,13 +219,13 @@ def head_results(device: torch.device, has_kernels: bool) -> list[Tensor]:
     """Loss, log-probs and gradients of the head, with the kernels or without."""
     batch = lay_out(pair_examples()).to(device)
     generator = torch.Generator().manual_seed(0)
-    leaves = [
+    hidden, weight = leaves = [
         torch.randn(count, 16, generator=generator).to(device, torch.bfloat16).requires_grad_()
         for count in (batch.num_tokens, VOCABULARY)
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.logprobs, "has_triton", lambda device: has_kernels)
-        loss, logps = chunked_head(*leaves, None, batch, lambda logps, part: (0.1 * logps).sigmoid().sum())
+        loss, logps = chunked_head(hidden, weight, None, batch, lambda logps, part: (0.1 * logps).sigmoid().sum())
     loss.backward()
     return [loss.detach(), logps, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
