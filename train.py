@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from urllib.request import getproxies
@@ -28,10 +28,10 @@ def run(config: DictConfig) -> int:
     check_processes(config, num_processes, is_given=given is not None)
     prepare_hub(config)
     if given or num_processes == 1:
-        run_here(config)
-        return 0
-    derive_names(config)
-    status = launch.launch(config, num_processes)
+        status = run_here(config)
+    else:
+        derive_names(config)
+        status = launch.launch(config, num_processes)
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     if status == 128 + signal.SIGTERM:
@@ -75,25 +75,33 @@ def check_processes(config: DictConfig, num: int, is_given: bool) -> None:
         raise UserError("CONFIG", f"{problem} the number of processes ({num})", "change one of them")
 
 
-def run_here(config: DictConfig) -> None:
-    """A valid run in this process, which is all of it or one of its ranks."""
+def run_here(config: DictConfig) -> int:
+    """A valid run in this process, which is all of it or one of its ranks; returns the exit status."""
     group = distributed.joined(config.collective_timeout) if uses_process_group(config) else nullcontext()
-    with group:
-        names, run_dir, checkpoint = distributed.share(lambda: open_run(config))
+    with group, ExitStack() as locks:
+        names, run_dir, checkpoint = distributed.share(lambda: open_run(config, locks))
         config.merge_with(names)
         try:
-            train(config, run_dir, checkpoint)
+            stopped_by = train(config, run_dir, checkpoint)
         except Exception:
             with suppress(OSError):
                 crash_log(config, distributed.world().rank).write_text(traceback.format_exc())
             raise
     print(f"run_dir: {run_dir}", flush=True)
+    return 0 if stopped_by is None else 128 + stopped_by
 
 
-def open_run(config: DictConfig) -> tuple[dict[str, str], Path, Path | None]:
-    """Derive the names that are left to be, and open the run directory; returns the names, it, and the checkpoint."""
+def open_run(config: DictConfig, locks: ExitStack) -> tuple[dict[str, str], Path, Path | None]:
+    """Derive the names that are left to be, and open the run directory; returns the names, it, and the checkpoint.
+
+    Args:
+        locks: until it is closed, no other process can open the directory.
+    """
+    from engine.checkpoint import locked
+
     derive_names(config)
     names = {key: config[key] for key in ("exp_name", "cache_dir", "local_run_dir")}
+    locks.enter_context(locked(Path(config.local_run_dir)))
     return names, *open_run_dir(config)
 
 
@@ -121,7 +129,7 @@ def derive_names(config: DictConfig) -> None:
 
 def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
     """Find the checkpoint to resume from, if any; then make the run directory and write config.yaml."""
-    from engine.checkpoint import check_settings, checkpoints, find_checkpoint, rewind
+    from engine.checkpoint import check_settings, find_checkpoint, rewind
 
     run_dir = Path(config.local_run_dir)
     checkpoint = None
@@ -130,16 +138,24 @@ def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
         checkpoint = find_checkpoint(source)
         if checkpoint is None and config.resume != "auto":
             raise UserError("CHECKPOINT", f"resume: no checkpoint in {source}", "give a run directory or checkpoint")
+    others = [path.name for path in run_dir.iterdir() if not path.name.startswith(".")]
+    if others and not (run_dir / "config.yaml").exists():
+        raise UserError(
+            "STORAGE",
+            f"local_run_dir: {run_dir} holds other files ({', '.join(sorted(others)[:3])})",
+            "set a new or empty directory",
+        )
     holds_a_run = (run_dir / "metrics.jsonl").exists()
     if checkpoint is not None:
         check_settings(checkpoint, config)
-        if checkpoint.parent == run_dir.resolve() and checkpoint != checkpoints(run_dir.resolve())[-1]:
+        is_own = checkpoint.parent == run_dir.resolve()
+        if is_own and config.resume != "auto" and find_checkpoint(run_dir) != checkpoint:
             raise UserError(
                 "CONFIG",
                 f"resume: {run_dir} holds checkpoints after {checkpoint.name}",
                 f"resume={run_dir} to go on from the last one, or another local_run_dir to branch off",
             )
-        holds_a_run &= checkpoint.parent != run_dir.resolve()
+        holds_a_run &= not is_own
     elif config.resume == "auto":  # stopped before its first checkpoint, so it starts anew
         rewind(run_dir, {})
         holds_a_run = False
@@ -156,8 +172,12 @@ def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
     return run_dir, checkpoint
 
 
-def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> None:
-    """Load the tokenizer and the data, say what was found, and hand over to the trainer."""
+def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> int | None:
+    """Load the tokenizer and the data, say what was found, and hand over to the trainer.
+
+    Returns:
+        the signal that stopped it, after the state was saved; None if it came to its end.
+    """
     import transformers
 
     from engine.models import load_tokenizer
@@ -175,7 +195,7 @@ def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> None:
             splits.append(load_split(config, tokenizer, name, LOSSES[config.loss.name].batch))
             print(f"{name}: {format_counts(splits[-1].counts)}", flush=True)
     trainer = trainer_class(config)(config, run_dir, tokenizer, *splits)
-    trainer.train(checkpoint)
+    return trainer.train(checkpoint)
 
 
 def prepare_hub(config: DictConfig) -> None:
@@ -250,8 +270,7 @@ def run_worker() -> int:
     config = launch.attach()
     rank = int(os.environ["RANK"])
     try:
-        run_here(config)
-        return 0
+        return run_here(config)
     except KeyboardInterrupt:  # the launcher says it
         return 128 + signal.SIGINT
     except Exception as error:

@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+import json
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,24 +36,31 @@ from engine.batching import (
     plan_batches,
 )
 from engine.checkpoint import (
+    OPTIMIZER,
+    STATE_FILE,
     WEIGHTS,
+    CheckpointWriter,
+    Contents,
+    checkpoints,
     load_checkpoint,
+    log_sizes,
     named_aliases,
     named_state,
     named_weights,
     read_state,
     reading,
     rewind,
-    save_checkpoint,
+    settings_of,
     state_by_parameter,
     tensors_of,
+    write_policy_pt,
 )
 from engine.logprobs import response_logps
 from engine.memory import fitting, most_useful, saved_bytes
 from engine.metrics import Loggers, Moment, NoLoggers, Sums, fetched, peak_flops
 from engine.models import find_blocks, hf_config_of, load_model, use_packed_attention
 from engine.precision import model_in
-from engine.reference import CachedReference, LiveReference, Reference, reference_key
+from engine.reference import CachedReference, LiveReference, Reference, reference_key, weights_hash
 from engine.sampling import sample_responses
 from engine.sharding import (
     Orders,
@@ -69,7 +78,7 @@ from engine.sharding import (
 from engine.tensor_parallel import check_divides
 from losses import LOSSES
 from preference_datasets import DATASETS, Example, Split
-from utils import UserError, ahead, content_hash
+from utils import StopRequest, UserError, ahead, content_hash, is_out_of_memory, write_atomically
 
 T = TypeVar("T")
 Prepared = tuple[Microbatch, Tensor | None]  # with reference log-probs of its responses, if they are cached
@@ -79,8 +88,8 @@ Prepared = tuple[Microbatch, Tensor | None]  # with reference log-probs of its r
 class Batch:
     """What all processes train on in one step, and what of it falls to this one."""
 
-    num_examples: int
-    prompts: list[int]
+    examples: list[Example]
+    token_budget: int
     microbatches: list[Prepared]
 
 
@@ -90,8 +99,7 @@ class Step:
 
     values: dict[str, Tensor]  # scalars on the device, known once it is done
     facts: dict[str, float]
-    num_examples: int
-    prompts: list[int]
+    batch: Batch
     end: Moment
 
 
@@ -121,7 +129,10 @@ class BasicTrainer:
         self.eval_examples = choose_eval_examples(test_split.examples, config.n_eval_examples, config.seed)
         self.num_train_examples = num_planned(len(self.train_examples), config.n_epochs, config.n_examples)
         self.num_updates = math.ceil(self.num_train_examples / config.batch_size)
-        self.counters = {"examples": 0, "updates": 0}
+        self.counters = {"examples": 0, "updates": 0, "skipped": 0}
+        self.stop = StopRequest()
+        self.must_stop = False
+        self.loggers: Loggers | NoLoggers = NoLoggers()
         self.print_plan()
 
         self.loss = LOSSES[config.loss.name]
@@ -139,6 +150,7 @@ class BasicTrainer:
         self.policy = self.place_model(getattr(torch, config.model.policy_dtype))
         self.aliases = self.aliases or named_aliases(self.policy)
         self.reference: Reference | None = None
+        self.reference_weights: str | None = None
         self.token_budget, self.num_checkpointed = self.fit_memory()
         self.reference_samples: list[np.ndarray] = []
         self.reference = self.build_reference()
@@ -241,10 +253,11 @@ class BasicTrainer:
         if model is not self.policy:
             model.requires_grad_(False)
         live = LiveReference(model, self.cast_dtype)
+        self.reference_weights = weights_hash(model, self.orders)
         if config.reference == "live":
             return live
         settings = (config.mixed_precision, config.matmul_precision, config.batching, config.compile)
-        key = reference_key(model, self.orders, settings)
+        key = reference_key(self.reference_weights, settings, self.device)
         path = Path(config.cache_dir) / "reference" / f"{key}.sqlite"
         cached = CachedReference(path, self.of_data_ranks)
         self.fill(cached, live)
@@ -401,17 +414,19 @@ class BasicTrainer:
     def prepared(self, batches: Iterable[list[list[Example]]]) -> Iterator[Batch]:
         """Batches laid out on the device, with the log-probs of a cached reference, one batch ahead of its use."""
 
-        def prepare(examples: list[Example]) -> Prepared:
+        return ahead(map(self.prepare, batches))
+
+    def prepare(self, microbatches: Sequence[list[Example]]) -> Batch:
+        """A batch laid out, of which this process has its own microbatches."""
+
+        def laid_out(examples: list[Example]) -> Prepared:
             batch = self.lay_out(examples)
             return batch, self.reference.logps(batch) if isinstance(self.reference, CachedReference) else None
 
-        return ahead(
-            Batch(
-                num_examples=sum(map(len, microbatches)),
-                prompts=sorted({example.prompt_index for examples in microbatches for example in examples}),
-                microbatches=[prepare(examples) for examples in self.own(microbatches)],
-            )
-            for microbatches in batches
+        return Batch(
+            examples=[example for examples in microbatches for example in examples],
+            token_budget=self.token_budget,
+            microbatches=[laid_out(examples) for examples in self.own(microbatches)],
         )
 
     def run_microbatch(self, prepared: Prepared, num_examples: int, sums: Sums) -> Tensor:
@@ -421,7 +436,7 @@ class BasicTrainer:
             reference_logps = self.reference.logps(batch)
         losses = partial(self.losses, batch, reference_logps, sums)
         loss, _ = response_logps(self.policy, batch, lambda logps, part: losses(logps, part).sum() / num_examples)
-        sums.num_tokens += batch.num_tokens
+        sums.counts["tokens"] += batch.num_tokens
         return loss
 
     @contextmanager
@@ -444,46 +459,135 @@ class BasicTrainer:
         """Make the gradients of the mean loss of a batch."""
         with self.in_mixed_precision():
             for prepared in batch.microbatches:
-                self.run_microbatch(prepared, batch.num_examples, sums).backward()
+                self.run_microbatch(prepared, len(batch.examples), sums).backward()
+
+    def fitted_gradients(self, batch: Batch) -> tuple[Batch, Sums]:
+        """Make the gradients of a batch; where memory runs out, again in smaller microbatches, which all later batches
+        are cut into too. The gradients are the same."""
+        while True:
+            sums = Sums()
+            sums.counts["stop"] = self.stop.signal is not None
+            try:
+                self.add_gradients(batch, sums)
+                return batch, sums
+            except Exception as error:
+                # Processes that wait for this one cannot be told.
+                if not is_out_of_memory(error) or self.num_ranks > 1:
+                    raise
+                largest = max(microbatch.num_examples for microbatch, _ in batch.microbatches)
+                reason = str(error).partition("\n")[0]
+            if largest == 1:
+                raise UserError(
+                    "MEMORY",
+                    f"out of memory with one example at a time ({reason})",
+                    "activation_checkpointing=true, mixed_precision=bfloat16, a smaller max_length, or more devices",
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            fed = max(microbatch.num_tokens for microbatch, _ in batch.microbatches)
+            self.token_budget = max(1, min(self.token_budget, fed) // 2)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.loggers.print(f"out of memory ({reason}): token_budget is {self.token_budget:,} from now on")
+            batch = self.prepare(self.cut(batch.examples, self.config.gradient_accumulation_steps))
 
     def step(self, batch: Batch) -> Step:
         """One update of the policy on a batch. A GPU may still be at work on it when this returns."""
-        sums = Sums()
-        self.add_gradients(batch, sums)
+        if batch.token_budget > self.token_budget:  # laid out before memory ran out
+            batch = self.prepare(self.cut(batch.examples, self.config.gradient_accumulation_steps))
+        batch, sums = self.fitted_gradients(batch)
+        if not self.counters["updates"]:
+            self.check_gradients()
         grad_norm = self.clip_gradients()
+        means, counts = sums.means(self.add_others)
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        self.update(grad_norm.isfinite() & means["loss"].isfinite())
         self.optimizer.zero_grad(set_to_none=True)
-        self.counters["examples"] += batch.num_examples
+        self.counters["examples"] += len(batch.examples)
         self.counters["updates"] += 1
-        means, num_tokens = sums.means(self.add_others)
         return Step(
-            values=named(means, "train") | {"grad_norm": grad_norm, "tokens": num_tokens},
+            values=named(means, "train") | {"grad_norm": grad_norm} | counts,
             facts={"learning_rate": learning_rate, "peak_memory_gb": self.peak_memory_gb()} | self.counted(),
-            num_examples=batch.num_examples,
-            prompts=batch.prompts,
+            batch=batch,
             end=Moment(self.device),
         )
 
-    def metrics_of(self, step: Step, start: Moment) -> dict[str, float]:
-        """The metrics of a step that began at start, once it is done; fails if a number in them is not finite."""
+    def update(self, is_finite: Tensor) -> None:
+        """Let the optimizer take its step, if loss and gradients are finite."""
+        if self.runs_ahead and getattr(self.optimizer, "_step_supports_amp_scaling", False) and self.num_ranks == 1:
+            # Fused optimizers look for themselves, so that nobody has to wait for the GPU.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~is_finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif is_finite:
+            self.optimizer.step()
+
+    def check_gradients(self) -> None:
+        """Raise a UserError that names the parameters that are to be trained and received no gradient."""
+        without = [name for name, p in self.policy.named_parameters() if p.requires_grad and p.grad is None]
+        if without:
+            shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
+            raise UserError(
+                "CONFIG", f"model: {len(without)} parameters received no gradient: {shown}", "use a model without them"
+            )
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may return before it is done, so that it is logged when the next one has been started."""
+        return self.device.type != "cpu"
+
+    def metrics_of(self, step: Step, start: Moment) -> dict[str, float] | None:
+        """The metrics of a step that began at start, once it is done; None if it was skipped: they are not finite."""
         seconds = step.end.seconds_since(start)
         metrics = fetched(step.values)
         tokens_per_second = metrics.pop("tokens") / seconds
+        self.must_stop |= metrics.pop("stop") > 0
         if not math.isfinite(metrics["loss/train"]) or not math.isfinite(metrics["grad_norm"]):
-            self.fail_as_non_finite(
-                f"update {step.facts['counters/updates']} had loss {metrics['loss/train']} and gradient norm"
-                f" {metrics['grad_norm']}, on the prompts number {step.prompts} of the training data"
-            )
+            self.handle_nonfinite(step, metrics)
+            return None
         metrics |= step.facts
-        metrics["examples_per_second"] = step.num_examples / seconds
+        metrics["examples_per_second"] = len(step.batch.examples) / seconds
         metrics["tokens_per_second"] = tokens_per_second
         peak = peak_flops(self.device)
         if peak:
             metrics["mfu"] = 6 * self.policy.num_parameters() * tokens_per_second / (peak * self.num_ranks)
         return metrics
+
+    def handle_nonfinite(self, step: Step, metrics: dict[str, float]) -> None:
+        """Abort, or go on without a batch whose loss or gradient is not finite; the optimizer has not seen it."""
+        config = self.config
+        update = int(step.facts["counters/updates"])
+        dump = self.run_dir / f"nonfinite-{update}.json"
+        prompts = sorted({example.prompt_index for example in step.batch.examples})
+        found = {"update": update, **step.facts, "loss": str(metrics["loss/train"]), "norm": str(metrics["grad_norm"])}
+        examples = [
+            {
+                "prompt_index": e.prompt_index,
+                "prompt": e.prompt.tolist(),
+                "responses": [r.tolist() for r in e.responses],
+            }
+            for e in step.batch.examples
+        ]
+        if self.rank == 0:
+            write_atomically(dump, json.dumps(found | {"examples": examples}).encode())
+        what = (
+            f"update {update} had loss {metrics['loss/train']} and gradient norm {metrics['grad_norm']},"
+            f" on the prompts number {prompts} of the training data, whose tokens are in {dump}"
+        )
+        self.counters["skipped"] += 1
+        if config.on_nonfinite == "abort" or self.counters["skipped"] > config.max_nonfinite:
+            if config.on_nonfinite != "abort":
+                what = f"more than max_nonfinite={config.max_nonfinite} batches are not finite; {what}"
+            self.fail_as_non_finite(what)
+        if config.on_nonfinite == "rollback":
+            self.writer.finished(wait=True)
+            saved = checkpoints(self.run_dir)
+            if not saved:
+                self.fail_as_non_finite(f"there is no checkpoint to roll back to; {what}")
+            self.load(saved[-1])
+            self.loggers.print(f"{what}: back to the weights of {saved[-1].name}, on with the next batch")
+        else:
+            self.loggers.print(f"{what}: skipped")
 
     def fail_as_non_finite(self, what: str) -> NoReturn:
         raise UserError(
@@ -493,7 +597,7 @@ class BasicTrainer:
         )
 
     def counted(self) -> dict[str, float]:
-        return {f"counters/{name}": value for name, value in self.counters.items()}
+        return {f"counters/{name}": value for name, value in self.counters.items() if name != "skipped" or value}
 
     def peak_memory_gb(self) -> float:
         """The most memory held so far, in 10^9 bytes: of the GPU, or of this process on a CPU."""
@@ -504,12 +608,15 @@ class BasicTrainer:
 
     # ---- The run ----
 
-    def train(self, checkpoint: Path | None = None) -> None:
-        """Train, evaluate and save as the config says; from checkpoint on, if one is given."""
-        config = self.config
+    def train(self, checkpoint: Path | None = None) -> int | None:
+        """Train, evaluate and save as the config says; from checkpoint on, if one is given.
+
+        Returns:
+            the signal that stopped it, after the state was saved; None if it came to its end.
+        """
         batches = self.train_batches()
         if checkpoint is not None:
-            state = read_state(checkpoint, self.data_hash)
+            state = read_state(checkpoint, self.data_hash, self.reference_weights)
             self.load(checkpoint)
             if self.rank == 0:
                 rewind(self.run_dir, state["log_sizes"])
@@ -517,45 +624,65 @@ class BasicTrainer:
             for _ in range(self.counters["updates"]):
                 next(batches)
             print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
-        self.loggers: Loggers | NoLoggers = NoLoggers()
         if self.rank == 0:
-            self.loggers = Loggers(config, self.run_dir, self.num_train_examples, self.counters["examples"])
+            self.loggers = Loggers(self.config, self.run_dir, self.num_train_examples, self.counters["examples"])
         self.eval_metrics: dict[str, float] = {}
+        self.writer = CheckpointWriter(self.run_dir, self.config.keep_checkpoints, self.config.collective_timeout)
         is_done = False
         try:
-            if checkpoint is None and config.do_first_eval:
-                self.evaluate()
-            running: Step | None = None
-            start = Moment(self.device)  # of the running step
-
-            def log_running() -> None:
-                nonlocal running, start
-                done, running = running, None
-                if done is not None:
-                    self.loggers.train(self.metrics_of(done, start))
-                    start = done.end
-
-            for batch in self.prepared(batches):
-                before = self.counters["examples"]
-                step = self.step(batch)
-                log_running()  # of the step before, while a GPU runs this one
-                running = step
-                now = self.counters["examples"]
-                is_last = now == self.num_train_examples
-                save_every = config.save_every or config.eval_every
-                evaluates = is_last or now // config.eval_every > before // config.eval_every
-                saves = is_last or now // save_every > before // save_every
-                if evaluates or saves or self.device.type == "cpu":
-                    log_running()
-                if evaluates:
+            with self.stop:
+                if checkpoint is None and self.config.do_first_eval:
                     self.evaluate()
-                if saves:
-                    self.save(is_last)
-                if evaluates or saves:
-                    start = Moment(self.device)
-            is_done = True
+                self.train_on(batches)
+            self.say_saved(wait=True)
+            is_done = not self.must_stop
         finally:
             self.loggers.close(is_done)
+        return self.stop.signal or signal.SIGTERM if self.must_stop else None
+
+    def train_on(self, batches: Iterable[list[list[Example]]]) -> None:
+        """Take a step for each batch; evaluate, save and log between them. Ends early if it is told to stop."""
+        config = self.config
+        running: Step | None = None
+        start = Moment(self.device)  # of the running step
+
+        def log_running() -> None:
+            nonlocal running, start
+            done, running = running, None
+            if done is not None:
+                metrics = self.metrics_of(done, start)
+                if metrics is not None:
+                    self.loggers.train(metrics)
+                start = done.end
+
+        for batch in self.prepared(batches):
+            before = self.counters["examples"]
+            step = self.step(batch)
+            log_running()  # of the step before, while a GPU runs this one
+            running = step
+            now = self.counters["examples"]
+            is_last = now == self.num_train_examples
+            save_every = config.save_every or config.eval_every
+            evaluates = is_last or now // config.eval_every > before // config.eval_every
+            saves = is_last or now // save_every > before // save_every
+            if evaluates or saves or self.must_stop or not self.runs_ahead:
+                log_running()
+            self.must_stop &= not is_last
+            if evaluates and not self.must_stop:
+                self.evaluate()
+            if saves or self.must_stop:
+                self.save(is_last)
+            if self.must_stop:
+                return
+            self.say_saved(wait=False)
+            if evaluates or saves:
+                start = Moment(self.device)
+
+    def say_saved(self, wait: bool) -> None:
+        """Print that a checkpoint was saved, once it is."""
+        path = self.writer.finished(wait)
+        if path is not None:
+            self.loggers.print(f"saved {path}")
 
     def evaluate(self) -> None:
         """Log the metrics of the evaluation examples, and answers sampled to their prompts."""
@@ -667,28 +794,36 @@ class BasicTrainer:
         load_checkpoint(checkpoint, self.policy, self.optimizer, self.orders)
 
     def save(self, is_last: bool) -> None:
-        """Write a checkpoint, and policy.pt with the last one."""
+        """Begin to write a checkpoint, with policy.pt if it is the last one."""
         if self.config.debug:
             return
         num_bad = torch.stack([(~own(p).isfinite()).sum().to(self.device) for p in self.policy.parameters()]).sum()
         self.add_others(num_bad)
         if num_bad:
             self.fail_as_non_finite("a weight is not a number")
-        path = save_checkpoint(
-            self.run_dir,
-            self.policy,
-            self.tokenizer,
-            *self.named_tensors(),
-            self.counters,
-            orders=self.orders,
-            aliases=self.aliases,
-            config=self.config,
-            data=self.data_hash,
-            metrics=self.eval_metrics,
-            keep=self.config.keep_checkpoints,
-            write_policy_pt=is_last,
-        )
-        self.loggers.print(f"saved {path}")
+        self.say_saved(wait=True)  # of the one before
+        contents, (weights, state) = Contents(), self.named_tensors()
+        contents.add(WEIGHTS, weights, self.orders)
+        contents.add(OPTIMIZER, state, self.orders)
+        examples, metrics = self.counters["examples"], self.eval_metrics
+        facts = {
+            "counters": dict(self.counters),
+            "log_sizes": log_sizes(self.run_dir),
+            "settings": settings_of(self.config),
+            "data": self.data_hash,
+            "reference": self.reference_weights,
+        }
+
+        def write_rest(directory: Path) -> None:
+            self.policy.config.save_pretrained(directory)
+            self.policy.generation_config.save_pretrained(directory)
+            self.tokenizer.save_pretrained(directory)
+            (directory / STATE_FILE).write_text(json.dumps(facts, indent=1))
+            if is_last:
+                write_policy_pt(directory, examples, self.aliases, metrics)
+
+        policy_pt_bytes = sum(tensor.nbytes for tensor in weights.values()) if is_last else 0
+        self.writer.start(examples, contents, write_rest, policy_pt_bytes)
 
 
 def choose_eval_examples(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
@@ -776,7 +911,7 @@ class ShardedTrainer(BasicTrainer):
             return super().add_gradients(batch, sums)
         for prepared in batch.microbatches:
             self.optimizer.zero_grad(set_to_none=True)  # each sum of gradients goes on from the one before
-            self.run_microbatch(prepared, batch.num_examples, sums).backward()
+            self.run_microbatch(prepared, len(batch.examples), sums).backward()
         end_of_sums(self.policy)
 
     def clip_gradients(self) -> Tensor:

@@ -4,7 +4,10 @@ import getpass
 import hashlib
 import json
 import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,6 +82,29 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
 def to_device(tensor: "Tensor", device: "torch.device") -> "Tensor":
     """tensor on device; nobody waits for a copy to a GPU, nor for what the GPU has to do before it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class StopRequest:
+    """Inside a with block, the first SIGTERM or SIGINT is noted in signal, and the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # no other can set handlers
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        print(f"{signal.Signals(number).name}: saving after this step; once more to leave at once", file=sys.stderr)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

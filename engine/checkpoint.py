@@ -1,15 +1,23 @@
 """Checkpoints: directories that transformers loads, with the training state beside the weights, never a pickle.
 
 step-<examples>/ holds the model and tokenizer in Hugging Face form, the optimizer's state by the names of parameters,
-and training_state.json. Several processes write a file each, of whole tensors, so a checkpoint does not depend on how
-many there were. LATEST is a link to the newest. A checkpoint is written under another name and renamed when it is whole.
+training_state.json, and manifest.json with the size and SHA-256 of every file. Several processes write a file each, of
+whole tensors, so a checkpoint does not depend on how many there were. LATEST is a link to the newest.
+
+A checkpoint is written in the background, under another name, and renamed when all of it is on disk; older ones are
+removed once it was read back. Before one is used, every file is compared with the manifest.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,102 +26,254 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from engine.faults import fail_point
 from engine.sharding import Orders, barrier, fill, full_tensor, rank_and_size
-from utils import UserError
+from utils import UserError, write_atomically
 
-STATE_FILE = "training_state.json"
+FORMAT = 1
+STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"  # beginnings of the names of files
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 # Keys that may change when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
     "exp_name", "local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "debug", "wandb", "tensorboard",
-    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "num_processes", "compile", "do_first_eval",
+    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "compile", "do_first_eval",
     "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
+    "resume_allow", "trainer", "num_processes", "tensor_parallel_size", "tensor_parallel", "fsdp", "collective_timeout",
 }  # fmt: skip
 
 
-def save_checkpoint(
-    run_dir: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    weights: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    counters: dict[str, int],
-    *,
-    orders: Orders,
-    aliases: Mapping[str, str],
-    config: DictConfig,
-    data: str,
-    metrics: dict[str, float],
-    keep: int | None,
-    write_policy_pt: bool = False,
-) -> Path:
-    """Write run_dir/step-<examples> and point LATEST to it, then remove all but the newest keep checkpoints.
+# ---- Writing ----
 
-    All processes of a run call this together.
+
+@dataclass
+class Contents:
+    """What one process writes of a checkpoint, copied to CPU memory so that training can go on."""
+
+    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    indices: dict[str, Any] = field(default_factory=dict)  # of which file has which tensor, by file name
+    num_bytes: int = 0  # of what all processes write
+
+    def add(self, kind: str, tensors: Mapping[str, Tensor], orders: Orders) -> None:
+        """Add the tensors that fall to this process, about as many bytes as to every other. All call this together."""
+        rank, num_ranks = rank_and_size()
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        names, own, before = {}, {}, 0
+        for name, tensor in tensors.items():
+            owner = min(num_ranks - 1, before * num_ranks // max(1, total))
+            before += tensor.nbytes
+            names[name] = _file_name(kind, owner, num_ranks)
+            order = orders.get(name) or orders.get(name.rpartition(".")[0])
+            whole = full_tensor(tensor, order if tensor.ndim else None)
+            if owner == rank:
+                own[name] = whole.detach().to("cpu", copy=True).contiguous()
+        self.files[_file_name(kind, rank, num_ranks)] = own  # even an empty one: their number is part of the names
+        self.num_bytes += total
+        if rank == 0 and num_ranks > 1:
+            self.indices[f"{kind}.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": names}
+
+
+def _file_name(kind: str, rank: int, num_ranks: int) -> str:
+    return f"{kind}.safetensors" if num_ranks == 1 else f"{kind}-{rank + 1:05}-of-{num_ranks:05}.safetensors"
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run in the background, one at a time.
 
     Args:
-        model: whose config goes with the weights.
-        weights, state: as named_weights and named_state return them.
-        counters: "examples" and "updates" so far.
-        orders: of the parameters that are split in another order than their own.
-        aliases: the second names of weights that have two -> their first.
-        config: of the run; a resumed run must have the same, FREE_ON_RESUME aside.
-        data: a hash of the training examples; a resumed run must have the same.
-        metrics: of the last evaluation.
-        write_policy_pt: add a policy.pt ({step_idx, state, metrics}) for tools of the reference implementation.
-
-    Raises:
-        UserError: STORAGE; what was saved before is untouched.
+        keep: how many to keep, the newest; None for all.
+        patience: seconds that the first process waits for the parts of the others.
     """
-    target = run_dir / f"step-{counters['examples']}"
-    temporary = run_dir / f".{target.name}.tmp"
-    rank, _ = rank_and_size()
-    try:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+
+    def __init__(self, run_dir: Path, keep: int | None, patience: float):
+        self._run_dir, self._keep, self._patience = run_dir, keep, patience
+        self._executor = ThreadPoolExecutor(1)
+        self._running: Future[Path] | None = None
+
+    def start(
+        self, num_examples: int, contents: Contents, write_rest: Callable[[Path], None], extra_bytes: int = 0
+    ) -> None:
+        """Begin to write run_dir/step-<num_examples>. All processes call this together, after finished(wait=True).
+
+        Args:
+            write_rest: writes the other files of the checkpoint into a directory; called by the first process.
+            extra_bytes: that write_rest writes, about.
+
+        Raises:
+            UserError: STORAGE; what was saved before is untouched.
+        """
+        assert self._running is None
+        target = self._run_dir / f"step-{num_examples}"
+        temporary = _temporary(target)
+        if rank_and_size()[0] == 0:
+            with _storing(target, temporary):
+                _check_room(target, contents.num_bytes + extra_bytes)
+                fail_point("mkdir")
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
         barrier()
-        _write_part(temporary, WEIGHTS, weights, orders)
-        _write_part(temporary, OPTIMIZER, state, orders)
-        barrier()
-        if rank == 0:
-            model.config.save_pretrained(temporary)
-            model.generation_config.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            log_sizes = {name: path.stat().st_size for name in LOG_FILES if (path := run_dir / name).exists()}
-            facts = {"counters": counters, "log_sizes": log_sizes, "settings": _settings(config), "data": data}
-            (temporary / STATE_FILE).write_text(json.dumps(facts, indent=1))
-            if write_policy_pt:
-                named = dict(tensors_of(temporary, WEIGHTS))
-                named |= {name: named[first] for name, first in aliases.items()}
-                torch.save(
-                    {"step_idx": counters["examples"], "state": named, "metrics": metrics}, temporary / "policy.pt"
-                )
-            for file in temporary.iterdir():
-                _fsync(file)
+        self._running = self._executor.submit(self._write, target, contents, write_rest)
+
+    def finished(self, wait: bool) -> Path | None:
+        """The checkpoint that has been written since this was last called, if there is one.
+
+        Raises:
+            UserError: STORAGE, if it could not be; the one before is untouched.
+        """
+        if self._running is None or not (wait or self._running.done()):
+            return None
+        running, self._running = self._running, None
+        return running.result()
+
+    def _write(self, target: Path, contents: Contents, write_rest: Callable[[Path], None]) -> Path:
+        rank, num_ranks = rank_and_size()
+        temporary = _temporary(target)
+        with _storing(target, temporary):
+            for name, tensors in contents.files.items():
+                save_file(tensors, temporary / name, metadata={"format": "pt"})
+                fail_point("half_file", temporary / name)
+            for name, index in contents.indices.items():
+                (temporary / name).write_text(json.dumps(index, indent=1))
+            described = _describe(temporary, (*contents.files, *contents.indices))
+            if rank > 0:
+                write_atomically(temporary / _part_file(rank), json.dumps(described).encode())
+                return target
+            for other in range(1, num_ranks):
+                described |= self._part_of(other, temporary)
+            before = {path.name for path in temporary.iterdir()}
+            write_rest(temporary)
+            described |= _describe(temporary, {path.name for path in temporary.iterdir()} - before)
+            fail_point("before_manifest")
+            manifest = {"format": FORMAT, "checkpoint": target.name, "files": described}
+            write_atomically(temporary / MANIFEST_FILE, json.dumps(manifest, indent=1, sort_keys=True).encode())
             _fsync(temporary)
-            if target.exists():  # of the run that this one was resumed from
+            fail_point("before_rename")
+            if target.exists():  # of the run that this one was resumed from, or damaged
                 shutil.rmtree(target)
             temporary.rename(target)
-            link = run_dir / ".LATEST.tmp"
-            link.unlink(missing_ok=True)
-            link.symlink_to(target.name)
-            link.replace(run_dir / "LATEST")
-            _fsync(run_dir)
+            _fsync(self._run_dir)
+            fail_point("before_pointer")
+            _point_to(target)
+            problem = damage(target)
+            if problem:
+                raise OSError(f"what was written reads back otherwise: {problem}")
+        if self._keep is not None:
+            for old in checkpoints(self._run_dir)[: -self._keep]:
+                fail_point("during_retention")
+                shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def _part_of(self, rank: int, temporary: Path) -> dict[str, Any]:
+        """What the part of another process is described as, once it has been written."""
+        path = temporary / _part_file(rank)
+        for _ in range(int(self._patience / 0.02)):
+            if path.exists():
+                described = json.loads(path.read_text())
+                path.unlink()
+                return described
+            time.sleep(0.02)
+        raise OSError(f"rank {rank} has not written its part after {self._patience:.0f} s")
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
+def _part_file(rank: int) -> str:
+    return f".part-{rank}.json"
+
+
+@contextmanager
+def _storing(target: Path, temporary: Path) -> Iterator[None]:
+    """Whatever goes wrong inside this is told of as a checkpoint that could not be written, and leaves nothing."""
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             "STORAGE",
             f"the checkpoint {target} could not be written ({error})",
-            "make room or set local_run_dir elsewhere, then continue with resume=",
+            "make room or set local_run_dir elsewhere, then continue with resume=; the checkpoints before are whole",
         ) from error
-    for old in checkpoints(run_dir)[:-keep] if keep is not None and rank == 0 else []:
-        shutil.rmtree(old, ignore_errors=True)
-    barrier()
-    return target
+
+
+def _check_room(target: Path, num_bytes: int) -> None:
+    needed, free = num_bytes * 1.01 + 2**20, shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise OSError(f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
+
+
+def _describe(directory: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Size and hash of files, which are on disk after this."""
+    fail_point("before_fsync")
+    for name in names:
+        _fsync(directory / name)
+    return {name: _size_and_hash(directory / name) for name in names}
+
+
+def _size_and_hash(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point_to(target: Path) -> None:
+    link = target.with_name(".LATEST.tmp")
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.name)
+    link.replace(target.with_name("LATEST"))
+    _fsync(target.parent)
+
+
+def write_policy_pt(directory: Path, num_examples: int, aliases: Mapping[str, str], metrics: dict[str, float]) -> None:
+    """Add a policy.pt ({step_idx, state, metrics}) to the weights in a directory, for tools of the reference
+    implementation; aliases are the second names of weights that have two -> their first."""
+    state = dict(tensors_of(directory, WEIGHTS))  # mapped, not read
+    state |= {name: state[first] for name, first in aliases.items()}
+    torch.save({"step_idx": num_examples, "state": state, "metrics": metrics}, directory / "policy.pt")
+
+
+def log_sizes(run_dir: Path) -> dict[str, int]:
+    """Bytes in each of a run's logs."""
+    return {name: path.stat().st_size for name in LOG_FILES if (path := run_dir / name).exists()}
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Inside this, no other process can write to a run directory; UserError if one does already."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(
+            "STORAGE", f"local_run_dir: cannot write to {run_dir} ({error.strerror})", "set local_run_dir elsewhere"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "STORAGE", f"local_run_dir: {run_dir} is in use by another process", "wait for it, or set another one"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        for left in run_dir.glob(".step-*.tmp"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# ---- What is written ----
 
 
 def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -140,37 +300,7 @@ def named_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def _write_part(directory: Path, kind: str, tensors: Mapping[str, Tensor], orders: Orders) -> None:
-    """Write the tensors that fall to this process, about as many bytes as to every other; the first, of which are
-    which, if there are several files."""
-    rank, num_ranks = rank_and_size()
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    files, own, before = {}, {}, 0
-    for name, tensor in tensors.items():
-        owner = min(num_ranks - 1, before * num_ranks // max(1, total))
-        before += tensor.nbytes
-        files[name] = _file_name(kind, owner, num_ranks)
-        order = orders.get(name) or orders.get(name.rpartition(".")[0])
-        whole = full_tensor(tensor, order if tensor.ndim else None)  # by all processes together
-        if owner == rank:
-            own[name] = whole.detach().cpu().contiguous()
-    # A file for every process, even an empty one: their number is part of the names.
-    save_file(own, directory / _file_name(kind, rank, num_ranks), metadata={"format": "pt"})
-    if rank == 0 and num_ranks > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        (directory / f"{kind}.safetensors.index.json").write_text(json.dumps(index, indent=1))
-
-
-def _file_name(kind: str, rank: int, num_ranks: int) -> str:
-    return f"{kind}.safetensors" if num_ranks == 1 else f"{kind}-{rank + 1:05}-of-{num_ranks:05}.safetensors"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# ---- Finding ----
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -181,29 +311,67 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that path names: itself, or the newest of the run directory that it is; None if there is none."""
-    if (path / STATE_FILE).exists():
-        return path.resolve()
-    if (path / "LATEST" / STATE_FILE).exists():
-        return (path / "LATEST").resolve()
-    found = [checkpoint for checkpoint in checkpoints(path) if (checkpoint / STATE_FILE).exists()]
-    return found[-1] if found else None
+    """The checkpoint that path names: itself, or the newest of the run directory that it is; None if there is none.
+
+    Raises:
+        UserError: CHECKPOINT, if it is damaged; of a run directory, if all are.
+    """
+    if path.name == "LATEST" or (path / STATE_FILE).exists() or (path / MANIFEST_FILE).exists():
+        candidates = [path.resolve()]
+    else:
+        candidates = [checkpoint.resolve() for checkpoint in reversed(checkpoints(path))]
+    problems: list[str] = []
+    for checkpoint in candidates:
+        problem = damage(checkpoint)
+        if problem is None:
+            for line in problems:
+                print(f"resume: {line}; {checkpoint} is taken")
+            return checkpoint
+        problems.append(f"{checkpoint} is damaged ({problem})")
+    if problems:
+        raise UserError("CHECKPOINT", f"resume: {'; '.join(problems)}", "resume from another one; nothing was deleted")
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if they all are as they were written."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_bytes())
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, not {FORMAT}"
+        if manifest["checkpoint"] != checkpoint.resolve().name:
+            return f"it was written as {manifest['checkpoint']}"
+        for name, written in manifest["files"].items():
+            if written["bytes"] != (checkpoint / name).stat().st_size:
+                return f"{name} has {(checkpoint / name).stat().st_size:,} bytes, not {written['bytes']:,}"
+            if written != _size_and_hash(checkpoint / name):
+                return f"{name} has another SHA-256"
+        if STATE_FILE not in manifest["files"]:
+            return f"{MANIFEST_FILE} lacks {STATE_FILE}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def check_settings(checkpoint: Path, config: DictConfig) -> None:
     """Raise a UserError that names the keys in which config differs from that of the run of checkpoint."""
-    before, now = _read_state(checkpoint)["settings"], _settings(config)
-    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    before, now = _read_state(checkpoint)["settings"], settings_of(config)
+    differing = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & set(config.resume_allow)
+    ]
     if differing:
         changes = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in differing)
         raise UserError(
             "CONFIG",
             f"resume: the run at {checkpoint} had another config: {changes}",
-            "repeat its command and add resume=, or start a new run from its weights with model.archive",
+            "repeat its command and add resume=, permit the change with "
+            f"resume_allow=[{','.join(differing)}], or start a new run from its weights with model.archive",
         )
 
 
-def _settings(config: DictConfig) -> dict[str, Any]:
+def settings_of(config: DictConfig) -> dict[str, Any]:
     """The part of a config that a resumed run must share, by dotted key."""
     flat: dict[str, Any] = {}
 
@@ -229,13 +397,20 @@ def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     return UserError("CHECKPOINT", f"the checkpoint {checkpoint} cannot be read ({error})", "resume from another one")
 
 
-def read_state(checkpoint: Path, data: str) -> dict[str, Any]:
+def read_state(checkpoint: Path, data: str, reference: str | None) -> dict[str, Any]:
     """Where the run of checkpoint was when it was saved: its counters and the sizes of its logs.
 
     Raises:
-        UserError: CHECKPOINT if it cannot be read, DATA if its training examples are others than those hashed to data.
+        UserError: CHECKPOINT if it cannot be read or its reference model has other weights than those hashed to
+            reference, DATA if its training examples are others than those hashed to data.
     """
     state = _read_state(checkpoint)
+    if state["reference"] != reference:
+        raise UserError(
+            "CHECKPOINT",
+            f"resume: the reference of the run at {checkpoint} had other weights than the model has now",
+            "give the model that the run was started from, or start a new run from its weights with model.archive",
+        )
     if state["data"] != data:
         raise UserError(
             "DATA",

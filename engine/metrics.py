@@ -28,24 +28,29 @@ class Sums:
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
-        self.num_tokens = 0
+        self.counts = {"tokens": 0, "stop": 0}  # the tokens that were fed; whether this process was told to stop
 
     def add(self, **values: Tensor) -> None:
         """Add values, each [examples]; every name has one for every example."""
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.detach())
 
-    def means(self, add_others: Callable[[Tensor], None]) -> tuple[dict[str, Tensor], Tensor]:
-        """The means, and the number of tokens: scalars in fp64, on the device of the values.
+    def means(self, add_others: Callable[[Tensor], None]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The means, and the counts: scalars in fp64, on the device of the values.
 
         Args:
             add_others: adds to a tensor, in place, what other processes have of it.
         """
         joined = [torch.cat(values).double() for values in self._values.values()]
-        counts = joined[0].new_tensor([len(joined[0]), self.num_tokens])
+        counts = joined[0].new_tensor([len(joined[0]), *self.counts.values()])
         totals = torch.cat([torch.stack([values.sum() for values in joined]), counts])
         add_others(totals)
-        return dict(zip(self._values, (totals[:-2] / totals[-2]).unbind(), strict=True)), totals[-1]
+        num_means = len(self._values)
+        means = totals[:num_means] / totals[num_means]
+        return (
+            dict(zip(self._values, means.unbind(), strict=True)),
+            dict(zip(self.counts, totals[num_means + 1 :].unbind(), strict=True)),
+        )
 
 
 def fetched(scalars: Mapping[str, Tensor]) -> dict[str, float]:

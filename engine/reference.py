@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from engine.batching import Microbatch
@@ -119,19 +120,24 @@ def _digest(prompt: np.ndarray, response: np.ndarray) -> bytes:
     return digest.digest()
 
 
-def reference_key(model: PreTrainedModel, orders: Orders, settings: Iterable[Any]) -> str:
-    """A hash of all that decides the log-probs of given tokens: weights, their dtypes, the model's config; settings of
-    precision and layout; and what decides the last bits: device and version of torch.
+def weights_hash(model: PreTrainedModel, orders: Orders) -> str:
+    """A hash of the weights of a model, their dtypes and its config.
 
     Args:
         orders: of the parameters that are split in another order than their own.
-        settings: what JSON can write.
     """
     digest = xxhash.xxh3_128()  # as fast as memory: billions of weights take seconds, so no digest need be remembered
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole = full_tensor(tensor.detach(), orders.get(name)).cpu().contiguous()
         digest.update(whole.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     config = {key: value for key, value in model.config.to_diff_dict().items() if not key.startswith("_")}
-    return content_hash([digest.digest(), type(model).__name__, str(config), *settings, device, torch.__version__])
+    own_class = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # before it was sharded
+    return content_hash([digest.digest(), own_class.__name__, str(config)])
+
+
+def reference_key(weights: str, settings: Iterable[Any], device: torch.device) -> str:
+    """A hash of all that decides the log-probs of given tokens: the hash of the weights; settings of precision and
+    layout, as JSON can write them; and what decides the last bits: device and version of torch."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return content_hash([weights, *settings, name, torch.__version__])

@@ -52,13 +52,20 @@ def make_mesh(device: torch.device, replicas: int, shards: int, tensor: int) -> 
 
 def without_weights(full: PreTrainedModel | None) -> PreTrainedModel:
     """The model that rank 0 has in full, on every rank, without weights (on the meta device)."""
-    description = [(full.config, full.generation_config, full.config._attn_implementation) if full else None]
+    description: list[Any] = [None]
+    if full is not None:
+        attention = full.config._attn_implementation
+        description = [(full.config, full.generation_config, attention, getattr(full, "own_attention", attention))]
     dist.broadcast_object_list(description, src=0)
-    config, generation_config, attention = description[0]  # type: ignore[misc]
+    config, generation_config, attention, own_attention = description[0]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     model.generation_config = generation_config
     model.config._attn_implementation = attention
+    model.own_attention = own_attention  # for sampling
     return model.eval()
 
 

@@ -155,6 +155,7 @@ CHECKS: dict[str, Check] = {
     "local_run_dir": optional(text),
     "cache_dir": optional(text),
     "resume": optional(replace(text, expected="auto or a path")),
+    "resume_allow": Check("a list of keys such as [lr]", lambda value: value == [] or is_list_of_text(value)),
     "debug": boolean,
     "datasets": Check(
         "a list of names and paths such as [hh,shp], each once",
@@ -189,6 +190,8 @@ CHECKS: dict[str, Check] = {
     "warmup_steps": count_or_zero,
     "lr_schedule": one_of("constant", "linear", "cosine"),
     "max_grad_norm": positive,
+    "on_nonfinite": one_of("abort", "skip", "rollback"),
+    "max_nonfinite": count_or_zero,
     "activation_checkpointing": Check(
         "auto, true, false or a number of blocks",
         lambda value: value == "auto" or isinstance(value, bool) or (isinstance(value, int) and value >= 0),

@@ -20,9 +20,9 @@ def test_sums_are_means_over_examples() -> None:
     sums = Sums()
     sums.add(loss=torch.tensor([1.0, 2.0, 3.0]), other=torch.tensor([1.0, 1.0, 0.0]))
     sums.add(loss=torch.tensor([6.0]), other=torch.tensor([1.0]))
-    sums.num_tokens = 7
-    means, num_tokens = sums.means(alone)
-    assert fetched(means) == {"loss": 3.0, "other": 0.75} and num_tokens == 7
+    sums.counts["tokens"] = 7
+    means, counts = sums.means(alone)
+    assert fetched(means | counts) == {"loss": 3.0, "other": 0.75, "tokens": 7, "stop": 0}
 
 
 def test_means_are_exact_over_many_examples() -> None:

@@ -8,7 +8,7 @@ import torch
 from engine.batching import lay_out
 from engine.logprobs import response_logps
 from engine.models import use_packed_attention
-from engine.reference import CachedReference, LiveReference, reference_key
+from engine.reference import CachedReference, LiveReference, reference_key, weights_hash
 from tests.models import pair_examples, random_examples, tiny_model
 from utils import UserError
 
@@ -86,7 +86,7 @@ def test_a_cache_that_is_no_database_is_named(tmp_path) -> None:
 
 def test_the_key_follows_all_that_decides_the_numbers() -> None:
     def key(model, *settings: str) -> str:
-        return reference_key(model, {}, settings)
+        return reference_key(weights_hash(model, {}), settings, model.device)
 
     model = tiny_model("llama")
     keys = [

@@ -17,8 +17,8 @@ from engine.logprobs import VocabularyShard, chunked_head
 from tests.models import VOCABULARY, pair_examples
 
 SHARDS = [2, 3]  # of 31 and 30 tokens, and of 21, 21 and 19
-# Targets whose logits are held at a time. Groups have 16, 8, 4 and 6: all at once, two spans, a chunk and another, and
-# spans only.
+# Targets whose logits are held at a time, of groups of 16, 8, 4 and 6: all at once; those of the first group twice, as
+# 12 + 4, and then chunks of 8 + 4 and of 6; those of all groups twice.
 CHUNKS = [10**6, 12, 2]
 CASES = [(bias, chunk) for bias in (False, True) for chunk in CHUNKS]
 HIDDEN = 16
@@ -59,7 +59,7 @@ def run_rank(rank: int, directory: Path) -> None:
         "gloo", f"file://{directory}/store", timedelta(seconds=30), world_size=max(SHARDS), rank=rank
     )
     engine.logprobs.CHUNK_TOKENS = 1
-    results = {}
+    results: dict[tuple, Results] = {}
     for num_shards in SHARDS:
         group = dist.new_group(list(range(num_shards)))
         if rank >= num_shards:

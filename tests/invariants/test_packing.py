@@ -163,13 +163,13 @@ def test_chunked_head_is_the_plain_head(
         )
 
 
-def head_leaves(batch: Microbatch, hidden_dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def head_leaves(batch: Microbatch, hidden_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Random hidden states, and weight and bias of a head in fp32."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(shape, generator=generator) for shape in [(batch.num_tokens, 32), (VOCABULARY, 32), (VOCABULARY,)]
     )
-    return [tensor.requires_grad_() for tensor in (hidden.to(hidden_dtype), weight, bias)]
+    return hidden.to(hidden_dtype).requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
 
 
 def test_a_multiple_of_the_loss_has_multiples_of_its_gradients() -> None:
