@@ -16,9 +16,10 @@ LLAMA2 = (
 )
 
 # The form of Anthropic's HH data, for tools that read models which were trained on it. Training and chat.py write this
-# form themselves, as plain text in which no special token counts (engine/formats.py).
+# form themselves, as plain text in which no special token counts (engine/formats.py). BOS goes before it where the
+# tokenizer puts that before any text.
+BOS = "{{ bos_token }}"
 HH = (
-    "{{ bos_token }}"
     "{% for message in messages if message['role'] == 'system' %}{{ message['content'] }}{% endfor %}"
     "{% for message in messages if message['role'] != 'system' %}"
     "{{ '\\n\\nHuman: ' if message['role'] == 'user' else '\\n\\nAssistant: ' }}{{ message['content'] }}"

@@ -221,7 +221,7 @@ def test_hh_as_jinja_is_the_form_that_training_writes(tmp_path):
     rendered = plain.apply_chat_template(
         turns[:-1], chat_template=JINJA["hh"], tokenize=False, add_generation_prompt=True
     )
-    assert rendered == "<s>" + prompt
+    assert rendered == prompt
 
 
 @pytest.mark.parametrize(
