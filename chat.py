@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from engine.chat_templates import BOS, JINJA
 from engine.commands import REQUIRED, Option, run_command, settle_network
+from engine.formats import MARK
 from engine.validation import Check, count, number, one_of, optional, text
 from utils import UserError
 
@@ -114,7 +115,9 @@ class Speaker:
         import torch
         from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-        self.messages.append({"role": "user", "content": question})
+        if not is_utf8(question):
+            raise UserError("DATA", "the prompt is not UTF-8", "convert it, with iconv for example")
+        self.messages.append({"role": "user", "content": question.replace(MARK, "")})
         try:
             ids = self.prompt_ids()
         except UserError:
@@ -178,6 +181,15 @@ class Speaker:
             self.messages.append({"role": "assistant", "content": said.strip()})
         if errors:
             raise errors[0]
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text can be written as UTF-8: bytes of the command line that could not be read as such cannot."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, is_template: bool) -> list[int]:
@@ -254,13 +266,15 @@ def chat(options: dict[str, Any]) -> None:
 
 def answer_pipe(speakers: list[Speaker], source: TextIO, mode: str) -> None:
     """Answer each line by itself, or the whole text."""
-    prompts: Iterable[str] = [source.read().strip()] if mode == "whole" else (line.strip() for line in source)
-    for prompt in prompts:
-        if prompt:
-            for speaker in speakers:
-                speaker.reset()
-            if not ask(speakers, prompt):
-                raise KeyboardInterrupt
+    try:
+        for prompt in [source.read()] if mode == "whole" else source:
+            if prompt.strip():
+                for speaker in speakers:
+                    speaker.reset()
+                if not ask(speakers, prompt.strip()):
+                    raise KeyboardInterrupt
+    except UnicodeDecodeError as error:
+        raise UserError("DATA", f"stdin is not UTF-8 ({error})", "convert it, with iconv for example") from error
 
 
 def converse(speakers: list[Speaker]) -> None:

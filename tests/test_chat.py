@@ -229,6 +229,11 @@ def test_a_pipe(directory, command, echo):
     assert command(f"model={directory}", "stdin=whole", pipe="one\ntwo\n")[1] == "you said one\ntwo!!\n"
 
 
+def test_bytes_that_are_no_text_are_refused(directory, command):
+    status, _, err = command(f"model={directory}", "prompt=caf\udce9")
+    assert status == 3 and err.startswith("error[DATA] the prompt is not UTF-8; fix: ")
+
+
 def test_two_models(directory, command, echo):
     _, out, _ = command(f"model={directory}", f"--compare={directory}", "prompt=hi")
     assert out == f"== {directory}\nyou said hi!!\n" * 2
