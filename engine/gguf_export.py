@@ -18,6 +18,7 @@ from gguf import TokenType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.saved_models import largest
 from engine.tokenization import token_prefix
 from utils import UserError
 
@@ -440,11 +441,11 @@ def _tensor_type(name: str, shape: tuple[int, ...], wanted: Type, is_tied: bool)
 
 
 def _check_values(name: str, weight: Tensor, wanted: Type) -> None:
-    largest = weight.abs().max().item()
-    if not math.isfinite(largest):
+    value = largest(weight)
+    if not math.isfinite(value):
         raise UserError("NONFINITE", f"format=gguf: {name} holds a number that is not finite", "another checkpoint")
-    if wanted not in (Type.F32, Type.BF16) and largest > MAX_FLOAT16:
-        raise Problem(f"{name} holds {largest:.3g}, more than float16 can: dtype=bf16 or f32 would do")
+    if wanted not in (Type.F32, Type.BF16) and value > MAX_FLOAT16:
+        raise Problem(f"{name} holds {value:.3g}, more than float16 can: dtype=bf16 or f32 would do")
 
 
 # ---- The file ----

@@ -49,6 +49,12 @@ class RunRecord:
         return "hh" if template is None and datasets and HH_DATASETS.issuperset(datasets) else template
 
 
+def largest(tensor: torch.Tensor) -> float:
+    """The largest magnitude in a tensor, in one pass: NaN or infinite if it holds such a number."""
+    low, high = tensor.aminmax()
+    return max(-low.item(), high.item())
+
+
 def find_saved(name: str) -> Path | None:
     """The directory of a saved model that name is the path of: itself, or the newest checkpoint of a run directory.
 

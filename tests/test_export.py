@@ -297,6 +297,20 @@ def test_a_base_model_on_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path, 
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
+def test_numbers_that_are_not_finite_are_refused(tmp_path, command):
+    model = save_base(tmp_path / "base", "llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "base")
+    status, _, err = command(f"from={tmp_path}/base", f"to={tmp_path}/x", "dtype=float16")
+    assert status == 5 and "lm_head.weight holds a number that is not finite; fix: dtype=bfloat16" in err
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "base")
+    assert command(f"from={tmp_path}/base", f"to={tmp_path}/x", "format=gguf")[0] == 5
+    assert not (tmp_path / "x").exists()
+
+
 def test_help_names_every_option(command):
     status, out, _ = command("--help")
     assert status == 0 and all(f"  {key}=" in out for key in export.OPTIONS)
