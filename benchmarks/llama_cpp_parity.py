@@ -3,8 +3,8 @@
 Tiny models with random weights, one for each architecture and way to scale or tokenize that is supported. It needs
 llama-cpp-python, which compiles llama.cpp for minutes, so it is not among the requirements:
 
-    .venv/bin/pip install --target /tmp/llama_cpp llama-cpp-python
-    PYTHONPATH=/tmp/llama_cpp .venv/bin/python benchmarks/llama_cpp_parity.py
+    .venv/bin/pip install --target .cache/llama_cpp llama-cpp-python
+    PYTHONPATH=.cache/llama_cpp .venv/bin/python benchmarks/llama_cpp_parity.py
 """
 
 import json
