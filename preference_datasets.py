@@ -335,6 +335,7 @@ def load_split(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split
                 form=config.format,
                 chat_template=config.chat_template,
                 test_fraction=config.test_fraction,
+                needs_pairs=batch == "pairs",
             )
         if not preferences and split == "test" and config.test_fraction == 0:
             continue  # no evaluation, as asked

@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, NotRequired, TypedDict
 
+from engine.chat_templates import JINJA
 from utils import UserError, content_hash
 
 if TYPE_CHECKING:
@@ -225,11 +226,11 @@ class Message(TypedDict):
 
 
 class Chat:
-    """Writes message lists as text: by the tokenizer's chat template, by that of a Jinja file, or in the form of HH.
+    """Writes message lists as text: by a chat template, or in the form of HH.
 
     Args:
         tokenizer: the tokenizer that the text is for.
-        chat_template: null for the tokenizer's own, "hh", or the path of a Jinja file.
+        chat_template: null for the tokenizer's own, "hh", "llama2", or the path of a Jinja file.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None):
@@ -237,12 +238,14 @@ class Chat:
         self.mark = special_token_marker(tokenizer)
         self.is_template = chat_template != "hh"  # else all of the text is plain
         self.jinja: str | None = None
-        if chat_template is not None and self.is_template:
+        if chat_template in JINJA:
+            self.jinja = JINJA[chat_template]
+        elif chat_template is not None:
             try:
                 self.jinja = Path(chat_template).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 problem = f"chat_template: {chat_template} cannot be read ({error})"
-                raise UserError("CONFIG", problem, "give null, hh or the path of a Jinja file") from error
+                raise UserError("CONFIG", problem, "give null, hh, llama2 or the path of a Jinja file") from error
 
     def render(self, row: Row, messages: list[Message], answers: Sequence[str]) -> tuple[str, list[str]]:
         """The text of a prompt, and what each answer adds to it, without the end-of-text token that may close it.
@@ -252,7 +255,7 @@ class Chat:
         if not self.is_template:
             return _hh_prompt(row, messages), [" " + answer if answer.strip() else "" for answer in answers]
         if self.jinja is None and not self.tokenizer.chat_template:
-            fix = "set chat_template=hh, or chat_template to the path of a Jinja file"
+            fix = "set chat_template=hh or llama2, or to the path of a Jinja file"
             raise UserError("CONFIG", f"chat_template: {row.origin} has messages, the tokenizer has no template", fix)
         prompt = self._apply(row, messages, add_generation_prompt=True)
         responses = []
@@ -297,7 +300,10 @@ def _hh_prompt(row: Row, messages: list[Message]) -> str:
 
 
 class Parsed(NamedTuple):
-    """What one row says. `key` names its prompt whatever the chat template makes of it (which may write the date)."""
+    """What one row says. `key` names its prompt whatever the chat template makes of it (which may write the date).
+
+    A demonstration is an instruction with one answer: there is nothing that the answer is preferred to.
+    """
 
     key: Any
     prompt: str
@@ -305,6 +311,7 @@ class Parsed(NamedTuple):
     pairs: list[tuple[int, int]]
     best: int = 0
     template: bool = False
+    demonstration: bool = False
 
 
 def split_transcript(row: Row) -> tuple[str, str, str] | None:
@@ -333,6 +340,8 @@ def _transcripts(row: Row, chat: Chat) -> Parsed | str:
 
 
 def _messages(row: Row, chat: Chat) -> Parsed | str:
+    if "messages" in row.values and not _has_pair(row):
+        return _dialogue(row, chat, _message_list(row, row.items("messages"), "messages"))
     chosen, rejected = (_message_list(row, row.items(name), name) for name in ("chosen", "rejected"))
     prompt: list[Message] | None = None
     if isinstance(row.values.get("prompt"), str):
@@ -354,10 +363,10 @@ def _messages(row: Row, chat: Chat) -> Parsed | str:
     return _rendered(row, chat, prompts[0], [chosen[-1]["content"], rejected[-1]["content"]])
 
 
-def _sharegpt(row: Row, chat: Chat) -> Parsed:
-    prompt = _message_list(row, row.items("conversations"), "conversations")
-    if row.values.get("system"):
-        prompt.insert(0, {"role": "system", "content": row.text("system")})
+def _sharegpt(row: Row, chat: Chat) -> Parsed | str:
+    prompt = _with_system(row, _message_list(row, row.items("conversations"), "conversations"))
+    if not _has_pair(row):
+        return _dialogue(row, chat, prompt)
     answers = []
     for name in ("chosen", "rejected"):
         answer = row.present(name)
@@ -370,9 +379,48 @@ def _sharegpt(row: Row, chat: Chat) -> Parsed:
     return _rendered(row, chat, prompt, answers)
 
 
+def _alpaca(row: Row, chat: Chat) -> Parsed:
+    return _instruction(row, chat, context="input", answer="output")
+
+
+def _dolly(row: Row, chat: Chat) -> Parsed:
+    return _instruction(row, chat, context="context", answer="response")
+
+
+def _instruction(row: Row, chat: Chat, *, context: str, answer: str) -> Parsed:
+    """An instruction as a message of the user, what it is about (if anything) below it."""
+    parts = [row.text("instruction")] + ([row.text(context)] if row.values.get(context) else [])
+    messages: list[Message] = [{"role": "user", "content": "\n\n".join(parts)}]
+    return _demonstrated(row, chat, _with_system(row, messages), row.text(answer))
+
+
+def _dialogue(row: Row, chat: Chat, messages: list[Message]) -> Parsed | str:
+    """A dialogue whose last message is the answer to learn."""
+    if messages[-1]["role"] != "assistant":
+        return "dialogue that does not end in a message of the assistant"
+    if not any(message["role"] == "user" for message in messages):
+        return "dialogue without a message of the user"
+    return _demonstrated(row, chat, messages[:-1], messages[-1]["content"])
+
+
+def _demonstrated(row: Row, chat: Chat, messages: list[Message], answer: str) -> Parsed:
+    return _rendered(row, chat, messages, [answer])._replace(pairs=[], demonstration=True)
+
+
+def _with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages behind that of a column `system`, if the row has one."""
+    if not row.values.get("system"):
+        return messages
+    return [{"role": "system", "content": row.text("system")}, *messages]
+
+
+def _has_pair(row: Row) -> bool:
+    return "chosen" in row.values or "rejected" in row.values
+
+
 def _rendered(row: Row, chat: Chat, messages: list[Message], answers: list[str]) -> Parsed:
     if messages[-1]["role"] == "assistant":
-        name = next(name for name in ("conversations", "prompt", "chosen") if name in row.values)
+        name = next(name for name in ("conversations", "messages", "prompt", "chosen") if name in row.values)
         raise row.error(name, "ends in a message of the assistant, where the answer should follow")
     prompt, responses = chat.render(row, messages, answers)
     key = [[message["role"], message["content"].strip()] for message in messages]
@@ -415,6 +463,8 @@ FORMS: dict[str, Callable[[Row, Chat], Parsed | str]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "ranked": _ranked,
+    "alpaca": _alpaca,
+    "dolly": _dolly,
 }
 
 
@@ -429,6 +479,10 @@ def detect_form(row: Row) -> str:
         if isinstance(columns["chosen"], list):
             return "messages"
         return "strings" if "prompt" in columns else "transcripts"
+    if "messages" in columns:
+        return "messages"
+    if "instruction" in columns and ("output" in columns or "response" in columns):
+        return "alpaca" if "output" in columns else "dolly"
     problem = f"{row.origin}: the columns {', '.join(columns) or '(none)'} are of no known form"
     raise UserError("DATA", problem, f"rename them as one of the forms {', '.join(FORMS)}, or name it with format=")
 
@@ -445,6 +499,7 @@ def load_file(
     form: str | None = None,
     chat_template: str | None = None,
     test_fraction: float = 0.05,
+    needs_pairs: bool = False,
 ) -> Preferences:
     """A split of the user's own data: a file, or a folder with train.* and test.* (or validation.*, eval.*) files.
 
@@ -459,6 +514,10 @@ def load_file(
         form: a key of FORMS; None tells it from the columns of the first row.
         chat_template: see Chat.
         test_fraction: of the prompts, at least one if there are two.
+        needs_pairs: whether rows without a preference are of no use.
+
+    Raises:
+        UserError: for rows that cannot be read, are malformed, or are of no use.
     """
     if form is not None and form not in FORMS:
         raise UserError("CONFIG", f"format: '{form}' is not a form", f"use one of {', '.join(FORMS)}, or null")
@@ -474,6 +533,9 @@ def load_file(
         if isinstance(parsed, str):
             dropped[parsed] += 1
             continue
+        if parsed.demonstration and needs_pairs:
+            problem = f"{row.origin}: rows of the form {form} have one answer, which is preferred to no other"
+            raise UserError("DATA", problem, "train on them with loss=sft; other losses need chosen and rejected")
         target = parsed.responses[parsed.best]
         preference = add_preference(preferences, parsed.prompt, parsed.responses, parsed.pairs, target)
         if parsed.template:

@@ -163,9 +163,9 @@ CHECKS: dict[str, Check] = {
         hint=lambda value: ", ".join(unknown_datasets(value)) if is_list_of_text(value) else "",
     ),
     "data_dir": optional(Check("an existing directory", lambda value: is_text(value) and os.path.isdir(value))),
-    "format": optional(one_of("strings", "transcripts", "messages", "sharegpt", "ranked")),
+    "format": optional(one_of("strings", "transcripts", "messages", "sharegpt", "ranked", "alpaca", "dolly")),
     "chat_template": optional(
-        Check("hh or an existing file", lambda value: is_text(value) and (value == "hh" or os.path.isfile(value)))
+        Check("hh, llama2 or an existing file", lambda value: value in ("hh", "llama2") or os.path.isfile(str(value)))
     ),
     "test_fraction": number(at_least=0, below=1),
     "max_length": count,

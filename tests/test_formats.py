@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from engine.chat_templates import JINJA
 from engine.formats import MARK, PROMPTS_DIFFER, Chat, Row, Tally, detect_form, load_file, pairs_by_score, read_rows
 from tests.test_tokenization import byte_tokenizer
 from utils import UserError
@@ -159,6 +160,86 @@ def test_format_overrides_the_columns(tmp_path, tokenizer):
     rows = [{"prompt": text, "chosen": text + " a", "rejected": text + " b"}]
     assert detect_form(Row(rows[0], "")) == "strings"
     assert load_rows(tmp_path, rows, tokenizer, form="transcripts")[text]["responses"] == [" a", " b"]
+
+
+# ---- Instructions and dialogues ----
+
+LLAMA2_PROMPT = "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST] yes? <eos><s>[INST] so [/INST]"
+
+
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Add.\n\n1 2"),
+        ({"instruction": "Add.", "input": "", "output": "3", "text": "Below is"}, "Add."),
+        ({"instruction": "Add.", "output": "3"}, "Add."),
+        ({"instruction": "Add.", "context": "1 2", "response": "3", "category": "math"}, "Add.\n\n1 2"),
+        ({"instruction": "Add.", "context": None, "response": "3"}, "Add."),
+        ({"messages": [user("Add."), assistant("3")]}, "Add."),
+        ({"conversations": [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "3"}]}, "Add."),
+    ],
+)
+def test_instructions_and_dialogues(tmp_path, tokenizer, row, question):
+    expected = {"responses": ["3"], "pairs": [], "sft_target": "3", "template": True}
+    prompt = f"<s><|user|>user\n{question}<eos>\n<|user|>assistant\n"
+    assert load_rows(tmp_path, [row], tokenizer) == {prompt: expected}
+    expected = {"responses": [" 3"], "pairs": [], "sft_target": " 3"}
+    assert load_rows(tmp_path, [row], tokenizer, chat_template="hh") == {
+        f"\n\nHuman: {question}\n\nAssistant:": expected
+    }
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_of_a_dialogue_the_last_answer_is_learned(tmp_path, tokenizer, column):
+    turns = [user("hi"), assistant("yes?"), user("so"), assistant("a")]
+    tally = Tally()
+    rows = [{column: turns}, {column: turns[:3]}, {column: turns[1:2]}]
+    preferences = load_rows(tmp_path, rows, tokenizer, chat_template="hh", tally=tally)
+    assert {prompt: preference["sft_target"] for prompt, preference in preferences.items()} == {
+        "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: so\n\nAssistant:": " a"
+    }
+    assert tally.dropped == {
+        "dialogue that does not end in a message of the assistant": 1,
+        "dialogue without a message of the user": 1,
+    }
+
+
+def test_the_llama2_template_by_name(tmp_path):
+    turns = [{"role": "system", "content": "Be kind."}, user("hi "), assistant("yes?"), user("so"), assistant("a")]
+    plain = byte_tokenizer()  # has no template of its own
+    ((prompt, preference),) = load_rows(tmp_path, [{"messages": turns}], plain, chat_template="llama2").items()
+    assert (prompt, preference["sft_target"], preference["template"]) == (LLAMA2_PROMPT, " a ", True)
+    with pytest.raises(UserError, match="the chat template refuses it: after one system message at most, user and"):
+        load_rows(tmp_path, [{"messages": turns[1:3] + turns}], plain, chat_template="llama2")
+
+
+def test_hh_as_jinja_is_the_form_that_training_writes(tmp_path):
+    turns = [{"role": "system", "content": "Be kind."}, user("hi"), assistant("yes?"), user("so"), assistant("a")]
+    plain = byte_tokenizer()
+    ((prompt, _),) = load_rows(tmp_path, [{"messages": turns}], plain, chat_template="hh").items()
+    assert prompt.startswith("Be kind.\n\nHuman: hi")
+    rendered = plain.apply_chat_template(
+        turns[:-1], chat_template=JINJA["hh"], tokenize=False, add_generation_prompt=True
+    )
+    assert rendered == prompt
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "i", "output": "o"},
+        {"messages": [user("hi"), assistant("a")]},
+        {"conversations": [user("hi"), assistant("a")]},
+    ],
+)
+def test_rows_without_a_preference_are_for_sft_only(tmp_path, tokenizer, row):
+    with pytest.raises(UserError, match="one answer, which is preferred to no other; fix: train on them with loss=sft"):
+        load_rows(tmp_path, [row], tokenizer, needs_pairs=True)
+
+
+def test_a_chat_template_is_needed(tmp_path):
+    with pytest.raises(UserError, match="the tokenizer has no template; fix: set chat_template=hh or llama2"):
+        load_rows(tmp_path, [{"instruction": "i", "output": "o"}], byte_tokenizer())
 
 
 # ---- Files ----

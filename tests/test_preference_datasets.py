@@ -335,6 +335,19 @@ def test_a_chat_file_from_end_to_end(tmp_path):
     assert [response.tolist() for response in example.responses] == [[*plain("no <eos>"), eos], [*plain("<eos>"), eos]]
 
 
+def test_an_instruction_file_from_end_to_end(tmp_path):
+    tokenizer = byte_tokenizer("<s> $A")
+    own = write(tmp_path / "own.jsonl", [{"instruction": "Add.", "input": "1 2", "output": "3"}])
+    options = {"datasets": [str(own)], "test_fraction": 0, "chat_template": "llama2"}
+    split = load_split(config(tmp_path, **options), tokenizer, "train", "sft")
+    (example,) = split.examples
+    assert tokenizer.decode(example.prompt) == "<s>[INST] Add.\n\n1 2 [/INST]"
+    assert [tokenizer.decode(response) for response in example.responses] == [" 3 <eos>"]
+    assert format_counts(split.counts) == "1 rows, 1 prompts, 1 targets"
+    with pytest.raises(UserError, match="line 1: rows of the form alpaca have one answer, which is preferred"):
+        load_split(config(tmp_path, **options), tokenizer, "train", "pairs")
+
+
 def test_train_and_test_of_a_file_share_no_prompt(tmp_path, tokenizer):
     own = write(tmp_path / "own.jsonl", [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(20)])
     prompts = [

@@ -1,0 +1,302 @@
+"""Dialogues by script and at the terminal: what the model is given, where answers end, and how they are stopped."""
+
+import io
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import chat
+from chat import Speaker, until_next_turn
+from engine.chat_templates import JINJA
+from engine.formats import Tally, load_file
+from engine.tokenization import tokenize
+from tests.models import tiny_model
+from tests.tokenizers import byte_level
+
+HH_PROMPT = "\n\nHuman: hi\n\nAssistant:"
+
+
+def save(path: Path, chat_template: str | None = None, **config: Any) -> Path:
+    """A model that says the same token for ever: one that is easy to recognise."""
+    model = tiny_model("llama", vocab_size=400, **config)
+    tokenizer = byte_level()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    tokenizer.chat_template = chat_template
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model") / "plain")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """python chat.py: exit status and what it printed; stdin is a pipe, or a terminal at which lines are typed."""
+
+    def run(*arguments: str, pipe: str = "", typed: list[Any] | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["chat.py", *arguments])
+        stdin = io.StringIO(pipe)
+        lines = iter(typed or [])
+
+        def type_line(prompt: str) -> str:
+            line = next(lines, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        if typed is not None:
+            monkeypatch.setattr(stdin, "isatty", lambda: True)
+            monkeypatch.setattr("builtins.input", type_line)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        capsys.readouterr()
+        status = chat.main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """Models that answer with the names of what was said to them; and their speakers, for a look at them."""
+    speakers: list[Speaker] = []
+
+    def answer(self, question, stop):
+        speakers.append(self)
+        self.messages.append({"role": "user", "content": question})
+        said = ""
+        for piece in [f"you said {question}", "!", "!"]:
+            if stop.is_set():
+                break
+            said += piece
+            yield piece
+        self.messages.append({"role": "assistant", "content": said})
+
+    monkeypatch.setattr(Speaker, "answer", answer)
+    return speakers
+
+
+def speaker(path: Path, **options: Any) -> Speaker:
+    defaults = {key: option.default for key, option in chat.OPTIONS.items()}
+    return Speaker(str(path), defaults | options)
+
+
+# ---- What the model is given ----
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [
+        (None, None, "Be kind." + HH_PROMPT),
+        (JINJA["llama2"], None, "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]"),
+        ("{{ messages[1].content }}", "hh", "Be kind." + HH_PROMPT),
+        (None, "llama2", "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]"),
+    ],
+)
+def test_the_prompt_is_encoded_as_in_training(tmp_path, own, given, expected):
+    talker = speaker(save(tmp_path / "model", own), system="Be kind.", chat_template=given)
+    talker.messages.append({"role": "user", "content": "hi"})
+    ids = talker.prompt_ids()
+    assert talker.tokenizer.decode(ids) == expected
+
+    row = '{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}, '
+    (tmp_path / "x.jsonl").write_text(row + '{"role": "assistant", "content": "yes"}]}')
+    template = given or ("hh" if own is None else None)
+    data = load_file(tmp_path / "x.jsonl", "train", Tally(), talker.tokenizer, chat_template=template, test_fraction=0)
+    limits = {"max_length": 512, "max_prompt_length": 256, "cache_dir": tmp_path}
+    (example,) = tokenize([(data, "keep_end")], talker.tokenizer, "sft", Tally(), **limits).examples
+    assert ids == example.prompt.tolist()
+
+
+def test_special_tokens_in_what_is_said_are_text(directory):
+    talker = speaker(directory)
+    talker.messages.append({"role": "user", "content": "<|endoftext|>"})
+    assert talker.tokenizer.eos_token_id not in talker.prompt_ids()
+
+
+def test_the_form_of_the_training_data_goes_before_the_tokenizers_template(tmp_path):
+    run = save(tmp_path / "run" / "step-4", chat_template="{{ messages }}").parent
+    (run / "step-4" / "training_state.json").write_text('{"counters": {"examples": 4}}')
+    (run / "config.yaml").write_text("datasets: [hh]\nchat_template: null\n")
+    assert speaker(run).is_hh
+    (run / "config.yaml").write_text("datasets: [x.jsonl]\nchat_template: llama2\n")
+    assert speaker(run).jinja == JINJA["llama2"]
+    (run / "config.yaml").write_text("datasets: [x.jsonl]\nchat_template: null\n")
+    assert (speaker(run).is_hh, speaker(run).jinja) == (False, None)
+
+
+def test_a_long_dialogue_loses_its_oldest_turns(directory):
+    talker = speaker(directory, system="Be kind.", max_new_tokens=28)
+    for turn in range(8):
+        talker.messages += [{"role": "user", "content": f"question {turn}"}, {"role": "assistant", "content": "no"}]
+    talker.messages.append({"role": "user", "content": "last"})
+    text = talker.tokenizer.decode(talker.prompt_ids())
+    assert text.startswith("Be kind.\n\nHuman: question ") and "question 0" not in text
+    assert text.endswith("question 7\n\nAssistant: no\n\nHuman: last\n\nAssistant:")
+    assert len(talker.messages) == 18  # nothing is forgotten
+    talker.reset()
+    talker.messages.append({"role": "user", "content": "x " * 100})
+    with pytest.raises(chat.UserError, match="and the model 128 positions; fix: shorten it"):
+        talker.prompt_ids()
+
+
+def test_an_adapter_answers_with_its_base(directory, tmp_path):
+    base = speaker(directory).model
+    adapted = get_peft_model(base, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = "/gone"
+    adapted.save_pretrained(tmp_path / "adapter")
+    talker = speaker(tmp_path / "adapter", base=str(directory))
+    assert talker.is_adapter
+    tokens = torch.arange(3, 20).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(talker.model(tokens).logits, adapted(tokens).logits)
+
+
+# ---- Answers ----
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["a", " b\n\nHuman: c", "d"], "a b"),
+        (["a\n", "\nHu", "man", ": so"], "a"),
+        (["a\n", "\nHum", "ble"], "a\n\nHumble"),
+        (["a\n\n", "b", "\n\nHum"], "a\n\nb\n\nHum"),
+        (["a", "\n\n"], "a"),
+        ([], ""),
+    ],
+)
+def test_an_answer_ends_where_the_human_would_speak(pieces, expected):
+    assert "".join(until_next_turn(iter(pieces))) == expected
+
+
+def test_an_answer_of_a_real_model_is_streamed_and_remembered(directory):
+    talker = speaker(directory, max_new_tokens=12, temperature=1.0, top_p=1.0, seed=3)
+    before = talker.model.generation_config
+    pieces = list(talker.answer("hi", threading.Event()))
+    assert talker.messages == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "".join(pieces).strip()},
+    ]
+    assert talker.model.generation_config is before
+    talker.reset()
+    assert "".join(talker.answer("hi", threading.Event())) == "".join(pieces)  # the same seed
+
+
+def test_stopping_an_answer_ends_generation(directory, monkeypatch):
+    talker = speaker(directory, max_new_tokens=100, temperature=0)
+    steps = 0
+
+    def count(*args):
+        nonlocal steps
+        steps += 1
+
+    talker.model.register_forward_hook(count)
+    stop = threading.Event()
+    stop.set()
+    said = "".join(talker.answer("hi", stop))
+    assert steps == 1
+    assert talker.messages[-1] == {"role": "assistant", "content": said.strip()}
+
+
+def test_an_error_while_generating_reaches_the_caller(directory, monkeypatch):
+    talker = speaker(directory)
+    monkeypatch.setattr(type(talker.model), "generate", lambda self, *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(talker.answer("hi", threading.Event()))
+
+
+# ---- Scripts ----
+
+
+def test_one_prompt(directory, command, echo):
+    assert command(f"model={directory}", "prompt=What is this: x=1?") == (0, "you said What is this: x=1?!!\n", "")
+
+
+def test_a_pipe(directory, command, echo):
+    status, out, _ = command(f"model={directory}", "system=Be kind.", pipe="one\n\ntwo\n")
+    assert (status, out) == (0, "you said one!!\nyou said two!!\n")
+    assert [message["content"] for message in echo[0].messages] == ["Be kind.", "two", "you said two!!"]  # no history
+    assert command(f"model={directory}", "stdin=whole", pipe="one\ntwo\n")[1] == "you said one\ntwo!!\n"
+
+
+def test_bytes_that_are_no_text_are_refused(directory, command):
+    status, _, err = command(f"model={directory}", "prompt=caf\udce9")
+    assert status == 3 and err.startswith("error[DATA] the prompt is not UTF-8; fix: ")
+
+
+def test_two_models(directory, command, echo):
+    _, out, _ = command(f"model={directory}", f"--compare={directory}", "prompt=hi")
+    assert out == f"== {directory}\nyou said hi!!\n" * 2
+    assert echo[0] is not echo[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "problem"),
+    [
+        (["prompt=x"], 2, "model is required"),
+        (
+            ["model=x", "temperature=-1", "top_p=0", "max_new_tokens=0"],
+            2,
+            "temperature: must be a number of at least 0",
+        ),
+        (["model={0}", "base=x"], 2, "is no adapter, so it has no base"),
+        (["model={0}/none"], 4, "there is no {0}/none"),
+        (["model={0}", "chat_template=none"], 2, "chat_template: must be null or hh, llama2 or a file"),
+        (["model={0}", "hello"], 2, "hello: not of the form key=value"),
+    ],
+)
+def test_errors_are_one_line(directory, command, arguments, status, problem):
+    found, out, err = command(*(argument.format(directory) for argument in arguments))
+    assert (found, out, err.count("\n")) == (status, "", 1)
+    assert problem.format(directory) in err
+
+
+# ---- The terminal ----
+
+
+def test_a_dialogue(directory, command, echo):
+    typed = ["one", "", "two", "/help", KeyboardInterrupt(), "/reset", "three", "/quit", "four"]
+    status, out, err = command(f"model={directory}", typed=typed)
+    assert (status, err) == (0, "")
+    answers = [line for line in out.splitlines() if line.startswith("you said")]
+    assert answers == ["you said one!!", "you said two!!", "you said three!!"]
+    assert out.count(chat.COMMANDS) == 2
+    assert [message["content"] for message in echo[0].messages] == ["three", "you said three!!"]
+
+
+def test_end_of_file_leaves(directory, command, echo):
+    assert command(f"model={directory}", typed=["one"])[0] == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_dialogue(directory, command, echo, monkeypatch):
+    complete = Speaker.answer
+
+    def interrupted(self, question, stop):
+        for number, piece in enumerate(complete(self, question, stop)):
+            yield piece
+            if question == "one" and number == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Speaker, "answer", interrupted)
+    status, out, _ = command(f"model={directory}", typed=["one", "two"])
+    assert status == 0
+    assert [line for line in out.splitlines() if line.startswith("you")] == ["you said one", "you said two!!"]
+    assert [message["content"] for message in echo[0].messages][:2] == ["one", "you said one"]
+    assert command(f"model={directory}", pipe="one\ntwo\n")[:2] == (130, "you said one\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_goes_wrong_with_a_question_does_not_end_the_dialogue(directory, command):
+    status, _, err = command(f"model={directory}", "max_new_tokens=1", typed=["x " * 200, "hi"])
+    assert status == 0
+    assert "and the model 128 positions" in err

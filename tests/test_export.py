@@ -1,0 +1,454 @@
+"""Exported models give the logits of the trained one, in every form; what goes wrong leaves nothing behind."""
+
+import base64
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import export
+import train
+from engine import commands
+from engine.chat_templates import JINJA
+from engine.films import film_tokenizer
+from engine.gguf_export import plan_gguf
+from engine.meta_llama import byte_characters, load_meta
+from tests.models import tiny_model
+from tests.runs import QUICK, SMALL
+from tests.tokenizers import TEXTS, byte_level, sentencepiece, sentencepiece_pieces
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of SFT on the films."""
+    directory = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = [*SMALL, *QUICK, f"local_dirs=[{directory}]", f"local_run_dir={directory}/films", "loss=sft"]
+        patch.setattr(sys, "argv", ["train.py", *arguments, f"cache_dir={directory}/cache"])
+        assert train.main() == 0
+    return directory / "films"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """python export.py: exit status, what it printed."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
+        capsys.readouterr()
+        status = export.main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(torch.arange(3, 43).unsqueeze(0)).logits
+
+
+def loaded(path: Path, **options: Any):
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+# ---- Forms ----
+
+
+def test_hf(run_dir, tmp_path, command):
+    target = tmp_path / "mine"
+    status, out, err = command(f"from={run_dir}", f"to={target}")
+    assert (status, out, err) == (0, f"exported: {target}\n", "")
+    trained = loaded(run_dir / "LATEST")
+    model = loaded(target)
+    assert torch.equal(logits(model), logits(trained))
+    assert model.generation_config.eos_token_id == 0
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer("Hello there")["input_ids"] == film_tokenizer()("Hello there")["input_ids"]
+    assert tokenizer.chat_template == JINJA["hh"]  # the form of the films
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+    assert {"README.md", "model.safetensors", "generation_config.json"} <= {path.name for path in target.iterdir()}
+    assert not {"optimizer.safetensors", "training_state.json"} & {path.name for path in target.iterdir()}
+
+    card = (target / "README.md").read_text()
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    for part in (
+        "# mine",
+        "- Loss: sft",
+        "- Data: films",
+        "Examples trained on: 16",
+        f"| loss/eval | {last['loss/eval']:.6g} |",
+    ):
+        assert part in card
+    assert str(run_dir.parent) not in card  # no path of this machine
+
+
+def test_dtypes(run_dir, tmp_path, command):
+    assert command(f"from={run_dir}/LATEST", f"to={tmp_path}/x", "dtype=bfloat16")[0] == 0
+    model = loaded(tmp_path / "x")
+    assert model.dtype == torch.bfloat16
+    trained = loaded(run_dir / "LATEST")
+    torch.testing.assert_close(logits(model.float()), logits(trained), atol=0.02, rtol=0.02)
+
+
+def test_policy_pt_is_read_by_the_next_run(run_dir, tmp_path, command, program):
+    assert command(f"from={run_dir}", f"to={tmp_path}/x.pt", "format=policy_pt")[0] == 0
+    policy = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert policy["step_idx"] == 16 and policy["metrics"]["loss/eval"] > 0
+    expected = torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)
+    assert policy["state"].keys() == expected["state"].keys()
+    assert all(torch.equal(policy["state"][name], tensor) for name, tensor in expected["state"].items())
+    program.ok("loss=dpo", "loss.beta=0.1", f"model.archive={tmp_path}/x.pt", "debug=true", "n_examples=4")
+
+
+@pytest.mark.parametrize("to", ["folder", "x.gguf"])
+def test_gguf(run_dir, tmp_path, command, to):
+    status, out, err = command(f"from={run_dir}", f"to={tmp_path}/{to}", "format=gguf", "dtype=q8_0")
+    assert (status, err) == (0, "")
+    assert out.startswith("note: 2 tensors stay in f16")  # intermediate_size is 48
+    reader = gguf.GGUFReader(tmp_path / (to if "." in to else "folder/folder-q8_0.gguf"))
+    field = reader.get_field("tokenizer.chat_template")
+    assert field is not None and field.contents() == JINJA["hh"]
+    weights = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    trained = loaded(run_dir / "LATEST")
+    expected = trained.model.embed_tokens.weight.detach().numpy()
+    assert np.abs(weights["token_embd.weight"] - expected).max() <= np.abs(expected).max() / 127
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_tokenizers_own_template_stays_unless_another_is_given(run_dir, tmp_path, command):
+    plain = tmp_path / "plain"
+    shutil.copytree(run_dir / "LATEST", plain)  # with no run around it
+    (plain / "chat_template.jinja").write_text("{{ messages }}")
+    for arguments, expected in (((), "{{ messages }}"), (("chat_template=llama2",), JINJA["llama2"])):
+        target = tmp_path / f"to{len(arguments)}"
+        assert command(f"from={plain}", f"to={target}", *arguments)[0] == 0
+        assert AutoTokenizer.from_pretrained(target).chat_template == expected
+
+
+def test_push_to_hub(run_dir, tmp_path, command, monkeypatch):
+    calls: list[Any] = []
+
+    class FakeApi:
+        def whoami(self):
+            calls.append("whoami")
+
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+
+        def upload_folder(self, folder_path, repo_id):
+            calls.append(sorted(path.name for path in folder_path.iterdir()))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    monkeypatch.setattr(export, "settle_network", lambda names: None)
+    status, out, _ = command(f"from={run_dir}", f"to={tmp_path}/x", "format=policy_pt", "push_to_hub=me/tiny")
+    assert (status, out.splitlines()[-1]) == (0, "uploaded: https://huggingface.co/me/tiny")
+    assert calls == ["whoami", ("me/tiny", {"private": True, "exist_ok": True}), ["policy.pt"]]
+    monkeypatch.setattr(FakeApi, "whoami", lambda self: 1 / 0)
+    status, _, err = command(f"from={run_dir}", f"to={tmp_path}/y", "push_to_hub=me/tiny")
+    assert status == 2 and "push_to_hub: the hub does not know you" in err
+    assert not (tmp_path / "y").exists()
+
+
+# ---- Adapters ----
+
+
+def save_base(path: Path, architecture: str, dtype: torch.dtype = torch.float32):
+    model = tiny_model(architecture, dtype, vocab_size=400)
+    model.save_pretrained(path)
+    byte_level().save_pretrained(path)
+    return model
+
+
+def save_adapter(path: Path, model, base: str, **options: Any):
+    """An adapter with random weights, so that it changes what the model says."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **options))
+    adapted.peft_config["default"].base_model_name_or_path = base
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(path)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {"target_modules": "all-linear", "use_dora": True}),
+        ("llama", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"], "use_rslora": True}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+        ("gpt_neox", {"target_modules": ["query_key_value"], "bias": "lora_only"}),
+    ],
+)
+def test_adapters_are_merged_into_their_base(tmp_path, command, architecture, options):
+    base = save_base(tmp_path / "base", architecture)
+    before = logits(base)
+    adapted = save_adapter(tmp_path / "adapter", base, str(tmp_path / "base"), **options)
+    expected = logits(adapted)
+    assert (expected - before).abs().max() > 0.1
+    assert command(f"from={tmp_path}/adapter", f"to={tmp_path}/merged") == (0, f"exported: {tmp_path}/merged\n", "")
+    merged = loaded(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("the cat")["input_ids"]
+    assert "Adapters were merged into base." in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_an_adapter_on_an_adapter_and_a_base_elsewhere(tmp_path, command):
+    base = save_base(tmp_path / "base", "llama")
+    first = save_adapter(tmp_path / "first", base, "../base", target_modules=["q_proj"])  # relative to the adapter
+    second = save_adapter(tmp_path / "second", first.merge_and_unload(), "/gone", target_modules=["v_proj"])
+    status, _, err = command(f"from={tmp_path}/second", f"to={tmp_path}/merged")
+    assert status == 4
+    assert "the base model of" in err and "fix: give it as base=PATH" in err
+    assert command(f"from={tmp_path}/second", f"to={tmp_path}/merged", f"base={tmp_path}/first")[0] == 0
+    torch.testing.assert_close(logits(loaded(tmp_path / "merged")), logits(second), atol=1e-4, rtol=1e-5)
+
+
+def test_merging_rounds_once(tmp_path, command):
+    base = save_base(tmp_path / "base", "llama", torch.bfloat16)
+    adapted = save_adapter(tmp_path / "adapter", base, str(tmp_path / "base"), target_modules=["q_proj"])
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    exact = (
+        layer.base_layer.weight.float() + 2 * layer.lora_B.default.weight.float() @ layer.lora_A.default.weight.float()
+    )
+    assert command(f"from={tmp_path}/adapter", f"to={tmp_path}/merged")[0] == 0
+    merged = loaded(tmp_path / "merged")
+    assert merged.dtype == torch.bfloat16
+    assert torch.equal(merged.model.layers[0].self_attn.q_proj.weight, exact.bfloat16())
+
+
+def test_adapters_that_do_not_fit_are_refused(tmp_path, command):
+    base = save_base(tmp_path / "base", "llama")
+    save_adapter(tmp_path / "adapter", base, str(tmp_path / "base"), target_modules=["q_proj"])
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    weights.pop(min(weights))
+    save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
+    status, _, err = command(f"from={tmp_path}/adapter", f"to={tmp_path}/merged")
+    assert status == 4 and "1 of its 4 tensors are not in adapter_model.safetensors" in err
+    save_base(tmp_path / "other", "gpt2")
+    status, _, err = command(f"from={tmp_path}/adapter", f"to={tmp_path}/merged", f"base={tmp_path}/other")
+    assert status == 4 and "no adapter can be loaded" in err
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    status, _, err = command(f"from={tmp_path}/adapter", f"to={tmp_path}/merged")
+    assert status == 4 and "base is stored quantised; fix: give it as base=PATH" in err
+    assert not (tmp_path / "merged").exists()
+
+
+# ---- Errors ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "problem"),
+    [
+        (["to={0}/x"], 2, "from is required: a run directory"),
+        (["from=a", "form=hf", "to=x"], 2, "form: unknown key (did you mean format?)"),
+        (["from=a", "to=x", "dtype=int8"], 2, "dtype: must be null or float32, float16, bfloat16"),
+        (["from=a", "to={0}/x", "dtype=q8_0"], 2, "dtype: q8_0 is for format=gguf, not hf; fix: choose one of f32"),
+        (["from=a", "to={0}"], 2, "exists; fix: give another directory"),
+        (["from=meta", "to={0}/x"], 2, "from=meta needs path"),
+        (["from={0}", "to={0}/x"], 4, "there is no model in {0}"),
+        (["from={0}/none", "to={0}/x"], 4, "there is no {0}/none; fix: correct the path"),
+        (["from=no-such-model", "to={0}/x"], 4, "no model can be loaded from no-such-model"),
+        (["from={0}", "to={0}/x", "tokenizer=a"], 2, "tokenizer and context are for from=meta"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, command, arguments, status, problem):
+    (tmp_path / "file").touch()
+    found, out, err = command(*(argument.format(tmp_path) for argument in arguments))
+    assert (found, out, err.count("\n")) == (status, "", 1)
+    assert problem.format(tmp_path) in err and err.startswith("error[")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_nothing_is_left_of_a_write_that_failed(run_dir, tmp_path, command, monkeypatch):
+    def fail(self, path, **options):
+        (Path(path) / "half").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+    status, _, err = command(f"from={run_dir}", f"to={tmp_path}/x")
+    assert status == 6 and err.startswith("error[STORAGE] to: cannot write")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_model_on_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path, monkeypatch):
+    (tmp_path / "run" / "LATEST").mkdir(parents=True)
+    (tmp_path / "run" / "LATEST" / "adapter_config.json").write_text('{"base_model_name_or_path": "me/model"}')
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(commands, "is_reachable", lambda url: False)
+    monkeypatch.setattr(commands, "getproxies", dict)
+    commands.settle_network([str(tmp_path)])
+    assert "HF_HUB_OFFLINE" not in os.environ
+    commands.settle_network([str(tmp_path / "run")])
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path, command):
+    model = save_base(tmp_path / "base", "llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "base")
+    status, _, err = command(f"from={tmp_path}/base", f"to={tmp_path}/x", "dtype=float16")
+    assert status == 5 and "lm_head.weight holds a number that is not finite; fix: dtype=bfloat16" in err
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "base")
+    assert command(f"from={tmp_path}/base", f"to={tmp_path}/x", "format=gguf")[0] == 5
+    assert not (tmp_path / "x").exists()
+
+
+def test_help_names_every_option(command):
+    status, out, _ = command("--help")
+    assert status == 0 and all(f"  {key}=" in out for key in export.OPTIONS)
+
+
+# ---- Meta's checkpoints ----
+
+
+def save_meta(path: Path, model, num_shards: int, *, splits_vocabulary: bool = False, **params: Any) -> None:
+    """A model of ours in Meta's files, as the inverse of what turns them into ours."""
+    config, head_dim = model.config, model.config.head_dim
+    state = model.state_dict()
+    names = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj"}
+    weights = {
+        "tok_embeddings.weight": (state["model.embed_tokens.weight"], 0 if splits_vocabulary else 1),
+        "norm.weight": (state["model.norm.weight"], None),
+        "output.weight": (state["lm_head.weight"], 0),
+        "rope.freqs": (torch.ones(head_dim // 2), None),
+    }
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}.", f"layers.{layer}."
+        for name, our_name in names.items():
+            weight = state[f"{ours}{our_name}.weight"]
+            if name in ("wq", "wk"):
+                rows = [
+                    head * head_dim + half * head_dim // 2 + i
+                    for head in range(len(weight) // head_dim)
+                    for i in range(head_dim // 2)
+                    for half in range(2)
+                ]
+                weight = weight[rows]
+            weights[f"{theirs}attention.{name}.weight"] = (weight, 1 if name == "wo" else 0)
+        for name, our_name, dim in (("w1", "gate", 0), ("w2", "down", 1), ("w3", "up", 0)):
+            weights[f"{theirs}feed_forward.{name}.weight"] = (state[f"{ours}mlp.{our_name}_proj.weight"], dim)
+        weights[f"{theirs}attention_norm.weight"] = (state[f"{ours}input_layernorm.weight"], None)
+        weights[f"{theirs}ffn_norm.weight"] = (state[f"{ours}post_attention_layernorm.weight"], None)
+    path.mkdir()
+    for shard in range(num_shards):
+        part = {
+            n: w.clone() if dim is None else w.chunk(num_shards, dim)[shard].clone() for n, (w, dim) in weights.items()
+        }
+        torch.save(part, path / f"consolidated.{shard:02}.pth")
+    values = {"dim": config.hidden_size, "n_layers": config.num_hidden_layers, "n_heads": config.num_attention_heads}
+    values |= {"n_kv_heads": config.num_key_value_heads, "norm_eps": config.rms_norm_eps, "vocab_size": -1}
+    (path / "params.json").write_text(json.dumps(values | params))
+
+
+def write_sentencepiece(path: Path) -> None:
+    from transformers.utils import sentencepiece_model_pb2_new as protobuf
+
+    proto = protobuf.ModelProto()
+    for piece, score, kind in sentencepiece_pieces():
+        proto.pieces.add(piece=piece, score=score, type=getattr(proto.SentencePiece, kind))
+    path.write_bytes(proto.SerializeToString())
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_meta(tmp_path, command, num_shards):
+    model = tiny_model("llama", vocab_size=400, rope_parameters={"rope_theta": 10000.0})
+    save_meta(tmp_path / "meta", model, num_shards)
+    write_sentencepiece(tmp_path / "tokenizer.model")  # above it, as in Meta's downloads of LLaMA 1
+    status, out, err = command("from=meta", f"path={tmp_path}/meta", f"to={tmp_path}/hf")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == "context: 2048 positions, by its params.json; context=N sets another"
+    converted = loaded(tmp_path / "hf")
+    assert torch.equal(logits(converted), logits(model))
+    assert (converted.config.max_position_embeddings, converted.config.bos_token_id) == (2048, 1)
+    tokenizer, expected = AutoTokenizer.from_pretrained(tmp_path / "hf"), sentencepiece()
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == expected(text)["input_ids"]
+    plan_gguf(converted, tokenizer, "f32", name="tiny")  # and on to llama.cpp
+
+
+def test_meta_llama3(tmp_path, command):
+    """With scaled rotary embedding, a vocabulary split among shards, key heads in several, and a tiktoken file."""
+    rope = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    reference = byte_level("llama-bpe")
+    vocabulary = {token: i - 1 for token, i in reference.get_vocab().items() if not token.startswith("<|")}
+    model = tiny_model("llama", vocab_size=len(vocabulary) + 256, rope_parameters=rope)
+    save_meta(tmp_path / "meta", model, 2, splits_vocabulary=True, rope_theta=500000.0, use_scaled_rope=True)
+    byte = {character: i for i, character in enumerate(byte_characters())}
+    lines = [base64.b64encode(bytes(byte[c] for c in token)) + b" %d\n" % i for token, i in vocabulary.items()]
+    (tmp_path / "meta" / "tokenizer.model").write_bytes(b"".join(lines))
+    assert command("from=meta", f"path={tmp_path}/meta", f"to={tmp_path}/hf")[0] == 0
+    converted = loaded(tmp_path / "hf")
+    assert torch.equal(logits(converted), logits(model))
+    assert converted.config.max_position_embeddings == 131072
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.eos_token == "<|end_of_text|>"
+    assert tokenizer.convert_tokens_to_ids("<|python_tag|>") == len(vocabulary) + 10
+    assert len(tokenizer) == len(vocabulary) + 256
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == [len(vocabulary), *(i - 1 for i in reference(text)["input_ids"])]
+
+
+def test_more_shards_than_key_heads(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                         num_attention_heads=4, num_key_value_heads=1, rms_norm_eps=1e-5))  # fmt: skip
+    save_meta(tmp_path / "meta", model, 1)
+    whole = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
+    split = {"wq": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1, "output": 0, "tok_embeddings": 1}
+    for shard in range(2):  # the one key head is in both
+        dims = {name: split.get(name.split(".")[-2]) for name in whole}
+        part = {name: w if dims[name] is None else w.chunk(2, dims[name])[shard].clone() for name, w in whole.items()}
+        torch.save(part, tmp_path / "meta" / f"consolidated.0{shard}.pth")
+    byte_level().save_pretrained(tmp_path / "tokenizer")
+    saved = load_meta(tmp_path / "meta", tokenizer=str(tmp_path / "tokenizer"), context=64)
+    assert torch.equal(logits(saved.model), logits(model))
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch touched",)
+
+
+def test_meta_files_that_are_not_whole_or_not_safe(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama", vocab_size=400)
+    save_meta(tmp_path / "meta", model, 2)
+    arguments = ("from=meta", f"path={tmp_path}/meta", f"to={tmp_path}/hf")
+    assert "there is no tokenizer.model" in command(*arguments)[2]
+    write_sentencepiece(tmp_path / "meta" / "tokenizer.model")
+    first = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
+    torch.save({"x": Malicious()}, tmp_path / "meta" / "consolidated.00.pth")
+    status, _, err = command(*arguments)
+    assert status == 4 and "is no LLaMA checkpoint of Meta's" in err
+    assert not (tmp_path / "touched").exists()
+    torch.save(
+        {name: tensor for name, tensor in first.items() if "ffn_norm" not in name},
+        tmp_path / "meta" / "consolidated.00.pth",
+    )
+    assert "consolidated.01.pth does not hold the weights that consolidated.00.pth does" in command(*arguments)[2]
+    torch.save(first, tmp_path / "meta" / "consolidated.00.pth")
+    params = json.loads((tmp_path / "meta" / "params.json").read_text())
+    for wrong in ({"n_heads": None}, {"n_layers": 9}, {"dim": 48}):
+        (tmp_path / "meta" / "params.json").write_text(json.dumps(params | wrong))
+        assert command(*arguments)[0] == 4
+    (tmp_path / "meta" / "consolidated.00.pth").unlink()
+    assert "some are missing" in command(*arguments)[2]
+    assert not (tmp_path / "hf").exists()
