@@ -7,6 +7,7 @@ import sys
 import traceback
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.request import getproxies
 
 import hydra
@@ -14,8 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from engine.secrets import public, redact
 from engine.validation import explain_hydra_error, validate_config
-from utils import UserError, is_out_of_memory, is_reachable, local_dir, write_atomically
+from utils import UserError, is_out_of_memory, is_reachable, leave, local_dir, write_atomically
 
 
 def run(config: DictConfig) -> None:
@@ -30,7 +32,7 @@ def run(config: DictConfig) -> None:
         train(config, run_dir, checkpoint)
     except Exception:
         with contextlib.suppress(OSError):
-            (run_dir / "crash.log").write_text(traceback.format_exc())
+            (run_dir / "crash.log").write_text(redact(traceback.format_exc(), config), encoding="utf-8")
         raise
     print(f"run_dir: {run_dir}", flush=True)
 
@@ -82,7 +84,7 @@ def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
             "CONFIG", f"local_run_dir: {run_dir} holds a run", "resume=auto to continue it, or another local_run_dir"
         )
     try:
-        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
+        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public(config))).encode())
     except OSError as error:
         raise UserError(
             "STORAGE", f"local_run_dir: cannot write to {run_dir} ({error.strerror})", "set local_run_dir elsewhere"
@@ -143,18 +145,19 @@ def run_job(config: DictConfig) -> int:
     """Run one job of the command line, print the error that ended it, and return its exit status."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
-        print(f"job {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", flush=True)
+        print(f"job {hydra_config.job.num}: {redact(' '.join(hydra_config.overrides.task), config)}", flush=True)
     try:
         run(config)
         return 0
     except Exception as error:
         user_error = as_user_error(error)
         if user_error is not None:
-            print(user_error, file=sys.stderr)
+            print(redact(str(user_error), config), file=sys.stderr)
             return user_error.exit_status
         log = Path(config.local_run_dir or ".", "crash.log")
         where = f"traceback in {log}" if log.exists() else traceback.format_exc()
-        print(f"error[INTERNAL] {type(error).__name__}: {' '.join(str(error).split())}; {where}", file=sys.stderr)
+        message = f"error[INTERNAL] {type(error).__name__}: {' '.join(str(error).split())}; {where}"
+        print(redact(message, config), file=sys.stderr)
         return 1
 
 
@@ -162,6 +165,11 @@ def main() -> int:
     """Run the command line, a job or the jobs of a sweep; returns the exit status, of a sweep the first that failed."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors in the command line reach this function
     OmegaConf.register_new_resolver("local_dir", lambda dirs: str(local_dir(dirs)), replace=True)
+    # Hydra writes down a sweep with its overrides as they were given. They may hold secrets, so that does not stay.
+    temporary = contextlib.ExitStack()
+    OmegaConf.register_new_resolver(
+        "sweep_dir", lambda: temporary.enter_context(TemporaryDirectory(prefix="sweep-")), replace=True, use_cache=True
+    )
     statuses: list[int] = []
 
     @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="config")
@@ -179,10 +187,12 @@ def main() -> int:
         return 1
     except Exception as error:  # of the command line: errors of the job do not get here
         user_error = explain_hydra_error(error)
-        print(user_error, file=sys.stderr)
+        print(redact(str(user_error)), file=sys.stderr)
         return user_error.exit_status
+    finally:
+        temporary.close()
     return next((status for status in statuses if status), 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

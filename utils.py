@@ -5,10 +5,13 @@ import hashlib
 import json
 import os
 import socket
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:  # it takes seconds to import
@@ -114,3 +117,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def leave(status: int, patience: float = 10) -> NoReturn:
+    """End the process with status; without the exit hooks and threads of libraries if they take longer than patience.
+
+    wandb's, for one, would wait for a server that does not answer.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a pipe that is closed
+            stream.flush()
+    timer = threading.Timer(patience, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+    sys.exit(status)
