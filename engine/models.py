@@ -50,6 +50,9 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
 
 
 def _cannot_load(kind: str, key: str, name: str, error: Exception) -> UserError:
+    if "trust_remote_code" in str(error):
+        problem = f"{key}: {name} brings Python code of its own, which is not run"
+        return UserError("CONFIG", problem, "model.trust_remote_code=true, if you have read that code")
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
         "CONFIG",

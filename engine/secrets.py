@@ -39,22 +39,28 @@ def is_secret_name(name: str) -> bool:
     )
 
 
-def looks_secret(value: str) -> bool:
-    """Whether a value has the form of a token, or is a URL with a password."""
-    return bool(TOKENS.search(value) or URL_PASSWORD.search(value))
-
-
 def secrets_of(config: DictConfig | None = None) -> set[str]:
     """Texts that must not be written: the secrets of the environment, and those of a config."""
     found = {value for name, value in os.environ.items() if is_secret_name(name)}
     for key, written, value in _leaves(config) if config is not None else ():
         if is_secret_name(key):
-            found |= {written, value}
+            found.add(value)
         for name in FROM_ENVIRONMENT.findall(written):
             variable = os.environ.get(name, "")
             if is_secret_name(name) or not (key.partition("[")[0] in PLACES or _is_plain(variable)):
                 found.add(variable)
     return {text for text in found if len(text) >= MIN_LENGTH}
+
+
+def keys_with_secrets(config: DictConfig) -> list[str]:
+    """Keys that hold a secret, by their name, its form, or the name of the environment variable that it is."""
+    return [
+        key
+        for key, written, value in _leaves(config)
+        if is_secret_name(key)
+        or any(is_secret_name(name) for name in FROM_ENVIRONMENT.findall(written))
+        or any(pattern.search(text) for pattern in (TOKENS, URL_PASSWORD) for text in (written, value))
+    ]
 
 
 def _is_plain(value: str) -> bool:

@@ -15,6 +15,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from engine.secrets import keys_with_secrets
 from losses import LOSSES
 from utils import UserError
 
@@ -110,8 +111,9 @@ def is_text(value: Any) -> bool:
 
 
 def is_run_name(value: Any) -> bool:
-    """A name that adds no level to a path and leaves none."""
-    return is_text(value) and value.isprintable() and not any(part in value for part in ("/", "\\", ".."))
+    """A name that adds no level to a path and leaves none, and that a file system takes with a time behind it."""
+    is_name = is_text(value) and value.isprintable() and not any(part in value for part in ("/", "\\", ".."))
+    return is_name and len(value.encode()) <= 200
 
 
 def is_model_or_path(value: Any) -> bool:
@@ -150,7 +152,7 @@ NO_LOSS_SCALING = {"float16": "float16 would need loss scaling, which is not don
 
 CHECKS: dict[str, Check] = {
     "seed": number(at_least=0, below=2**32, integer=True),
-    "exp_name": optional(Check("a name without /, \\ and ..", is_run_name, hint=text.hint)),
+    "exp_name": optional(Check("a name without /, \\ and .., of at most 200 bytes", is_run_name, hint=text.hint)),
     "local_dirs": Check("a list of paths such as [/scr,.cache]", is_list_of_text),
     "local_run_dir": optional(text),
     "cache_dir": optional(text),
@@ -334,6 +336,11 @@ def validate_config(config: DictConfig) -> None:
                 problems[key] = problem
         elif key not in problems and key.partition(".")[0] not in values:
             problems[key] = "is not set, and every key must be"
+    for key in keys_with_secrets(config):
+        why = (
+            "holds a secret, which would be written with the run: leave it to the environment (HF_TOKEN, WANDB_API_KEY)"
+        )
+        problems.setdefault(key, why)
     for rule in RULES:
         if all(key in values and key not in problems for key in rule.keys):
             arguments = [values[key] for key in rule.keys]
