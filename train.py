@@ -98,7 +98,7 @@ def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> None:
 
     from engine.models import load_tokenizer
     from losses import LOSSES
-    from preference_datasets import format_counts, load_split
+    from preference_datasets import format_counts, load_split, num_shared_prompts
     from trainers import TRAINERS
 
     transformers.logging.set_verbosity_error()
@@ -109,6 +109,9 @@ def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> None:
     for name in ("train", "test"):
         splits.append(load_split(config, tokenizer, name, LOSSES[config.loss.name].batch))
         print(f"{name}: {format_counts(splits[-1].counts)}", flush=True)
+    shared, num_prompts = num_shared_prompts(*splits)
+    if shared:
+        print(f"warning: {shared:,} of the {num_prompts:,} test prompts are train prompts too: evaluation will flatter")
     trainer = TRAINERS[config.trainer](config, run_dir, tokenizer, *splits)
     trainer.train(checkpoint)
 

@@ -42,11 +42,24 @@ class UserError(ValueError):
 
     def __init__(self, code: str, what: str, fix: str):
         self.code, self.what, self.fix = code, what, fix
-        super().__init__(" ".join(f"error[{code}] {what}; fix: {fix}".split()))
+        super().__init__(printable(f"error[{code}] {what}; fix: {fix}"))
 
     @property
     def exit_status(self) -> int:
         return EXIT_STATUS[self.code]
+
+
+def printable(text: str) -> str:
+    """Text on one line, in which nothing is left that a terminal would act on, or that cannot be encoded."""
+    line = " ".join(text.split())
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+
+
+def clipped(text: str, length: int = 100) -> str:
+    """Text that is no longer than length, for messages."""
+    return text if len(text) <= length else text[: length - 4] + " ..."
 
 
 def content_hash(parts: Iterable[Any]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.secrets import public, redact
-from utils import is_reachable
+from utils import is_reachable, printable
 
 Metrics = Mapping[str, float]
 
@@ -299,7 +299,7 @@ class Loggers:
         self._write("samples.jsonl", rows)
         for name, value in rows[0].items():
             if isinstance(value, str):
-                text = " ".join(value.split())
+                text = printable(value)
                 self.print(f"  sample, {name}: {text if len(text) <= 160 else '... ' + text[-156:]}")
         for logger in self._loggers:
             logger.log_samples(rows, int(rows[0]["examples"]))

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from engine.secrets import keys_with_secrets
 from losses import LOSSES
-from utils import UserError
+from utils import UserError, clipped
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 TINY = CONFIG_DIR / "model" / "tiny.yaml"
@@ -50,7 +50,7 @@ class Check:
 
 def shown(value: Any) -> str:
     """A value as YAML has it: null and true, not None and True."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return clipped(json.dumps(value, ensure_ascii=False, default=str), 500)
 
 
 def bracketed(hint: str) -> str:
@@ -165,6 +165,7 @@ CHECKS: dict[str, Check] = {
     ),
     "data_dir": optional(Check("an existing directory", lambda value: is_text(value) and os.path.isdir(value))),
     "format": optional(one_of("strings", "transcripts", "messages", "sharegpt", "ranked")),
+    "on_bad_row": one_of("error", "drop"),
     "chat_template": optional(
         Check("hh or an existing file", lambda value: is_text(value) and (value == "hh" or os.path.isfile(value)))
     ),
