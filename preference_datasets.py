@@ -385,7 +385,8 @@ def load_split(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split
 
 def _dropped(tally: Tally) -> str:
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in tally.dropped.items())
-    return reasons and f" (dropped: {reasons})"
+    first = tally.first_bad_row and f"; the first malformed row: {tally.first_bad_row}"
+    return reasons and f" (dropped: {reasons}{first})"
 
 
 def format_counts(split_counts: dict[str, Any]) -> str:

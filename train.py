@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from engine.secrets import public, redact
-from engine.validation import explain_hydra_error, validate_config
+from engine.validation import check_command_line, explain_hydra_error, validate_config
 from utils import UserError, is_out_of_memory, is_reachable, leave, local_dir, write_atomically
 
 
@@ -180,6 +180,7 @@ def main() -> int:
         statuses.append(run_job(config))
 
     try:
+        check_command_line(sys.argv[1:])
         command()
     except KeyboardInterrupt:
         print("interrupted; resume= goes on from the last checkpoint", file=sys.stderr)

@@ -339,14 +339,12 @@ class Chat:
         return prompt, responses
 
     def _apply(self, row: Row, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
         marked = [{"role": self.mark(m["role"]), "content": self.mark(m["content"])} for m in messages]
         try:
             return self.tokenizer.apply_chat_template(
                 marked, chat_template=self.jinja, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # whatever a template raises
             fix = "correct this row or remove it, or set another chat_template"
             raise BadRow(f"{row.origin}: the chat template refuses it: {clipped(str(error))}", fix) from error
 
@@ -548,7 +546,12 @@ def load_file(
         parsed: Parsed | str | None = None
         with unused.checked():
             row_form = form or detect_form(row)
-            parsed = FORMS[row_form](row, chat)
+            try:
+                parsed = FORMS[row_form](row, chat)
+            except BadRow as error:
+                if form is None:
+                    raise BadRow(f"{error.what} (its columns are those of format={row_form})") from error
+                raise
             form = row_form  # of all rows, as the first good one has it
         if parsed is None:
             continue

@@ -34,8 +34,11 @@ PLACES = {
 def is_secret_name(name: str) -> bool:
     """Whether a key or an environment variable is, by its name, a secret: hf_token, WANDB_API_KEY, password."""
     words = re.sub(r"([a-z])([A-Z])", r"\1_\2", name.rpartition(".")[2]).lower().replace("-", "_").split("_")
-    return words[-1] in ("token", "key", "apikey", "auth", "pat", "bearer") or bool(
-        {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials"} & set(words)
+    is_key = words[-1] == "key" and len(words) > 1  # by itself it is any key
+    return (
+        is_key
+        or words[-1] in ("token", "apikey", "auth", "pat", "bearer")
+        or bool({"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials"} & set(words))
     )
 
 

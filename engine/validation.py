@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,7 +108,7 @@ def number(
 
 
 def is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+    return isinstance(value, str) and value != "" and not re.search("[\0\ud800-\udfff]", value)
 
 
 def is_run_name(value: Any) -> bool:
@@ -142,7 +143,13 @@ count_or_zero = number(at_least=0, integer=True)
 text = Check(
     "text",
     is_text,
-    hint=lambda value: f"as text: \"'{value}'\", in both quotes" if isinstance(value, int | float) else "",
+    hint=lambda value: (
+        f"as text: \"'{value}'\", in both quotes"
+        if isinstance(value, int | float)
+        else "it holds what is no character"
+        if isinstance(value, str) and value
+        else ""
+    ),
 )
 anything = Check("anything", lambda value: True)
 
@@ -388,8 +395,20 @@ def unknown_key(key: str, known: Collection[str]) -> str:
     return "unknown key" + bracketed(did_you_mean(nearest(key, known) or by_last_part.get(key.rpartition(".")[2])))
 
 
+def check_command_line(arguments: Iterable[str]) -> None:
+    """Raise a UserError for what would make Hydra run code: a class that an override names, or a pickled config."""
+    for argument in arguments:
+        if "_target_" in argument or argument.startswith("--e"):  # --experimental-rerun, which may be shortened
+            problem = f"{clipped(argument)} would run code that it names"
+            raise UserError(
+                "CONFIG", problem, "leave it out; trainers, optimizers and losses are chosen by their names"
+            )
+
+
 def explain_hydra_error(error: BaseException) -> UserError:
     """One line for what Hydra or OmegaConf raised while it read the command line and composed the config."""
+    if isinstance(error, UserError):
+        return error
     message, _, advice = str(error).partition("\n")
     help_line = "python train.py --help lists every key"
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
@@ -404,7 +423,14 @@ def explain_hydra_error(error: BaseException) -> UserError:
     unknown = re.match(r"Could not (?:override|delete from config\.) '([^']+)'", message)
     if isinstance(error, ConfigCompositionException) and unknown:
         known = [*CHECKS, *(key for name in LOSSES for key in loss_checks(name)), "model", "loss", "peft", "wandb"]
+        group = unknown[1].partition(".")[0]
+        if any(argument.startswith(f"{group}=") and "," in argument for argument in sys.argv[1:]):
+            help_line = f"in a sweep over {group}, write ++{unknown[1]}=..."
         return UserError("CONFIG", f"{unknown[1]}: {unknown_key(unknown[1], known)}", help_line)
+    if message.startswith("Config group override must be"):
+        groups = {"", "hydra", *(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())}
+        given = [override for override in sys.argv[1:] if override.partition("=")[0].lstrip("+") in groups]
+        return UserError("CONFIG", f"{', '.join(given)}: must name a preset, such as loss=dpo", help_line)
     if isinstance(error, OmegaConfBaseException) and error.full_key and error.full_key not in message:
         message = f"{error.full_key}: {message}"
     if error.__cause__:

@@ -231,6 +231,22 @@ def test_code_of_a_model_is_refused(odd_model: Path, program: Program) -> None:
     assert "brings Python code of its own" in run.err
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+hydra.callbacks.x._target_=os.getpid",
+        "+hydra.callbacks.x={_target_: os.getpid}",
+        "hydra.launcher._target_=os.getpid",
+        "+model.architecture._target_=os.getpid",
+        "--experimental-rerun=/tmp/config.pickle",
+        "--exp=/tmp/config.pickle",
+    ],
+)
+def test_no_code_is_named_on_the_command_line(override: str, program: Program) -> None:
+    run = program(override)
+    assert run.status == 2 and run.err.count("\n") == 1 and "would run code that it names" in run.err
+
+
 def test_markdown_shows_text_as_it_is() -> None:
     import html
 
