@@ -203,8 +203,8 @@ def bad_configs(rng: random.Random, count: int) -> Iterator[BadConfig]:
             one, other = rng.sample(simple, 2)
             while one[1] == other[1]:
                 other = rng.choice(simple)
-            overrides = (*one[0], f"{one[1]}={one[2]}", f"{other[1]}={other[2]}")
-            yield BadConfig("two problems", overrides, (f"{one[1]}: ", f"{other[1]}: "))
+            given = (*one[0], f"{one[1]}={one[2]}", f"{other[1]}={other[2]}")
+            yield BadConfig("two problems", given, (f"{one[1]}: ", f"{other[1]}: "))
         else:
             base, key, value = wrong.pop() if wrong else (*rng.choice(every)[:2], "{a: 1}")
             yield BadConfig("value", (*base, f"{key}={value}"), (key,))
@@ -240,7 +240,7 @@ def message(role: str, content: Any) -> dict[str, Any]:
 
 def good_row(form: str, n: int) -> dict[str, Any]:
     talk = f"\n\nHuman: question {n}?\n\nAssistant:"
-    return {
+    rows: dict[str, dict[str, Any]] = {
         "strings": {"prompt": f"q{n}", "chosen": f"good {n}", "rejected": f"bad {n}"},
         "transcripts": {"chosen": f"{talk} good", "rejected": f"{talk} bad"},
         "messages": {
@@ -257,7 +257,8 @@ def good_row(form: str, n: int) -> dict[str, Any]:
         "shp": {"history": f"q{n}", "human_ref_A": "a", "human_ref_B": "b", "score_A": 9, "score_B": 2, "labels": 1},
         "se": {"question": f"q{n}", "answers": [{"text": "<p>a</p>", "pm_score": 3}, {"text": "b", "pm_score": 1}]},
         "stack-exchange-paired": {"question": f"q{n}", "response_j": "a", "response_k": "b"},
-    }[form]
+    }
+    return rows[form]
 
 
 FORMS = ("strings", "transcripts", "messages", "sharegpt", "ranked")
