@@ -340,7 +340,9 @@ def validate_config(config: DictConfig) -> None:
         if key in values:
             problem = check.problem(values[key])
             # mixed_precision takes its default from another key: one wrong value is one problem.
-            if problem and not (problem in problems.values() and OmegaConf.is_interpolation(config, key)):
+            group, _, name = key.rpartition(".")
+            node = OmegaConf.select(config, group) if group else config
+            if problem and not (problem in problems.values() and OmegaConf.is_interpolation(node, name)):
                 problems[key] = problem
         elif key not in problems and key.partition(".")[0] not in values:
             problems[key] = "is not set, and every key must be"
@@ -427,10 +429,14 @@ def explain_hydra_error(error: BaseException) -> UserError:
         if any(argument.startswith(f"{group}=") and "," in argument for argument in sys.argv[1:]):
             help_line = f"in a sweep over {group}, write ++{unknown[1]}=..."
         return UserError("CONFIG", f"{unknown[1]}: {unknown_key(unknown[1], known)}", help_line)
-    if message.startswith("Config group override must be"):
+    if message.startswith("Config group override must be a string or a list"):
         groups = {"", "hydra", *(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())}
         given = [override for override in sys.argv[1:] if override.partition("=")[0].lstrip("+") in groups]
-        return UserError("CONFIG", f"{', '.join(given)}: must name a preset, such as loss=dpo", help_line)
+        return UserError(
+            "CONFIG",
+            f"{', '.join(given) or 'a group'}: a preset must be a string or a list, such as loss=dpo",
+            help_line,
+        )
     if isinstance(error, OmegaConfBaseException) and error.full_key and error.full_key not in message:
         message = f"{error.full_key}: {message}"
     if error.__cause__:

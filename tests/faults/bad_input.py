@@ -51,6 +51,8 @@ def bad_values(check: Check) -> list[str]:
         return ["3", "hh", "null", "[]", "[3]", "[null]", "['']", "{a: 1}", "true", "[[hh]]", "[true]"]
     if "existing" in words or "file" in words:
         return [*of_any, "3", "true", "/no/such/place", "''", "[x]", "'/tmp/\\x00'"]
+    if words == "null or auto or a path":
+        return [*of_any, "3", "true", "1.5", "''", "[x]"]
     if words.startswith(("null or", "text", "auto", "a name", "a model", "a tokenizer")) and " or " not in words[8:]:
         return [*of_any, "3", "true", "1.5", "''", "[x]"]
     if words == "anything":
@@ -71,7 +73,7 @@ CONSTANT_CONFIGS = [
     ("~lr", "lr: is not set"),
     ("~wandb", "wandb.enabled: is not set"),
     ("wandb=null", "wandb"),
-    ("loss=null", "loss=null: must name"),
+    ("loss=null", "loss=null: a preset must be"),
     ("peft=nope", "peft=nope"),
     ("loss=dppo", "did you mean dpo?"),
     ("model=pythia2.8b", "model=pythia2.8b"),
@@ -100,7 +102,7 @@ CONSTANT_CONFIGS = [
     ("wandb.entity=???", "wandb.entity"),
     ("exp_name=${local_dirs}", "exp_name"),
     ("lr", "'lr'"),
-    ("=3", "=3: must name a preset"),
+    ("=3", "=3: a preset must be a string"),
     ("lr='", "lr"),
     ("lr={", "lr"),
     ("lr=[1", "lr"),
