@@ -1,10 +1,11 @@
 """Train a language model on preference data: python train.py loss=dpo loss.beta=0.1 (see README.md)."""
 
-import contextlib
 import errno
 import os
+import signal
 import sys
 import traceback
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,26 +16,93 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from engine import distributed, launch
 from engine.secrets import public, redact
 from engine.validation import check_command_line, explain_hydra_error, validate_config
-from utils import UserError, is_out_of_memory, is_reachable, leave, local_dir, write_atomically
+from utils import UserError, is_out_of_memory, is_reachable, local_dir, write_atomically
 
 
-def run(config: DictConfig) -> None:
-    """One training run: validate, resolve names, load data and models, train. Heavy imports wait for a valid config."""
+def run(config: DictConfig) -> int:
+    """One training run, here or in workers; returns the exit status. Heavy imports wait for a valid config."""
     validate_config(config)
+    given = distributed.given_world()
+    num_processes = given.size if given else choose_num_processes(config)
+    check_processes(config, num_processes, is_given=given is not None)
+    prepare_hub(config)
+    if given or num_processes == 1:
+        run_here(config)
+        return 0
     derive_names(config)
-    if not reaches_hub(config):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # before libraries are imported that read it, and would try for a minute
-        print("the Hugging Face hub cannot be reached: models and data come from its local cache")
-    run_dir, checkpoint = open_run_dir(config)
-    try:
-        train(config, run_dir, checkpoint)
-    except Exception:
-        with contextlib.suppress(OSError):
-            (run_dir / "crash.log").write_text(redact(traceback.format_exc(), config), encoding="utf-8")
-        raise
+    status = launch.launch(config, num_processes)
+    if status == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    if status == 128 + signal.SIGTERM:
+        sys.exit(status)  # not on to the next job of a sweep
+    return status
+
+
+def uses_process_group(config: DictConfig) -> bool:
+    """Whether the trainer runs in a process for each device."""
+    return config.trainer != "BasicTrainer" and config.tensor_parallel.backend == "native"
+
+
+def choose_num_processes(config: DictConfig) -> int:
+    """How many processes a run has that nobody else has started: as configured, all GPUs, or as few as it takes."""
+    if not uses_process_group(config):
+        return 1
+    asked = config.num_processes
+    if asked is None and config.trainer == "TensorParallelTrainer":
+        asked = config.tensor_parallel_size
+    num_gpus = launch.count_gpus()
+    if asked is not None and 0 < num_gpus < asked:
+        fix = "give fewer, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        raise UserError("CONFIG", f"num_processes: {asked} processes need as many GPUs, and there are {num_gpus}", fix)
+    return asked or num_gpus or (config.tensor_parallel_size or 1) * config.fsdp.replicas
+
+
+def check_processes(config: DictConfig, num: int, is_given: bool) -> None:
+    """Raise a UserError if the trainer cannot run on num processes, or others were asked for than there are."""
+    asked, size = config.num_processes, config.tensor_parallel_size
+    if is_given and asked not in (None, num):
+        problem = f"num_processes: {asked} were asked for, and torchrun or Slurm has started {num}"
+        raise UserError("CONFIG", problem, "leave num_processes out")
+    if num > 1 and not uses_process_group(config):
+        problem = f"trainer: {config.trainer} is one process here, and torchrun or Slurm has started {num}"
+        raise UserError("CONFIG", problem, "start one, or set trainer=FSDPTrainer")
+    if config.trainer == "TensorParallelTrainer" and uses_process_group(config) and size not in (None, num):
+        problem = f"tensor_parallel_size: {size} is not the number of processes ({num})"
+        raise UserError("CONFIG", problem, "leave it out, or combine both with trainer=FSDPTrainer")
+    if config.trainer == "FSDPTrainer" and num % ((size or 1) * config.fsdp.replicas):
+        problem = f"tensor_parallel_size={size or 1} x fsdp.replicas={config.fsdp.replicas} does not divide"
+        raise UserError("CONFIG", f"{problem} the number of processes ({num})", "change one of them")
+
+
+def run_here(config: DictConfig) -> None:
+    """A valid run in this process, which is all of it or one of its ranks."""
+    group = distributed.joined(config.collective_timeout) if uses_process_group(config) else nullcontext()
+    with group:
+        names, run_dir, checkpoint = distributed.share(lambda: open_run(config))
+        config.merge_with(names)
+        try:
+            train(config, run_dir, checkpoint)
+        except Exception:
+            with suppress(OSError):
+                crash_log(config, distributed.world().rank).write_text(
+                    redact(traceback.format_exc(), config), encoding="utf-8"
+                )
+            raise
     print(f"run_dir: {run_dir}", flush=True)
+
+
+def open_run(config: DictConfig) -> tuple[dict[str, str], Path, Path | None]:
+    """Derive the names that are left to be, and open the run directory; returns the names, it, and the checkpoint."""
+    derive_names(config)
+    names = {key: config[key] for key in ("exp_name", "cache_dir", "local_run_dir")}
+    return names, *open_run_dir(config)
+
+
+def crash_log(config: DictConfig, rank: int) -> Path:
+    return Path(config.local_run_dir or ".", f"crash-rank{rank}.log" if rank else "crash.log")
 
 
 def derive_names(config: DictConfig) -> None:
@@ -99,21 +167,29 @@ def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> None:
     from engine.models import load_tokenizer
     from losses import LOSSES
     from preference_datasets import format_counts, load_split, num_shared_prompts
-    from trainers import TRAINERS
+    from trainers import trainer_class
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     print(f"run directory: {run_dir}")
     tokenizer = load_tokenizer(config)
     splits = []
-    for name in ("train", "test"):
-        splits.append(load_split(config, tokenizer, name, LOSSES[config.loss.name].batch))
-        print(f"{name}: {format_counts(splits[-1].counts)}", flush=True)
+    with distributed.local_first():  # the others find the tokens in cache_dir
+        for name in ("train", "test"):
+            splits.append(load_split(config, tokenizer, name, LOSSES[config.loss.name].batch))
+            print(f"{name}: {format_counts(splits[-1].counts)}", flush=True)
     shared, num_prompts = num_shared_prompts(*splits)
     if shared:
         print(f"warning: {shared:,} of the {num_prompts:,} test prompts are train prompts too: evaluation will flatter")
-    trainer = TRAINERS[config.trainer](config, run_dir, tokenizer, *splits)
+    trainer = trainer_class(config)(config, run_dir, tokenizer, *splits)
     trainer.train(checkpoint)
+
+
+def prepare_hub(config: DictConfig) -> None:
+    """Where the hub cannot be reached, keep libraries from trying for a minute. They read this when imported."""
+    if not reaches_hub(config):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        print("the Hugging Face hub cannot be reached: models and data come from its local cache")
 
 
 def reaches_hub(config: DictConfig) -> bool:
@@ -130,6 +206,10 @@ def reaches_hub(config: DictConfig) -> bool:
 
 def as_user_error(error: Exception) -> UserError | None:
     """What to tell the user of an error; None if it is the program's own."""
+    if distributed.is_lost_peer(error):  # whatever was made of it on the way
+        reason = " ".join(str(error).split())
+        fix = "see the errors of the other ranks; raise collective_timeout if one is only slow; continue with resume="
+        return UserError("DISTRIBUTED", f"other ranks are lost or do not answer ({reason})", fix)
     if isinstance(error, UserError):
         return error
     if is_out_of_memory(error):
@@ -144,32 +224,65 @@ def as_user_error(error: Exception) -> UserError | None:
     return None
 
 
+def as_failure(error: Exception, config: DictConfig, rank: int) -> launch.Failure:
+    """The error that ended a run or one of its ranks, in a line, with its exit status."""
+    is_consequence = distributed.is_lost_peer(error)
+    user_error = as_user_error(error)
+    if user_error is not None:
+        return launch.Failure(redact(str(user_error), config), user_error.exit_status, is_consequence)
+    log = crash_log(config, rank)
+    where = f"traceback in {log}" if log.exists() else traceback.format_exc()
+    line = f"error[INTERNAL] {type(error).__name__}: {' '.join(str(error).split())}; {where}"
+    return launch.Failure(redact(line, config), 1, is_consequence)
+
+
 def run_job(config: DictConfig) -> int:
     """Run one job of the command line, print the error that ended it, and return its exit status."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         print(f"job {hydra_config.job.num}: {redact(' '.join(hydra_config.overrides.task), config)}", flush=True)
     try:
-        run(config)
-        return 0
+        return run(config)
     except Exception as error:
-        user_error = as_user_error(error)
-        if user_error is not None:
-            print(redact(str(user_error), config), file=sys.stderr)
-            return user_error.exit_status
-        log = Path(config.local_run_dir or ".", "crash.log")
-        where = f"traceback in {log}" if log.exists() else traceback.format_exc()
-        message = f"error[INTERNAL] {type(error).__name__}: {' '.join(str(error).split())}; {where}"
-        print(redact(message, config), file=sys.stderr)
-        return 1
+        world = distributed.given_world() or distributed.World()
+        failure = as_failure(error, config, world.rank)
+        print(launch.of_rank(world.rank, failure.line) if world.size > 1 else failure.line, file=sys.stderr)
+        if world.size > 1 and distributed.world().size > 1:
+            sys.exit(failure.status)  # the others may be anywhere: there is no going on to the next job of a sweep
+        return failure.status
+
+
+def run_worker() -> int:
+    """Run as a worker that launch() has started; returns the exit status."""
+    config = launch.attach()
+    rank = int(os.environ["RANK"])
+    try:
+        run_here(config)
+        return 0
+    except KeyboardInterrupt:  # the launcher says it
+        return 128 + signal.SIGINT
+    except Exception as error:
+        failure = as_failure(error, config, rank)
+        launch.report(failure)
+        return failure.status
+
+
+def hush_other_ranks() -> None:
+    """Only rank 0 prints; and of the others, what ended them."""
+    world = distributed.given_world()
+    if world is not None and world.rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
 
 
 def main() -> int:
     """Run the command line, a job or the jobs of a sweep; returns the exit status, of a sweep the first that failed."""
+    hush_other_ranks()
+    if launch.is_worker():
+        return run_worker()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors in the command line reach this function
     OmegaConf.register_new_resolver("local_dir", lambda dirs: str(local_dir(dirs)), replace=True)
     # Hydra writes down a sweep with its overrides as they were given. They may hold secrets, so that does not stay.
-    temporary = contextlib.ExitStack()
+    temporary = ExitStack()
     OmegaConf.register_new_resolver(
         "sweep_dir", lambda: temporary.enter_context(TemporaryDirectory(prefix="sweep-")), replace=True, use_cache=True
     )
@@ -199,4 +312,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    distributed.exit_process(main())

@@ -12,29 +12,76 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.batching import Microbatch, Part, cut, lay_out, num_fed_tokens, num_planned, plan_batches
-from engine.checkpoint import load_checkpoint, rewind, save_checkpoint
+from engine.batching import (
+    Microbatch,
+    Part,
+    cut_for,
+    lay_out,
+    lay_out_nothing,
+    num_fed_tokens,
+    num_planned,
+    plan_batches,
+)
+from engine.checkpoint import (
+    WEIGHTS,
+    load_checkpoint,
+    named_aliases,
+    named_state,
+    named_weights,
+    read_state,
+    reading,
+    rewind,
+    save_checkpoint,
+    state_by_parameter,
+    tensors_of,
+)
 from engine.logprobs import response_logps
 from engine.memory import fitting, most_useful, saved_bytes
-from engine.metrics import Loggers, Moment, Sums, fetched, peak_flops
-from engine.models import find_blocks, load_model, use_packed_attention
+from engine.metrics import Loggers, Moment, NoLoggers, Sums, fetched, peak_flops
+from engine.models import find_blocks, hf_config_of, load_model, use_packed_attention
 from engine.precision import model_in
 from engine.reference import CachedReference, LiveReference, Reference, reference_key
 from engine.sampling import sample_responses
+from engine.sharding import (
+    Orders,
+    end_of_sums,
+    full_tensor,
+    gathered,
+    global_norm,
+    load_full,
+    make_mesh,
+    own,
+    rank_and_size,
+    shard_model,
+    without_weights,
+)
+from engine.tensor_parallel import check_divides
 from losses import LOSSES
 from preference_datasets import DATASETS, Example, Split
 from utils import UserError, ahead, content_hash
 
+T = TypeVar("T")
 Prepared = tuple[Microbatch, Tensor | None]  # with reference log-probs of its responses, if they are cached
+
+
+@dataclass
+class Batch:
+    """What all processes train on in one step, and what of it falls to this one."""
+
+    num_examples: int
+    prompts: list[int]
+    microbatches: list[Prepared]
 
 
 @dataclass
@@ -44,13 +91,14 @@ class Step:
     values: dict[str, Tensor]  # scalars on the device, known once it is done
     facts: dict[str, float]
     num_examples: int
-    num_tokens: int
     prompts: list[int]
     end: Moment
 
 
 class BasicTrainer:
     """Trains in one process, on the CPU or a GPU; on several GPUs the layers of the model are split among them.
+
+    What other trainers do otherwise is in the methods under "Processes" and "Models".
 
     Args:
         config: the composed and validated config.
@@ -83,8 +131,13 @@ class BasicTrainer:
         torch.set_float32_matmul_precision(config.matmul_precision)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.mixed_precision = getattr(torch, config.mixed_precision) if config.mixed_precision else None
+        self.cast_dtype = self.mixed_precision
+        self.rank, self.num_ranks, self.data_rank, self.num_data_ranks = 0, 1, 0, 1
+        self.orders: Orders = {}
+        self.aliases: dict[str, str] = {}
+        self.join_others()
         self.policy = self.place_model(getattr(torch, config.model.policy_dtype))
-        self.device = self.policy.get_output_embeddings().weight.device  # where layers are split, the head's
+        self.aliases = self.aliases or named_aliases(self.policy)
         self.reference: Reference | None = None
         self.token_budget, self.num_checkpointed = self.fit_memory()
         self.reference_samples: list[np.ndarray] = []
@@ -104,20 +157,54 @@ class BasicTrainer:
             plan += f"; n_epochs={config.n_epochs} ends it before n_examples={config.n_examples}"
         print(plan, flush=True)
 
+    # ---- Processes ----
+
+    def join_others(self) -> None:
+        """Find out which part of the work is this process's: set rank, num_ranks and data ranks."""
+
+    def add_others(self, totals: Tensor) -> None:
+        """Add to totals, in place, what the other processes have of them."""
+
+    def of_data_ranks(self, value: T) -> list[T]:
+        """The values that the processes which train on different examples give, in their order."""
+        return [value]
+
+    def clip_gradients(self) -> Tensor:
+        """Scale gradients down to max_grad_norm; returns their norm before that."""
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if self.device.type != "cpu" or norm > self.config.max_grad_norm:  # a GPU is not waited for
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        return norm
+
+    def cut(self, examples: Sequence[Example], num_parts: int) -> list[list[Example]]:
+        """Cut a batch into microbatches, which the processes that train on different examples take in turns."""
+        return cut_for(self.num_data_ranks, examples, num_parts, self.token_budget, self.config.batching)
+
+    def own(self, microbatches: Sequence[list[Example]]) -> Sequence[list[Example]]:
+        """The microbatches of a batch that fall to this process."""
+        return microbatches[self.data_rank :: self.num_data_ranks]
+
     # ---- Models ----
 
     def place_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """A model with the starting weights, where this trainer runs it."""
         model = load_model(self.config, self.tokenizer, dtype, self.device)
+        self.device = model.get_output_embeddings().weight.device  # where layers are split, the head's
         if self.config.batching == "packed":
-            use_packed_attention(model)
+            use_packed_attention(model, self.mixed_precision)
         return self.compiled(model).eval()
+
+    def copy_of_policy(self) -> PreTrainedModel:
+        """Another model with the weights of the policy, before it is trained."""
+        return self.compiled(copy.deepcopy(self.policy))
 
     def compiled(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model, its blocks compiled if the config says so."""
         if self.config.compile:
             for block in find_blocks(model, self.config.model.block_name):
-                block.compile(dynamic=True)
+                # Rounded wherever the plain block rounds: the reference, which makes no gradients, would differ else.
+                block.compile(dynamic=True, options={"emulate_precision_casts": True})
         return model
 
     def prepare_policy(self) -> None:
@@ -132,7 +219,11 @@ class BasicTrainer:
         """The optimizer of the config; as one fused pass over the weights where torch has that."""
         optimizer = getattr(torch.optim, self.config.optimizer)
         fused = {"fused": True} if "fused" in inspect.signature(optimizer).parameters else {}
-        return optimizer(self.policy.parameters(), lr=self.config.lr, **fused)
+        return optimizer(self.parameter_groups(), lr=self.config.lr, **fused)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameters that the optimizer updates at once."""
+        return [{"params": list(self.policy.parameters())}]
 
     def build_reference(self) -> Reference | None:
         """Log-probs of the frozen reference: from a model that stays loaded, or computed now and kept on disk."""
@@ -144,38 +235,44 @@ class BasicTrainer:
         if config.model.reference_dtype not in (None, config.model.policy_dtype):
             model = self.place_model(getattr(torch, config.model.reference_dtype))
         elif config.reference == "live":
-            model = self.compiled(copy.deepcopy(self.policy))
+            model = self.copy_of_policy()
         if self.samples:
             self.reference_samples = self.sample(model)
         if model is not self.policy:
             model.requires_grad_(False)
-        live = LiveReference(model, self.mixed_precision)
+        live = LiveReference(model, self.cast_dtype)
         if config.reference == "live":
             return live
-        cached = CachedReference(
-            Path(config.cache_dir) / "reference", reference_key(model, self.mixed_precision, config.batching)
-        )
+        settings = (config.mixed_precision, config.matmul_precision, config.batching, config.compile)
+        key = reference_key(model, self.orders, settings)
+        path = Path(config.cache_dir) / "reference" / f"{key}.sqlite"
+        cached = CachedReference(path, self.of_data_ranks)
         self.fill(cached, live)
         return cached
 
     def fill(self, cached: CachedReference, live: LiveReference) -> None:
         """Compute what the cache lacks, in the microbatches of training, so that equal weights give equal numbers."""
-        microbatches, planned, num_before = [], set[bytes](), len(cached)
-        for examples in (part for batch in chain(self.train_batches(), self.eval_batches()) for part in batch):
-            missing = cached.missing((example.prompt, answer) for example in examples for answer in example.responses)
-            if missing - planned:  # each later epoch asks for the same
-                microbatches.append(examples)
-                planned |= missing
-        if not microbatches:
+        rounds, planned, num_before = [], set[bytes](), len(cached)
+        for batch in chain(self.train_batches(), self.eval_batches()):
+            for start in range(0, len(batch), self.num_data_ranks):  # what the processes run at a time
+                microbatches = batch[start : start + self.num_data_ranks]
+                examples = [example for part in microbatches for example in part]
+                missing = cached.missing(
+                    (example.prompt, answer) for example in examples for answer in example.responses
+                )
+                if missing - planned:  # each later epoch asks for the same
+                    rounds.append(microbatches)
+                    planned |= missing
+        if not rounds:
             print(f"reference: all log-probs are in {cached.path}")
             return
-        start = time.monotonic()
-        disable = not sys.stderr.isatty()
+        begun = time.monotonic()
+        disable = not sys.stderr.isatty() or self.rank > 0
         with live.in_mixed_precision():
-            for examples in tqdm(microbatches, desc="reference log-probs", unit="microbatch", disable=disable):
-                batch = self.lay_out(examples)
-                cached.add(batch, live.logps(batch))
-        seconds = time.monotonic() - start
+            for microbatches in tqdm(rounds, desc="reference log-probs", unit="microbatch", disable=disable):
+                microbatch = self.lay_out(microbatches[self.data_rank])
+                cached.add(microbatch, live.logps(microbatch))
+        seconds = time.monotonic() - begun
         print(f"reference: {len(cached) - num_before:,} log-probs computed in {seconds:.1f} s, kept in {cached.path}")
 
     def fit_memory(self) -> tuple[int, int]:
@@ -183,17 +280,17 @@ class BasicTrainer:
         or as memory allows."""
         config = self.config
         blocks = find_blocks(self.policy, config.model.block_name)
+        longest = max((num_fed_tokens(example, config.batching) for example in self.train_examples), default=0)
         given = config.activation_checkpointing
         if isinstance(given, bool):
             given = len(blocks) if given else 0
         given = None if given == "auto" else min(given, len(blocks))
-        if config.token_budget is not None and given is not None:
-            return config.token_budget, given
-        weights = sum(parameter.nbytes for parameter in self.policy.parameters())
+        if (config.token_budget is not None or config.deterministic) and given is not None:
+            return config.token_budget or max(2048, longest), given
+        weights = sum(own(parameter).nbytes for parameter in self.policy.parameters())
         # Beside the weights: their gradients, the optimizer's state and what it or mixed precision needs on the way.
         copies = 4 + (config.reference == "live")
-        longest = max((num_fed_tokens(example) for example in self.train_examples), default=0)
-        wanted = config.token_budget or max(2048, longest)
+        wanted = max(config.token_budget or 2048, longest)
         num_devices = len({parameter.device for parameter in self.policy.parameters()})  # that share the layers
         per_token = self.bytes_per_token() / num_devices
         tokens, num_checkpointed = fitting(
@@ -207,15 +304,19 @@ class BasicTrainer:
         )
         if given is None and num_checkpointed:
             print(f"activation_checkpointing: {num_checkpointed} of {len(blocks)} blocks, to fit {wanted:,} tokens")
-        return config.token_budget or tokens, num_checkpointed
+        # The processes must agree, and those of several machines may not have the same memory.
+        all_tokens, all_checkpointed = zip(*self.of_data_ranks((tokens, num_checkpointed)), strict=True)
+        return config.token_budget or min(all_tokens), max(all_checkpointed)
 
     def bytes_per_token(self) -> float:
         """Bytes of activations that a fed token keeps for the backward pass, measured on this model."""
 
         def measured(num_examples: int) -> tuple[int, int]:
             ids = np.zeros(64, dtype=np.int32)
-            responses = (ids[:32], ids[:31])[: len(self.train_examples[0].responses)]
-            batch = self.lay_out([Example(ids[: 33 + index], responses, index) for index in range(num_examples)])
+            length = max(1, min(32, (self.config.max_length - 5) // 2))
+            responses = (ids[:length], ids[: length + 1])[: len(self.train_examples[0].responses)]
+            prompts = (ids[: length + 1 + index] for index in range(num_examples))
+            batch = self.lay_out([Example(prompt, responses, index) for index, prompt in enumerate(prompts)])
             with self.in_mixed_precision():
                 kept = saved_bytes(lambda: response_logps(self.policy, batch, lambda logps, part: logps.sum())[0])
             return kept, batch.input_ids.numel()
@@ -237,17 +338,17 @@ class BasicTrainer:
             length_grouping=config.length_grouping,
         )
         for indices in plan:
-            examples = [self.train_examples[index] for index in indices]
-            yield cut(examples, config.gradient_accumulation_steps, self.token_budget, config.batching)
+            yield self.cut([self.train_examples[index] for index in indices], config.gradient_accumulation_steps)
 
     def eval_batches(self) -> Iterator[list[list[Example]]]:
         """The evaluation examples, eval_batch_size at a time, each cut into microbatches."""
         for start in range(0, len(self.eval_examples), self.config.eval_batch_size):
-            examples = self.eval_examples[start : start + self.config.eval_batch_size]
-            yield cut(examples, 1, self.token_budget, self.config.batching)
+            yield self.cut(self.eval_examples[start : start + self.config.eval_batch_size], 1)
 
     def lay_out(self, examples: Sequence[Example]) -> Microbatch:
         """Examples as one microbatch, on the device."""
+        if not examples:
+            return lay_out_nothing(2 if self.loss.batch == "pairs" else 1, self.config.batching).to(self.device)
         return lay_out(examples, self.config.batching, self.tokenizer.pad_token_id).to(self.device)
 
     # ---- The step ----
@@ -297,14 +398,21 @@ class BasicTrainer:
         sums.add(loss=losses)
         return losses
 
-    def prepared(self, batches: Iterable[list[list[Example]]]) -> Iterator[list[Prepared]]:
+    def prepared(self, batches: Iterable[list[list[Example]]]) -> Iterator[Batch]:
         """Batches laid out on the device, with the log-probs of a cached reference, one batch ahead of its use."""
 
         def prepare(examples: list[Example]) -> Prepared:
             batch = self.lay_out(examples)
             return batch, self.reference.logps(batch) if isinstance(self.reference, CachedReference) else None
 
-        return ahead([prepare(examples) for examples in microbatches] for microbatches in batches)
+        return ahead(
+            Batch(
+                num_examples=sum(map(len, microbatches)),
+                prompts=sorted({example.prompt_index for examples in microbatches for example in examples}),
+                microbatches=[prepare(examples) for examples in self.own(microbatches)],
+            )
+            for microbatches in batches
+        )
 
     def run_microbatch(self, prepared: Prepared, num_examples: int, sums: Sums) -> Tensor:
         """The share of some examples in the mean loss of num_examples: a scalar to call backward on."""
@@ -313,13 +421,14 @@ class BasicTrainer:
             reference_logps = self.reference.logps(batch)
         losses = partial(self.losses, batch, reference_logps, sums)
         loss, _ = response_logps(self.policy, batch, lambda logps, part: losses(logps, part).sum() / num_examples)
+        sums.num_tokens += batch.num_tokens
         return loss
 
     @contextmanager
     def in_mixed_precision(self) -> Iterator[None]:
         """Inside this, policy and live reference compute in the dtype of mixed_precision."""
         reference = self.reference.in_mixed_precision() if isinstance(self.reference, LiveReference) else nullcontext()
-        with model_in(self.policy, self.mixed_precision), reference:
+        with model_in(self.policy, self.cast_dtype), reference:
             yield
 
     def learning_rate(self) -> float:
@@ -331,30 +440,30 @@ class BasicTrainer:
         decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
         return config.lr * decay[config.lr_schedule]
 
-    def step(self, microbatches: Sequence[Prepared]) -> Step:
-        """One update of the policy on a batch. A GPU may still be at work on it when this returns."""
-        num_examples = sum(batch.num_examples for batch, _ in microbatches)
-        sums = Sums()
+    def add_gradients(self, batch: Batch, sums: Sums) -> None:
+        """Make the gradients of the mean loss of a batch."""
         with self.in_mixed_precision():
-            for prepared in microbatches:
-                self.run_microbatch(prepared, num_examples, sums).backward()
-        parameters = [parameter for parameter in self.policy.parameters() if parameter.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        if self.device.type != "cpu" or grad_norm > self.config.max_grad_norm:  # a GPU is not waited for
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, grad_norm)
+            for prepared in batch.microbatches:
+                self.run_microbatch(prepared, batch.num_examples, sums).backward()
+
+    def step(self, batch: Batch) -> Step:
+        """One update of the policy on a batch. A GPU may still be at work on it when this returns."""
+        sums = Sums()
+        self.add_gradients(batch, sums)
+        grad_norm = self.clip_gradients()
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.counters["examples"] += num_examples
+        self.counters["examples"] += batch.num_examples
         self.counters["updates"] += 1
+        means, num_tokens = sums.means(self.add_others)
         return Step(
-            values=named(sums.means(), "train") | {"grad_norm": grad_norm},
+            values=named(means, "train") | {"grad_norm": grad_norm, "tokens": num_tokens},
             facts={"learning_rate": learning_rate, "peak_memory_gb": self.peak_memory_gb()} | self.counted(),
-            num_examples=num_examples,
-            num_tokens=sum(batch.num_tokens for batch, _ in microbatches),
-            prompts=sorted({index for batch, _ in microbatches for index in batch.prompt_indices}),
+            num_examples=batch.num_examples,
+            prompts=batch.prompts,
             end=Moment(self.device),
         )
 
@@ -362,6 +471,7 @@ class BasicTrainer:
         """The metrics of a step that began at start, once it is done; fails if a number in them is not finite."""
         seconds = step.end.seconds_since(start)
         metrics = fetched(step.values)
+        tokens_per_second = metrics.pop("tokens") / seconds
         if not math.isfinite(metrics["loss/train"]) or not math.isfinite(metrics["grad_norm"]):
             self.fail_as_non_finite(
                 f"update {step.facts['counters/updates']} had loss {metrics['loss/train']} and gradient norm"
@@ -369,10 +479,10 @@ class BasicTrainer:
             )
         metrics |= step.facts
         metrics["examples_per_second"] = step.num_examples / seconds
-        metrics["tokens_per_second"] = step.num_tokens / seconds
+        metrics["tokens_per_second"] = tokens_per_second
         peak = peak_flops(self.device)
         if peak:
-            metrics["mfu"] = 6 * self.policy.num_parameters() * step.num_tokens / seconds / peak
+            metrics["mfu"] = 6 * self.policy.num_parameters() * tokens_per_second / (peak * self.num_ranks)
         return metrics
 
     def fail_as_non_finite(self, what: str) -> NoReturn:
@@ -399,13 +509,17 @@ class BasicTrainer:
         config = self.config
         batches = self.train_batches()
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.policy, self.optimizer, self.data_hash)
-            rewind(self.run_dir, state["log_sizes"])
+            state = read_state(checkpoint, self.data_hash)
+            self.load(checkpoint)
+            if self.rank == 0:
+                rewind(self.run_dir, state["log_sizes"])
             self.counters = state["counters"]
             for _ in range(self.counters["updates"]):
                 next(batches)
             print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
-        self.loggers = Loggers(config, self.run_dir, self.num_train_examples, self.counters["examples"])
+        self.loggers: Loggers | NoLoggers = NoLoggers()
+        if self.rank == 0:
+            self.loggers = Loggers(config, self.run_dir, self.num_train_examples, self.counters["examples"])
         self.eval_metrics: dict[str, float] = {}
         is_done = False
         try:
@@ -421,9 +535,9 @@ class BasicTrainer:
                     self.loggers.train(self.metrics_of(done, start))
                     start = done.end
 
-            for microbatches in self.prepared(batches):
+            for batch in self.prepared(batches):
                 before = self.counters["examples"]
-                step = self.step(microbatches)
+                step = self.step(batch)
                 log_running()  # of the step before, while a GPU runs this one
                 running = step
                 now = self.counters["examples"]
@@ -450,10 +564,10 @@ class BasicTrainer:
         self.policy.eval()
         sums = Sums()
         with torch.no_grad(), self.in_mixed_precision():
-            for microbatches in self.prepared(self.eval_batches()):
-                for prepared in microbatches:
+            for batch in self.prepared(self.eval_batches()):
+                for prepared in batch.microbatches:
                     self.run_microbatch(prepared, len(self.eval_examples), sums)
-        self.eval_metrics = fetched(named(sums.means(), "eval"))
+        self.eval_metrics = fetched(named(sums.means(self.add_others)[0], "eval"))
         if not math.isfinite(self.eval_metrics["loss/eval"]):
             self.fail_as_non_finite(f"the evaluation has loss {self.eval_metrics['loss/eval']}")
         if self.samples:
@@ -467,16 +581,23 @@ class BasicTrainer:
         return self.config.sample_during_eval and bool(self.sample_prompts())
 
     def sample(self, model: PreTrainedModel) -> list[np.ndarray]:
-        """An answer of model to each prompt that is sampled for, as token ids."""
-        return sample_responses(
+        """An answer of model to each prompt that is sampled for, as token ids; the processes share the prompts."""
+        own = self.sample_prompts()[self.data_rank :: self.num_data_ranks]
+        seed = int(content_hash(["sample", self.config.seed, self.counters["examples"]])[:8], 16) + self.data_rank
+        answers = sample_responses(
             model,
             self.tokenizer,
-            self.sample_prompts(),
+            own,
             max_new_tokens=self.config.max_length - self.config.max_prompt_length,
             max_length=self.config.max_length,
             batch_size=self.config.eval_batch_size,
-            seed=int(content_hash(["sample", self.config.seed, self.counters["examples"]])[:8], 16),
+            seed=seed,
         )
+        by_rank = self.of_data_ranks(answers)
+        return [
+            by_rank[index % self.num_data_ranks][index // self.num_data_ranks]
+            for index in range(len(self.sample_prompts()))
+        ]
 
     def sample_prompts(self) -> list[np.ndarray]:
         """The first n_eval_model_samples distinct prompts of the evaluation examples."""
@@ -522,11 +643,11 @@ class BasicTrainer:
             Example(*pair, index) for index, pair in enumerate(zip(prompts, ((a,) for a in answers), strict=True))
         ]
         ratios = []
-        for microbatch in cut(examples, 1, self.token_budget, self.config.batching):
+        for microbatch in self.own(self.cut(examples, 1)):
             batch = self.lay_out(microbatch)
-            policy = LiveReference(self.policy, self.mixed_precision).logps(batch)
+            policy = LiveReference(self.policy, self.cast_dtype).logps(batch)
             ratios.append(policy - self.reference.logps(batch))
-        return torch.cat(ratios).mean().item()
+        return torch.cat([torch.cat(of_rank).cpu() for of_rank in self.of_data_ranks(ratios)]).mean().item()
 
     # ---- Checkpoints ----
 
@@ -537,18 +658,30 @@ class BasicTrainer:
             array.tobytes() for example in self.train_examples for array in (example.prompt, *example.responses)
         )
 
+    def named_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights of the policy and the state of the optimizer, as checkpoints have them."""
+        return named_weights(self.policy), named_state(self.policy, self.optimizer)
+
+    def load(self, checkpoint: Path) -> None:
+        """Give policy and optimizer what a checkpoint has."""
+        load_checkpoint(checkpoint, self.policy, self.optimizer, self.orders)
+
     def save(self, is_last: bool) -> None:
         """Write a checkpoint, and policy.pt with the last one."""
         if self.config.debug:
             return
-        if not all(parameter.isfinite().all() for parameter in self.policy.parameters()):
+        num_bad = torch.stack([(~own(p).isfinite()).sum().to(self.device) for p in self.policy.parameters()]).sum()
+        self.add_others(num_bad)
+        if num_bad:
             self.fail_as_non_finite("a weight is not a number")
         path = save_checkpoint(
             self.run_dir,
             self.policy,
             self.tokenizer,
-            self.optimizer,
+            *self.named_tensors(),
             self.counters,
+            orders=self.orders,
+            aliases=self.aliases,
             config=self.config,
             data=self.data_hash,
             metrics=self.eval_metrics,
@@ -570,4 +703,152 @@ def named(means: dict[str, Tensor], split: str) -> dict[str, Tensor]:
     return {names[name]: value for name, value in means.items()}
 
 
-TRAINERS = {"BasicTrainer": BasicTrainer}
+class ShardedTrainer(BasicTrainer):
+    """Trains in several processes, each of which has a share of the weights; see engine/sharding.py."""
+
+    def grid(self) -> tuple[int, int, int]:
+        """Replicas, shards and tensor-parallel processes: how the processes are arranged."""
+        raise NotImplementedError
+
+    def join_others(self) -> None:
+        self.rank, self.num_ranks = rank_and_size()
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        replicas, shards, tensor = self.grid()
+        if shards < 1 or replicas * shards * tensor != self.num_ranks:
+            raise UserError(
+                "CONFIG",
+                f"num_processes: {self.num_ranks} is no multiple of tensor_parallel_size x fsdp.replicas,"
+                f" {tensor} x {replicas}",
+                "choose numbers that divide it",
+            )
+        self.mesh = make_mesh(self.device, replicas, shards, tensor)
+        self.data_rank, self.num_data_ranks = self.rank // tensor, replicas * shards
+        self.cast_dtype = None  # FSDP casts
+
+    def add_others(self, totals: Tensor) -> None:
+        dist.all_reduce(totals)
+
+    def of_data_ranks(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(values, value)
+        return values[:: self.num_ranks // self.num_data_ranks]
+
+    def cut(self, examples: Sequence[Example], num_parts: int) -> list[list[Example]]:
+        if not self.config.deterministic:
+            return super().cut(examples, num_parts)
+        # A cut that the number of processes has no part in, and empty microbatches for those that have none in the end.
+        microbatches = cut_for(1, examples, num_parts, self.token_budget, self.config.batching)
+        return microbatches + [[] for _ in range(-len(microbatches) % self.num_data_ranks)]
+
+    def place_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        config = self.config
+        if self.mesh["tensor"].size() > 1:
+            check_divides(hf_config_of(config.model, self.tokenizer), self.mesh["tensor"].size())
+        full = None
+        if self.rank == 0:
+            full = load_model(config, self.tokenizer, dtype, torch.device("cpu"))
+            if config.batching == "packed":
+                use_packed_attention(full, self.mixed_precision)
+        model = self.compiled(without_weights(full))
+        self.orders = shard_model(
+            model,
+            find_blocks(model, config.model.block_name),
+            self.mesh,
+            mixed_precision=self.mixed_precision,
+            offload=config.fsdp.cpu_offload,
+            deterministic=config.deterministic,
+        )
+        load_full(model, full, self.orders, self.device, config.fsdp.cpu_offload)
+        return model
+
+    def copy_of_policy(self) -> PreTrainedModel:
+        return self.place_model(getattr(torch, self.config.model.policy_dtype))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups: dict[DeviceMesh, list[nn.Parameter]] = {}  # no operation mixes tensors of several meshes
+        for parameter in self.policy.parameters():
+            groups.setdefault(parameter.device_mesh, []).append(parameter)
+        return [{"params": parameters} for parameters in groups.values()]
+
+    def add_gradients(self, batch: Batch, sums: Sums) -> None:
+        if not self.config.deterministic or self.num_data_ranks == 1:
+            return super().add_gradients(batch, sums)
+        for prepared in batch.microbatches:
+            self.optimizer.zero_grad(set_to_none=True)  # each sum of gradients goes on from the one before
+            self.run_microbatch(prepared, batch.num_examples, sums).backward()
+        end_of_sums(self.policy)
+
+    def clip_gradients(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+        if self.config.deterministic:
+            norm = torch.nn.utils.get_total_norm([full_tensor(gradient).to(self.device) for gradient in gradients])
+        else:
+            norm = global_norm(gradients, self.device)
+        scale = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            own(gradient).mul_(scale.to(gradient.device, gradient.dtype))
+        return norm
+
+    def sample(self, model: PreTrainedModel) -> list[np.ndarray]:
+        with gathered(model):
+            return super().sample(model)
+
+
+class FSDPTrainer(ShardedTrainer):
+    """Every process has a shard of all weights and trains on examples of its own."""
+
+    def grid(self) -> tuple[int, int, int]:
+        tensor, replicas = self.config.tensor_parallel_size or 1, self.config.fsdp.replicas
+        return replicas, self.num_ranks // (replicas * tensor), tensor
+
+
+class TensorParallelTrainer(ShardedTrainer):
+    """The processes share each matrix product, and train on the same examples."""
+
+    def grid(self) -> tuple[int, int, int]:
+        tensor = self.config.tensor_parallel_size or self.num_ranks
+        return 1, self.num_ranks // tensor, tensor
+
+
+class PackageTrainer(BasicTrainer):
+    """Trains in one process that splits each matrix product among several devices, by the tensor_parallel package."""
+
+    def place_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        from engine.tensor_parallel_package import check_config, split_model
+
+        config = self.config
+        on_gpus = self.device.type == "cuda"
+        self.num_devices = config.tensor_parallel_size or (torch.cuda.device_count() if on_gpus else 1)
+        check_config(hf_config_of(config.model, self.tokenizer), self.num_devices)
+        model = load_model(config, self.tokenizer, dtype, torch.device("cpu"))
+        if config.batching == "packed":
+            use_packed_attention(model, self.mixed_precision)
+        self.aliases = named_aliases(model)
+        devices = [torch.device("cuda", index) if on_gpus else self.device for index in range(self.num_devices)]
+        return split_model(model, devices).eval()
+
+    def bytes_per_token(self) -> float:
+        return super().bytes_per_token() * self.num_devices  # only the first one's were seen
+
+    def named_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        from engine.tensor_parallel_package import merged_optimizer_state, merged_state_dict
+
+        weights = {name: value for name, value in merged_state_dict(self.policy).items() if name not in self.aliases}
+        state = merged_optimizer_state(self.policy, self.optimizer)
+        return weights, {f"{name}.{key}": value for name, values in state.items() for key, value in values.items()}
+
+    def load(self, checkpoint: Path) -> None:
+        from engine.tensor_parallel_package import load_merged, load_merged_optimizer_state
+
+        with reading(checkpoint):
+            load_merged(self.policy, dict(tensors_of(checkpoint, WEIGHTS)))
+            load_merged_optimizer_state(self.policy, self.optimizer, state_by_parameter(checkpoint))
+
+
+TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
+
+
+def trainer_class(config: DictConfig) -> type[BasicTrainer]:
+    """The trainer that config names."""
+    return PackageTrainer if config.tensor_parallel.backend == "package" else TRAINERS[config.trainer]

@@ -132,7 +132,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def leave(status: int, patience: float = 10) -> NoReturn:
+def end_process(status: int, patience: float = 10) -> NoReturn:
     """End the process with status; without the exit hooks and threads of libraries if they take longer than patience.
 
     wandb's, for one, would wait for a server that does not answer.

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from datetime import date
 from typing import Any
 
-from step import MODELS, ROOT, Pair, fed_tokens, our_batches, take_step, versions
+from step import MODELS, ROOT, Pair, fed_tokens, machine, our_batches, take_step
 
 CURVES: dict[str, list[int]] = {
     "length": [256, 512, 1024, 2048, 4096],  # of prompt + response; half of it is the prompt
@@ -86,7 +86,7 @@ def main() -> None:
 
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
-    record: dict[str, Any] = {"command": "benchmarks/growth.py", "versions": versions(), "curves": {}}
+    record: dict[str, Any] = {"command": "benchmarks/growth.py", **machine(arguments.threads), "curves": {}}
     for curve in arguments.curves.split(","):
         print(f"\n{curve:12}{'fed tokens':>12}{'s/step':>9}{'ms/1000 tokens':>16}{'MB':>7}", flush=True)
         record["curves"][curve] = {}

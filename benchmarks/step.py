@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainers import BasicTrainer, Prepared
+    from trainers import BasicTrainer, Batch
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096, "tie_word_embeddings": False}
@@ -203,12 +203,11 @@ def tell(answer: dict[str, float]) -> None:
 
 def our_batches(
     folder: str, cache: str, batches: list[list[Pair]], *settings: str
-) -> tuple["BasicTrainer", Iterator[list["Prepared"]]]:
+) -> tuple["BasicTrainer", Iterator["Batch"]]:
     """Our trainer on the model in a folder, and the batches as it lays them out."""
     import numpy as np
     from hydra import compose, initialize_config_dir
 
-    from engine.batching import cut
     from engine.films import film_tokenizer
     from engine.tokenization import Example, Split
     from trainers import BasicTrainer
@@ -230,20 +229,20 @@ def our_batches(
     examples = [[example(pair) for pair in batch] for batch in batches]
     train_split = Split([example for batch in examples for example in batch])
     trainer = BasicTrainer(config, Path(cache), tokenizer, train_split, Split([]))
-    return trainer, trainer.prepared(cut(batch, 1, trainer.token_budget, config.batching) for batch in examples)
+    return trainer, trainer.prepared(trainer.cut(batch, 1) for batch in examples)
 
 
-def take_step(trainer: "BasicTrainer", microbatches: list["Prepared"], of_memory: bool) -> dict[str, float]:
+def take_step(trainer: "BasicTrainer", batch: "Batch", of_memory: bool) -> dict[str, float]:
     with measured(of_memory) as answer:
-        answer["loss"] = trainer.step(microbatches).values["loss/train"].item()
+        answer["loss"] = trainer.step(batch).values["loss/train"].item()
     return answer
 
 
 def work_ours(job: dict[str, Any]) -> None:
     trainer, batches = our_batches(job["model"], job["cache"], job["batches"], *job["settings"])
     print("ready", file=sys.__stderr__, flush=True)
-    for microbatches in batches:
-        tell(take_step(trainer, microbatches, told_of_memory()))
+    for batch in batches:
+        tell(take_step(trainer, batch, told_of_memory()))
 
 
 def work_trl(job: dict[str, Any]) -> None:
@@ -502,9 +501,7 @@ def main() -> None:
         )
     record = {
         "command": " ".join(["benchmarks/step.py", *("DATA" if a == str(arguments.data) else a for a in sys.argv[1:])]),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "machine": f"{platform.processor() or platform.machine()}, {arguments.threads} threads",
-        "versions": versions(),
+        **machine(arguments.threads),
         "gemm_peak_gflops": {dtype: round(peak / 1e9) for dtype, peak in peaks.items()},
         "tokens_per_step": {"packed": fed / len(timed), "padded": padded / len(timed)},
         "first_losses": {name: [row["loss"] for row in rows[:4]] for name, rows in results.items()},
@@ -514,6 +511,16 @@ def main() -> None:
     path = ROOT / "benchmarks" / "results" / f"step-{label}-{date.today()}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nwritten to {path.relative_to(ROOT)}")
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What a result was measured with."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    models = [
+        line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    name = models[0] if models else platform.machine()
+    return {"commit": commit, "machine": f"{name}, {threads} threads", "versions": versions()}
 
 
 def versions() -> dict[str, str]:

@@ -93,6 +93,7 @@ def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: i
     Examples with the same prompt become one group, so their order may change; losses are summed, so it does not matter.
     """
     groups = _groups(examples)
+    assert groups
     parts: list[Part] = []
     responses: list[tuple[np.ndarray, np.ndarray]] = []
     pairs: list[tuple[int, ...]] = []
@@ -125,6 +126,33 @@ def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: i
     }
     rows = _packed_row(groups) if layout == "packed" else _padded_rows(responses, pad_token_id)
     return Microbatch(**shared, **rows)
+
+
+def lay_out_nothing(num_responses: int, layout: str = "packed") -> Microbatch:
+    """A microbatch without examples, for a process that has none left while others have: it runs one token, predicts
+    nothing, and gives every parameter a gradient of 0.
+
+    Args:
+        num_responses: of an example, had there been any: 1 or 2.
+    """
+    none, one = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    nothing = slice(0, 0)
+    return Microbatch(
+        input_ids=one,
+        predict_index=none,
+        targets=none,
+        response_index=none,
+        response_lengths=none,
+        chosen=none,
+        rejected=none if num_responses == 2 else None,
+        groups=[Part(nothing, nothing, nothing)],
+        responses=[],
+        prompt_indices=[],
+        num_tokens=0,
+        position_ids=one if layout == "packed" else None,
+        segments=Segments([(1, 0)]) if layout == "packed" else None,
+        attention_mask=None if layout == "packed" else torch.ones_like(one),
+    )
 
 
 def _packed_row(groups: Sequence[_Group]) -> dict[str, Any]:
@@ -170,8 +198,11 @@ def _tensor(arrays: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
 
 
-def num_fed_tokens(example: Example) -> int:
-    """Tokens that a packed row holds for an example: its prompt once, each response without its last token."""
+def num_fed_tokens(example: Example, layout: str = "packed") -> int:
+    """Tokens that a microbatch of this example alone holds, padding included; packed: its prompt once, each response
+    without its last token."""
+    if layout == "padded":
+        return len(example.responses) * (len(example.prompt) + max(map(len, example.responses)))
     return len(example.prompt) + sum(len(response) - 1 for response in example.responses)
 
 
@@ -183,11 +214,14 @@ def cut(examples: Sequence[Example], num_parts: int, token_budget: int, layout: 
     smallest, so that all are about equally full.
     """
 
-    def size(groups: Sequence[list[Example]]) -> int:  # fed tokens, padding included
+    def extent(group: Sequence[Example]) -> tuple[int, int]:  # tokens of a row, rows
         if layout == "packed":
-            return sum(map(_num_packed, groups))
-        rows = [len(example.prompt) + len(response) for g in groups for example in g for response in example.responses]
-        return len(rows) * max(rows, default=0)
+            return _num_packed(group), 1
+        rows = [len(example.prompt) + len(response) for example in group for response in example.responses]
+        return max(rows), len(rows)
+
+    def joined(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+        return (one[0] + other[0], 1) if layout == "packed" else (max(one[0], other[0]), one[1] + other[1])
 
     by_prompt: dict[bytes, list[Example]] = {}
     for example in examples:
@@ -196,29 +230,41 @@ def cut(examples: Sequence[Example], num_parts: int, token_budget: int, layout: 
     for group in by_prompt.values():
         groups.append([])
         for example in group:
-            if groups[-1] and size([[*groups[-1], example]]) > token_budget:
+            if groups[-1] and math.prod(extent([*groups[-1], example])) > token_budget:
                 groups.append([])
             groups[-1].append(example)
-    sizes = [size([group]) for group in groups]
+    extents = [extent(group) for group in groups]
+    sizes = [math.prod(each) for each in extents]
     too_long = [[index] for index in range(len(groups)) if sizes[index] > token_budget]
     longest_first = sorted((i for i in range(len(groups)) if sizes[i] <= token_budget), key=lambda i: -sizes[i])
     fewest = max(num_parts - len(too_long), math.ceil(sum(sizes[i] for i in longest_first) / token_budget))
     microbatches: list[list[int]] = []
     for num in range(min(fewest, len(longest_first)), len(longest_first) + 1):
         microbatches = [[] for _ in range(num)]
-        filled = [0] * num
+        filled = [(0, 0)] * num
         for index in longest_first:
-            if layout == "packed":
-                after = [tokens + sizes[index] for tokens in filled]
-            else:
-                after = [size([groups[other] for other in (*held, index)]) for held in microbatches]
-            smallest = after.index(min(after))
+            after = [joined(held, extents[index]) for held in filled]
+            fed = [tokens * rows for tokens, rows in after]
+            smallest = fed.index(min(fed))
             microbatches[smallest].append(index)
             filled[smallest] = after[smallest]
-        if max(filled, default=0) <= token_budget:
+        if max(map(math.prod, filled), default=0) <= token_budget:
             break
     in_order = sorted(sorted(held) for held in (*microbatches, *too_long))
     return [[example for index in held for example in groups[index]] for held in in_order]
+
+
+def cut_for(
+    num_ranks: int, examples: Sequence[Example], num_parts: int, token_budget: int, layout: str = "packed"
+) -> list[list[Example]]:
+    """Cut a batch as cut does into microbatches that num_ranks processes take in turns, about num_parts each: as many
+    for each, all about equally full. Where there are too few examples for that, some microbatches are empty."""
+    microbatches = cut(examples, num_ranks * num_parts, token_budget, layout)
+    wanted = math.ceil(len(microbatches) / num_ranks) * num_ranks
+    if len(microbatches) < wanted:
+        microbatches = cut(examples, wanted, token_budget, layout)
+        wanted = math.ceil(len(microbatches) / num_ranks) * num_ranks
+    return microbatches + [[] for _ in range(wanted - len(microbatches))]
 
 
 def _num_packed(group: Sequence[Example]) -> int:

@@ -1,25 +1,30 @@
 """Checkpoints: directories that transformers loads, with the training state beside the weights, never a pickle.
 
-step-<examples>/ holds the model and tokenizer in Hugging Face form, optimizer.safetensors and training_state.json.
-LATEST is a link to the newest. A checkpoint is written under another name and renamed when it is whole.
+step-<examples>/ holds the model and tokenizer in Hugging Face form, the optimizer's state by the names of parameters,
+and training_state.json. Several processes write a file each, of whole tensors, so a checkpoint does not depend on how
+many there were. LATEST is a link to the newest. A checkpoint is written under another name and renamed when it is whole.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.sharding import Orders, barrier, fill, full_tensor, rank_and_size
 from utils import UserError
 
 STATE_FILE = "training_state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
+WEIGHTS, OPTIMIZER = "model", "optimizer"  # beginnings of the names of files
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 # Keys that may change when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
@@ -33,9 +38,12 @@ def save_checkpoint(
     run_dir: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
     counters: dict[str, int],
     *,
+    orders: Orders,
+    aliases: Mapping[str, str],
     config: DictConfig,
     data: str,
     metrics: dict[str, float],
@@ -44,8 +52,14 @@ def save_checkpoint(
 ) -> Path:
     """Write run_dir/step-<examples> and point LATEST to it, then remove all but the newest keep checkpoints.
 
+    All processes of a run call this together.
+
     Args:
+        model: whose config goes with the weights.
+        weights, state: as named_weights and named_state return them.
         counters: "examples" and "updates" so far.
+        orders: of the parameters that are split in another order than their own.
+        aliases: the second names of weights that have two -> their first.
         config: of the run; a resumed run must have the same, FREE_ON_RESUME aside.
         data: a hash of the training examples; a resumed run must have the same.
         metrics: of the last evaluation.
@@ -56,32 +70,39 @@ def save_checkpoint(
     """
     target = run_dir / f"step-{counters['examples']}"
     temporary = run_dir / f".{target.name}.tmp"
+    rank, _ = rank_and_size()
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        tensors, plain = _flatten(optimizer.state_dict())
-        save_file(tensors, temporary / OPTIMIZER_FILE)
-        log_sizes = {name: path.stat().st_size for name in LOG_FILES if (path := run_dir / name).exists()}
-        state = {"counters": counters, "log_sizes": log_sizes, "settings": _settings(config), "data": data}
-        state["optimizer"] = plain
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
-        if write_policy_pt:
-            weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-            policy = {"step_idx": counters["examples"], "state": weights, "metrics": metrics}
-            torch.save(policy, temporary / "policy.pt")
-        for file in temporary.iterdir():
-            _fsync(file)
-        _fsync(temporary)
-        if target.exists():  # of the run that this one was resumed from
-            shutil.rmtree(target)
-        temporary.rename(target)
-        link = run_dir / ".LATEST.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        link.replace(run_dir / "LATEST")
-        _fsync(run_dir)
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        barrier()
+        _write_part(temporary, WEIGHTS, weights, orders)
+        _write_part(temporary, OPTIMIZER, state, orders)
+        barrier()
+        if rank == 0:
+            model.config.save_pretrained(temporary)
+            model.generation_config.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            log_sizes = {name: path.stat().st_size for name in LOG_FILES if (path := run_dir / name).exists()}
+            facts = {"counters": counters, "log_sizes": log_sizes, "settings": _settings(config), "data": data}
+            (temporary / STATE_FILE).write_text(json.dumps(facts, indent=1))
+            if write_policy_pt:
+                named = dict(tensors_of(temporary, WEIGHTS))
+                named |= {name: named[first] for name, first in aliases.items()}
+                torch.save(
+                    {"step_idx": counters["examples"], "state": named, "metrics": metrics}, temporary / "policy.pt"
+                )
+            for file in temporary.iterdir():
+                _fsync(file)
+            _fsync(temporary)
+            if target.exists():  # of the run that this one was resumed from
+                shutil.rmtree(target)
+            temporary.rename(target)
+            link = run_dir / ".LATEST.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.name)
+            link.replace(run_dir / "LATEST")
+            _fsync(run_dir)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -89,9 +110,59 @@ def save_checkpoint(
             f"the checkpoint {target} could not be written ({error})",
             "make room or set local_run_dir elsewhere, then continue with resume=",
         ) from error
-    for old in checkpoints(run_dir)[:-keep] if keep is not None else []:
+    for old in checkpoints(run_dir)[:-keep] if keep is not None and rank == 0 else []:
         shutil.rmtree(old, ignore_errors=True)
+    barrier()
     return target
+
+
+def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters and saved buffers of a model by name, those that have two names by the first."""
+    named = dict(model.named_parameters())
+    others = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return named | {name: tensor for name, tensor in others.items() if name not in parameters}
+
+
+def named_aliases(model: PreTrainedModel) -> dict[str, str]:
+    """The second names of the parameters of a model that have two -> their first."""
+    first_names = {parameter: name for name, parameter in model.named_parameters()}
+    both = model.named_parameters(remove_duplicate=False)
+    return {name: first_names[parameter] for name, parameter in both if first_names[parameter] != name}
+
+
+def named_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer as tensors, named <parameter>.<what it is>."""
+    return {
+        f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _write_part(directory: Path, kind: str, tensors: Mapping[str, Tensor], orders: Orders) -> None:
+    """Write the tensors that fall to this process, about as many bytes as to every other; the first, of which are
+    which, if there are several files."""
+    rank, num_ranks = rank_and_size()
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    files, own, before = {}, {}, 0
+    for name, tensor in tensors.items():
+        owner = min(num_ranks - 1, before * num_ranks // max(1, total))
+        before += tensor.nbytes
+        files[name] = _file_name(kind, owner, num_ranks)
+        order = orders.get(name) or orders.get(name.rpartition(".")[0])
+        whole = full_tensor(tensor, order if tensor.ndim else None)  # by all processes together
+        if owner == rank:
+            own[name] = whole.detach().cpu().contiguous()
+    # A file for every process, even an empty one: their number is part of the names.
+    save_file(own, directory / _file_name(kind, rank, num_ranks), metadata={"format": "pt"})
+    if rank == 0 and num_ranks > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (directory / f"{kind}.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _file_name(kind: str, rank: int, num_ranks: int) -> str:
+    return f"{kind}.safetensors" if num_ranks == 1 else f"{kind}-{rank + 1:05}-of-{num_ranks:05}.safetensors"
 
 
 def _fsync(path: Path) -> None:
@@ -158,13 +229,11 @@ def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     return UserError("CHECKPOINT", f"the checkpoint {checkpoint} cannot be read ({error})", "resume from another one")
 
 
-def load_checkpoint(
-    checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, data: str
-) -> dict[str, Any]:
-    """Bring model and optimizer to where checkpoint was saved; returns its counters and the sizes of its logs.
+def read_state(checkpoint: Path, data: str) -> dict[str, Any]:
+    """Where the run of checkpoint was when it was saved: its counters and the sizes of its logs.
 
     Raises:
-        UserError: CHECKPOINT if it cannot be read or does not fit, DATA if the training examples are others.
+        UserError: CHECKPOINT if it cannot be read, DATA if its training examples are others than those hashed to data.
     """
     state = _read_state(checkpoint)
     if state["data"] != data:
@@ -173,29 +242,61 @@ def load_checkpoint(
             f"resume: the run at {checkpoint} was trained on other examples",
             "give the same data, or start a new run from its weights with model.archive",
         )
+    return state
+
+
+@torch.no_grad()
+def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, orders: Orders) -> None:
+    """Bring model and optimizer to where checkpoint was saved. Each process reads what it has of the tensors, whoever
+    wrote them.
+
+    Raises:
+        UserError: CHECKPOINT if it cannot be read or does not fit.
+    """
+    weights, parameters = named_weights(model), dict(model.named_parameters())
+    missing, state = set(weights), dict[str, dict[str, Tensor]]()
+    with reading(checkpoint):
+        for name, tensor in tensors_of(checkpoint, WEIGHTS):
+            fill(weights[name], tensor, orders.get(name))
+            missing.remove(name)
+        for owner, values in state_by_parameter(checkpoint).items():
+            parameter = parameters[owner]
+            state[owner] = values
+            for key, value in values.items():
+                if value.shape == parameter.shape:  # not a counter, nor a factor of the state, as Adafactor has them
+                    values[key] = torch.zeros_like(parameter, dtype=value.dtype)
+                    fill(values[key], value, orders.get(owner))
+        assert not missing, f"it lacks {', '.join(sorted(missing))}"
+    names = {parameter: name for name, parameter in parameters.items()}
+    in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    by_index = {index: state[name] for index, name in enumerate(in_order) if name in state}
+    optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Whatever goes wrong inside this is told of as a checkpoint that cannot be read."""
     try:
-        weights: dict[str, torch.Tensor] = {}
-        for file in sorted(checkpoint.glob("model*.safetensors")):
-            weights.update(load_file(file))
-        tensors = load_file(checkpoint / OPTIMIZER_FILE)
+        yield
     except Exception as error:  # a damaged file raises nearly anything
         raise _unreadable(checkpoint, error) from error
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(model.state_dict()) - set(_untied(model))
-    if unexpected or set(missing) - tied:
-        raise UserError("CHECKPOINT", f"the checkpoint {checkpoint} does not fit the model", "resume its own run")
-    optimizer.load_state_dict(_unflatten(tensors, state["optimizer"]))
-    return {"counters": state["counters"], "log_sizes": state["log_sizes"]}
 
 
-def _untied(model: PreTrainedModel) -> list[str]:
-    seen: set[int] = set()
-    names = []
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            names.append(name)
-        seen.add(tensor.data_ptr())
-    return names
+def tensors_of(directory: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of all files of a kind, one after another."""
+    for path in sorted(directory.glob(f"{kind}*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  it is no mapping
+                yield name, file.get_tensor(name)
+
+
+def state_by_parameter(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state in a checkpoint: name of the parameter -> what it is -> value."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors_of(checkpoint, OPTIMIZER):
+        owner, _, key = name.rpartition(".")
+        state.setdefault(owner, {})[key] = tensor
+    return state
 
 
 def rewind(run_dir: Path, sizes: dict[str, int]) -> None:
@@ -203,24 +304,3 @@ def rewind(run_dir: Path, sizes: dict[str, int]) -> None:
     for name in LOG_FILES:
         if (run_dir / name).exists():
             os.truncate(run_dir / name, sizes.get(name, 0))
-
-
-def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors, and the rest, which JSON can hold."""
-    tensors: dict[str, torch.Tensor] = {}
-    plain: dict[str, Any] = {"param_groups": state_dict["param_groups"], "state": {}}
-    for index, values in state_dict["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-            else:
-                plain["state"].setdefault(str(index), {})[name] = value
-    return tensors, plain
-
-
-def _unflatten(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in plain["state"].items()}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    return {"state": state, "param_groups": plain["param_groups"]}

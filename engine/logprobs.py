@@ -8,10 +8,14 @@ recomputation, and memory for one chunk of logits instead of all.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from engine.batching import Microbatch, Part
@@ -25,10 +29,25 @@ CHUNK_TOKENS, CHUNK_LOGITS = 512, {"cpu": 2**22, "cuda": 2**26}
 Objective = Callable[[Tensor, Part], Tensor]
 
 
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The part of the vocabulary whose logits a process makes, where the LM head is split among a group."""
+
+    group: dist.ProcessGroup
+    first: int  # token of this part
+    largest: int  # number of tokens in a part of this group
+
+    def sum(self, values: Tensor) -> Tensor:
+        """values summed over the group, in place and in full precision."""
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        dist.all_reduce(wide, group=self.group)
+        return values.copy_(wide)
+
+
 def response_logps(
     model: PreTrainedModel, batch: Microbatch, objective: Objective | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run model over batch once.
+    """Run model over batch once. A model whose weights are sharded has them gathered around it.
 
     Args:
         batch: on the device of the model's LM head.
@@ -38,6 +57,12 @@ def response_logps(
         the loss (0 without an objective), a scalar to call backward on, and the sum of the log-probs of each
         response's tokens, [responses], detached; both in fp32, or fp64 for a model in fp64.
     """
+    run = getattr(model, "run_sharded", partial(run_model, model))
+    return run(batch, objective)
+
+
+def run_model(model: PreTrainedModel, batch: Microbatch, objective: Objective | None = None) -> tuple[Tensor, Tensor]:
+    """response_logps of a model whose weights are at hand."""
     if batch.attention_mask is not None:  # padded: the model's own logits and a plain log-softmax
         head = model.get_output_embeddings()
         with head.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),)):
@@ -49,9 +74,19 @@ def response_logps(
     hidden = model.base_model(
         batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, use_cache=False
     ).last_hidden_state
-    head = model.get_output_embeddings()
+    weight, bias, shard = _own_part(model.get_output_embeddings())
     # Where layers are split among GPUs, the last hidden states may be elsewhere than the head and the batch.
-    return chunked_head(hidden[0].to(head.weight.device), head.weight, head.bias, batch, objective)
+    return chunked_head(hidden[0].to(weight.device), weight, bias, batch, objective, shard)
+
+
+def _own_part(head: nn.Module) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:
+    """What this process has of the LM head: weight, bias, and its place in the vocabulary if that is split."""
+    if not isinstance(head.weight, DTensor):
+        return head.weight, head.bias, None  # type: ignore[return-value]
+    mesh = head.weight.device_mesh
+    largest = -(-len(head.weight) // mesh.size())
+    shard = VocabularyShard(mesh.get_group(), largest * mesh.get_local_rank(), largest)
+    return head.weight.to_local(), None if head.bias is None else head.bias.to_local(), shard  # type: ignore
 
 
 def whole(batch: Microbatch) -> Part:
@@ -84,19 +119,25 @@ def plain_head(
 
 
 def chunked_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Microbatch, objective: Objective | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: Microbatch,
+    objective: Objective | None = None,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the log-probs of all responses from the hidden states of a packed row.
 
     Args:
         hidden: [tokens, hidden size], after the final norm.
         weight, bias: of the LM head, [vocabulary, hidden size] and [vocabulary] or None.
+        shard: of the vocabulary that weight and bias are for; None if they are for all of it.
 
     Returns:
         as response_logps.
     """
     with_gradient = objective is not None and torch.is_grad_enabled()
-    return _ChunkedHead.apply(hidden, weight, bias, batch, objective, with_gradient)
+    return _ChunkedHead.apply(hidden, weight, bias, batch, objective, with_gradient, shard)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -109,6 +150,7 @@ class _ChunkedHead(torch.autograd.Function):
         batch: Microbatch,
         objective: Objective | None,
         with_gradient: bool,
+        shard: VocabularyShard | None,
     ) -> tuple[Tensor, Tensor]:
         # Logits are fp32 (or fp64) whatever the dtype, and come from the weights as they are kept where that is no
         # slower; only the products of the gradients follow the dtype of the hidden states.
@@ -119,12 +161,14 @@ class _ChunkedHead(torch.autograd.Function):
         selected = hidden[batch.predict_index]
         grad_selected = torch.empty_like(selected) if needs_hidden else None
         grad_weight = grad_bias = None
-        max_targets = max(CHUNK_TOKENS, CHUNK_LOGITS[hidden.device.type] // len(weight))
+        max_targets = max(CHUNK_TOKENS, CHUNK_LOGITS[hidden.device.type] // (shard.largest if shard else len(weight)))
         buffer = hidden.new_empty(min(max_targets, len(selected)), len(weight), dtype=dtype)
         loss = hidden.new_zeros((), dtype=dtype)
         logps = hidden.new_empty(len(batch.responses), dtype=dtype)
 
         normalized = _normalize_on_gpu if has_triton(hidden.device) and dtype == torch.float32 else softmax_
+        if shard is not None:
+            normalized = partial(softmax_of_shards_, shard)
 
         def log_probs(span: slice) -> tuple[Tensor, GradientOfLogits]:
             logits = _logits(selected[span], wide_weight, bias, buffer[: span.stop - span.start])
@@ -160,6 +204,8 @@ class _ChunkedHead(torch.autograd.Function):
                     grad_bias = _add_product(grad_bias, grad_logits.T, scale.to(hidden.dtype), dtype)
         grad_hidden = None
         if grad_selected is not None:
+            if shard is not None:
+                shard.sum(grad_selected)
             grad_hidden = torch.zeros_like(hidden).index_add_(0, batch.predict_index, grad_selected)
         ctx.mark_non_differentiable(logps)
         ctx.gradients = (
@@ -174,7 +220,7 @@ class _ChunkedHead(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # autograd may take them as they are, when nobody else has them
         if grad_loss.is_cuda or grad_loss != 1:  # on a GPU a look at the value would wait for all that is queued
             gradients = tuple(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients)
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -207,13 +253,30 @@ def softmax_(logits: Tensor, targets: Tensor) -> tuple[Tensor, GradientOfLogits]
     return target_logits - largest + probs.amax(-1).log(), gradient
 
 
+def softmax_of_shards_(shard: VocabularyShard, logits: Tensor, targets: Tensor) -> tuple[Tensor, GradientOfLogits]:
+    """The same for logits [tokens, part of the vocabulary]: no process ever has those of the whole vocabulary."""
+    own = targets - shard.first
+    is_own = (own >= 0) & (own < logits.shape[-1])
+    own = own.where(is_own, 0)[:, None]
+    largest = logits.amax(-1)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
+    logits.sub_(largest[:, None])
+    target_logits = logits.gather(-1, own).squeeze(-1).where(is_own, 0)
+    total, target_logits = shard.sum(torch.stack([logits.exp_().sum(-1), target_logits]))
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        return logits.div_(-total[:, None]).scatter_add_(-1, own, is_own.to(logits.dtype)[:, None]).to(dtype)
+
+    return target_logits - total.log(), gradient
+
+
 def _normalize_on_gpu(logits: Tensor, targets: Tensor) -> tuple[Tensor, GradientOfLogits]:
     """The same in two Triton kernels, each one trip through memory."""
     normalizer, target_logits = normalize(logits, targets)
 
     def gradient(dtype: torch.dtype) -> Tensor:
         grad_logits = torch.empty_like(logits, dtype=dtype)
-        gradient_of_logits(logits, normalizer, targets, torch.ones_like(normalizer), grad_logits)
+        gradient_of_logits(logits, normalizer, targets, grad_logits)
         return grad_logits
 
     return target_logits - normalizer, gradient
@@ -229,7 +292,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch
 
 
 def _spans(targets: slice, longest: int) -> Iterator[slice]:
-    for start in range(targets.start, targets.stop, longest):
+    for start in range(targets.start, max(targets.stop, targets.start + 1), longest):  # one, even if there is none
         yield slice(start, min(start + longest, targets.stop))
 
 

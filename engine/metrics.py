@@ -37,15 +37,24 @@ class Sums:
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
+        self.num_tokens = 0
 
     def add(self, **values: Tensor) -> None:
-        """Add values, each [examples]."""
+        """Add values, each [examples]; every name has one for every example."""
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.detach())
 
-    def means(self) -> dict[str, Tensor]:
-        """Scalars in fp64, on the device of the values."""
-        return {name: torch.cat(values).double().mean() for name, values in self._values.items()}
+    def means(self, add_others: Callable[[Tensor], None]) -> tuple[dict[str, Tensor], Tensor]:
+        """The means, and the number of tokens: scalars in fp64, on the device of the values.
+
+        Args:
+            add_others: adds to a tensor, in place, what other processes have of it.
+        """
+        joined = [torch.cat(values).double() for values in self._values.values()]
+        counts = joined[0].new_tensor([len(joined[0]), self.num_tokens])
+        totals = torch.cat([torch.stack([values.sum() for values in joined]), counts])
+        add_others(totals)
+        return dict(zip(self._values, (totals[:-2] / totals[-2]).unbind(), strict=True)), totals[-1]
 
 
 def fetched(scalars: Mapping[str, Tensor]) -> dict[str, float]:
@@ -238,6 +247,16 @@ class Background:
             self._write(f"{self._name}: not finished in {PATIENCE:g} s, so it is left behind; metrics.jsonl has it all")
         if self._num_dropped:
             self._write(f"{self._name}: {self._num_dropped:,} entries were dropped; metrics.jsonl has them")
+
+
+class NoLoggers:
+    """Of the processes beside the first, which logs for all."""
+
+    def train(self, metrics: dict[str, float]) -> None: ...
+    def eval(self, metrics: dict[str, float]) -> None: ...
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def print(self, text: str) -> None: ...
+    def close(self, is_done: bool = True) -> None: ...
 
 
 class Loggers:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import engine.attention  # noqa: F401  registers packed attention
 from engine.batching import lay_out
 from engine.logprobs import response_logps
+from engine.precision import model_in
 from engine.tokenization import Example
 from utils import UserError, clipped, is_out_of_memory
 
@@ -78,7 +79,7 @@ def load_model(
         UserError: CONFIG if there is no such model, CHECKPOINT if the archive does not fit it.
     """
     settings = config.model
-    hf_config = _hf_config(settings, tokenizer)
+    hf_config = hf_config_of(settings, tokenizer)
     context = getattr(hf_config, "max_position_embeddings", None)
     if context is not None and config.max_length > context:
         raise UserError(
@@ -122,7 +123,8 @@ def load_model(
     return model
 
 
-def _hf_config(settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+def hf_config_of(settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The transformers config of the model that config.model describes."""
     if settings.architecture is None:
         try:
             return AutoConfig.from_pretrained(settings.name_or_path, trust_remote_code=settings.trust_remote_code)
@@ -219,12 +221,15 @@ def _lists(model: nn.Module) -> list[nn.ModuleList]:
 
 
 @torch.no_grad()
-def use_packed_attention(model: PreTrainedModel) -> None:
+def use_packed_attention(model: PreTrainedModel, mixed_precision: torch.dtype | None = None) -> None:
     """Switch model to packed attention, after a check that it gives the log-probs of the model's own forward.
 
     The check runs the model over a few tokens, packed and padded. It catches whatever packing would get wrong:
     attention that cannot be replaced, state that crosses examples (Mamba), position biases, logits that are scaled
     or capped after the head.
+
+    Args:
+        mixed_precision: what the model will run in, if that is not the dtype of its weights.
 
     Raises:
         UserError: CONFIG, naming batching=padded.
@@ -239,7 +244,8 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     device = model.get_output_embeddings().weight.device
 
     def logps(examples: list[Example], layout: str) -> Tensor:
-        return response_logps(model, lay_out(examples, layout).to(device))[1]
+        with model_in(model, mixed_precision):
+            return response_logps(model, lay_out(examples, layout).to(device))[1]
 
     model.own_attention = model.config._attn_implementation  # for sampling
     try:
@@ -258,7 +264,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         raise UserError("CONFIG", f"{name} does not run with batching=packed ({error})", fix) from error
     if model.config._attn_implementation != "packed":
         raise UserError("CONFIG", f"{name} has an attention that batching=packed cannot replace", fix)
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 0.02)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(mixed_precision or model.dtype, 0.02)
     difference = ((packed - padded) / padded).abs().max().item()
     unchanged = [0, 2, 3]  # all responses but the one that was changed
     leak = ((packed - packed_changed) / packed)[unchanged].abs().max().item()

@@ -2,9 +2,10 @@
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from engine.batching import Microbatch
 from engine.logprobs import response_logps
 from engine.precision import model_in
+from engine.sharding import Orders, full_tensor, rank_and_size
 from utils import UserError, content_hash, to_device
 
 
@@ -41,21 +43,35 @@ class CachedReference:
 
     The tokens stand for tokenizer, template and truncation, so the same cache serves any beta, loss, learning rate
     and batch. What was computed before a run was killed is kept.
+
+    Args:
+        path: of the file.
+        of_ranks: returns the values that the processes of a run give, in their order. The first one has the file; all
+            have what is in it.
     """
 
-    def __init__(self, directory: Path, key: str):
-        self.path = directory / f"{key}.sqlite"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(self.path, timeout=60)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS logps"
-                " (response BLOB PRIMARY KEY, logp REAL NOT NULL, num_tokens INTEGER NOT NULL) WITHOUT ROWID"
-            )
-            self._logps = dict(self._connection.execute("SELECT response, logp FROM logps"))
-        except (OSError, sqlite3.Error) as error:
-            raise self._unusable(error) from error
+    def __init__(self, path: Path, of_ranks: Callable[[Any], list[Any]] = lambda value: [value]):
+        self.path = path
+        self._of_ranks = of_ranks
+        self._connection: sqlite3.Connection | None = None
+        if rank_and_size()[0] == 0:
+            try:
+                self._connection = self._open()
+                self._logps = dict(self._connection.execute("SELECT response, logp FROM logps"))
+            except (OSError, sqlite3.Error) as error:
+                raise self._unusable(error) from error
+        else:
+            self._logps = {}
+        self._logps = of_ranks(self._logps)[0]
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.path, timeout=60)
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS logps"
+            " (response BLOB PRIMARY KEY, logp REAL NOT NULL, num_tokens INTEGER NOT NULL) WITHOUT ROWID"
+        )
+        return connection
 
     def _unusable(self, error: Exception) -> UserError:
         return UserError(
@@ -72,16 +88,18 @@ class CachedReference:
         return {_digest(prompt, response) for prompt, response in responses} - self._logps.keys()
 
     def add(self, batch: Microbatch, logps: Tensor) -> None:
-        """Keep logps [responses] of the responses of batch; those that are there already stay."""
-        rows = [
+        """Keep logps [responses] of the responses of batch, and what the other processes add; what is there stays."""
+        own = [
             (_digest(prompt, response), logp, len(response))
             for (prompt, response), logp in zip(batch.responses, logps.tolist(), strict=True)
         ]
-        try:
-            self._connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?)", rows)
-            self._connection.commit()
-        except sqlite3.Error as error:
-            raise self._unusable(error) from error
+        rows = [row for rows_of_rank in self._of_ranks(own) for row in rows_of_rank]
+        if self._connection is not None:
+            try:
+                self._connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?)", rows)
+                self._connection.commit()
+            except sqlite3.Error as error:
+                raise self._unusable(error) from error
         for digest, logp, _ in rows:
             self._logps.setdefault(digest, logp)
 
@@ -101,15 +119,19 @@ def _digest(prompt: np.ndarray, response: np.ndarray) -> bytes:
     return digest.digest()
 
 
-def reference_key(model: PreTrainedModel, mixed_precision: torch.dtype | None, batching: str) -> str:
-    """A hash of all that decides the log-probs of given tokens: weights, their dtypes, config, precision; and what
-    decides the last bits: layout, device, and the version of torch."""
+def reference_key(model: PreTrainedModel, orders: Orders, settings: Iterable[Any]) -> str:
+    """A hash of all that decides the log-probs of given tokens: weights, their dtypes, the model's config; settings of
+    precision and layout; and what decides the last bits: device and version of torch.
+
+    Args:
+        orders: of the parameters that are split in another order than their own.
+        settings: what JSON can write.
+    """
     digest = xxhash.xxh3_128()  # as fast as memory: billions of weights take seconds, so no digest need be remembered
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        whole = full_tensor(tensor.detach(), orders.get(name)).cpu().contiguous()
+        digest.update(whole.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     config = {key: value for key, value in model.config.to_diff_dict().items() if not key.startswith("_")}
-    return content_hash(
-        [digest.digest(), type(model).__name__, str(config), str(mixed_precision), batching, device, torch.__version__]
-    )
+    return content_hash([digest.digest(), type(model).__name__, str(config), *settings, device, torch.__version__])

@@ -1,12 +1,11 @@
 """The two elementwise passes over the logits of the LM head, each in one trip through a GPU's memory.
 
-As torch operations they are a pass each for the maximum, the differences to it, their exponentials and the sum, then
-one each for the difference to the normalizer, the exponential, the product and the narrowing to a lower dtype. The
-kernels read the logits once for the log-probs and once for the gradient, which they write in the dtype of the matrix
-product that follows.
+As torch operations they are a pass each for the largest logit, the softmax and its largest probability, then one each
+for the negation and the narrowing to a lower dtype. The kernels read the logits once for the log-probs and once for the
+gradient, which they write in the dtype of the matrix product that follows.
 
-They compute in fp32 whatever they are given, so logits in fp64 are not for them: callers keep those to the plain_*
-twins, which compute in fp32 or more, run anywhere, and are what the kernels are tested against.
+They compute in fp32 whatever they are given, so logits in fp64 are not for them: those, like all logits where there is
+no Triton, are for engine.logprobs.softmax_, the readable twin that the kernels are tested against.
 """
 
 import os
@@ -59,25 +58,21 @@ def normalize(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return normalizer, target_logits
 
 
-def gradient_of_logits(
-    logits: Tensor, normalizer: Tensor, targets: Tensor, grad_token_logps: Tensor, out: Tensor
-) -> None:
-    """Write the gradient with respect to the logits, (onehot(target) - softmax(logits)) * grad_token_logps, to out.
+def gradient_of_logits(logits: Tensor, normalizer: Tensor, targets: Tensor, out: Tensor) -> None:
+    """Write the gradient of the sum of all log-probs, onehot(target) - softmax(logits), to out.
 
     Args:
         logits, targets: as normalize.
         normalizer: from normalize, [targets].
-        grad_token_logps: of the log-prob of each target, fp32 [targets].
         out: [targets, vocabulary] in any float dtype, with contiguous rows; may be logits itself.
     """
-    _check(logits, targets, normalizer, grad_token_logps, out)
+    _check(logits, targets, normalizer, out)
     blocks = triton.cdiv(logits.shape[1], GRADIENT_BLOCK)
     with torch.cuda.device_of(logits):
         _gradient_kernel[(len(logits), blocks)](
             logits,
             normalizer.contiguous(),
             targets.contiguous(),
-            grad_token_logps.contiguous(),
             out,
             logits.shape[1],
             logits.stride(0),
@@ -85,25 +80,6 @@ def gradient_of_logits(
             block=GRADIENT_BLOCK,
             num_warps=GRADIENT_WARPS,
         )
-
-
-def plain_normalize(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """normalize in plain torch, and in fp64 for logits in fp64."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.logsumexp(-1), logits.gather(-1, targets[:, None]).squeeze(-1)
-
-
-def plain_gradient_of_logits(
-    logits: Tensor, normalizer: Tensor, targets: Tensor, grad_token_logps: Tensor, out: Tensor
-) -> None:
-    """gradient_of_logits in plain torch, and in fp64 for logits in fp64."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    gradient = out if out.dtype == dtype else torch.empty_like(logits, dtype=dtype)  # rounded to out's dtype once
-    grad_tokens = grad_token_logps[:, None]
-    torch.sub(logits, normalizer[:, None], out=gradient)
-    gradient.exp_().mul_(-grad_tokens).scatter_add_(-1, targets[:, None], grad_tokens)
-    if gradient is not out:
-        out.copy_(gradient)
 
 
 def _check(logits: Tensor, targets: Tensor, *others: Tensor) -> None:
@@ -152,7 +128,6 @@ if triton is not None:
         logits: tl.tensor,
         normalizer: tl.tensor,
         targets: tl.tensor,
-        grad_token_logps: tl.tensor,
         out: tl.tensor,
         vocabulary: tl.tensor,
         row_stride: tl.tensor,
@@ -166,5 +141,4 @@ if triton is not None:
         values = tl.load(logits + row * row_stride + columns, mask=within, other=0.0).to(tl.float32)
         softmax = tl.exp(values - tl.load(normalizer + row))
         onehot = tl.where(columns == tl.load(targets + row), 1.0, 0.0)
-        gradient = (onehot - softmax) * tl.load(grad_token_logps + row)
-        tl.store(out + row * out_stride + columns, gradient.to(out.dtype.element_ty), mask=within)
+        tl.store(out + row * out_stride + columns, (onehot - softmax).to(out.dtype.element_ty), mask=within)

@@ -22,7 +22,7 @@ from utils import UserError, clipped
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 TINY = CONFIG_DIR / "model" / "tiny.yaml"
-TRAINERS = ("BasicTrainer",)
+TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 OPTIMIZERS = ("RMSprop", "Adam", "AdamW", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Adafactor")
 
 
@@ -188,6 +188,12 @@ CHECKS: dict[str, Check] = {
     "batching": one_of("packed", "padded"),
     "trainer": one_of(*TRAINERS),
     "num_processes": optional(count),
+    "tensor_parallel_size": optional(count),
+    "tensor_parallel.backend": one_of("native", "package"),
+    "fsdp.replicas": count,
+    "fsdp.cpu_offload": boolean,
+    "deterministic": boolean,
+    "collective_timeout": count,
     "optimizer": one_of(*OPTIMIZERS),
     "lr": non_negative,
     "warmup_steps": count_or_zero,
@@ -305,6 +311,53 @@ RULES = (
         ("num_processes", "trainer"),
         lambda num_processes, trainer: trainer == "BasicTrainer" and num_processes not in (None, 1),
         "must be null or 1 with trainer=BasicTrainer, not {0}",
+    ),
+    Rule(
+        ("tensor_parallel_size", "trainer"),
+        lambda size, trainer: trainer == "BasicTrainer" and size not in (None, 1),
+        "must be null or 1 with trainer=BasicTrainer, not {0}",
+    ),
+    Rule(
+        ("tensor_parallel.backend", "trainer"),
+        lambda backend, trainer: backend == "package" and trainer != "TensorParallelTrainer",
+        "package needs trainer=TensorParallelTrainer, not {1}",
+    ),
+    Rule(
+        ("compile", "tensor_parallel.backend"),
+        lambda compiled, backend: compiled and backend == "package",
+        "true needs tensor_parallel.backend=native",
+    ),
+    Rule(
+        ("activation_checkpointing", "tensor_parallel.backend"),
+        lambda checkpointing, backend: checkpointing not in (False, 0) and backend == "package",
+        "{0} needs tensor_parallel.backend=native: the devices of one process would wait for each other",
+    ),
+    Rule(
+        ("num_processes", "tensor_parallel.backend"),
+        lambda num_processes, backend: backend == "package" and num_processes not in (None, 1),
+        "must be null or 1 with tensor_parallel.backend=package, not {0}: set tensor_parallel_size",
+    ),
+    Rule(
+        ("optimizer", "trainer"),
+        lambda optimizer, trainer: optimizer == "Adafactor" and trainer != "BasicTrainer",
+        "Adafactor looks at whole matrices, of which processes hold parts: choose another with trainer={1}",
+    ),
+    Rule(
+        ("fsdp.replicas", "trainer"),
+        lambda replicas, trainer: replicas > 1 and trainer != "FSDPTrainer",
+        "must be 1 with trainer={1}, not {0}",
+    ),
+    Rule(
+        ("fsdp.cpu_offload", "trainer"),
+        lambda cpu_offload, trainer: cpu_offload and trainer != "FSDPTrainer",
+        "needs trainer=FSDPTrainer, not {1}",
+    ),
+    Rule(
+        ("deterministic", "trainer", "tensor_parallel_size"),
+        lambda deterministic, trainer, size: (
+            deterministic and (trainer == "TensorParallelTrainer" or size not in (None, 1))
+        ),
+        "true sums gradients across processes of FSDPTrainer, not across matrix products that are shared",
     ),
     Rule(
         ("resume", "local_run_dir"),

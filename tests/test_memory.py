@@ -5,6 +5,8 @@ import torch
 
 import engine.memory
 from engine.memory import FEWEST_TOKENS, SHARE, fitting, most_useful, saved_bytes
+from tests.runs import Program
+from trainers import BasicTrainer
 
 CPU = torch.device("cpu")
 STATE = 10**6
@@ -78,3 +80,29 @@ def test_a_cpu_runs_as_many_tokens_as_outweigh_the_gradients() -> None:
 
 def test_there_is_some_memory() -> None:
     assert 2**28 < engine.memory.total_memory(CPU) < 2**50
+
+
+@pytest.mark.parametrize(
+    "loss, copies",
+    [(("loss=sft",), 4), (("loss=dpo", "loss.beta=0.1"), 4), (("loss=dpo", "loss.beta=0.1", "reference=live"), 5)],
+)
+def test_a_run_leaves_room_for_gradients_optimizer_and_reference(
+    program: Program, monkeypatch: pytest.MonkeyPatch, loss: tuple[str, ...], copies: int
+) -> None:
+    """The memory is what these and the weights take (AdamW keeps two numbers of each weight), and 1000 tokens."""
+    budgets = []
+    fit_memory = BasicTrainer.fit_memory
+
+    def fit(trainer: BasicTrainer) -> tuple[int, int]:
+        weights = sum(parameter.nbytes for parameter in trainer.policy.parameters())
+        per_token = weights / 1000
+        monkeypatch.setattr(trainer, "bytes_per_token", lambda: per_token)
+        total = copies * weights + 1000.5 * per_token / SHARE
+        monkeypatch.setattr(engine.memory, "total_memory", lambda device: total)
+        budgets.append(fit_memory(trainer))
+        return budgets[-1]
+
+    monkeypatch.setattr(BasicTrainer, "fit_memory", fit)
+    options = ("optimizer=AdamW", "activation_checkpointing=false", "n_examples=4", "do_first_eval=false", "debug=true")
+    program.ok(*loss, *options)
+    assert budgets == [(1000, 0)]

@@ -12,19 +12,39 @@ from tests.runs import Program
 DPO = ("loss=dpo", "loss.beta=0.1")
 
 
+def alone(totals: torch.Tensor) -> None:
+    """No other process has anything to add."""
+
+
 def test_sums_are_means_over_examples() -> None:
     sums = Sums()
-    sums.add(loss=torch.tensor([1.0, 2.0, 3.0]))
+    sums.add(loss=torch.tensor([1.0, 2.0, 3.0]), other=torch.tensor([1.0, 1.0, 0.0]))
     sums.add(loss=torch.tensor([6.0]), other=torch.tensor([1.0]))
-    assert fetched(sums.means()) == {"loss": 3.0, "other": 1.0}
+    sums.num_tokens = 7
+    means, num_tokens = sums.means(alone)
+    assert fetched(means) == {"loss": 3.0, "other": 0.75} and num_tokens == 7
 
 
 def test_means_are_exact_over_many_examples() -> None:
     sums = Sums()
     for value in (2.0**25, 1.0, 1.0, 2.0):  # 2**25 + 1 is none of fp32's numbers
         sums.add(loss=torch.tensor([value]))
-    (mean,) = sums.means().values()
+    (mean,) = sums.means(alone)[0].values()
     assert mean.dtype == torch.float64 and mean.item() == 2.0**23 + 1
+
+
+def test_means_are_over_the_examples_of_all_processes() -> None:
+    sums, others = Sums(), Sums()
+    sums.add(loss=torch.tensor([1.0, 2.0, 3.0]))
+    others.add(loss=torch.zeros(0))  # of a microbatch without examples
+    others.add(loss=torch.tensor([6.0]))
+    totals: list[torch.Tensor] = []
+    others.means(totals.append)
+
+    def add_others(own: torch.Tensor) -> None:
+        own += totals[0]
+
+    assert fetched(sums.means(add_others)[0]) == {"loss": 3.0}
 
 
 def test_fetched_are_the_numbers_whatever_their_dtype() -> None:

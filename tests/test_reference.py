@@ -1,5 +1,7 @@
 """The cache of reference log-probs on disk."""
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -21,17 +23,17 @@ def model():
 def test_what_is_added_is_there_in_the_next_process(tmp_path, model) -> None:
     batch = lay_out(pair_examples())
     logps = LiveReference(model).logps(batch)
-    cache = CachedReference(tmp_path, "key")
+    cache = CachedReference(tmp_path / "key.sqlite")
     assert cache.missing(batch.responses)
     cache.add(batch, logps)
-    again = CachedReference(tmp_path, "key")
+    again = CachedReference(tmp_path / "key.sqlite")
     assert len(again) == len(batch.responses) and not again.missing(batch.responses)
     assert torch.equal(again.logps(batch).float(), logps)
 
 
 def test_values_do_not_depend_on_the_batch_that_asks(tmp_path, model) -> None:
     examples = pair_examples()
-    cache = CachedReference(tmp_path, "key")
+    cache = CachedReference(tmp_path / "key.sqlite")
     cache.add(lay_out(examples), LiveReference(model).logps(lay_out(examples)))
     for example in examples:
         batch = lay_out([example])
@@ -40,7 +42,7 @@ def test_values_do_not_depend_on_the_batch_that_asks(tmp_path, model) -> None:
 
 def test_a_prompt_and_response_are_told_apart_by_where_they_meet(tmp_path, model) -> None:
     (example,) = random_examples([(4, 3)])
-    cache = CachedReference(tmp_path, "key")
+    cache = CachedReference(tmp_path / "key.sqlite")
     batch = lay_out([example])
     cache.add(batch, LiveReference(model).logps(batch))
     tokens = [*example.prompt, *example.responses[0]]
@@ -49,34 +51,55 @@ def test_a_prompt_and_response_are_told_apart_by_where_they_meet(tmp_path, model
 
 
 def test_two_processes_may_fill_one_cache(tmp_path, model) -> None:
-    first, second = CachedReference(tmp_path, "key"), CachedReference(tmp_path, "key")
+    first, second = CachedReference(tmp_path / "key.sqlite"), CachedReference(tmp_path / "key.sqlite")
     batch = lay_out(pair_examples())
     logps = LiveReference(model).logps(batch)
     first.add(batch, logps)
     second.add(batch, logps + 1)
-    assert torch.equal(CachedReference(tmp_path, "key").logps(batch).float(), logps)
+    assert torch.equal(CachedReference(tmp_path / "key.sqlite").logps(batch).float(), logps)
+
+
+def test_processes_that_start_at_once_do_not_shut_each_other_out(tmp_path) -> None:
+    context = multiprocessing.get_context("fork")
+    for attempt in range(10):
+        barrier = context.Barrier(4)
+        arguments = (tmp_path / f"{attempt}.sqlite", barrier)
+        processes = [context.Process(target=open_at_once, args=arguments) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 4
+
+
+def open_at_once(path, barrier) -> None:
+    barrier.wait()
+    CachedReference(path)
 
 
 def test_a_cache_that_is_no_database_is_named(tmp_path) -> None:
     (tmp_path / "key.sqlite").write_text("not a database" * 100)
     with pytest.raises(UserError, match=r"key\.sqlite") as caught:
-        CachedReference(tmp_path, "key")
+        CachedReference(tmp_path / "key.sqlite")
     assert caught.value.exit_status == 6
 
 
 def test_the_key_follows_all_that_decides_the_numbers() -> None:
+    def key(model, *settings: str) -> str:
+        return reference_key(model, {}, settings)
+
     model = tiny_model("llama")
     keys = [
-        reference_key(model, None, "packed"),
-        reference_key(model, torch.bfloat16, "packed"),
-        reference_key(model, None, "padded"),
-        reference_key(tiny_model("llama", torch.bfloat16), None, "packed"),
-        reference_key(tiny_model("llama", rms_norm_eps=1e-3), None, "packed"),
+        key(model, "packed"),
+        key(model, "padded"),
+        key(model, "packed", "bfloat16"),
+        key(tiny_model("llama", torch.bfloat16), "packed"),
+        key(tiny_model("llama", rms_norm_eps=1e-3), "packed"),
     ]
-    assert reference_key(tiny_model("llama"), None, "packed") == keys[0]
+    assert key(tiny_model("llama"), "packed") == keys[0]
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
-    keys.append(reference_key(model, None, "packed"))
+    keys.append(key(model, "packed"))
     assert len(set(keys)) == len(keys)
 
 

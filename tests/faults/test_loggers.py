@@ -169,7 +169,7 @@ def test_the_process_ends_with_its_status_though_exit_hooks_block(tmp_path) -> N
             time.sleep(100)
         """)
     )
-    script = "import train, utils, engine.metrics; engine.metrics.PATIENCE = 0.5; utils.leave(train.main(), 0.5)"
+    script = "import train, utils, engine.metrics; engine.metrics.PATIENCE = 0.5; utils.end_process(train.main(), 0.5)"
     start = time.monotonic()
     result = subprocess.run(
         [

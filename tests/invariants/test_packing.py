@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 import engine.attention
 import engine.logprobs
-from engine.batching import Microbatch, Part, cut, lay_out
-from engine.logprobs import plain_head, response_logps
+from engine.batching import Microbatch, Part, cut, lay_out, lay_out_nothing
+from engine.logprobs import chunked_head, plain_head, response_logps
 from engine.models import use_packed_attention
 from engine.tokenization import Example
 from tests.models import SIZES, VOCABULARY, exact_norms, pair_examples, tiny_model
@@ -151,7 +151,7 @@ def test_chunked_head_is_the_plain_head(
         loss.backward()
         return loss.item(), logps, [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    loss, logps, gradients = run(engine.logprobs.chunked_head)
+    loss, logps, gradients = run(chunked_head)
     plain_loss, plain_logps, plain_gradients = run(plain_head)
     assert logps.dtype == torch.float32
     assert loss == pytest.approx(plain_loss, rel=1e-6)
@@ -161,3 +161,59 @@ def test_chunked_head_is_the_plain_head(
         assert ((ours - plain).float().norm() / plain.float().norm()).item() < (
             1e-6 if dtype == torch.float32 else 0.01
         )
+
+
+def head_leaves(batch: Microbatch, hidden_dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Random hidden states, and weight and bias of a head in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator) for shape in [(batch.num_tokens, 32), (VOCABULARY, 32), (VOCABULARY,)]
+    )
+    return [tensor.requires_grad_() for tensor in (hidden.to(hidden_dtype), weight, bias)]
+
+
+def test_a_multiple_of_the_loss_has_multiples_of_its_gradients() -> None:
+    """The head's gradients are made before it is known what becomes of its loss."""
+    batch = lay_out(pair_examples())
+    gradients = []
+    for head in (chunked_head, plain_head):
+        leaves = head_leaves(batch)
+        loss, _ = head(*leaves, batch, pair_loss(batch, 5))
+        gradients.append(torch.autograd.grad(3 * loss, leaves))
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_log_probs_of_low_states_come_from_the_weights_as_they_are_kept() -> None:
+    """Mixed precision: the head's weights are not rounded to the dtype of the hidden states, on a CPU."""
+    batch = lay_out(pair_examples())
+    leaves = head_leaves(batch, torch.bfloat16)
+    (_, ours), (_, plain) = (head(*leaves, batch, pair_loss(batch, 5)) for head in (chunked_head, plain_head))
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_responses", [1, 2])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_gives_every_parameter_a_gradient_of_zero(architecture: str, layout: str, num_responses: int) -> None:
+    """A process that is idle while others train takes part in their sums."""
+    model = tiny_model(architecture)
+    if layout == "packed":
+        use_packed_attention(model)
+    batch = lay_out_nothing(num_responses, layout)
+    calls = []
+
+    def objective(logps: Tensor, part: Part) -> Tensor:
+        roles = [
+            role[part.examples] - part.responses.start for role in (batch.chosen, batch.rejected) if role is not None
+        ]
+        calls.append([len(logps), *map(len, roles)])
+        return sum((logps[role].exp().sum() for role in roles), logps.new_zeros(())) / 5
+
+    loss, logps = response_logps(model, batch, objective)
+    loss.backward()
+    assert calls == [[0] * (1 + num_responses)]
+    assert loss.item() == 0 and logps.shape == (0,) and batch.num_examples == batch.num_tokens == 0
+    for parameter in model.parameters():
+        assert parameter.grad is not None and not parameter.grad.any()

@@ -1,0 +1,60 @@
+"""One trajectory, whatever the trainer and however many processes: losses, gradient norms and weights."""
+
+import pytest
+import torch
+
+from tests.ranks import Job, Trajectory, on_ranks, trajectories
+
+ARCHITECTURES = ("llama", "qwen2", "gpt_neox", "gpt2")
+LOSSES = ("sft", "dpo")
+FSDP, TENSOR = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer"
+ARRANGEMENTS = {
+    "fsdp-2": (2, (FSDP,)),
+    "tensor-2": (2, (TENSOR,)),
+    "fsdp-4": (4, (FSDP,)),
+    "fsdp-2-tensor-2": (4, (FSDP, "tensor_parallel_size=2")),
+}
+IN_ORDER = ("deterministic=true", "gradient_accumulation_steps=4", "optimizer=RMSprop")
+
+
+def jobs(overrides: tuple[str, ...]) -> list[Job]:
+    return [(architecture, loss, overrides) for architecture in ARCHITECTURES for loss in LOSSES]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[tuple[str, Job], Trajectory]:
+    """Of every arrangement and job, the processes of a number of ranks started once for all."""
+    directory = tmp_path_factory.mktemp("ranks")
+    found: dict[tuple[str, Job], Trajectory] = {}
+    for num_ranks in (1, 2, 4):
+        todo = [("basic", job) for job in jobs(())] if num_ranks == 1 else []
+        todo += [(name, job) for name, (size, how) in ARRANGEMENTS.items() if size == num_ranks for job in jobs(how)]
+        todo += [(f"in-order-{num_ranks}", ("llama", "dpo", (*IN_ORDER, *([FSDP] if num_ranks > 1 else []))))]
+        arguments = ([job for _, job in todo], directory / str(num_ranks))
+        run = trajectories(*arguments) if num_ranks == 1 else on_ranks(num_ranks, trajectories, *arguments)[0]
+        found |= dict(zip(todo, run, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_all_arrangements_train_the_same(name: str, architecture: str, loss: str, results) -> None:
+    losses, norms, weights = results[name, (architecture, loss, ARRANGEMENTS[name][1])]
+    expected_losses, expected_norms, expected_weights = results["basic", (architecture, loss, ())]
+    assert len(losses) == 20 and norms.max() > 1.0  # so that clipping takes part
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=1e-6)
+    assert weights.keys() == expected_weights.keys()
+    difference = sum((weights[key] - value).square().sum() for key, value in expected_weights.items())
+    assert difference.sqrt() / sum(value.square().sum() for value in expected_weights.values()).sqrt() < 1e-5
+
+
+def test_sums_in_order_give_the_same_bits(results) -> None:
+    how = ("llama", "dpo", (*IN_ORDER, FSDP))
+    losses, norms, weights = results["in-order-1", ("llama", "dpo", IN_ORDER)]
+    for num_ranks in (2, 4):
+        others = results[f"in-order-{num_ranks}", how]
+        assert torch.equal(others[1], norms)
+        torch.testing.assert_close(others[0], losses, rtol=1e-12, atol=0)
+        assert all(torch.equal(others[2][name], value) for name, value in weights.items())
