@@ -8,6 +8,7 @@ import traceback
 from contextlib import ExitStack, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.request import getproxies
 
 import hydra
@@ -16,7 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from engine import distributed, launch
-from engine.validation import explain_hydra_error, validate_config
+from engine.secrets import public, redact
+from engine.validation import check_command_line, explain_hydra_error, validate_config
 from utils import UserError, is_out_of_memory, is_reachable, local_dir, write_atomically
 
 
@@ -85,7 +87,9 @@ def run_here(config: DictConfig) -> int:
             stopped_by = train(config, run_dir, checkpoint)
         except Exception:
             with suppress(OSError):
-                crash_log(config, distributed.world().rank).write_text(traceback.format_exc())
+                crash_log(config, distributed.world().rank).write_text(
+                    redact(traceback.format_exc(), config), encoding="utf-8"
+                )
             raise
     print(f"run_dir: {run_dir}", flush=True)
     return 0 if stopped_by is None else 128 + stopped_by
@@ -164,7 +168,7 @@ def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
             "CONFIG", f"local_run_dir: {run_dir} holds a run", "resume=auto to continue it, or another local_run_dir"
         )
     try:
-        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
+        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public(config))).encode())
     except OSError as error:
         raise UserError(
             "STORAGE", f"local_run_dir: cannot write to {run_dir} ({error.strerror})", "set local_run_dir elsewhere"
@@ -182,7 +186,7 @@ def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> int | N
 
     from engine.models import load_tokenizer
     from losses import LOSSES
-    from preference_datasets import format_counts, load_split
+    from preference_datasets import format_counts, load_split, num_shared_prompts
     from trainers import trainer_class
 
     transformers.logging.set_verbosity_error()
@@ -194,6 +198,9 @@ def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> int | N
         for name in ("train", "test"):
             splits.append(load_split(config, tokenizer, name, LOSSES[config.loss.name].batch))
             print(f"{name}: {format_counts(splits[-1].counts)}", flush=True)
+    shared, num_prompts = num_shared_prompts(*splits)
+    if shared:
+        print(f"warning: {shared:,} of the {num_prompts:,} test prompts are train prompts too: evaluation will flatter")
     trainer = trainer_class(config)(config, run_dir, tokenizer, *splits)
     return trainer.train(checkpoint)
 
@@ -242,18 +249,18 @@ def as_failure(error: Exception, config: DictConfig, rank: int) -> launch.Failur
     is_consequence = distributed.is_lost_peer(error)
     user_error = as_user_error(error)
     if user_error is not None:
-        return launch.Failure(str(user_error), user_error.exit_status, is_consequence)
+        return launch.Failure(redact(str(user_error), config), user_error.exit_status, is_consequence)
     log = crash_log(config, rank)
     where = f"traceback in {log}" if log.exists() else traceback.format_exc()
     line = f"error[INTERNAL] {type(error).__name__}: {' '.join(str(error).split())}; {where}"
-    return launch.Failure(line, 1, is_consequence)
+    return launch.Failure(redact(line, config), 1, is_consequence)
 
 
 def run_job(config: DictConfig) -> int:
     """Run one job of the command line, print the error that ended it, and return its exit status."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
-        print(f"job {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", flush=True)
+        print(f"job {hydra_config.job.num}: {redact(' '.join(hydra_config.overrides.task), config)}", flush=True)
     try:
         return run(config)
     except Exception as error:
@@ -293,6 +300,11 @@ def main() -> int:
         return run_worker()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors in the command line reach this function
     OmegaConf.register_new_resolver("local_dir", lambda dirs: str(local_dir(dirs)), replace=True)
+    # Hydra writes down a sweep with its overrides as they were given. They may hold secrets, so that does not stay.
+    temporary = ExitStack()
+    OmegaConf.register_new_resolver(
+        "sweep_dir", lambda: temporary.enter_context(TemporaryDirectory(prefix="sweep-")), replace=True, use_cache=True
+    )
     statuses: list[int] = []
 
     @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="config")
@@ -300,6 +312,7 @@ def main() -> int:
         statuses.append(run_job(config))
 
     try:
+        check_command_line(sys.argv[1:])
         command()
     except KeyboardInterrupt:
         print("interrupted; resume= goes on from the last checkpoint", file=sys.stderr)
@@ -310,8 +323,10 @@ def main() -> int:
         return 1
     except Exception as error:  # of the command line: errors of the job do not get here
         user_error = explain_hydra_error(error)
-        print(user_error, file=sys.stderr)
+        print(redact(str(user_error)), file=sys.stderr)
         return user_error.exit_status
+    finally:
+        temporary.close()
     return next((status for status in statuses if status), 0)
 
 

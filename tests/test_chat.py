@@ -231,7 +231,7 @@ def test_a_pipe(directory, command, echo):
 
 def test_bytes_that_are_no_text_are_refused(directory, command):
     status, _, err = command(f"model={directory}", "prompt=caf\udce9")
-    assert status == 3 and err.startswith("error[DATA] the prompt is not UTF-8; fix: ")
+    assert status == 2 and err.startswith("error[CONFIG] prompt: must be ") and err.count("\n") == 1
 
 
 def test_two_models(directory, command, echo):

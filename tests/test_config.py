@@ -247,6 +247,11 @@ def test_all_problems_at_once():
         assert f" {key}: " in message
 
 
+def test_the_same_problem_of_two_keys():
+    message = refused("debug=3", "model.trust_remote_code=3")
+    assert "2 problems: debug: must be true or false, not 3; model.trust_remote_code: must be true or false" in message
+
+
 @pytest.mark.parametrize("overrides", [[], ["lr=1", *CDPO], ["lr=abc", "n_epochs=null", "loss=dpo", "+x=1"]])
 def test_nothing_is_rewritten(overrides):
     config = composed(*overrides)
