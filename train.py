@@ -9,6 +9,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 from urllib.request import getproxies
 
 import hydra
@@ -21,6 +22,11 @@ from engine.secrets import public, redact
 from engine.validation import check_command_line, explain_hydra_error, validate_config
 from utils import UserError, is_out_of_memory, is_reachable, local_dir, write_atomically
 
+if TYPE_CHECKING:  # they take seconds to import
+    from transformers import PreTrainedTokenizerBase
+
+    from engine.tokenization import Split
+
 
 def run(config: DictConfig) -> int:
     """One training run, here or in workers; returns the exit status. Heavy imports wait for a valid config."""
@@ -29,6 +35,9 @@ def run(config: DictConfig) -> int:
     num_processes = given.size if given else choose_num_processes(config)
     check_processes(config, num_processes, is_given=given is not None)
     prepare_hub(config)
+    if config.plan:
+        print_plan(config, num_processes)
+        return 0
     if given or num_processes == 1:
         status = run_here(config)
     else:
@@ -54,7 +63,7 @@ def choose_num_processes(config: DictConfig) -> int:
     if asked is None and config.trainer == "TensorParallelTrainer":
         asked = config.tensor_parallel_size
     num_gpus = launch.count_gpus()
-    if asked is not None and 0 < num_gpus < asked:
+    if asked is not None and 0 < num_gpus < asked and not config.plan:
         fix = "give fewer, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise UserError("CONFIG", f"num_processes: {asked} processes need as many GPUs, and there are {num_gpus}", fix)
     return asked or num_gpus or (config.tensor_parallel_size or 1) * config.fsdp.replicas
@@ -133,7 +142,7 @@ def derive_names(config: DictConfig) -> None:
 
 def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
     """Find the checkpoint to resume from, if any; then make the run directory and write config.yaml."""
-    from engine.checkpoint import check_settings, find_checkpoint, rewind
+    from engine.checkpoint import check_settings, find_checkpoint, point_to, remove_temporaries, rewind
 
     run_dir = Path(config.local_run_dir)
     checkpoint = None
@@ -150,9 +159,9 @@ def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
             "set a new or empty directory",
         )
     holds_a_run = (run_dir / "metrics.jsonl").exists()
+    is_own = checkpoint is not None and checkpoint.parent == run_dir.resolve()
     if checkpoint is not None:
         check_settings(checkpoint, config)
-        is_own = checkpoint.parent == run_dir.resolve()
         if is_own and config.resume != "auto" and find_checkpoint(run_dir) != checkpoint:
             raise UserError(
                 "CONFIG",
@@ -161,13 +170,17 @@ def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
             )
         holds_a_run &= not is_own
     elif config.resume == "auto":  # stopped before its first checkpoint, so it starts anew
-        rewind(run_dir, {})
         holds_a_run = False
     if holds_a_run:
         raise UserError(
             "CONFIG", f"local_run_dir: {run_dir} holds a run", "resume=auto to continue it, or another local_run_dir"
         )
     try:
+        remove_temporaries(run_dir)
+        if checkpoint is not None and is_own:  # a run that is killed before LATEST is set has saved it all the same
+            point_to(checkpoint)
+        else:
+            rewind(run_dir, {})
         write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public(config))).encode())
     except OSError as error:
         raise UserError(
@@ -182,16 +195,34 @@ def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> int | N
     Returns:
         the signal that stopped it, after the state was saved; None if it came to its end.
     """
+    from trainers import trainer_class
+
+    print(f"run directory: {run_dir}")
+    tokenizer, splits = load_data(config)
+    trainer = trainer_class(config)(config, run_dir, tokenizer, *splits)
+    return trainer.train(checkpoint)
+
+
+def print_plan(config: DictConfig, num_processes: int) -> None:
+    """Print what a run on num_processes will take; no run directory is made."""
+    from engine.plan import make_plan
+    from trainers import trainer_class
+
+    derive_names(config)
+    tokenizer, (train_split, test_split) = load_data(config)
+    print(f"\n{make_plan(config, trainer_class(config), tokenizer, train_split, test_split, num_processes)}")
+
+
+def load_data(config: DictConfig) -> "tuple[PreTrainedTokenizerBase, list[Split]]":
+    """The tokenizer, and the training and test data; what was found is printed."""
     import transformers
 
     from engine.models import load_tokenizer
     from losses import LOSSES
     from preference_datasets import format_counts, load_split, num_shared_prompts
-    from trainers import trainer_class
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    print(f"run directory: {run_dir}")
     tokenizer = load_tokenizer(config)
     splits = []
     with distributed.local_first():  # the others find the tokens in cache_dir
@@ -201,8 +232,7 @@ def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> int | N
     shared, num_prompts = num_shared_prompts(*splits)
     if shared:
         print(f"warning: {shared:,} of the {num_prompts:,} test prompts are train prompts too: evaluation will flatter")
-    trainer = trainer_class(config)(config, run_dir, tokenizer, *splits)
-    return trainer.train(checkpoint)
+    return tokenizer, splits
 
 
 def prepare_hub(config: DictConfig) -> None:

@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -41,7 +41,7 @@ from engine.checkpoint import (
     WEIGHTS,
     CheckpointWriter,
     Contents,
-    checkpoints,
+    find_checkpoint,
     load_checkpoint,
     log_sizes,
     named_aliases,
@@ -113,6 +113,8 @@ class BasicTrainer:
         run_dir: where logs and checkpoints go.
         train_split, test_split: tokenised examples; without test examples there is no evaluation.
     """
+
+    unfused: Collection[str] = ()  # optimizers that torch could fuse, but not for this trainer's weights
 
     def __init__(
         self,
@@ -230,7 +232,8 @@ class BasicTrainer:
     def build_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the config; as one fused pass over the weights where torch has that."""
         optimizer = getattr(torch.optim, self.config.optimizer)
-        fused = {"fused": True} if "fused" in inspect.signature(optimizer).parameters else {}
+        can_fuse = "fused" in inspect.signature(optimizer).parameters and self.config.optimizer not in self.unfused
+        fused = {"fused": True} if can_fuse else {}
         return optimizer(self.parameter_groups(), lr=self.config.lr, **fused)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -466,7 +469,6 @@ class BasicTrainer:
         are cut into too. The gradients are the same."""
         while True:
             sums = Sums()
-            sums.counts["stop"] = self.stop.signal is not None
             try:
                 self.add_gradients(batch, sums)
                 return batch, sums
@@ -498,6 +500,7 @@ class BasicTrainer:
         if not self.counters["updates"]:
             self.check_gradients()
         grad_norm = self.clip_gradients()
+        sums.counts["stop"] = self.stop.signal is not None
         means, counts = sums.means(self.add_others)
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
@@ -534,7 +537,7 @@ class BasicTrainer:
     @property
     def runs_ahead(self) -> bool:
         """Whether a step may return before it is done, so that it is logged when the next one has been started."""
-        return self.device.type != "cpu"
+        return self.device.type != "cpu" and self.config.on_nonfinite != "rollback"  # which the next step must see
 
     def metrics_of(self, step: Step, start: Moment) -> dict[str, float] | None:
         """The metrics of a step that began at start, once it is done; None if it was skipped: they are not finite."""
@@ -545,7 +548,7 @@ class BasicTrainer:
         if not math.isfinite(metrics["loss/train"]) or not math.isfinite(metrics["grad_norm"]):
             self.handle_nonfinite(step, metrics)
             return None
-        metrics |= step.facts
+        metrics |= step.facts | self.counted_skips()
         metrics["examples_per_second"] = len(step.batch.examples) / seconds
         metrics["tokens_per_second"] = tokens_per_second
         peak = peak_flops(self.device)
@@ -581,11 +584,11 @@ class BasicTrainer:
             self.fail_as_non_finite(what)
         if config.on_nonfinite == "rollback":
             self.writer.finished(wait=True)
-            saved = checkpoints(self.run_dir)
-            if not saved:
+            saved = find_checkpoint(self.run_dir)
+            if saved is None:
                 self.fail_as_non_finite(f"there is no checkpoint to roll back to; {what}")
-            self.load(saved[-1])
-            self.loggers.print(f"{what}: back to the weights of {saved[-1].name}, on with the next batch")
+            self.load(saved)
+            self.loggers.print(f"{what}: back to the weights of {saved.name}, on with the next batch")
         else:
             self.loggers.print(f"{what}: skipped")
 
@@ -597,7 +600,11 @@ class BasicTrainer:
         )
 
     def counted(self) -> dict[str, float]:
-        return {f"counters/{name}": value for name, value in self.counters.items() if name != "skipped" or value}
+        return {f"counters/{name}": self.counters[name] for name in ("examples", "updates")}
+
+    def counted_skips(self) -> dict[str, float]:
+        """How many batches were skipped, if any were; known when a step is logged, not when it is started."""
+        return {"counters/skipped": self.counters["skipped"]} if self.counters["skipped"] else {}
 
     def peak_memory_gb(self) -> float:
         """The most memory held so far, in 10^9 bytes: of the GPU, or of this process on a CPU."""
@@ -615,12 +622,13 @@ class BasicTrainer:
             the signal that stopped it, after the state was saved; None if it came to its end.
         """
         batches = self.train_batches()
+        evaluates_first = self.config.do_first_eval
         if checkpoint is not None:
             state = read_state(checkpoint, self.data_hash, self.reference_weights)
             self.load(checkpoint)
             if self.rank == 0:
                 rewind(self.run_dir, state["log_sizes"])
-            self.counters = state["counters"]
+            self.counters, evaluates_first = state["counters"], state["evaluation_due"]
             for _ in range(self.counters["updates"]):
                 next(batches)
             print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
@@ -631,10 +639,10 @@ class BasicTrainer:
         is_done = False
         try:
             with self.stop:
-                if checkpoint is None and self.config.do_first_eval:
+                if evaluates_first:
                     self.evaluate()
                 self.train_on(batches)
-            self.say_saved(wait=True)
+                self.say_saved(wait=True)
             is_done = not self.must_stop
         finally:
             self.loggers.close(is_done)
@@ -671,7 +679,7 @@ class BasicTrainer:
             if evaluates and not self.must_stop:
                 self.evaluate()
             if saves or self.must_stop:
-                self.save(is_last)
+                self.save(is_last, evaluation_due=evaluates and self.must_stop)
             if self.must_stop:
                 return
             self.say_saved(wait=False)
@@ -699,7 +707,7 @@ class BasicTrainer:
             self.fail_as_non_finite(f"the evaluation has loss {self.eval_metrics['loss/eval']}")
         if self.samples:
             self.eval_metrics |= self.log_samples()
-        self.loggers.eval(self.eval_metrics | self.counted())
+        self.loggers.eval(self.eval_metrics | self.counted() | self.counted_skips())
         self.policy.train()
 
     @property
@@ -793,8 +801,13 @@ class BasicTrainer:
         """Give policy and optimizer what a checkpoint has."""
         load_checkpoint(checkpoint, self.policy, self.optimizer, self.orders)
 
-    def save(self, is_last: bool) -> None:
-        """Begin to write a checkpoint, with policy.pt if it is the last one."""
+    def save(self, is_last: bool, evaluation_due: bool) -> None:
+        """Begin to write a checkpoint.
+
+        Args:
+            is_last: it gets a policy.pt too.
+            evaluation_due: a run that goes on from it evaluates first, as there is no time left for that now.
+        """
         if self.config.debug:
             return
         num_bad = torch.stack([(~own(p).isfinite()).sum().to(self.device) for p in self.policy.parameters()]).sum()
@@ -808,6 +821,7 @@ class BasicTrainer:
         examples, metrics = self.counters["examples"], self.eval_metrics
         facts = {
             "counters": dict(self.counters),
+            "evaluation_due": evaluation_due,
             "log_sizes": log_sizes(self.run_dir),
             "settings": settings_of(self.config),
             "data": self.data_hash,
@@ -840,6 +854,8 @@ def named(means: dict[str, Tensor], split: str) -> dict[str, Tensor]:
 
 class ShardedTrainer(BasicTrainer):
     """Trains in several processes, each of which has a share of the weights; see engine/sharding.py."""
+
+    unfused = ("SGD", "Adagrad")
 
     def grid(self) -> tuple[int, int, int]:
         """Replicas, shards and tensor-parallel processes: how the processes are arranged."""

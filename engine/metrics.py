@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Protocol
 from urllib.request import getproxies
 
@@ -108,6 +109,9 @@ class Wandb:
         else:
             reason = ""
         command_line = " ".join(sys.argv)
+        id_file = run_dir / "wandb-id"  # a run that is resumed in place goes on in the same one
+        if config.resume is None or not id_file.exists():
+            id_file.write_text(token_hex(4))
         self._wandb = wandb
         self._rows: list[list[Any]] = []
         self._columns: list[str] = []
@@ -115,6 +119,8 @@ class Wandb:
             entity=config.wandb.entity,
             project=config.wandb.project,
             name=config.exp_name,
+            id=id_file.read_text(),
+            resume="allow",
             dir=run_dir,
             config=public(config),
             mode="offline" if reason else None,

@@ -192,6 +192,8 @@ CHECKS: dict[str, Check] = {
     "batching": one_of("packed", "padded"),
     "trainer": one_of(*TRAINERS),
     "num_processes": optional(count),
+    "plan": boolean,
+    "plan_hardware": optional(one_of("h200", "h100", "a100", "rtx4090", "rtx3090")),
     "tensor_parallel_size": optional(count),
     "tensor_parallel.backend": one_of("native", "package"),
     "fsdp.replicas": count,
@@ -342,6 +344,11 @@ RULES = (
         ("num_processes", "tensor_parallel.backend"),
         lambda num_processes, backend: backend == "package" and num_processes not in (None, 1),
         "must be null or 1 with tensor_parallel.backend=package, not {0}: set tensor_parallel_size",
+    ),
+    Rule(
+        ("plan", "tensor_parallel.backend"),
+        lambda plan, backend: plan and backend == "package",
+        "true needs tensor_parallel.backend=native",
     ),
     Rule(
         ("optimizer", "trainer"),

@@ -17,7 +17,7 @@ from engine.chat_templates import JINJA
 from engine.formats import Tally, load_file
 from engine.tokenization import tokenize
 from tests.models import tiny_model
-from tests.tokenizers import byte_level
+from tests.tokenizer_files import byte_level
 
 HH_PROMPT = "\n\nHuman: hi\n\nAssistant:"
 
