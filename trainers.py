@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -584,7 +584,7 @@ class BasicTrainer:
             self.fail_as_non_finite(what)
         if config.on_nonfinite == "rollback":
             self.writer.finished(wait=True)
-            saved = find_checkpoint(self.run_dir)
+            saved = find_checkpoint(self.run_dir, "on_nonfinite=rollback")
             if saved is None:
                 self.fail_as_non_finite(f"there is no checkpoint to roll back to; {what}")
             self.load(saved)
@@ -644,6 +644,10 @@ class BasicTrainer:
                 self.train_on(batches)
                 self.say_saved(wait=True)
             is_done = not self.must_stop
+        except UserError:
+            with suppress(UserError):
+                self.say_saved(wait=True)  # what was begun before is worth having
+            raise
         finally:
             self.loggers.close(is_done)
         return self.stop.signal or signal.SIGTERM if self.must_stop else None
@@ -810,9 +814,11 @@ class BasicTrainer:
         """
         if self.config.debug:
             return
-        num_bad = torch.stack([(~own(p).isfinite()).sum().to(self.device) for p in self.policy.parameters()]).sum()
+        num_bad = (
+            torch.stack([(~own(p).isfinite()).sum().to(self.device) for p in self.policy.parameters()]).sum().double()
+        )
         self.add_others(num_bad)
-        if num_bad:
+        if num_bad > 0:
             self.fail_as_non_finite("a weight is not a number")
         self.say_saved(wait=True)  # of the one before
         contents, (weights, state) = Contents(), self.named_tensors()
@@ -879,6 +885,7 @@ class ShardedTrainer(BasicTrainer):
 
     def add_others(self, totals: Tensor) -> None:
         dist.all_reduce(totals)
+        totals /= self.num_ranks // self.num_data_ranks  # those that train on the same examples have the same
 
     def of_data_ranks(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.num_ranks

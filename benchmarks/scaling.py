@@ -145,6 +145,7 @@ def main() -> None:
         f"{arguments.model} on {where}\n\n{'':24}{'processes':>9}{'tokens/s':>10}{'state MB':>10}{'step MB':>9}",
         flush=True,
     )
+    load = round(os.getloadavg()[0], 2)  # of what else runs on the machine
     rows: list[dict[str, Any]] = []
     for name, (sizes, overrides) in TRAINERS.items():
         for size in sizes:
@@ -161,6 +162,7 @@ def main() -> None:
         "command": " ".join(["benchmarks/scaling.py", *sys.argv[1:]]),
         **machine(cores),
         "on": f"{where}; with more processes than cores, speed says nothing of scaling" if not num_gpus else where,
+        "load_average_before": load,
         "rows": rows,
     }
     path = ROOT / "benchmarks" / "results" / f"scaling-{device}-{date.today()}.json"

@@ -149,11 +149,11 @@ class LiveBytes(TorchDispatchMode):
     def look_again(self) -> int:
         """The bytes that are held now, of storages that were resized too."""
         for key in list(self._sizes):  # of keys alone: what makes tuples may collect garbage, which changes it
-            reference, size = self._sizes.get(key, (lambda: None, 0))
-            storage = reference()
-            if storage is not None and storage.nbytes() != size:
-                self._sizes[key] = reference, storage.nbytes()
-                self.now += storage.nbytes() - size
+            entry = self._sizes.get(key)
+            storage = entry and entry[0]()
+            if entry and storage is not None and storage.nbytes() != entry[1]:
+                self._sizes[key] = entry[0], storage.nbytes()
+                self.now += storage.nbytes() - entry[1]
                 self._resized.add(key)
         self.gathered = max(self.gathered, sum(self._sizes[key][1] for key in list(self._resized)))
         return self.now
@@ -391,10 +391,6 @@ class Work:
     @classmethod
     def of(cls, examples: Sequence[Example], layout: str) -> "Work":
         """Of one microbatch."""
-        if layout == "padded":
-            rows = [len(example.prompt) + len(response) for example in examples for response in example.responses]
-            tokens = len(rows) * max(rows, default=0)
-            return cls(tokens, tokens, tokens * max(rows, default=0) / 2)
         responses: dict[bytes, dict[bytes, int]] = {}  # prompt -> distinct responses: their lengths
         lengths: dict[bytes, int] = {}
         for example in examples:
@@ -402,6 +398,10 @@ class Work:
             lengths[key] = len(example.prompt)
             responses.setdefault(key, {}).update({each.tobytes(): len(each) for each in example.responses})
         every = [(lengths[key], length) for key in responses for length in responses[key].values()]
+        if layout == "padded":
+            longest = max((prompt + length for prompt, length in every), default=0)
+            tokens = len(every) * longest
+            return cls(tokens, tokens, tokens * longest / 2)
         return cls(
             tokens=sum(lengths.values()) + sum(length - 1 for _, length in every),
             targets=sum(length for _, length in every),
