@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -342,8 +342,8 @@ class BasicTrainer:
 
     # ---- Data ----
 
-    def train_batches(self) -> Iterator[list[list[Example]]]:
-        """The batches of the run, in order, each cut into microbatches."""
+    def train_batches(self, start: int = 0) -> Iterator[list[list[Example]]]:
+        """The batches of the run after its first start examples, in order, each cut into microbatches."""
         config = self.config
         plan = plan_batches(
             self.train_examples,
@@ -353,8 +353,9 @@ class BasicTrainer:
             n_examples=config.n_examples,
             length_grouping=config.length_grouping,
         )
-        for indices in plan:
-            yield self.cut([self.train_examples[index] for index in indices], config.gradient_accumulation_steps)
+        indices = islice(chain.from_iterable(plan), start, None)
+        while batch := [self.train_examples[index] for index in islice(indices, config.batch_size)]:
+            yield self.cut(batch, config.gradient_accumulation_steps)
 
     def eval_batches(self) -> Iterator[list[list[Example]]]:
         """The evaluation examples, eval_batch_size at a time, each cut into microbatches."""
@@ -505,7 +506,7 @@ class BasicTrainer:
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.update(grad_norm.isfinite() & means["loss"].isfinite())
+        self.update(grad_norm.isfinite().to(self.device) & means["loss"].isfinite().to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         self.counters["examples"] += len(batch.examples)
         self.counters["updates"] += 1
@@ -583,8 +584,9 @@ class BasicTrainer:
                 what = f"more than max_nonfinite={config.max_nonfinite} batches are not finite; {what}"
             self.fail_as_non_finite(what)
         if config.on_nonfinite == "rollback":
-            self.writer.finished(wait=True)
-            saved = find_checkpoint(self.run_dir, "on_nonfinite=rollback")
+            self.say_saved(wait=True, together=True)
+            found_here = find_checkpoint(self.run_dir, "on_nonfinite=rollback") if self.rank == 0 else None
+            saved = self.of_data_ranks(found_here)[0]
             if saved is None:
                 self.fail_as_non_finite(f"there is no checkpoint to roll back to; {what}")
             self.load(saved)
@@ -629,8 +631,8 @@ class BasicTrainer:
             if self.rank == 0:
                 rewind(self.run_dir, state["log_sizes"])
             self.counters, evaluates_first = state["counters"], state["evaluation_due"]
-            for _ in range(self.counters["updates"]):
-                next(batches)
+            self.token_budget = min(self.token_budget, state["token_budget"])  # memory may have run out before
+            batches = self.train_batches(start=self.counters["examples"])
             print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
         if self.rank == 0:
             self.loggers = Loggers(self.config, self.run_dir, self.num_train_examples, self.counters["examples"])
@@ -642,11 +644,11 @@ class BasicTrainer:
                 if evaluates_first:
                     self.evaluate()
                 self.train_on(batches)
-                self.say_saved(wait=True)
+                self.say_saved(wait=True, together=True)
             is_done = not self.must_stop
-        except UserError:
-            with suppress(UserError):
-                self.say_saved(wait=True)  # what was begun before is worth having
+        except UserError as error:
+            with suppress(UserError):  # what was begun before is worth having
+                self.say_saved(wait=True, together=error.code == "NONFINITE")  # which ends all processes alike
             raise
         finally:
             self.loggers.close(is_done)
@@ -673,7 +675,7 @@ class BasicTrainer:
             log_running()  # of the step before, while a GPU runs this one
             running = step
             now = self.counters["examples"]
-            is_last = now == self.num_train_examples
+            is_last = now >= self.num_train_examples
             save_every = config.save_every or config.eval_every
             evaluates = is_last or now // config.eval_every > before // config.eval_every
             saves = is_last or now // save_every > before // save_every
@@ -690,9 +692,9 @@ class BasicTrainer:
             if evaluates or saves:
                 start = Moment(self.device)
 
-    def say_saved(self, wait: bool) -> None:
-        """Print that a checkpoint was saved, once it is."""
-        path = self.writer.finished(wait)
+    def say_saved(self, wait: bool, together: bool = False) -> None:
+        """Print that a checkpoint was saved, once it is; together: by all processes, which all call this."""
+        path = self.writer.finished(wait, together)
         if path is not None:
             self.loggers.print(f"saved {path}")
 
@@ -820,7 +822,7 @@ class BasicTrainer:
         self.add_others(num_bad)
         if num_bad > 0:
             self.fail_as_non_finite("a weight is not a number")
-        self.say_saved(wait=True)  # of the one before
+        self.say_saved(wait=True, together=True)  # of the one before
         contents, (weights, state) = Contents(), self.named_tensors()
         contents.add(WEIGHTS, weights, self.orders)
         contents.add(OPTIMIZER, state, self.orders)
@@ -832,11 +834,15 @@ class BasicTrainer:
             "settings": settings_of(self.config),
             "data": self.data_hash,
             "reference": self.reference_weights,
+            "token_budget": self.token_budget,
         }
 
+        # As they are now: sampling, which goes on beside the writing, has settings of its own.
+        model_config, generation_config = copy.deepcopy((self.policy.config, self.policy.generation_config))
+
         def write_rest(directory: Path) -> None:
-            self.policy.config.save_pretrained(directory)
-            self.policy.generation_config.save_pretrained(directory)
+            model_config.save_pretrained(directory)
+            generation_config.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
             (directory / STATE_FILE).write_text(json.dumps(facts, indent=1))
             if is_last:

@@ -40,9 +40,10 @@ LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 # Keys that may change when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
     "exp_name", "local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "debug", "wandb", "tensorboard",
-    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "compile", "do_first_eval",
-    "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
-    "resume_allow", "trainer", "num_processes", "tensor_parallel_size", "tensor_parallel", "fsdp", "collective_timeout",
+    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "compile", "do_first_eval", "eval_every",
+    "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples", "resume_allow",
+    "on_nonfinite", "max_nonfinite", "plan", "plan_hardware", "trainer", "num_processes", "tensor_parallel_size",
+    "tensor_parallel", "fsdp", "collective_timeout",
 }  # fmt: skip
 
 
@@ -117,16 +118,24 @@ class CheckpointWriter:
         barrier()
         self._running = self._executor.submit(self._write, target, contents, write_rest)
 
-    def finished(self, wait: bool) -> Path | None:
+    def finished(self, wait: bool, together: bool = False) -> Path | None:
         """The checkpoint that has been written since this was last called, if there is one.
+
+        Args:
+            together: wait for what the other processes write of it too; then all of them call this.
 
         Raises:
             UserError: STORAGE, if it could not be; the one before is untouched.
         """
         if self._running is None or not (wait or self._running.done()):
+            if together:
+                barrier()
             return None
         running, self._running = self._running, None
-        return running.result()
+        path = running.result()
+        if together:
+            barrier()
+        return path
 
     def _write(self, target: Path, contents: Contents, write_rest: Callable[[Path], None]) -> Path:
         rank, num_ranks = rank_and_size()
@@ -143,9 +152,9 @@ class CheckpointWriter:
                 return target
             for other in range(1, num_ranks):
                 described |= self._part_of(other, temporary)
-            before = {path.name for path in temporary.iterdir()}
+            before = _files(temporary)
             write_rest(temporary)
-            described |= _describe(temporary, {path.name for path in temporary.iterdir()} - before)
+            described |= _describe(temporary, _files(temporary) - before)
             for name in log_sizes(self._run_dir):  # which a resumed run goes on from
                 _fsync(self._run_dir / name)
             fail_point("before_manifest")
@@ -218,6 +227,11 @@ def _describe(directory: Path, names: Iterable[str]) -> dict[str, Any]:
     for name in names:
         _fsync(directory / name)
     return {name: _size_and_hash(directory / name) for name in names}
+
+
+def _files(directory: Path) -> set[str]:
+    """The files in a directory and below it: a tokenizer with several chat templates has them in one of their own."""
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
 def _as_bytes(manifest: dict[str, Any]) -> bytes:
@@ -329,13 +343,21 @@ def checkpoints(run_dir: Path) -> list[Path]:
     )
 
 
-def find_checkpoint(path: Path) -> Path | None:
+def is_checkpoint(path: Path) -> bool:
+    """Whether path was saved by a run, whole or damaged."""
+    return (path / STATE_FILE).exists() or (path / MANIFEST_FILE).exists()
+
+
+def find_checkpoint(path: Path, key: str = "resume") -> Path | None:
     """The checkpoint that path names: itself, or the newest of the run directory that it is; None if there is none.
+
+    Args:
+        key: what has named it, for messages.
 
     Raises:
         UserError: CHECKPOINT, if it is damaged; of a run directory, if all are.
     """
-    if path.name == "LATEST" or (path / STATE_FILE).exists() or (path / MANIFEST_FILE).exists():
+    if path.name == "LATEST" or is_checkpoint(path):
         candidates = [path.resolve()]
     else:
         candidates = [checkpoint.resolve() for checkpoint in reversed(checkpoints(path))]
@@ -344,11 +366,11 @@ def find_checkpoint(path: Path) -> Path | None:
         problem = damage(checkpoint)
         if problem is None:
             for line in problems:
-                print(f"resume: {line}; {checkpoint} is taken")
+                print(f"{key}: {line}; {checkpoint} is taken")
             return checkpoint
         problems.append(f"{checkpoint} is damaged ({problem})")
     if problems:
-        raise UserError("CHECKPOINT", f"resume: {'; '.join(problems)}", "resume from another one; nothing was deleted")
+        raise UserError("CHECKPOINT", f"{key}: {'; '.join(problems)}", "give another one; nothing was deleted")
     return None
 
 
@@ -361,7 +383,8 @@ def damage(checkpoint: Path) -> str | None:
             return f"its format is {manifest['format']}, not {FORMAT}"
         if text != _as_bytes(manifest):  # a file may be named twice, and another not at all
             return f"{MANIFEST_FILE} is not as it was written"
-        if manifest["checkpoint"] != checkpoint.resolve().name:
+        name = checkpoint.resolve().name
+        if name.startswith("step-") and manifest["checkpoint"] != name:  # a copy may be called as one likes
             return f"it was written as {manifest['checkpoint']}"
         for name, written in manifest["files"].items():
             if written["bytes"] != (checkpoint / name).stat().st_size:

@@ -34,6 +34,7 @@ LINK = "TRAIN_WORKER"  # the variable with what a worker must know of its launch
 SETTLE_SECONDS = 6
 SETTLE_SECONDS_HANGING = 2
 KEPT_STDERR = 2**16  # bytes
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # what was reached is saved
 PR_SET_PDEATHSIG = 1
 
 
@@ -191,7 +192,7 @@ class Worker:
             fix = "the system's log may say why (often memory that ran out); then continue with resume="
             line = f"error[DISTRIBUTED] rank {self.rank} was killed by {name}; fix: {fix}"
             return Failure(line, EXIT_STATUS["DISTRIBUTED"], False, self.ended)
-        if status > 0:
+        if status > 0 and status not in STOPPED:
             line = f"error[INTERNAL] rank {self.rank} ended with status {status} and no report; fix: see its messages"
             return Failure(line, 1, False, self.ended)
         return None
@@ -251,7 +252,8 @@ def launch(config: DictConfig, num: int, command: Sequence[str | Path] = (sys.ex
         finally:
             for worker in workers:
                 worker.close()
-    if received:
+    reported = [worker.failure() for worker in workers if worker.reported]
+    if received and not any(failure and not failure.is_consequence for failure in reported):
         return 128 + received[0] if any(worker.process.returncode for worker in workers) else 0
     return conclude(workers)
 
@@ -314,7 +316,7 @@ def conclude(workers: Sequence[Worker]) -> int:
     returns the exit status."""
     failures = {worker: failure for worker in workers if (failure := worker.failure())}
     if not failures:
-        return 0
+        return max(worker.process.returncode or 0 for worker in workers)
     hanging = [worker for worker in workers if worker.hangs]
     if any(worker.hangs == "is stopped" for worker in hanging):
         hanging = [worker for worker in hanging if worker.hangs == "is stopped"]

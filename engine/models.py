@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import engine.attention  # noqa: F401  registers packed attention
 from engine.batching import lay_out
-from engine.checkpoint import find_checkpoint
+from engine.checkpoint import find_checkpoint, is_checkpoint
 from engine.logprobs import response_logps
 from engine.precision import model_in
 from engine.tokenization import Example
@@ -170,9 +170,11 @@ def _repair_generation_config(model: PreTrainedModel) -> None:
 def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     fix = "give the run directory, checkpoint (step-N, LATEST) or policy.pt of a run with this model"
     if archive.is_dir() and not (archive / "config.json").exists():  # a run directory
-        archive = find_checkpoint(archive) or archive
-    elif (archive / "manifest.json").exists():
-        find_checkpoint(archive)  # or say what is wrong with it
+        archive = find_checkpoint(archive, "model.archive") or archive
+    else:
+        checkpoint = archive.parent if archive.is_file() else archive
+        if is_checkpoint(checkpoint):
+            find_checkpoint(checkpoint, "model.archive")  # or say what is wrong with it
     try:
         if archive.is_dir():
             model, info = AutoModelForCausalLM.from_pretrained(archive, output_loading_info=True, **kwargs)

@@ -11,7 +11,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.checkpoint import STATE_FILE, checkpoints
+from engine.checkpoint import MANIFEST_FILE, STATE_FILE, checkpoints, find_checkpoint
 from engine.models import BUFFERS, END_OF_TEXT
 from utils import UserError, is_out_of_memory
 
@@ -62,7 +62,7 @@ def find_saved(name: str) -> Path | None:
         None if there is no such path, so that it can only be a name on the hub.
 
     Raises:
-        UserError: CHECKPOINT if there is no model at the path.
+        UserError: CHECKPOINT if there is no model at the path, or it is a checkpoint that is damaged.
     """
     path = Path(name).expanduser()
     if path.name == "policy.pt" and path.is_file():  # holds the weights of the checkpoint that it lies in
@@ -73,7 +73,10 @@ def find_saved(name: str) -> Path | None:
         return None
     for candidate in (path, path / "LATEST", *reversed(checkpoints(path))):
         if (candidate / "config.json").is_file() or (candidate / ADAPTER_CONFIG).is_file():
-            return candidate.resolve()
+            candidate = candidate.resolve()
+            if candidate.name.startswith("step-") and (candidate / MANIFEST_FILE).exists():  # no copy, to be changed
+                find_checkpoint(candidate, "the model")  # or say what is wrong with it
+            return candidate
     raise UserError(
         "CHECKPOINT",
         f"there is no model in {path}: neither config.json nor {ADAPTER_CONFIG}",

@@ -356,6 +356,11 @@ RULES = (
         "Adafactor looks at whole matrices, of which processes hold parts: choose another with trainer={1}",
     ),
     Rule(
+        ("deterministic", "fsdp.replicas"),
+        lambda deterministic, replicas: deterministic and replicas > 1,
+        "true needs fsdp.replicas=1, not {1}",
+    ),
+    Rule(
         ("fsdp.replicas", "trainer"),
         lambda replicas, trainer: replicas > 1 and trainer != "FSDPTrainer",
         "must be 1 with trainer={1}, not {0}",

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+import engine.checkpoint
 import tests.conftest  # noqa: F401  the environment of all tests
 import train
 import trainers
@@ -38,6 +40,16 @@ COMMON = (
     "batch_size=4", "save_every=4", "eval_every=16", "n_eval_examples=4", "eval_batch_size=4", "n_eval_model_samples=1",
     "max_length=104", "max_prompt_length=96", "token_budget=400", "minimum_log_interval_secs=0",
 )  # fmt: skip
+# Where a save may fail -> which pass of the point is in the second save of a process.
+POINTS = {
+    "mkdir": 2,
+    "half_file": 3,
+    "before_fsync": 3,
+    "before_manifest": 2,
+    "before_rename": 2,
+    "before_pointer": 2,
+    "during_retention": 2,
+}
 TWO = {  # trainers of two processes
     "FSDPTrainer": ("trainer=FSDPTrainer",),
     "TensorParallelTrainer": ("trainer=TensorParallelTrainer",),
@@ -147,7 +159,8 @@ class Process:
                 self.kill()
             for process in self._ranks:
                 process.join(0.01)
-        return next((process.exitcode for process in self._ranks if process.exitcode), 0)
+        statuses = [process.exitcode for process in self._ranks if process.exitcode]
+        return min(statuses, key=lambda status: status != -signal.SIGKILL, default=0)  # others may say they lost it
 
     def wait_until(self, condition: Callable[[], Any], timeout: float = 60) -> None:
         """Wait until a condition holds, while the run goes on."""
@@ -229,16 +242,22 @@ def small_disk(directory: Path, num_bytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
-def kill_randomly(
-    arguments: Sequence[str], run_dir: Path, num_kills: int, chance: random.Random, num: int = 1, seconds: float = 0.4
+def interrupt_randomly(
+    arguments: Sequence[str],
+    run_dir: Path,
+    most: int,
+    chance: random.Random,
+    num: int = 1,
+    seconds: float = 0.4,
+    number: int = signal.SIGKILL,
 ) -> int:
-    """Run a command whose run_dir is given until it comes to its end, and kill it up to num_kills times before: mostly
-    in its steps and saves, up to so many seconds after they began, sometimes in its start. Returns how often."""
+    """Run a command whose run_dir is given until it comes to its end, and send it a signal up to so many times before:
+    mostly in its steps and saves, up to so many seconds after they began, sometimes in its start. Returns how often."""
     output = run_dir.with_name(f"{run_dir.name}-output")
-    log, num_killed = run_dir / "metrics.jsonl", 0
+    log, times = run_dir / "metrics.jsonl", 0
     while True:
         with Process(arguments, output, num) as process:
-            if num_killed < num_kills:
+            if times < most:
                 before = _changed(log)
                 starts = chance.random() < 0.2
                 while not starts and process.is_running() and _changed(log) == before:
@@ -247,14 +266,75 @@ def kill_randomly(
                 while process.is_running() and time.monotonic() < end:
                     time.sleep(0.002)
                 if process.is_running():
-                    process.send(signal.SIGKILL, rank=chance.randrange(num))
+                    process.send(number, rank=chance.randrange(num))
             status = process.wait()
         assert_whole(run_dir)
         if status == 0:
-            return num_killed
-        assert status == -signal.SIGKILL, process.err
-        num_killed += 1
+            return times
+        assert status in (-number, 128 + number), (status, process.err)
+        times += 1
 
 
 def _changed(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def damaged_copies(path: Path, how: str, num: int, chance: random.Random) -> Iterator[int]:
+    """Damage a file at num random places, one after another; yields each, and in the end puts the file right.
+
+    Args:
+        how: flip (a bit) or truncate.
+    """
+    whole = path.read_bytes()
+    for _ in range(num):
+        place = chance.randrange(len(whole) * 8 if how == "flip" else len(whole))
+        if how == "flip":
+            content = bytearray(whole)
+            content[place // 8] ^= 1 << place % 8
+            path.write_bytes(content)
+        else:
+            path.write_bytes(whole[:place])
+        yield place
+    path.write_bytes(whole)
+
+
+def _believe_in_room() -> None:
+    """Let a save find out for itself that there is no room."""
+    engine.checkpoint._check_room = lambda target, num_bytes: None
+
+
+def fail_on_a_full_disk(inputs: Path, run_dir: Path, num_free: int, whole: Path) -> None:
+    """A run on a small disk that has so many bytes left, which it fills; and then goes on with more room."""
+    disk, output = run_dir.parent, inputs / f"{run_dir.name}-output"
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - num_free)))
+    status, _, err = complete(command(inputs, run_dir), output, prepare=_believe_in_room)
+    assert status == 6 and err.count("\n") == 1 and err.startswith("error[STORAGE] "), (num_free, status, err)
+    assert_whole(run_dir)
+    assert temporaries(run_dir) == [], num_free
+    ballast.unlink()
+    status, _, err = complete(command(inputs, run_dir), output)
+    assert status == 0, err
+    assert_equal_runs(run_dir, whole)
+    shutil.rmtree(run_dir)
+
+
+def fail_at_each_point(
+    inputs: Path, run_dir: Path, overrides: tuple[str, ...], num: int, what: str, points: tuple[str, ...]
+) -> None:
+    """A run that fails at each point of its second save, and goes on from the first."""
+    output = run_dir.with_name(f"{run_dir.name}-output")
+    for point in points:
+        before = saved(run_dir)
+        fault = f"{point}#{POINTS[point]}={'half' if (point, what) == ('half_file', 'kill') else what}"
+        status, _, err = complete(command(inputs, run_dir, *overrides), output, num, fault=fault)
+        assert saved(run_dir)[-1:] != before[-1:], fault  # the first was saved
+        assert_whole(run_dir)
+        if what == "kill":
+            assert status == -signal.SIGKILL, (fault, err)
+        else:
+            assert status == 6 and err.startswith("error[STORAGE] "), (fault, status, err)
+            assert "could not be written ([Errno 28] No space left on device)" in err, err
+            assert not list(run_dir.glob(".step-*")), fault
+    status, _, err = complete(command(inputs, run_dir, *overrides), output, num)
+    assert status == 0, err

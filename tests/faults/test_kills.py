@@ -5,18 +5,17 @@ import random
 import signal
 from pathlib import Path
 
-from tests.faults.processes import TWO, assert_equal_runs, assert_whole, command, complete, kill_randomly, saved
+from tests.faults.processes import (
+    POINTS,
+    TWO,
+    assert_equal_runs,
+    command,
+    complete,
+    fail_at_each_point,
+    interrupt_randomly,
+    saved,
+)
 
-# Where a save may fail, with which pass of the point is of the second save of a process: of one process, of two.
-POINTS = {
-    "mkdir": (2, 2),
-    "half_file": (3, 3),
-    "before_fsync": (3, 3),
-    "before_manifest": (2, 2),
-    "before_rename": (2, 2),
-    "before_pointer": (2, 2),
-    "during_retention": (2, 2),
-}
 FSDP = TWO["FSDPTrainer"]
 
 
@@ -24,35 +23,15 @@ def test_ten_kills(inputs: Path, whole: Path) -> None:
     chance, num_killed, num_runs = random.Random(0), 0, 0
     while num_killed < 10:
         run_dir = whole.parent / f"killed-{num_runs}"
-        num_killed += kill_randomly(command(inputs, run_dir), run_dir, 10 - num_killed, chance)
+        num_killed += interrupt_randomly(command(inputs, run_dir), run_dir, 10 - num_killed, chance)
         assert_equal_runs(run_dir, whole)
         num_runs += 1
 
 
 def test_kills_of_a_rank(inputs: Path, whole_on_two: Path) -> None:
     run_dir = whole_on_two.parent / "rank-killed"
-    assert kill_randomly(command(inputs, run_dir, *FSDP), run_dir, 3, random.Random(1), num=2, seconds=0.6)
+    assert interrupt_randomly(command(inputs, run_dir, *FSDP), run_dir, 3, random.Random(1), num=2, seconds=0.6)
     assert_equal_runs(run_dir, whole_on_two)
-
-
-def fail_at_each_point(
-    inputs: Path, run_dir: Path, overrides: tuple[str, ...], num: int, what: str, points: tuple[str, ...]
-) -> None:
-    """A run that fails at each point of its second save, and goes on from the first."""
-    output = run_dir.with_name(f"{run_dir.name}-output")
-    for point in points:
-        before = saved(run_dir)
-        fault = f"{point}#{POINTS[point][num - 1]}={'half' if (point, what) == ('half_file', 'kill') else what}"
-        status, _, err = complete(command(inputs, run_dir, *overrides), output, num, fault=fault)
-        assert saved(run_dir)[-1:] != before[-1:], fault  # the first was saved
-        assert_whole(run_dir)
-        if what == "kill":
-            assert status == -signal.SIGKILL, (fault, err)
-        else:
-            assert status == 6 and err.startswith("error[STORAGE] the checkpoint"), (fault, status, err)
-            assert not list(run_dir.glob(".step-*")), fault
-    status, _, err = complete(command(inputs, run_dir, *overrides), output, num)
-    assert status == 0, err
 
 
 def test_a_kill_at_each_point_of_a_save(inputs: Path, whole: Path) -> None:
@@ -70,3 +49,13 @@ def test_a_kill_at_each_point_of_a_save_on_two_ranks(inputs: Path, whole_on_two:
     run_dir = whole_on_two.parent / "points-on-two"
     fail_at_each_point(inputs, run_dir, FSDP, 2, "kill", tuple(POINTS))
     assert_equal_runs(run_dir, whole_on_two)
+
+
+def test_a_kill_after_the_last_save(inputs: Path, whole: Path) -> None:
+    """There is nothing left to train, but to tidy up."""
+    for fault in ("before_pointer#15=kill", "during_retention#13=kill"):
+        run_dir = whole.parent / fault.partition("#")[0]
+        assert complete(command(inputs, run_dir), inputs / "output", fault=fault)[0] == -signal.SIGKILL
+        assert saved(run_dir)[-1] == "step-60"
+        assert complete(command(inputs, run_dir), inputs / "output")[0] == 0
+        assert_equal_runs(run_dir, whole)

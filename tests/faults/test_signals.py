@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.processes import Process, assert_equal_runs, assert_whole, command, complete, rows, saved
-from trainers import Batch, BasicTrainer, Step
+from trainers import BasicTrainer, Batch, Step
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FSDP = ("trainer=FSDPTrainer",)
@@ -27,7 +27,7 @@ def signal_in_step(update: int, number: int, on_rank: int) -> None:
             os.kill(os.getpid(), number)
         return step(trainer, batch)
 
-    BasicTrainer.step = signalled  # type: ignore[method-assign]
+    BasicTrainer.step = signalled  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -64,7 +64,9 @@ def test_a_second_signal_is_obeyed_at_once(inputs: Path, whole: Path, tmp_path: 
     """While the checkpoint that the first one has begun is being written, which takes a minute."""
     run_dir = tmp_path / "run"
     prepare = partial(signal_in_step, 3, number, 0)
-    with Process(command(inputs, run_dir), tmp_path / "output", fault="before_rename#3=wait", prepare=prepare) as process:
+    with Process(
+        command(inputs, run_dir), tmp_path / "output", fault="before_rename#3=wait", prepare=prepare
+    ) as process:
         process.wait_until((run_dir / ".step-12.tmp" / "manifest.json").exists)
         time.sleep(0.3)
         process.send(number)
@@ -89,7 +91,7 @@ def test_a_launched_run_is_signalled(inputs: Path, whole_on_two: Path, tmp_path:
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not saved(run_dir) and launcher.poll() is None:
+    while not (run_dir / "metrics.jsonl").exists() and launcher.poll() is None:
         time.sleep(0.002)
     launcher.send_signal(signal.SIGTERM)
     err = launcher.communicate(timeout=60)[1]

@@ -1,0 +1,113 @@
+"""Disks that are full or read-only, and directories that are somebody else's."""
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.processes import (
+    Process,
+    assert_equal_runs,
+    assert_whole,
+    command,
+    complete,
+    fail_on_a_full_disk,
+    saved,
+    small_disk,
+)
+
+
+@pytest.fixture(scope="module")
+def size(whole: Path) -> int:
+    """Bytes of a checkpoint, the last one, which has a policy.pt."""
+    return sum(path.stat().st_size for path in (whole / "LATEST").iterdir())
+
+
+def test_a_disk_that_is_full_in_a_save(inputs: Path, whole: Path, size: int, tmp_path: Path) -> None:
+    """Anywhere in it: the last good checkpoint is whole, and with more room the run goes on."""
+    chance = random.Random(0)
+    with small_disk(tmp_path / "disk", 4 * size) as disk:
+        for index in range(4):
+            fail_on_a_full_disk(inputs, disk / f"run-{index}", int(size * chance.uniform(0.1, 2.9)), whole)
+
+
+def test_too_little_room_is_said_before_anything_is_written(inputs: Path, size: int, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 2 * size) as disk:
+        (disk / "ballast").write_bytes(bytes(int(1.5 * size)))
+        status, _, err = complete(command(inputs, disk / "run"), tmp_path / "output")
+        assert status == 6 and err.count("\n") == 1, err
+        assert "/run/step-4 could not be written (it needs" in err and "MB are free)" in err
+        assert not saved(disk / "run") and not list((disk / "run").glob(".*"))
+
+
+@pytest.mark.parametrize("num_pages", [0, 1])
+def test_a_full_disk_before_the_first_step(inputs: Path, tmp_path: Path, num_pages: int) -> None:
+    """Without room for config.yaml; or for a page, which has that and nothing else."""
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        (disk / "run").mkdir()
+        (disk / "ballast").write_bytes(bytes(2**20 - num_pages * 4096))
+        status, out, err = complete(command(inputs, disk / "run"), tmp_path / "output")
+        assert status == 6 and err.count("\n") == 1, err
+        assert ("training on" in out) == bool(num_pages) and not list((disk / "run").glob(".*"))
+
+
+def test_a_full_disk_under_the_caches(inputs: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        (disk / "ballast").write_bytes(bytes(2**20 - 3 * 4096))
+        status, _, err = complete(command(inputs, tmp_path / "run", f"cache_dir={disk}"), tmp_path / "output")
+        assert status == 6 and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_a_read_only_directory(inputs: Path, tmp_path: Path, has_run: bool) -> None:
+    """It is refused before a model is loaded; also where a run is to go on that has no checkpoint yet."""
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        run_dir = disk / "run"
+        if has_run:
+            run_dir.mkdir()
+            for name in ("config.yaml", "metrics.jsonl"):
+                (run_dir / name).write_text("{}\n")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        begun = time.monotonic()
+        status, out, err = complete(command(inputs, run_dir), tmp_path / "output")
+        assert status == 6 and err.count("\n") == 1, err
+        assert err.startswith(f"error[STORAGE] local_run_dir: cannot write to {run_dir} (Read-only file system)")
+        assert "training on" not in out and time.monotonic() - begun < 10
+
+
+def test_a_directory_with_other_files(inputs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "home"
+    run_dir.mkdir()
+    others = {name: run_dir / name for name in ("letter.txt", ".draft.tmp", ".step-4.tmp")}
+    for path in others.values():
+        path.write_text("mine")
+    status, out, err = complete(command(inputs, run_dir), tmp_path / "output")
+    assert status == 6 and err.count("\n") == 1, err
+    assert f"{run_dir} holds other files (letter.txt)" in err and "training on" not in out
+    assert all(path.read_text() == "mine" for path in others.values()) and len(list(run_dir.iterdir())) == 3
+
+
+def test_a_file_in_the_place_of_the_directory(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        status, _, err = complete(command(inputs, run_dir), tmp_path / "output")
+        assert status == 6 and err.count("\n") == 1 and "cannot write to" in err, err
+
+
+def test_a_directory_in_use(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    """By a run that is alive; when that is killed, the directory is free."""
+    run_dir = tmp_path / "run"
+    with Process(command(inputs, run_dir), tmp_path / "first", fault="before_manifest#2=wait") as process:
+        process.wait_until((run_dir / ".step-8.tmp" / "training_state.json").exists)
+        status, out, err = complete(command(inputs, run_dir), tmp_path / "second")
+        assert status == 6 and err.count("\n") == 1, err
+        assert f"{run_dir} is in use by another process" in err and "training on" not in out
+        assert (run_dir / ".step-8.tmp" / "training_state.json").exists()  # it was not tidied away
+        process.send(signal.SIGKILL)
+    assert_whole(run_dir)
+    status, _, err = complete(command(inputs, run_dir), tmp_path / "second")
+    assert status == 0, err
+    assert_equal_runs(run_dir, whole)
