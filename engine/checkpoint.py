@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.faults import fail_point
+from engine.optimizers import restore_kinds
 from engine.sharding import Orders, barrier, fill, full_tensor, rank_and_size
 from utils import UserError, write_atomically
 
@@ -56,9 +57,15 @@ class Contents:
     indices: dict[str, Any] = field(default_factory=dict)  # of which file has which tensor, by file name
     num_bytes: int = 0  # of what all processes write
 
-    def add(self, kind: str, tensors: Mapping[str, Tensor], orders: Orders) -> None:
-        """Add the tensors that fall to this process, about as many bytes as to every other. All call this together."""
+    def add(self, kind: str, tensors: Mapping[str, Tensor], orders: Orders, in_one: bool = False) -> None:
+        """Add the tensors that fall to this process, about as many bytes as to every other. All call this together.
+
+        Args:
+            in_one: they all fall to the first process, whose file has no number.
+        """
         rank, num_ranks = rank_and_size()
+        if in_one:
+            num_ranks = 1
         total = sum(tensor.nbytes for tensor in tensors.values())
         names, own, before = {}, {}, 0
         for name, tensor in tensors.items():
@@ -69,7 +76,8 @@ class Contents:
             whole = full_tensor(tensor, order if tensor.ndim else None)
             if owner == rank:
                 own[name] = whole.detach().to("cpu", copy=True).contiguous()
-        self.files[_file_name(kind, rank, num_ranks)] = own  # even an empty one: their number is part of the names
+        if rank < num_ranks:
+            self.files[_file_name(kind, rank, num_ranks)] = own  # even an empty one: their number is part of the names
         self.num_bytes += total
         if rank == 0 and num_ranks > 1:
             self.indices[f"{kind}.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": names}
@@ -421,17 +429,27 @@ def read_state(checkpoint: Path, data: str, reference: str | None) -> dict[str, 
 
 
 @torch.no_grad()
-def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, orders: Orders) -> None:
+def load_checkpoint(
+    checkpoint: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    orders: Orders,
+    kind: str,
+    weights: Mapping[str, Tensor],
+) -> None:
     """Bring model and optimizer to where checkpoint was saved. Each process reads what it has of the tensors, whoever
     wrote them.
+
+    Args:
+        kind, weights: the files that have the weights, and those by their names in them.
 
     Raises:
         UserError: CHECKPOINT if it cannot be read or does not fit.
     """
-    weights, parameters = named_weights(model), dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     missing, state = set(weights), dict[str, dict[str, Tensor]]()
     with reading(checkpoint):
-        for name, tensor in tensors_of(checkpoint, WEIGHTS):
+        for name, tensor in tensors_of(checkpoint, kind):
             fill(weights[name], tensor, orders.get(name))
             missing.remove(name)
         for owner, values in state_by_parameter(checkpoint).items():
@@ -446,6 +464,7 @@ def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.o
     in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     by_index = {index: state[name] for index, name in enumerate(in_order) if name in state}
     optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
+    restore_kinds(optimizer)
 
 
 @contextmanager
