@@ -120,7 +120,7 @@ def derive_names(config: DictConfig) -> None:
     if config.local_run_dir is None:
         if config.resume is not None:
             path = Path(config.resume)
-            is_checkpoint = path.name == "LATEST" or path.name.startswith("step-")
+            is_checkpoint = path.name in ("LATEST", "BEST") or path.name.startswith("step-")
             config.local_run_dir = str(path.parent if is_checkpoint else path)
         else:
             now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")

@@ -88,6 +88,7 @@ from engine.sharding import (
     without_weights,
 )
 from engine.tensor_parallel import check_divides
+from engine.validation import BEST_BY
 from losses import LOSSES
 from preference_datasets import DATASETS, Example, Split
 from utils import StopRequest, UserError, ahead, content_hash, is_out_of_memory, write_atomically
@@ -641,18 +642,24 @@ class BasicTrainer:
             the signal that stopped it, after the state was saved; None if it came to its end.
         """
         batches = self.train_batches()
+        self.best: float | None = None
+        if self.config.keep_best and not self.eval_examples:
+            raise UserError("CONFIG", "keep_best: there are no examples to evaluate on", "leave it out")
         if checkpoint is not None:
             state = read_state(checkpoint, self.data_hash, self.reference_weights)
             self.load(checkpoint)
             if self.rank == 0:
                 rewind(self.run_dir, state["log_sizes"])
             self.counters = state["counters"]
+            if (self.run_dir / "BEST").exists():
+                self.best = state.get("best", {}).get(self.config.keep_best)
             for _ in range(self.counters["updates"]):
                 next(batches)
             print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
         if self.rank == 0:
             self.loggers = Loggers(self.config, self.run_dir, self.num_train_examples, self.counters["examples"])
         self.eval_metrics: dict[str, float] = {}
+        self.evaluated_at = -1
         self.writer = CheckpointWriter(self.run_dir, self.config.keep_checkpoints, self.config.collective_timeout)
         is_done = False
         try:
@@ -726,6 +733,7 @@ class BasicTrainer:
         if self.samples:
             self.eval_metrics |= self.log_samples()
         self.loggers.eval(self.eval_metrics | self.counted())
+        self.evaluated_at = self.counters["examples"]
         self.policy.train()
 
     @property
@@ -824,6 +832,20 @@ class BasicTrainer:
         kind, (weights, _) = ADAPTER if adapter_of(self.policy) else WEIGHTS, self.named_tensors()
         load_checkpoint(checkpoint, self.policy, self.optimizer, self.orders, kind, weights)
 
+    def is_best(self) -> bool:
+        """Whether the policy was just evaluated better than all that were saved before, by keep_best."""
+        name = self.config.keep_best
+        if name is None or self.evaluated_at != self.counters["examples"]:
+            return False
+        if name not in self.eval_metrics:
+            found = ", ".join(sorted(self.eval_metrics))
+            raise UserError("CONFIG", f"keep_best: the evaluation has no {name}", f"choose one of {found}")
+        value = self.eval_metrics[name]
+        if self.best is not None and not (value > self.best if BEST_BY[name] else value < self.best):
+            return False
+        self.best = value
+        return True
+
     def save(self, is_last: bool) -> None:
         """Begin to write a checkpoint, with policy.pt if it is the last one."""
         if self.config.debug:
@@ -838,13 +860,14 @@ class BasicTrainer:
         adapter = adapter_of(self.policy)
         contents.add(ADAPTER if adapter else WEIGHTS, weights, self.orders, in_one=adapter is not None)
         contents.add(OPTIMIZER, state, self.orders)
-        examples, metrics = self.counters["examples"], self.eval_metrics
+        examples, metrics, is_best = self.counters["examples"], self.eval_metrics, self.is_best()
         facts = {
             "counters": dict(self.counters),
             "log_sizes": log_sizes(self.run_dir),
             "settings": settings_of(self.config),
             "data": self.data_hash,
             "reference": self.reference_weights,
+            "best": {} if self.best is None else {self.config.keep_best: self.best},
         }
         if adapter is not None and self.reference is not None:
             facts["reference_model"] = adapter.description
@@ -861,7 +884,7 @@ class BasicTrainer:
                 write_policy_pt(directory, examples, self.aliases, metrics)
 
         policy_pt_bytes = sum(tensor.nbytes for tensor in weights.values()) if is_last and adapter is None else 0
-        self.writer.start(examples, contents, write_rest, policy_pt_bytes)
+        self.writer.start(examples, contents, write_rest, policy_pt_bytes, is_best)
 
 
 def choose_eval_examples(examples: Sequence[Example], count: int, seed: int) -> list[Example]:

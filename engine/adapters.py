@@ -476,6 +476,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def write_adapter_config(adapter: Adapter, directory: Path) -> None:
     config = copy.deepcopy(adapter.config)
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # peft has a set, whose order changes
     config.save_pretrained(directory)
 
 

@@ -2,7 +2,8 @@
 
 step-<examples>/ holds the model and tokenizer in Hugging Face form, the optimizer's state by the names of parameters,
 training_state.json, and manifest.json with the size and SHA-256 of every file. Several processes write a file each, of
-whole tensors, so a checkpoint does not depend on how many there were. LATEST is a link to the newest.
+whole tensors, so a checkpoint does not depend on how many there were. LATEST is a link to the newest, BEST to the one
+with the best evaluation. A checkpoint of adapters has them in peft's form, and no other weights.
 
 A checkpoint is written in the background, under another name, and renamed when all of it is on disk; older ones are
 removed once it was read back. Before one is used, every file is compared with the manifest.
@@ -40,7 +41,7 @@ LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 # Keys that may change when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
     "exp_name", "local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "debug", "wandb", "tensorboard",
-    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "compile", "do_first_eval",
+    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "keep_best", "compile", "do_first_eval",
     "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
     "resume_allow", "trainer", "num_processes", "tensor_parallel_size", "tensor_parallel", "fsdp", "collective_timeout",
 }  # fmt: skip
@@ -101,13 +102,19 @@ class CheckpointWriter:
         self._running: Future[Path] | None = None
 
     def start(
-        self, num_examples: int, contents: Contents, write_rest: Callable[[Path], None], extra_bytes: int = 0
+        self,
+        num_examples: int,
+        contents: Contents,
+        write_rest: Callable[[Path], None],
+        extra_bytes: int = 0,
+        is_best: bool = False,
     ) -> None:
         """Begin to write run_dir/step-<num_examples>. All processes call this together, after finished(wait=True).
 
         Args:
             write_rest: writes the other files of the checkpoint into a directory; called by the first process.
             extra_bytes: that write_rest writes, about.
+            is_best: BEST is to be a link to it.
 
         Raises:
             UserError: STORAGE; what was saved before is untouched.
@@ -122,7 +129,7 @@ class CheckpointWriter:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         barrier()
-        self._running = self._executor.submit(self._write, target, contents, write_rest)
+        self._running = self._executor.submit(self._write, target, contents, write_rest, is_best)
 
     def finished(self, wait: bool) -> Path | None:
         """The checkpoint that has been written since this was last called, if there is one.
@@ -135,7 +142,7 @@ class CheckpointWriter:
         running, self._running = self._running, None
         return running.result()
 
-    def _write(self, target: Path, contents: Contents, write_rest: Callable[[Path], None]) -> Path:
+    def _write(self, target: Path, contents: Contents, write_rest: Callable[[Path], None], is_best: bool) -> Path:
         rank, num_ranks = rank_and_size()
         temporary = _temporary(target)
         with _storing(target, temporary):
@@ -167,10 +174,14 @@ class CheckpointWriter:
             problem = damage(target)
             if problem:
                 raise OSError(f"what was written reads back otherwise: {problem}")
+            if is_best:
+                _point_to(target, "BEST")
         if self._keep is not None:
+            best = (self._run_dir / "BEST").resolve()
             for old in checkpoints(self._run_dir)[: -self._keep]:
                 fail_point("during_retention")
-                shutil.rmtree(old, ignore_errors=True)
+                if old.resolve() != best:
+                    shutil.rmtree(old, ignore_errors=True)
         return target
 
     def _part_of(self, rank: int, temporary: Path) -> dict[str, Any]:
@@ -234,11 +245,11 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _point_to(target: Path) -> None:
-    link = target.with_name(".LATEST.tmp")
+def _point_to(target: Path, name: str = "LATEST") -> None:
+    link = target.with_name(f".{name}.tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
-    link.replace(target.with_name("LATEST"))
+    link.replace(target.with_name(name))
     _fsync(target.parent)
 
 

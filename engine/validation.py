@@ -456,6 +456,11 @@ RULES = (
         "{0} is of preference losses, not of {1}",
     ),
     Rule(
+        ("keep_best", "reference"),
+        lambda best, reference: best == "kl_eval" and reference != "live",
+        "{0} is measured with reference=live, not {1}",
+    ),
+    Rule(
         ("keep_best", "sample_during_eval"),
         lambda best, sampled: best and best.startswith(("ground_truth", "kl")) and not sampled,
         "{0} is measured on samples: sample_during_eval=true",

@@ -1,12 +1,8 @@
 """LoRA and QLoRA through the command line: exact references, small checkpoints, exact resumption, merging."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.runs import QUICK, Program, Run
 
