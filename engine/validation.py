@@ -507,6 +507,9 @@ def validate_config(config: DictConfig) -> None:
     read_values(config, "", values, problems)
     loss_is_known = CHECKS["loss.name"].accepts(values.get("loss.name"))
     peft_checks = PEFT_CHECKS.get(str(values.get("peft.name")))
+    if peft_checks and not peft_checks.keys() & values.keys():
+        problems["peft.name"] = f"must come with the other keys of its group: peft={values['peft.name']}"
+        peft_checks = {}
     checks = CHECKS | (loss_checks(values["loss.name"]) if loss_is_known else {}) | (peft_checks or {})
 
     for key in values:

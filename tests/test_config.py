@@ -178,7 +178,7 @@ def test_accepted(overrides):
         ("reference=cache", "did you mean cached?"),
         ("format=string", "did you mean strings?"),
         ("peft.name=lorra", "peft.name: must be"),
-        ("peft.name=lora", "peft.rank: is not set"),
+        ("peft.name=lora", "peft.name: must come with the other keys"),
         ("exp_name=a/b", "exp_name: must be null or a name without"),
         ("exp_name=..", "exp_name: must be"),
         ("exp_name='a\\b'", "exp_name: must be"),
