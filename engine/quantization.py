@@ -57,6 +57,8 @@ class QuantizedLinear(nn.Linear):
         self.requires_grad_(False)
         is_empty = weight.is_meta  # to be filled by another process's
         weight = torch.zeros(weight.shape, dtype=torch.float32) if is_empty else weight.detach().contiguous().to(device)
+        if weight.dtype == torch.float64:
+            weight = weight.float()
         functional = bitsandbytes_functional()
         if quant_type == "int8":
             packed, scales, _ = functional.int8_vectorwise_quant(weight.half())
