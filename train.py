@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from engine import distributed, launch
+from engine.commands import with_bases
 from engine.validation import explain_hydra_error, validate_config
 from utils import UserError, is_out_of_memory, is_reachable, local_dir, write_atomically
 
@@ -211,6 +212,8 @@ def reaches_hub(config: DictConfig) -> bool:
     names = [model.tokenizer_name_or_path or model.name_or_path]
     if model.architecture is None:
         names.append(model.name_or_path)
+    if model.archive is not None:
+        names += [*with_bases([model.archive])][1:]  # of adapters
     is_local = all(name == "films" or Path(name).exists() for name in names)
     if is_local or os.environ.get("HF_HUB_OFFLINE") or getproxies().get("https"):
         return True

@@ -20,7 +20,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
         optimizer.step()
 
 
-def fresh(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+def fresh(name: str) -> tuple[nn.Linear, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Linear(96, 64)  # a weight with 8-bit state, and a bias that is too small for it
     return model, build_optimizer(name, [{"params": list(model.parameters())}], 1e-2)
@@ -33,10 +33,10 @@ def test_state_is_saved_and_resumed_exactly(name: str, tmp_path: Path) -> None:
     steps(model, optimizer, 0, 3)
     has_small_state = optimizer.state[model.weight]["state1"].dtype == torch.uint8
     assert has_small_state == name.endswith("8bit")
-    for kind, tensors in ((WEIGHTS, named_weights(model)), (OPTIMIZER, named_state(model, optimizer))):  # type: ignore
+    for kind, tensors in ((WEIGHTS, named_weights(model)), (OPTIMIZER, named_state(model, optimizer))):
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / f"{kind}.safetensors")
     again, other = fresh(name)
-    load_checkpoint(tmp_path, again, other, {}, WEIGHTS, named_weights(again))  # type: ignore[arg-type]
+    load_checkpoint(tmp_path, again, other, {}, WEIGHTS, named_weights(again))
     for key, value in optimizer.state[model.weight].items():
         assert type(other.state[again.weight][key]) is type(value)
     steps(model, optimizer, 3, 6)

