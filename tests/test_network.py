@@ -27,7 +27,6 @@ def process(script: str, *arguments: str, directory: Path, **environment: str) -
     "script, arguments, environment",
     [
         ("export.py", ("from=me/model", "to=out"), NOWHERE),
-        ("chat.py", ("model=me/model", "prompt=hello"), NOWHERE),
         ("chat.py", ("model=me/model", "prompt=hello"), {"HF_HUB_OFFLINE": "1"}),
     ],
 )
