@@ -110,7 +110,7 @@ def load_policy(
     is_quantized = peft.name == "qlora"
     archive = None if config.model.archive is None else _adapter_archive(Path(config.model.archive))
     config, base = _with_base(config, archive)
-    stored = _stored_dtype(base)
+    stored = _stored_dtype(base, config.model.trust_remote_code)
     is_narrow = stored in (torch.bfloat16, torch.float16) and (is_quantized or mixed)  # nothing is lost in it
     loading_device = torch.device("cpu") if is_quantized else device
     model = load_model(config, tokenizer, stored if is_narrow and stored else dtype, loading_device)
@@ -219,11 +219,11 @@ def _with_base(config: DictConfig, archive: Path | None) -> tuple[DictConfig, st
     return config, os.path.abspath(model.name_or_path) if os.path.exists(model.name_or_path) else model.name_or_path
 
 
-def _stored_dtype(base: str | None) -> torch.dtype | None:
+def _stored_dtype(base: str | None, trusted: bool) -> torch.dtype | None:
     """The dtype that the weights of a model have on disk, if its config tells."""
     try:
-        return None if base is None else AutoConfig.from_pretrained(base).dtype
-    except (OSError, ValueError, KeyError):  # told when it is loaded
+        return None if base is None else AutoConfig.from_pretrained(base, trust_remote_code=trusted).dtype
+    except Exception:  # damaged files raise nearly anything; it is told when the model is loaded
         return None
 
 

@@ -55,29 +55,14 @@ class QuantizedLinear(nn.Linear):
         self.quant_type, self.compute_dtype = quant_type, compute_dtype
         self.bias = layer.bias
         self.requires_grad_(False)
-        is_empty = weight.is_meta  # to be filled by another process's
-        weight = torch.zeros(weight.shape, dtype=torch.float32) if is_empty else weight.detach().contiguous().to(device)
-        if weight.dtype == torch.float64:
-            weight = weight.float()
-        functional = bitsandbytes_functional()
-        if quant_type == "int8":
-            packed, scales, _ = functional.int8_vectorwise_quant(weight.half())
-            buffers = {"scales": scales}
+        if weight.is_meta:  # to be filled by what another process has
+            packed, buffers = _empty(weight.shape, quant_type, double_quant, storage_dtype)
         else:
-            packed, state = functional.quantize_4bit(
-                weight, None, None, BLOCK, double_quant, quant_type, quant_storage=storage_dtype
-            )
-            buffers = {"scales": state.absmax, "code": state.code}
-            if double_quant:
-                nested = {
-                    "offset": state.offset,
-                    "nested_scales": state.state2.absmax,
-                    "nested_code": state.state2.code,
-                }
-                buffers |= nested
-        self.weight = nn.Parameter(packed.to("meta") if is_empty else packed, requires_grad=False)
+            weight = weight.detach().contiguous().to(device)
+            packed, buffers = _pack(weight, quant_type, double_quant, storage_dtype)
+        self.weight = nn.Parameter(packed, requires_grad=False)
         for name, buffer in buffers.items():
-            self.register_buffer(name, buffer.to("meta") if is_empty else buffer)
+            self.register_buffer(name, buffer)
 
     @property
     def W_q(self) -> Tensor:
@@ -98,6 +83,37 @@ class QuantizedLinear(nn.Linear):
         if self.bias is not None:
             output = output + self.bias.to(dtype)
         return output.to(input.dtype)
+
+
+def _pack(weight: Tensor, kind: str, double_quant: bool, storage: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """A weight [out, in] in few bits, and what its numbers count."""
+    functional = bitsandbytes_functional()
+    if weight.dtype == torch.float64:
+        weight = weight.float()
+    if kind == "int8":
+        packed, scales, _ = functional.int8_vectorwise_quant(weight.half())
+        return packed, {"scales": scales}
+    packed, state = functional.quantize_4bit(weight, None, None, BLOCK, double_quant, kind, quant_storage=storage)
+    if not double_quant:
+        return packed, {"scales": state.absmax, "code": state.code}
+    nested = {"nested_scales": state.state2.absmax, "nested_code": state.state2.code}
+    return packed, {"scales": state.absmax, "code": state.code, "offset": state.offset, **nested}
+
+
+def _empty(shape: torch.Size, kind: str, double_quant: bool, storage: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """What _pack gives for a weight of a shape, without contents (on the meta device)."""
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    if kind == "int8":
+        return empty(*shape, dtype=torch.int8), {"scales": empty(shape[0])}
+    packed = empty((shape.numel() + 1) // (2 * storage.itemsize), 1, dtype=storage)
+    blocks = -(-shape.numel() // BLOCK)
+    if not double_quant:
+        return packed, {"scales": empty(blocks), "code": empty(16)}
+    nested = {"nested_scales": empty(-(-blocks // NESTED_BLOCK)), "nested_code": empty(256)}
+    return packed, {"scales": empty(blocks, dtype=torch.uint8), "code": empty(16), "offset": empty(), **nested}
 
 
 def _dequantize(packed: Tensor, kind: str, shape: tuple[int, int], scales: list[Tensor], dtype: torch.dtype) -> Tensor:

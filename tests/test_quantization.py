@@ -94,10 +94,19 @@ def test_copies_and_state_dicts_have_all_of_it(kind: str) -> None:
     other = quantized(nn.Linear(64, 48), kind)
     other.load_state_dict(packed.state_dict())
     assert torch.equal(other.dequantize(), packed.dequantize())
-    empty = quantized(nn.Linear(64, 48, device="meta"), kind)
-    assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {
-        n: (t.shape, t.dtype) for n, t in packed.state_dict().items()
-    }
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(64, 48), (520, 256)])
+def test_a_layer_without_contents_has_its_sizes(sizes, kind, double_quant: bool, storage: torch.dtype) -> None:
+    full, empty = (
+        quantized(nn.Linear(*sizes, device=device), kind, double_quant=double_quant, storage_dtype=storage)
+        for device in ("cpu", "meta")
+    )
+    tensors = [{name: (t.shape, t.dtype) for name, t in layer.state_dict().items()} for layer in (full, empty)]
+    assert tensors[0] == tensors[1] and empty.weight.is_meta
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2"])
