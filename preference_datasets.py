@@ -7,6 +7,7 @@ set, write a `get_<name>(split, source)` like those below, and name it in DATASE
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from engine.formats import (
     ASSISTANT_TURN,
     PROMPTS_DIFFER,
+    BadRow,
     Preferences,
     Row,
     SplitName,
@@ -37,7 +39,17 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DATASETS", "Dataset", "Example", "Preferences", "Source", "Split", "format_counts", "load_split"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "Example",
+    "Preferences",
+    "Source",
+    "Split",
+    "format_counts",
+    "load_split",
+    "num_shared_prompts",
+]
 
 HUMAN_TURN = "\n\nHuman: "
 HUB_TIMEOUT = 10  # seconds
@@ -80,9 +92,14 @@ class Source:
             if path is None:
                 problem = f"data_dir: {self.data_dir}/{self.name} holds neither {stored}.jsonl nor {stored}.jsonl.gz"
                 raise UserError("DATA", problem, "put the file there, or set data_dir=null to load from the hub")
-            rows = read_rows(path)
+
+            def bad(error: BadRow) -> None:
+                self.tally.bad(error)
+                self.tally.rows += 1
+
+            rows = read_rows(path, bad)
             if shuffled:
-                num_rows = sum(1 for _ in read_rows(path))
+                num_rows = sum(1 for _ in read_rows(path, Tally(on_bad_row=self.tally.on_bad_row).bad))
         if shuffled and test_share is not None:
             is_test = np.zeros(num_rows, dtype=bool)
             is_test[np.random.default_rng(42).permutation(num_rows)[: int(num_rows * test_share)]] = True
@@ -94,6 +111,10 @@ class Source:
     def drop(self, reason: str) -> None:
         """Count a row that cannot be trained on."""
         self.tally.dropped[reason] += 1
+
+    def checked(self) -> AbstractContextManager[None]:
+        """Around what is done with one row: if it is a bad one, it ends the run, or is dropped with on_bad_row=drop."""
+        return self.tally.checked()
 
     def _file(self, split: SplitName) -> Path | None:
         folder = Path(self.data_dir or "") / self.name
@@ -137,12 +158,13 @@ def get_hh(split: SplitName, source: Source) -> Preferences:
     """Anthropic's Helpful and Harmless dialogues: two transcripts that differ in the last turn of the assistant."""
     preferences: Preferences = {}
     for row in source.rows("Anthropic/hh-rlhf", split):
-        parts = split_transcript(row)
-        if parts is None:
-            source.drop(PROMPTS_DIFFER)
-            continue
-        prompt, chosen, rejected = parts
-        add_preference(preferences, prompt, [chosen, rejected], [(0, 1)], chosen)
+        with source.checked():
+            parts = split_transcript(row)
+            if parts is None:
+                source.drop(PROMPTS_DIFFER)
+                continue
+            prompt, chosen, rejected = parts
+            add_preference(preferences, prompt, [chosen, rejected], [(0, 1)], chosen)
     return preferences
 
 
@@ -154,19 +176,20 @@ def get_shp(split: SplitName, source: Source) -> Preferences:
     preferences: Preferences = {}
     best: dict[str, tuple[float, str]] = {}  # the highest score of a prompt, and its response
     for row in source.rows("stanfordnlp/SHP", split):
-        prompt = HUMAN_TURN + row.text("history") + ASSISTANT_TURN
-        responses = [" " + row.text("human_ref_A"), " " + row.text("human_ref_B")]
-        scores = [row.number("score_A"), row.number("score_B")]
-        label = row.number("labels")
-        if label not in (0, 1):
-            raise row.error("labels", f"is {label:g}, not 1 (A is preferred) or 0 (B is)")
-        # Multiplied, as a score may be 0. A negative score has no ratio to speak of.
-        if min(scores) < 0 or max(scores) < 2 * min(scores) or max(scores) == 0:
-            source.drop("score ratio below 2")
-            continue
-        scored = [*zip(scores, responses, strict=True)]
-        best[prompt] = max([best[prompt], *scored] if prompt in best else scored, key=lambda item: item[0])
-        add_preference(preferences, prompt, responses, [(0, 1) if label == 1 else (1, 0)], best[prompt][1])
+        with source.checked():
+            prompt = HUMAN_TURN + row.text("history") + ASSISTANT_TURN
+            responses = [" " + row.text("human_ref_A"), " " + row.text("human_ref_B")]
+            scores = [row.number("score_A"), row.number("score_B")]
+            label = row.number("labels")
+            if label not in (0, 1):
+                raise row.error("labels", f"is {label:g}, not 1 (A is preferred) or 0 (B is)")
+            # Multiplied, as a score may be 0. A negative score has no ratio to speak of.
+            if min(scores) < 0 or max(scores) < 2 * min(scores) or max(scores) == 0:
+                source.drop("score ratio below 2")
+                continue
+            scored = [*zip(scores, responses, strict=True)]
+            best[prompt] = max([best[prompt], *scored] if prompt in best else scored, key=lambda item: item[0])
+            add_preference(preferences, prompt, responses, [(0, 1) if label == 1 else (1, 0)], best[prompt][1])
     return preferences
 
 
@@ -182,12 +205,14 @@ def get_se(split: SplitName, source: Source) -> Preferences:
             html: list[str] = []  # question, answers, question, answers, ...
             scores: list[list[float]] = []  # [rows][answers]
             for row in block:
-                html.append(row.text("question"))
-                scores.append([])
-                for i, answer in enumerate(row.items("answers")):
-                    name = f"answers[{i}]"
-                    html.append(row.as_text(row.member(answer, "text", name), f"{name}.text"))
-                    scores[-1].append(row.as_number(row.member(answer, "pm_score", name), f"{name}.pm_score"))
+                with source.checked():
+                    row_html, row_scores = [row.text("question")], []
+                    for i, answer in enumerate(row.items("answers")):
+                        name = f"answers[{i}]"
+                        row_html.append(row.as_text(row.member(answer, "text", name), f"{name}.text"))
+                        row_scores.append(row.as_number(row.member(answer, "pm_score", name), f"{name}.pm_score"))
+                    html += row_html
+                    scores.append(row_scores)
             is_parallel = len(block) == HTML_BLOCK_ROWS and not multiprocessing.current_process().daemon
             texts = pool.map(strip_html, html, chunksize=256) if is_parallel else map(strip_html, html)
             for answer_scores in scores:
@@ -206,9 +231,10 @@ def get_stack_exchange_paired(split: SplitName, source: Source) -> Preferences:
     preferences: Preferences = {}
     hub_dir = {"train": "data/rl", "test": "data/evaluation"}[split]
     for row in source.rows("lvwerra/stack-exchange-paired", split, hub_dir=hub_dir):
-        prompt = "Question: " + row.text("question") + "\n\nAnswer: "
-        chosen, rejected = row.text("response_j"), row.text("response_k")
-        add_preference(preferences, prompt, [chosen, rejected], [(0, 1)], chosen)
+        with source.checked():
+            prompt = "Question: " + row.text("question") + "\n\nAnswer: "
+            chosen, rejected = row.text("response_j"), row.text("response_k")
+            add_preference(preferences, prompt, [chosen, rejected], [(0, 1)], chosen)
     return preferences
 
 
@@ -310,8 +336,8 @@ def load_split(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split
     """The examples of a split of all of config.datasets, in their order, and what was counted on the way.
 
     Args:
-        config: read are datasets, data_dir, format, chat_template, test_fraction, max_length, max_prompt_length and
-            cache_dir (a path).
+        config: read are datasets, data_dir, format, chat_template, test_fraction, on_bad_row, max_length,
+            max_prompt_length and cache_dir (a path).
         tokenizer: needs an EOS token.
         split: "train" or "test".
         batch: "sft" makes one example per prompt, "pairs" one per pair.
@@ -319,7 +345,7 @@ def load_split(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split
     Raises:
         UserError: if rows cannot be read or are malformed, or if none is left to train on.
     """
-    tally = Tally()
+    tally = Tally(on_bad_row=config.on_bad_row)
     data: list[tuple[Preferences, TruncationMode]] = []
     for name in config.datasets:
         mode: TruncationMode = "keep_end"  # of the user's own files: what is next to the response
@@ -360,7 +386,8 @@ def load_split(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split
 
 def _dropped(tally: Tally) -> str:
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in tally.dropped.items())
-    return reasons and f" (dropped: {reasons})"
+    first = tally.first_bad_row and f"; the first malformed row: {tally.first_bad_row}"
+    return reasons and f" (dropped: {reasons}{first})"
 
 
 def format_counts(split_counts: dict[str, Any]) -> str:
@@ -371,4 +398,19 @@ def format_counts(split_counts: dict[str, Any]) -> str:
         line += f", {split_counts['truncated']:,} of them cut to max_length={split_counts['max_length']}"
     if split_counts["dropped"]:
         line += "\n  dropped: " + ", ".join(f"{number:,} {why}" for why, number in split_counts["dropped"].items())
+    if "first_bad_row" in split_counts:
+        line += f"\n  the first malformed row: {split_counts['first_bad_row']}"
+    if "duplicates" in split_counts:
+        line += f"\n  kept, though they repeat a pair: {split_counts['duplicates']:,} pairs"
+    if "contradictions" in split_counts:
+        line += (
+            f"\n  kept, though each has its opposite (A over B and B over A): {split_counts['contradictions']:,} pairs"
+        )
     return line
+
+
+def num_shared_prompts(train: Split, test: Split) -> tuple[int, int]:
+    """How many prompts of a test split are prompts of the train split too, and how many there are; as they are cut."""
+    of_train = {hash(example.prompt.tobytes()) for example in train.examples}
+    of_test = {hash(example.prompt.tobytes()) for example in test.examples}
+    return len(of_train & of_test), len(of_test)

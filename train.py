@@ -8,6 +8,8 @@ import traceback
 from contextlib import ExitStack, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 from urllib.request import getproxies
 
 import hydra
@@ -17,8 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine import distributed, launch
 from engine.commands import with_bases
-from engine.validation import explain_hydra_error, validate_config
+from engine.secrets import public, redact
+from engine.validation import check_command_line, explain_hydra_error, validate_config
 from utils import UserError, is_out_of_memory, is_reachable, local_dir, write_atomically
+
+if TYPE_CHECKING:  # they take seconds to import
+    from transformers import PreTrainedTokenizerBase
+
+    from engine.tokenization import Split
 
 
 def run(config: DictConfig) -> int:
@@ -28,6 +36,9 @@ def run(config: DictConfig) -> int:
     num_processes = given.size if given else choose_num_processes(config)
     check_processes(config, num_processes, is_given=given is not None)
     prepare_hub(config)
+    if config.plan:
+        print_plan(config, num_processes)
+        return 0
     if given or num_processes == 1:
         status = run_here(config)
     else:
@@ -53,7 +64,7 @@ def choose_num_processes(config: DictConfig) -> int:
     if asked is None and config.trainer == "TensorParallelTrainer":
         asked = config.tensor_parallel_size
     num_gpus = launch.count_gpus()
-    if asked is not None and 0 < num_gpus < asked:
+    if asked is not None and 0 < num_gpus < asked and not config.plan:
         fix = "give fewer, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise UserError("CONFIG", f"num_processes: {asked} processes need as many GPUs, and there are {num_gpus}", fix)
     return asked or num_gpus or (config.tensor_parallel_size or 1) * config.fsdp.replicas
@@ -86,7 +97,9 @@ def run_here(config: DictConfig) -> int:
             stopped_by = train(config, run_dir, checkpoint)
         except Exception:
             with suppress(OSError):
-                crash_log(config, distributed.world().rank).write_text(traceback.format_exc())
+                crash_log(config, distributed.world().rank).write_text(
+                    redact(traceback.format_exc(), config), encoding="utf-8"
+                )
             raise
     print(f"run_dir: {run_dir}", flush=True)
     return 0 if stopped_by is None else 128 + stopped_by
@@ -130,7 +143,7 @@ def derive_names(config: DictConfig) -> None:
 
 def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
     """Find the checkpoint to resume from, if any; then make the run directory and write config.yaml."""
-    from engine.checkpoint import check_settings, find_checkpoint, rewind
+    from engine.checkpoint import check_settings, find_checkpoint, point_to, remove_temporaries, rewind
 
     run_dir = Path(config.local_run_dir)
     checkpoint = None
@@ -147,9 +160,9 @@ def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
             "set a new or empty directory",
         )
     holds_a_run = (run_dir / "metrics.jsonl").exists()
+    is_own = checkpoint is not None and checkpoint.parent == run_dir.resolve()
     if checkpoint is not None:
         check_settings(checkpoint, config)
-        is_own = checkpoint.parent == run_dir.resolve()
         if is_own and config.resume != "auto" and find_checkpoint(run_dir) != checkpoint:
             raise UserError(
                 "CONFIG",
@@ -158,14 +171,18 @@ def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
             )
         holds_a_run &= not is_own
     elif config.resume == "auto":  # stopped before its first checkpoint, so it starts anew
-        rewind(run_dir, {})
         holds_a_run = False
     if holds_a_run:
         raise UserError(
             "CONFIG", f"local_run_dir: {run_dir} holds a run", "resume=auto to continue it, or another local_run_dir"
         )
     try:
-        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
+        remove_temporaries(run_dir)
+        if checkpoint is not None and is_own:  # a run that is killed before LATEST is set has saved it all the same
+            point_to(checkpoint)
+        else:
+            rewind(run_dir, {})
+        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public(config))).encode())
     except OSError as error:
         raise UserError(
             "STORAGE", f"local_run_dir: cannot write to {run_dir} ({error.strerror})", "set local_run_dir elsewhere"
@@ -179,24 +196,44 @@ def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> int | N
     Returns:
         the signal that stopped it, after the state was saved; None if it came to its end.
     """
+    from trainers import trainer_class
+
+    print(f"run directory: {run_dir}")
+    tokenizer, splits = load_data(config)
+    trainer = trainer_class(config)(config, run_dir, tokenizer, *splits)
+    return trainer.train(checkpoint)
+
+
+def print_plan(config: DictConfig, num_processes: int) -> None:
+    """Print what a run on num_processes will take; no run directory is made."""
+    from engine.plan import make_plan
+    from trainers import trainer_class
+
+    derive_names(config)
+    tokenizer, (train_split, test_split) = load_data(config)
+    print(f"\n{make_plan(config, trainer_class(config), tokenizer, train_split, test_split, num_processes)}")
+
+
+def load_data(config: DictConfig) -> "tuple[PreTrainedTokenizerBase, list[Split]]":
+    """The tokenizer, and the training and test data; what was found is printed."""
     import transformers
 
     from engine.models import load_tokenizer
     from losses import LOSSES
-    from preference_datasets import format_counts, load_split
-    from trainers import trainer_class
+    from preference_datasets import format_counts, load_split, num_shared_prompts
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    print(f"run directory: {run_dir}")
     tokenizer = load_tokenizer(config)
     splits = []
     with distributed.local_first():  # the others find the tokens in cache_dir
         for name in ("train", "test"):
             splits.append(load_split(config, tokenizer, name, LOSSES[config.loss.name].batch))
             print(f"{name}: {format_counts(splits[-1].counts)}", flush=True)
-    trainer = trainer_class(config)(config, run_dir, tokenizer, *splits)
-    return trainer.train(checkpoint)
+    shared, num_prompts = num_shared_prompts(*splits)
+    if shared:
+        print(f"warning: {shared:,} of the {num_prompts:,} test prompts are train prompts too: evaluation will flatter")
+    return tokenizer, splits
 
 
 def prepare_hub(config: DictConfig) -> None:
@@ -245,18 +282,18 @@ def as_failure(error: Exception, config: DictConfig, rank: int) -> launch.Failur
     is_consequence = distributed.is_lost_peer(error)
     user_error = as_user_error(error)
     if user_error is not None:
-        return launch.Failure(str(user_error), user_error.exit_status, is_consequence)
+        return launch.Failure(redact(str(user_error), config), user_error.exit_status, is_consequence)
     log = crash_log(config, rank)
     where = f"traceback in {log}" if log.exists() else traceback.format_exc()
     line = f"error[INTERNAL] {type(error).__name__}: {' '.join(str(error).split())}; {where}"
-    return launch.Failure(line, 1, is_consequence)
+    return launch.Failure(redact(line, config), 1, is_consequence)
 
 
 def run_job(config: DictConfig) -> int:
     """Run one job of the command line, print the error that ended it, and return its exit status."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
-        print(f"job {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", flush=True)
+        print(f"job {hydra_config.job.num}: {redact(' '.join(hydra_config.overrides.task), config)}", flush=True)
     try:
         return run(config)
     except Exception as error:
@@ -296,6 +333,11 @@ def main() -> int:
         return run_worker()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors in the command line reach this function
     OmegaConf.register_new_resolver("local_dir", lambda dirs: str(local_dir(dirs)), replace=True)
+    # Hydra writes down a sweep with its overrides as they were given. They may hold secrets, so that does not stay.
+    temporary = ExitStack()
+    OmegaConf.register_new_resolver(
+        "sweep_dir", lambda: temporary.enter_context(TemporaryDirectory(prefix="sweep-")), replace=True, use_cache=True
+    )
     statuses: list[int] = []
 
     @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="config")
@@ -303,6 +345,7 @@ def main() -> int:
         statuses.append(run_job(config))
 
     try:
+        check_command_line(sys.argv[1:])
         command()
     except KeyboardInterrupt:
         print("interrupted; resume= goes on from the last checkpoint", file=sys.stderr)
@@ -313,8 +356,10 @@ def main() -> int:
         return 1
     except Exception as error:  # of the command line: errors of the job do not get here
         user_error = explain_hydra_error(error)
-        print(user_error, file=sys.stderr)
+        print(redact(str(user_error)), file=sys.stderr)
         return user_error.exit_status
+    finally:
+        temporary.close()
     return next((status for status in statuses if status), 0)
 
 

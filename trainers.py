@@ -7,8 +7,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -52,7 +52,7 @@ from engine.checkpoint import (
     WEIGHTS,
     CheckpointWriter,
     Contents,
-    checkpoints,
+    find_checkpoint,
     load_checkpoint,
     log_sizes,
     named_aliases,
@@ -126,6 +126,8 @@ class BasicTrainer:
         run_dir: where logs and checkpoints go.
         train_split, test_split: tokenised examples; without test examples there is no evaluation.
     """
+
+    unfused: Collection[str] = ()  # optimizers that torch could fuse, but not for this trainer's weights
 
     def __init__(
         self,
@@ -250,7 +252,8 @@ class BasicTrainer:
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the config."""
-        return build_optimizer(self.config.optimizer, self.parameter_groups(), self.config.lr)
+        name = self.config.optimizer
+        return build_optimizer(name, self.parameter_groups(), self.config.lr, may_fuse=name not in self.unfused)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameters that the optimizer updates at once."""
@@ -491,7 +494,6 @@ class BasicTrainer:
         are cut into too. The gradients are the same."""
         while True:
             sums = Sums()
-            sums.counts["stop"] = self.stop.signal is not None
             try:
                 self.add_gradients(batch, sums)
                 return batch, sums
@@ -525,6 +527,7 @@ class BasicTrainer:
         if not self.counters["updates"]:
             self.check_gradients()
         grad_norm = self.clip_gradients()
+        sums.counts["stop"] = self.stop.signal is not None
         means, counts = sums.means(self.add_others)
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
@@ -561,7 +564,7 @@ class BasicTrainer:
     @property
     def runs_ahead(self) -> bool:
         """Whether a step may return before it is done, so that it is logged when the next one has been started."""
-        return self.device.type != "cpu"
+        return self.device.type != "cpu" and self.config.on_nonfinite != "rollback"  # which the next step must see
 
     def metrics_of(self, step: Step, start: Moment) -> dict[str, float] | None:
         """The metrics of a step that began at start, once it is done; None if it was skipped: they are not finite."""
@@ -572,7 +575,7 @@ class BasicTrainer:
         if not math.isfinite(metrics["loss/train"]) or not math.isfinite(metrics["grad_norm"]):
             self.handle_nonfinite(step, metrics)
             return None
-        metrics |= step.facts
+        metrics |= step.facts | self.counted_skips()
         metrics["examples_per_second"] = len(step.batch.examples) / seconds
         metrics["tokens_per_second"] = tokens_per_second
         peak = peak_flops(self.device)
@@ -608,11 +611,11 @@ class BasicTrainer:
             self.fail_as_non_finite(what)
         if config.on_nonfinite == "rollback":
             self.writer.finished(wait=True)
-            saved = checkpoints(self.run_dir)
-            if not saved:
+            saved = find_checkpoint(self.run_dir, "on_nonfinite=rollback")
+            if saved is None:
                 self.fail_as_non_finite(f"there is no checkpoint to roll back to; {what}")
-            self.load(saved[-1])
-            self.loggers.print(f"{what}: back to the weights of {saved[-1].name}, on with the next batch")
+            self.load(saved)
+            self.loggers.print(f"{what}: back to the weights of {saved.name}, on with the next batch")
         else:
             self.loggers.print(f"{what}: skipped")
 
@@ -624,7 +627,11 @@ class BasicTrainer:
         )
 
     def counted(self) -> dict[str, float]:
-        return {f"counters/{name}": value for name, value in self.counters.items() if name != "skipped" or value}
+        return {f"counters/{name}": self.counters[name] for name in ("examples", "updates")}
+
+    def counted_skips(self) -> dict[str, float]:
+        """How many batches were skipped, if any were; known when a step is logged, not when it is started."""
+        return {"counters/skipped": self.counters["skipped"]} if self.counters["skipped"] else {}
 
     def peak_memory_gb(self) -> float:
         """The most memory held so far, in 10^9 bytes: of the GPU, or of this process on a CPU."""
@@ -645,12 +652,13 @@ class BasicTrainer:
         self.best: float | None = None
         if self.config.keep_best and not self.eval_examples:
             raise UserError("CONFIG", "keep_best: there are no examples to evaluate on", "leave it out")
+        evaluates_first = self.config.do_first_eval
         if checkpoint is not None:
             state = read_state(checkpoint, self.data_hash, self.reference_weights)
             self.load(checkpoint)
             if self.rank == 0:
                 rewind(self.run_dir, state["log_sizes"])
-            self.counters = state["counters"]
+            self.counters, evaluates_first = state["counters"], state["evaluation_due"]
             if (self.run_dir / "BEST").exists():
                 self.best = state.get("best", {}).get(self.config.keep_best)
             for _ in range(self.counters["updates"]):
@@ -664,11 +672,15 @@ class BasicTrainer:
         is_done = False
         try:
             with self.stop:
-                if checkpoint is None and self.config.do_first_eval:
+                if evaluates_first:
                     self.evaluate()
                 self.train_on(batches)
-            self.say_saved(wait=True)
+                self.say_saved(wait=True)
             is_done = not self.must_stop
+        except UserError:
+            with suppress(UserError):
+                self.say_saved(wait=True)  # what was begun before is worth having
+            raise
         finally:
             self.loggers.close(is_done)
         return self.stop.signal or signal.SIGTERM if self.must_stop else None
@@ -704,7 +716,7 @@ class BasicTrainer:
             if evaluates and not self.must_stop:
                 self.evaluate()
             if saves or self.must_stop:
-                self.save(is_last)
+                self.save(is_last, evaluation_due=evaluates and self.must_stop)
             if self.must_stop:
                 return
             self.say_saved(wait=False)
@@ -732,7 +744,7 @@ class BasicTrainer:
             self.fail_as_non_finite(f"the evaluation has loss {self.eval_metrics['loss/eval']}")
         if self.samples:
             self.eval_metrics |= self.log_samples()
-        self.loggers.eval(self.eval_metrics | self.counted())
+        self.loggers.eval(self.eval_metrics | self.counted() | self.counted_skips())
         self.evaluated_at = self.counters["examples"]
         self.policy.train()
 
@@ -846,14 +858,19 @@ class BasicTrainer:
         self.best = value
         return True
 
-    def save(self, is_last: bool) -> None:
-        """Begin to write a checkpoint, with policy.pt if it is the last one."""
+    def save(self, is_last: bool, evaluation_due: bool) -> None:
+        """Begin to write a checkpoint.
+
+        Args:
+            is_last: it gets a policy.pt too.
+            evaluation_due: a run that goes on from it evaluates first, as there is no time left for that now.
+        """
         if self.config.debug:
             return
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        num_bad = torch.stack([(~own(p).isfinite()).sum().to(self.device) for p in trained]).sum()
+        num_bad = torch.stack([(~own(p).isfinite()).sum().to(self.device) for p in trained]).sum().double()
         self.add_others(num_bad)
-        if num_bad:
+        if num_bad > 0:
             self.fail_as_non_finite("a weight is not a number")
         self.say_saved(wait=True)  # of the one before
         contents, (weights, state) = Contents(), self.named_tensors()
@@ -863,6 +880,7 @@ class BasicTrainer:
         examples, metrics, is_best = self.counters["examples"], self.eval_metrics, self.is_best()
         facts = {
             "counters": dict(self.counters),
+            "evaluation_due": evaluation_due,
             "log_sizes": log_sizes(self.run_dir),
             "settings": settings_of(self.config),
             "data": self.data_hash,
@@ -902,6 +920,8 @@ def named(means: dict[str, Tensor], split: str) -> dict[str, Tensor]:
 class ShardedTrainer(BasicTrainer):
     """Trains in several processes, each of which has a share of the weights; see engine/sharding.py."""
 
+    unfused = ("SGD", "Adagrad")
+
     def grid(self) -> tuple[int, int, int]:
         """Replicas, shards and tensor-parallel processes: how the processes are arranged."""
         raise NotImplementedError
@@ -924,6 +944,7 @@ class ShardedTrainer(BasicTrainer):
 
     def add_others(self, totals: Tensor) -> None:
         dist.all_reduce(totals)
+        totals /= self.num_ranks // self.num_data_ranks  # those that train on the same examples have the same
 
     def of_data_ranks(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.num_ranks

@@ -10,8 +10,9 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:  # it takes seconds to import
@@ -42,11 +43,24 @@ class UserError(ValueError):
 
     def __init__(self, code: str, what: str, fix: str):
         self.code, self.what, self.fix = code, what, fix
-        super().__init__(" ".join(f"error[{code}] {what}; fix: {fix}".split()))
+        super().__init__(printable(f"error[{code}] {what}; fix: {fix}"))
 
     @property
     def exit_status(self) -> int:
         return EXIT_STATUS[self.code]
+
+
+def printable(text: str) -> str:
+    """Text on one line, in which nothing is left that a terminal would act on, or that cannot be encoded."""
+    line = " ".join(text.split())
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+
+
+def clipped(text: str, length: int = 100) -> str:
+    """Text that is no longer than length, for messages."""
+    return text if len(text) <= length else text[: length - 4] + " ..."
 
 
 def content_hash(parts: Iterable[Any]) -> str:
@@ -140,3 +154,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def end_process(status: int, patience: float = 10) -> NoReturn:
+    """End the process with status; without the exit hooks and threads of libraries if they take longer than patience.
+
+    wandb's, for one, would wait for a server that does not answer.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a pipe that is closed
+            stream.flush()
+    timer = threading.Timer(patience, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+    sys.exit(status)

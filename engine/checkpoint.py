@@ -17,13 +17,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from engine.faults import fail_point
 from engine.optimizers import restore_kinds
+from engine.secrets import public
 from engine.sharding import Orders, barrier, fill, full_tensor, rank_and_size
 from utils import UserError, write_atomically
 
@@ -160,9 +161,11 @@ class CheckpointWriter:
             before = {path.name for path in temporary.iterdir()}
             write_rest(temporary)
             described |= _describe(temporary, {path.name for path in temporary.iterdir()} - before)
+            for name in log_sizes(self._run_dir):  # which a resumed run goes on from
+                _fsync(self._run_dir / name)
             fail_point("before_manifest")
             manifest = {"format": FORMAT, "checkpoint": target.name, "files": described}
-            write_atomically(temporary / MANIFEST_FILE, json.dumps(manifest, indent=1, sort_keys=True).encode())
+            write_atomically(temporary / MANIFEST_FILE, _as_bytes(manifest))
             _fsync(temporary)
             fail_point("before_rename")
             if target.exists():  # of the run that this one was resumed from, or damaged
@@ -170,18 +173,21 @@ class CheckpointWriter:
             temporary.rename(target)
             _fsync(self._run_dir)
             fail_point("before_pointer")
-            _point_to(target)
+            point_to(target)
             problem = damage(target)
             if problem:
                 raise OSError(f"what was written reads back otherwise: {problem}")
             if is_best:
-                _point_to(target, "BEST")
+                point_to(target, "BEST")
         if self._keep is not None:
-            best = (self._run_dir / "BEST").resolve()
-            for old in checkpoints(self._run_dir)[: -self._keep]:
-                fail_point("during_retention")
-                if old.resolve() != best:
-                    shutil.rmtree(old, ignore_errors=True)
+            # Of a run that was resumed there may be later ones, which are damaged: they do not count.
+            saved, best = checkpoints(self._run_dir), (self._run_dir / "BEST").resolve()
+            for old in saved[: saved.index(target) + 1][: -self._keep]:
+                with suppress(OSError):
+                    if old.resolve() != best:
+                        old.rename(_temporary(old))
+                        fail_point("during_retention")
+                        shutil.rmtree(_temporary(old))
         return target
 
     def _part_of(self, rank: int, temporary: Path) -> dict[str, Any]:
@@ -232,6 +238,10 @@ def _describe(directory: Path, names: Iterable[str]) -> dict[str, Any]:
     return {name: _size_and_hash(directory / name) for name in names}
 
 
+def _as_bytes(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1, sort_keys=True).encode()
+
+
 def _size_and_hash(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -245,7 +255,8 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _point_to(target: Path, name: str = "LATEST") -> None:
+def point_to(target: Path, name: str = "LATEST") -> None:
+    """Let a link of a run, LATEST or BEST, be to its checkpoint target."""
     link = target.with_name(f".{name}.tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
@@ -285,11 +296,18 @@ def locked(run_dir: Path) -> Iterator[None]:
             ) from error
         except OSError:  # a file system without locks
             pass
-        for left in run_dir.glob(".step-*.tmp"):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         os.close(descriptor)
+
+
+def remove_temporaries(run_dir: Path) -> None:
+    """Remove what a run that was killed had begun to write."""
+    for left in run_dir.glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
 
 
 # ---- What is written ----
@@ -355,9 +373,12 @@ def find_checkpoint(path: Path) -> Path | None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if they all are as they were written."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_bytes())
+        text = (checkpoint / MANIFEST_FILE).read_bytes()
+        manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             return f"its format is {manifest['format']}, not {FORMAT}"
+        if text != _as_bytes(manifest):  # a file may be named twice, and another not at all
+            return f"{MANIFEST_FILE} is not as it was written"
         if manifest["checkpoint"] != checkpoint.resolve().name:
             return f"it was written as {manifest['checkpoint']}"
         for name, written in manifest["files"].items():
@@ -365,8 +386,9 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} has {(checkpoint / name).stat().st_size:,} bytes, not {written['bytes']:,}"
             if written != _size_and_hash(checkpoint / name):
                 return f"{name} has another SHA-256"
-        if STATE_FILE not in manifest["files"]:
-            return f"{MANIFEST_FILE} lacks {STATE_FILE}"
+        expected = {STATE_FILE, *(path.name for path in checkpoint.glob("*.safetensors"))}
+        if unknown := sorted(expected - manifest["files"].keys()):
+            return f"{MANIFEST_FILE} lacks {', '.join(unknown)}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -401,7 +423,7 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    add("", OmegaConf.to_container(config, resolve=True))
+    add("", public(config))
     return {key: value for key, value in flat.items() if key.split(".")[0] not in FREE_ON_RESUME}
 
 
@@ -506,6 +528,5 @@ def state_by_parameter(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
 
 def rewind(run_dir: Path, sizes: dict[str, int]) -> None:
     """Cut the logs of a run back to what they held when its checkpoint was saved, so that no row is repeated."""
-    for name in LOG_FILES:
-        if (run_dir / name).exists():
-            os.truncate(run_dir / name, sizes.get(name, 0))
+    for name, size in log_sizes(run_dir).items():
+        os.truncate(run_dir / name, min(size, sizes.get(name, 0)))  # to a larger size would add zeros

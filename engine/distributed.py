@@ -21,7 +21,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from engine import launch
-from utils import UserError
+from utils import UserError, end_process
 
 if TYPE_CHECKING:  # it takes seconds to import
     from torch.distributed import Store
@@ -165,7 +165,7 @@ def exit_process(status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    sys.exit(status)
+    end_process(status)
 
 
 @cache  # its port stays taken for as long as this process lives

@@ -3,10 +3,11 @@
 import errno
 import os
 import signal
+import time
 from pathlib import Path
 
 # <point>=<what>, or <point>#<n>=<what> for the n-th time that it is passed: kill (SIGKILL), half (SIGKILL, after a file
-# was cut in half), or the name of an errno that an OSError is raised with.
+# was cut in half), wait (a minute), or the name of an errno that an OSError is raised with.
 ARMED = os.environ.get("TRAINER_FAULT", "")
 _passed: dict[str, int] = {}
 
@@ -19,6 +20,9 @@ def fail_point(name: str, path: Path | None = None) -> None:
     point, _, count = point.partition("#")
     _passed[name] = _passed.get(name, 0) + 1
     if point != name or _passed[name] != int(count or 1):
+        return
+    if what == "wait":
+        time.sleep(60)
         return
     if what not in ("kill", "half"):
         number = getattr(errno, what)

@@ -2,18 +2,18 @@
 
 import gzip
 import json
-import math
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, NotRequired, TypedDict
 
 from engine.chat_templates import JINJA
-from utils import UserError, content_hash
+from utils import UserError, clipped, content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,11 @@ ASSISTANT_TURN = "\n\nAssistant:"
 PROMPTS_DIFFER = "prompts of chosen and rejected differ"
 # Data never holds a NUL byte (Row.as_text), so it can say: what is around this mark is no special token.
 MARK = "\x00"
+# What is longer is no text of a dialogue, and would take a tokenizer minutes.
+MAX_LINE_BYTES = 16_000_000
+MAX_CHARACTERS = 2_000_000
+MAX_RESPONSES = 1000  # of one row: every two of them may be a pair
+MALFORMED = "malformed"  # the reason for which a bad row is dropped
 
 
 class Preference(TypedDict):
@@ -41,12 +46,46 @@ class Preference(TypedDict):
 Preferences = dict[str, Preference]
 
 
+class BadRow(UserError):
+    """A row that cannot be read, or is not what its data set's rows are."""
+
+    def __init__(self, what: str, fix: str = "correct this row or remove it"):
+        super().__init__("DATA", what, f"{fix}; on_bad_row=drop leaves out such rows")
+
+
 @dataclass
 class Tally:
-    """What became of the rows of a data set: how many were read, and how many dropped, by reason."""
+    """What became of the rows of a data set: how many were read, and how many dropped, by reason.
+
+    Args:
+        on_bad_row: "error": a bad row ends the run; "drop": it is dropped, and the first of them is kept here.
+    """
 
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    on_bad_row: str = "error"
+    first_bad_row: str = ""
+
+    def bad(self, error: BadRow) -> None:
+        """Drop a bad row, or raise its error."""
+        if self.on_bad_row == "error":
+            raise error
+        self.dropped[MALFORMED] += 1
+        self.first_bad_row = self.first_bad_row or error.what
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Around what is done with one row: if that is a bad one, it is dropped or ends the run."""
+        try:
+            yield
+        except BadRow as error:
+            self.bad(error)
+
+    def add(self, other: "Tally") -> None:
+        """Count what another tally has counted."""
+        self.rows += other.rows
+        self.dropped.update(other.dropped)
+        self.first_bad_row = self.first_bad_row or other.first_bad_row
 
 
 def add_preference(
@@ -101,6 +140,8 @@ class Row:
             raise self.wrong_type(value, name, "text")
         if MARK in value:
             raise self.error(name, "holds a NUL byte")
+        if len(value) > MAX_CHARACTERS:
+            raise self.error(name, f"has {len(value):,} characters, more than {MAX_CHARACTERS:,}")
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -110,8 +151,8 @@ class Row:
     def as_number(self, value: Any, name: str) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise self.wrong_type(value, name, "a number")
-        if not math.isfinite(value):
-            raise self.error(name, f"is {value}")
+        if not abs(value) < 1e300:  # nor an integer that no float can hold
+            raise self.error(name, "is too large" if abs(value) >= 1e300 else "is nan")
         return value
 
     def as_list(self, value: Any, name: str) -> list[Any]:
@@ -127,45 +168,76 @@ class Row:
             raise self.error(f"{name}.{key}", "is missing")
         return value[key]
 
-    def wrong_type(self, value: Any, name: str, wanted: str) -> UserError:
+    def wrong_type(self, value: Any, name: str, wanted: str) -> BadRow:
         names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text"}
         names |= {list: "a list", dict: "an object"}
         return self.error(name, f"is {names.get(type(value), type(value).__name__)}, not {wanted}")
 
-    def error(self, name: str, problem: str, fix: str = "correct this row or remove it") -> UserError:
-        return UserError("DATA", f"{self.origin}: field '{name}' {problem}", fix)
+    def error(self, name: str, problem: str) -> BadRow:
+        return BadRow(f"{self.origin}: field '{name}' {problem}")
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def _raised(error: BadRow) -> None:
+    raise error
+
+
+def read_rows(path: Path, bad: Callable[[BadRow], None] = _raised) -> Iterator[Row]:
     """The rows of a .json, .jsonl or .parquet file, or a gzipped one, in order.
 
     JSON is a list of objects or an object per line, whatever the suffix says. Lines are counted from 1, rows from 0.
 
+    Args:
+        path: the file.
+        bad: is given what is wrong with a row that cannot be read; if it returns, the row is left out.
+
     Raises:
         UserError: for anything that cannot be read, with the file and the line.
     """
+    if path.exists() and not path.is_file():
+        raise UserError("DATA", f"{path} is not a file", "give a file, or a folder with a file train.*")
     if not path.name.endswith(SUFFIXES):
         raise UserError("DATA", f"{path}: unknown kind of file", f"use one of {', '.join(SUFFIXES)}")
     try:
         if path.name.endswith(".parquet"):
-            yield from _parquet_rows(path)
+            yield from _parquet_rows(path, bad)
         else:
             with open(path, "rb") as file:
-                yield from _json_rows(path, gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file)
+                yield from _json_rows(path, gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file, bad)
     except (OSError, EOFError, zlib.error) as error:  # not a gzip file, cut short, damaged, not permitted
         raise UserError("DATA", f"{path} cannot be read: {error}", "check or replace the file") from error
 
 
-def _json_rows(path: Path, file: BinaryIO | gzip.GzipFile) -> Iterator[Row]:
-    is_first = True
-    for number, line in enumerate(file, start=1):
+def _json_rows(path: Path, file: BinaryIO | gzip.GzipFile, bad: Callable[[BadRow], None]) -> Iterator[Row]:
+    is_first, number = True, 0
+    while line := file.readline(MAX_LINE_BYTES):
+        number += 1
         text = line.strip(b" \t\r\n\xef\xbb\xbf")
         if is_first and text.startswith(b"["):
-            for index, value in enumerate(_parse_json(line + file.read(), path, number)):
-                yield _as_row(value, f"{path} row {index}")
-        elif text:
-            yield _as_row(_parse_json(line, path, number), f"{path} line {number}")
+            yield from _array_rows(path, line + file.read(), number, bad)
+            return
+        try:
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                size = len(line)
+                while not line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
+                    size += len(line)
+                raise BadRow(f"{path} line {number} has {size:,} bytes, more than {MAX_LINE_BYTES:,}")
+            if text:
+                yield _as_row(_parse_json(line, path, number), f"{path} line {number}")
+        except BadRow as error:
+            bad(error)
         is_first = is_first and not text
+
+
+def _array_rows(path: Path, data: bytes, first_line: int, bad: Callable[[BadRow], None]) -> Iterator[Row]:
+    try:
+        values = _parse_json(data, path, first_line)
+    except BadRow as error:  # the rows cannot be told apart
+        raise UserError("DATA", error.what, "correct the file, or write it as .jsonl, one row per line") from error
+    for index, value in enumerate(values):
+        try:
+            yield _as_row(value, f"{path} row {index}")
+        except BadRow as error:
+            bad(error)
 
 
 def _parse_json(data: bytes, path: Path, first_line: int) -> Any:
@@ -177,10 +249,10 @@ def _parse_json(data: bytes, path: Path, first_line: int) -> Any:
         line, problem = first_line + error.lineno - 1, f"is not JSON: {error.msg}, column {error.colno}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
         line, problem = first_line, f"is not usable JSON: {error}"
-    raise UserError("DATA", f"{path} line {line} {problem}", "correct this line or remove it")
+    raise BadRow(f"{path} line {line} {problem}", "correct this line or remove it")
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, bad: Callable[[BadRow], None]) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -191,16 +263,18 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     yield _as_row(values, f"{path} row {index}")
                     index += 1
-    except pyarrow.ArrowException as error:
-        raise UserError("DATA", f"{path} cannot be read: {error}", "check or replace the file") from error
     except UnicodeDecodeError as error:
         problem = f"{path}: text near row {index} is not UTF-8"
         raise UserError("DATA", problem, "write the file again from valid text") from error
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError("DATA", f"{path} cannot be read: {error}", "check or replace the file") from error
 
 
 def _as_row(value: Any, origin: str) -> Row:
     if not isinstance(value, dict):
-        raise UserError("DATA", f"{origin} is not an object", 'write each row as {"field": value, ...}')
+        raise BadRow(f"{origin} is not an object", 'write each row as {"field": value, ...}')
     return Row(value, origin)
 
 
@@ -268,16 +342,14 @@ class Chat:
         return prompt, responses
 
     def _apply(self, row: Row, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
         marked = [{"role": self.mark(m["role"]), "content": self.mark(m["content"])} for m in messages]
         try:
             return self.tokenizer.apply_chat_template(
                 marked, chat_template=self.jinja, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # whatever a template raises
             fix = "correct this row or remove it, or set another chat_template"
-            raise UserError("DATA", f"{row.origin}: the chat template refuses it: {error}", fix) from error
+            raise BadRow(f"{row.origin}: the chat template refuses it: {clipped(str(error))}", fix) from error
 
     def _without_eos(self, response: str) -> str:
         eos = self.tokenizer.eos_token
@@ -291,8 +363,8 @@ def _hh_prompt(row: Row, messages: list[Message]) -> str:
         if message["role"] in names:
             parts.append(f"\n\n{names[message['role']]}: {message['content']}")
         elif message["role"] != "system":
-            problem = f"{row.origin}: role '{message['role']}' has no place in chat_template=hh"
-            raise UserError("DATA", problem, "use the roles system, user and assistant, or another chat_template")
+            problem = f"{row.origin}: role '{clipped(message['role'])}' has no place in chat_template=hh"
+            raise BadRow(problem, "use the roles system, user and assistant, or another chat_template")
     return "".join(parts) + ASSISTANT_TURN
 
 
@@ -440,7 +512,7 @@ def _message(row: Row, value: Any, name: str) -> Message:
     role = row.as_text(row.member(value, role_key, name), f"{name}.{role_key}")
     content = row.as_text(row.member(value, content_key, name), f"{name}.{content_key}")
     if is_sharegpt and role not in ROLES:
-        raise row.error(f"{name}.{role_key}", f"is '{role}', not one of {', '.join(ROLES)}")
+        raise row.error(f"{name}.{role_key}", f"is '{clipped(role)}', not one of {', '.join(ROLES)}")
     return {"role": ROLES.get(role, role), "content": content}
 
 
@@ -449,6 +521,8 @@ def _ranked(row: Row, chat: Chat) -> Parsed:
     responses = [row.as_text(text, f"responses[{i}]") for i, text in enumerate(row.items("responses"))]
     if not responses:
         raise row.error("responses", "is an empty list")
+    if len(responses) > MAX_RESPONSES:
+        raise row.error("responses", f"is a list of {len(responses):,}, more than {MAX_RESPONSES:,}")
     scores: list[float] = [-float(rank) for rank in range(len(responses))]
     if "scores" in row.values:
         scores = [row.as_number(score, f"scores[{i}]") for i, score in enumerate(row.items("scores"))]
@@ -483,8 +557,8 @@ def detect_form(row: Row) -> str:
         return "messages"
     if "instruction" in columns and ("output" in columns or "response" in columns):
         return "alpaca" if "output" in columns else "dolly"
-    problem = f"{row.origin}: the columns {', '.join(columns) or '(none)'} are of no known form"
-    raise UserError("DATA", problem, f"rename them as one of the forms {', '.join(FORMS)}, or name it with format=")
+    problem = f"{row.origin}: the columns {clipped(', '.join(columns)) or '(none)'} are of no known form"
+    raise BadRow(problem, f"rename them as one of the forms {', '.join(FORMS)}, or name it with format=")
 
 
 # ---- Files ----
@@ -526,12 +600,22 @@ def load_file(
     preferences: Preferences = {}
     hashes: dict[str, str] = {}
     num_rows: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    for row in read_rows(file):
-        form = form or detect_form(row)
-        parsed = FORMS[form](row, chat)
+    unused = Tally(on_bad_row=tally.on_bad_row)
+    for row in read_rows(file, unused.bad):
+        parsed: Parsed | str | None = None
+        with unused.checked():
+            row_form = form or detect_form(row)
+            try:
+                parsed = FORMS[row_form](row, chat)
+            except BadRow as error:
+                if form is None:
+                    raise BadRow(f"{error.what} (its columns are those of format={row_form})") from error
+                raise
+            form = row_form  # of all rows, as the first good one has it
+        if parsed is None:
+            continue
         if isinstance(parsed, str):
-            dropped[parsed] += 1
+            unused.dropped[parsed] += 1
             continue
         if parsed.demonstration and needs_pairs:
             problem = f"{row.origin}: rows of the form {form} have one answer, which is preferred to no other"
@@ -551,8 +635,8 @@ def load_file(
         wanted = set(order[:num_test] if split == "test" else order[num_test:])
         preferences = {prompt: preference for prompt, preference in preferences.items() if prompt in wanted}
     if is_split or split == "train":
-        tally.rows += sum(dropped.values())
-        tally.dropped.update(dropped)
+        unused.rows = sum(unused.dropped.values())
+        tally.add(unused)
     tally.rows += sum(num_rows[prompt] for prompt in preferences)
     return preferences
 

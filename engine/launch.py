@@ -235,7 +235,7 @@ def launch(config: DictConfig, num: int, command: Sequence[str | Path] = (sys.ex
         command: what a worker is; it must call attach() first, and report() the error that ends it.
     """
     workers: list[Worker] = []
-    text = OmegaConf.to_yaml(config, resolve=True).encode()
+    text = OmegaConf.to_yaml(config).encode()  # what comes from the environment stays a name, as in what is written
     sys.stdout.flush()
     with forwarded_signals(workers) as received, selectors.DefaultSelector() as selector:
         try:

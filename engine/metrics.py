@@ -1,26 +1,36 @@
 """Where numbers go: metrics.jsonl always, the terminal, and wandb and TensorBoard if asked for.
 
-A logger that fails is reported once and left out; it never ends a run.
+wandb and TensorBoard each run in a thread of their own. One that fails is reported once and left out; one that takes
+its time, or never answers, is not waited for. Neither ends a run or holds it up.
 """
 
 import json
 import os
+import queue
+import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Protocol
 from urllib.request import getproxies
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import is_reachable
+from engine.secrets import public, redact
+from utils import is_reachable, printable
 
 Metrics = Mapping[str, float]
+
+MAX_WAITING = 1000  # calls that wait for a logger; what comes beyond them is dropped
+PATIENCE = 10.0  # seconds to wait for a logger at the end of a run
 
 
 class Sums:
@@ -89,15 +99,19 @@ class Logger(Protocol):
 class Wandb:
     """A wandb run; offline, with a line that says so, where there is no account or no network."""
 
-    def __init__(self, config: DictConfig, run_dir: Path):
+    def __init__(self, config: DictConfig, run_dir: Path, say: Callable[[str], None]):
         import wandb
 
         if "WANDB_MODE" not in os.environ:
             reason = _why_offline(wandb)
             if reason:
-                print(f"wandb: {reason}, so the run is logged offline in {run_dir / 'wandb'}")
+                say(f"wandb: {reason}, so the run is logged offline in {run_dir / 'wandb'}")
         else:
             reason = ""
+        command_line = " ".join(sys.argv)
+        id_file = run_dir / "wandb-id"  # a run that is resumed in place goes on in the same one
+        if config.resume is None or not id_file.exists():
+            id_file.write_text(token_hex(4))
         self._wandb = wandb
         self._rows: list[list[Any]] = []
         self._columns: list[str] = []
@@ -105,10 +119,17 @@ class Wandb:
             entity=config.wandb.entity,
             project=config.wandb.project,
             name=config.exp_name,
+            id=id_file.read_text(),
+            resume="allow",
             dir=run_dir,
-            config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
+            config=public(config),
             mode="offline" if reason else None,
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                reinit="create_new",  # never the run of a sweep's earlier job, which may not be finished
+                x_disable_meta=redact(command_line) != command_line,  # it holds the command line
+            ),
         )
 
     def log(self, metrics: Metrics, step: int) -> None:
@@ -159,12 +180,84 @@ class TensorBoard:
         if not self._text:
             self._text = "|" + "|".join(rows[0]) + "|\n" + "|---" * len(rows[0]) + "|\n"
         for row in rows:
-            cells = (str(value).replace("|", "\\|").replace("\n", "<br>") for value in row.values())
-            self._text += "|" + "|".join(cells) + "|\n"
+            self._text += "|" + "|".join(as_markdown(str(value)) for value in row.values()) + "|\n"
         self._writer.add_text("samples", self._text, step)
 
     def close(self, is_done: bool) -> None:
         self._writer.close()
+
+
+def as_markdown(text: str) -> str:
+    """Markdown for a cell of a table that shows text as it is: nothing in it is markup, HTML or a link."""
+    return "<br>".join(re.sub(r"[!-/:-@[-`{-~]", lambda mark: f"&#{ord(mark[0])};", line) for line in text.splitlines())
+
+
+class Background:
+    """A logger in a thread of its own, so that no call to it is waited for and none of its errors is the run's.
+
+    Args:
+        name: what it is called in messages.
+        build: makes the logger; is given what takes a line for the user.
+        write: writes such a line.
+    """
+
+    def __init__(self, name: str, build: Callable[[Callable[[str], None]], Logger], write: Callable[[str], None]):
+        self._name = name
+        self._write = write
+        self._calls: queue.Queue[Callable[[Logger], None] | None] = queue.Queue(MAX_WAITING)  # None: close
+        self._num_dropped = 0
+        self._is_done = False
+        self._is_left = False
+        self._lock = threading.Lock()  # of _is_left
+        # A daemon, as the end of the process does not wait for those.
+        self._thread = threading.Thread(target=self._run, args=(build,), name=f"logger {name}", daemon=True)
+        self._thread.start()
+
+    def _run(self, build: Callable[[Callable[[str], None]], Logger]) -> None:
+        try:
+            logger = build(self._say)
+            while (call := self._calls.get()) is not None:
+                call(logger)
+            logger.close(self._is_done)
+        except BaseException as error:  # whatever a logger raises, the run goes on
+            reason = redact(" ".join(f"{type(error).__name__}: {error}".split()))
+            self._say(f"{self._name}: logging stopped, the run goes on ({reason})")
+
+    def _say(self, line: str) -> None:
+        with self._lock:
+            if not self._is_left:  # what was left behind stays silent
+                self._write(line)
+
+    def _call(self, call: Callable[[Logger], None]) -> None:
+        if not self._thread.is_alive():  # it has failed, and said so
+            return
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            if not self._num_dropped:
+                self._write(f"{self._name}: does not keep up; what it has no room for is dropped, the run goes on")
+            self._num_dropped += 1
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        self._call(lambda logger: logger.log(metrics, step))
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        self._call(lambda logger: logger.log_samples(rows, step))
+
+    def close(self, is_done: bool) -> None:
+        """Let the logger write what waits for it and finish; after PATIENCE it is left behind."""
+        self._is_done = is_done
+        deadline = time.monotonic() + PATIENCE
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with suppress(queue.Full):
+                self._calls.put(None, timeout=0.1)
+                self._thread.join(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            self._is_left = True
+        if self._thread.is_alive():
+            self._write(f"{self._name}: not finished in {PATIENCE:g} s, so it is left behind; metrics.jsonl has it all")
+        if self._num_dropped:
+            self._write(f"{self._name}: {self._num_dropped:,} entries were dropped; metrics.jsonl has them")
 
 
 class NoLoggers:
@@ -184,11 +277,7 @@ class Loggers:
         self._run_dir = run_dir
         self._interval = config.minimum_log_interval_secs
         self._last = -float("inf")
-        self._loggers: dict[str, Logger] = {}
-        if config.wandb.enabled and not config.debug:
-            self._try("wandb", lambda: self._loggers.update(wandb=Wandb(config, run_dir)))
-        if config.tensorboard:
-            self._try("tensorboard", lambda: self._loggers.update(tensorboard=TensorBoard(run_dir)))
+        self._lock = threading.RLock()  # of the terminal; a signal may come while it is held
         on_terminal = sys.stderr.isatty()
         terminal = shutil.get_terminal_size()  # tqdm shows nothing on a terminal that does not know its own size
         self._bar = tqdm(
@@ -199,19 +288,18 @@ class Loggers:
             ncols=terminal.columns,
             nrows=terminal.lines,
         )
-
-    def _try(self, name: str, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except Exception as error:  # whatever a logger raises, the run goes on
-            self._loggers.pop(name, None)
-            self.print(f"{name}: logging stopped, the run goes on ({type(error).__name__}: {error})")
+        self._loggers: list[Logger] = []
+        if config.wandb.enabled and not config.debug:
+            self._loggers.append(Background("wandb", lambda say: Wandb(config, run_dir, say), self.print))
+        if config.tensorboard:
+            self._loggers.append(Background("tensorboard", lambda say: TensorBoard(run_dir), self.print))
 
     def print(self, text: str) -> None:
         """A line on stdout that does not break the progress bar."""
-        self._bar.clear()
-        print(text, flush=True)
-        self._bar.refresh()
+        with self._lock:
+            self._bar.clear()
+            print(text, flush=True)
+            self._bar.refresh()
 
     def train(self, metrics: dict[str, float]) -> None:
         """Log a training step."""
@@ -241,14 +329,14 @@ class Loggers:
         self._write("samples.jsonl", rows)
         for name, value in rows[0].items():
             if isinstance(value, str):
-                text = " ".join(value.split())
+                text = printable(value)
                 self.print(f"  sample, {name}: {text if len(text) <= 160 else '... ' + text[-156:]}")
-        for name, logger in list(self._loggers.items()):
-            self._try(name, lambda logger=logger: logger.log_samples(rows, int(rows[0]["examples"])))  # type: ignore[misc]
+        for logger in self._loggers:
+            logger.log_samples(rows, int(rows[0]["examples"]))
 
     def _log(self, metrics: Metrics, step: int) -> None:
-        for name, logger in list(self._loggers.items()):
-            self._try(name, lambda logger=logger: logger.log(metrics, step))  # type: ignore[misc]
+        for logger in self._loggers:
+            logger.log(metrics, step)
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         with open(self._run_dir / name, "a", encoding="utf-8") as file:
@@ -256,9 +344,9 @@ class Loggers:
 
     def close(self, is_done: bool = True) -> None:
         """Finish all logs; is_done is whether the run came to its end."""
+        for logger in self._loggers:
+            logger.close(is_done)
         self._bar.close()
-        for name, logger in list(self._loggers.items()):
-            self._try(name, lambda logger=logger: logger.close(is_done))  # type: ignore[misc]
 
 
 def format_metrics(metrics: Metrics) -> str:

@@ -14,7 +14,7 @@ from engine.checkpoint import find_checkpoint
 from engine.logprobs import response_logps
 from engine.precision import model_in
 from engine.tokenization import Example
-from utils import UserError, is_out_of_memory
+from utils import UserError, clipped, is_out_of_memory
 
 EMBEDDED_TOKENIZER = "films"
 # Masks and frequencies, which older versions of transformers saved with the weights.
@@ -33,7 +33,7 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged or unfitting files raise nearly anything
             raise _cannot_load("tokenizer", key, name, error) from error
     if tokenizer.eos_token_id is None:  # a tokenizer.json alone does not say which token it is
         vocabulary = tokenizer.get_vocab()
@@ -52,6 +52,13 @@ def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
 
 
 def _cannot_load(kind: str, key: str, name: str, error: Exception) -> UserError:
+    if is_out_of_memory(error):
+        return UserError(
+            "MEMORY", f"out of memory while the {kind} {name} is loaded", "a smaller model, or more memory"
+        )
+    if "trust_remote_code" in str(error):
+        problem = f"{key}: {name} brings Python code of its own, which is not run"
+        return UserError("CONFIG", problem, "model.trust_remote_code=true, if you have read that code")
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
         "CONFIG",
@@ -88,13 +95,18 @@ def load_model(
     elif settings.architecture is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # the policy and the reference start from the same weights
-            model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=dtype, trust_remote_code=settings.trust_remote_code
-            )
+            try:
+                model = AutoModelForCausalLM.from_config(
+                    hf_config, dtype=dtype, trust_remote_code=settings.trust_remote_code
+                )
+            except Exception as error:  # whatever values that do not fit raise
+                if is_out_of_memory(error):
+                    raise
+                raise _no_model(error) from error
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(settings.name_or_path, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged or unfitting files raise nearly anything
             raise _cannot_load("model", "model.name_or_path", settings.name_or_path, error) from error
     if not hasattr(model, "hf_device_map"):
         model = model.to(device)
@@ -117,7 +129,7 @@ def hf_config_of(settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> An
     if settings.architecture is None:
         try:
             return AutoConfig.from_pretrained(settings.name_or_path, trust_remote_code=settings.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged or unfitting files raise nearly anything
             raise _cannot_load("model", "model.name_or_path", settings.name_or_path, error) from error
     values = {
         "vocab_size": len(tokenizer),
@@ -128,10 +140,16 @@ def hf_config_of(settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> An
     }
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values)
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            "CONFIG", f"model.architecture: {error}", "give model_type and values that its transformers config takes"
-        ) from error
+    except Exception as error:  # whatever values that it does not take raise
+        raise _no_model(error) from error
+
+
+def _no_model(error: Exception) -> UserError:
+    return UserError(
+        "CONFIG",
+        f"model.architecture: transformers makes no model of it ({type(error).__name__}: {clipped(str(error), 500)})",
+        "give model_type and values that its transformers config takes",
+    )
 
 
 def _turn_off_dropout(hf_config: Any) -> None:
@@ -188,7 +206,13 @@ def find_blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
                 f"one of {', '.join(classes)}, or null to have it found",
             )
         return blocks
-    return max((list(blocks) for blocks in _lists(model)), key=len)
+    blocks = max((list(blocks) for blocks in _lists(model)), key=len, default=[])
+    if not blocks:
+        problem = f"model.architecture: {type(model).__name__} has no blocks"
+        raise UserError(
+            "CONFIG", problem, "give it at least one layer, or name the class of its blocks: model.block_name"
+        )
+    return blocks
 
 
 def _lists(model: nn.Module) -> list[nn.ModuleList]:
@@ -230,7 +254,13 @@ def use_packed_attention(
             return response_logps(model, lay_out(examples, layout).to(device))[1]
 
     model.own_attention = model.config._attn_implementation  # for sampling
-    padded = logps([example, other], "padded")
+    try:
+        padded = logps([example, other], "padded")
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        problem = f"model.architecture: {name} does not run ({type(error).__name__}: {clipped(str(error), 500)})"
+        raise UserError("CONFIG", problem, "give values that fit each other, or another model") from error
     try:
         model.set_attn_implementation("packed")
         packed, packed_changed = (logps([first, other], "packed") for first in (example, changed))

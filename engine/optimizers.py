@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 
-def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-    """An optimizer of torch, as one fused pass over the weights where it has that, or of bitsandbytes."""
+def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, may_fuse: bool = True) -> torch.optim.Optimizer:
+    """An optimizer of torch, as one fused pass over the weights where it has that and may, or of bitsandbytes."""
     kind = getattr(torch.optim, name, None)
     if kind is not None:
-        fused = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
+        fused = {"fused": True} if may_fuse and "fused" in inspect.signature(kind).parameters else {}
         return kind(groups, lr=lr, **fused)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says which optional kernels it lacks
     import bitsandbytes.optim

@@ -56,6 +56,7 @@ def sample_responses(
                 input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 max_new_tokens=min(max_new_tokens, max_length - length),
+                synced_gpus=False,  # other processes may have more prompts, or none
             )
             for index, answer in zip(indices, output[:, length:].cpu().numpy().astype(np.int32), strict=True):
                 ends = np.flatnonzero(answer == tokenizer.eos_token_id)

@@ -107,6 +107,7 @@ def shard_model(
             if module not in in_blocks and module not in (embeddings, head) and [*module.parameters(recurse=False)]:
                 shard(module, mixed_precision)
         embeddings.register_forward_hook(lambda module, inputs, output: output.to(mixed_precision))
+        head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
     shard(model, None)
     for module in fsdp_modules(model):
         # Losses are shares of the mean over all processes, so their gradients are summed, not averaged.

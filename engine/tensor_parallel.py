@@ -65,9 +65,9 @@ class _Join(torch.autograd.Function):
         largest = -(-total // group.size())  # of the parts; the last ones may be smaller
         ctx.own = slice(group.rank() * largest, group.rank() * largest + part.shape[-1])
         padded = F.pad(part, (0, largest - part.shape[-1]))
-        gathered = padded.new_empty(group.size(), *padded.shape)
+        gathered = padded.new_empty(group.size() * len(padded), *padded.shape[1:])
         dist.all_gather_single(gathered, padded, group=group)
-        return gathered.movedim(0, -2).flatten(-2)[..., :total].contiguous()
+        return gathered.view(group.size(), *padded.shape).movedim(0, -2).flatten(-2)[..., :total].contiguous()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -38,7 +38,8 @@ class Example:
 class Split:
     """The examples of a split in the order of the data, all of one prompt adjacent, and what was counted on the way.
 
-    counts: rows, prompts, pairs (for SFT: targets), dropped {reason: number}, truncated (examples) and max_length.
+    counts: rows, prompts, pairs (for SFT: targets), dropped {reason: number}, truncated (examples) and max_length; if
+        there are any, duplicates (of pairs), contradictions (two pairs of opposite preference) and first_bad_row.
     """
 
     examples: list[Example]
@@ -69,6 +70,7 @@ def tokenize(
     texts: dict[Text, int] = {}  # -> index
     rows: list[tuple[int, bool, list[int]]] = []  # prompt number, keep_end, indices of prompt and responses
     num_prompts = 0
+    duplicates = contradictions = 0
     for preferences, truncation_mode in data:
         for text, preference in preferences.items():
             template, answers = preference.get("template", False), preference["responses"]
@@ -77,6 +79,9 @@ def tokenize(
                 candidates = [(answers[chosen], answers[rejected]) for chosen, rejected in preference["pairs"]]
                 if not candidates:
                     tally.dropped["prompt without a pair"] += 1
+                distinct = set(candidates)
+                duplicates += len(candidates) - len(distinct)
+                contradictions += sum(pair[0] < pair[1] and pair[::-1] in distinct for pair in distinct)
             for candidate in candidates:
                 if not all(answer.strip() for answer in candidate):
                     tally.dropped["empty response"] += 1
@@ -115,7 +120,8 @@ def tokenize(
         "truncated": truncated,
         "max_length": max_length,
     }
-    return Split(examples, counts)
+    remarkable = {"duplicates": duplicates, "contradictions": contradictions, "first_bad_row": tally.first_bad_row}
+    return Split(examples, counts | {name: value for name, value in remarkable.items() if value})
 
 
 def cut(

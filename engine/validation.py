@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from engine.secrets import keys_with_secrets
 from losses import LOSSES
-from utils import UserError
+from utils import UserError, clipped
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 TINY = CONFIG_DIR / "model" / "tiny.yaml"
@@ -60,7 +62,7 @@ class Check:
 
 def shown(value: Any) -> str:
     """A value as YAML has it: null and true, not None and True."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return clipped(json.dumps(value, ensure_ascii=False, default=str), 500)
 
 
 def bracketed(hint: str) -> str:
@@ -117,12 +119,13 @@ def number(
 
 
 def is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+    return isinstance(value, str) and value != "" and not re.search("[\0\ud800-\udfff]", value)
 
 
 def is_run_name(value: Any) -> bool:
-    """A name that adds no level to a path and leaves none."""
-    return is_text(value) and value.isprintable() and not any(part in value for part in ("/", "\\", ".."))
+    """A name that adds no level to a path and leaves none, and that a file system takes with a time behind it."""
+    is_name = is_text(value) and value.isprintable() and not any(part in value for part in ("/", "\\", ".."))
+    return is_name and len(value.encode()) <= 200
 
 
 def is_model_or_path(value: Any) -> bool:
@@ -159,7 +162,13 @@ count_or_zero = number(at_least=0, integer=True)
 text = Check(
     "text",
     is_text,
-    hint=lambda value: f"as text: \"'{value}'\", in both quotes" if isinstance(value, int | float) else "",
+    hint=lambda value: (
+        f"as text: \"'{value}'\", in both quotes"
+        if isinstance(value, int | float)
+        else "it holds what is no character"
+        if isinstance(value, str) and value
+        else ""
+    ),
 )
 anything = Check("anything", lambda value: True)
 
@@ -169,7 +178,7 @@ NO_LOSS_SCALING = {"float16": "float16 would need loss scaling, which is not don
 
 CHECKS: dict[str, Check] = {
     "seed": number(at_least=0, below=2**32, integer=True),
-    "exp_name": optional(Check("a name without /, \\ and ..", is_run_name, hint=text.hint)),
+    "exp_name": optional(Check("a name without /, \\ and .., of at most 200 bytes", is_run_name, hint=text.hint)),
     "local_dirs": Check("a list of paths such as [/scr,.cache]", is_list_of_text),
     "local_run_dir": optional(text),
     "cache_dir": optional(text),
@@ -183,8 +192,12 @@ CHECKS: dict[str, Check] = {
     ),
     "data_dir": optional(Check("an existing directory", lambda value: is_text(value) and os.path.isdir(value))),
     "format": optional(one_of("strings", "transcripts", "messages", "sharegpt", "ranked", "alpaca", "dolly")),
+    "on_bad_row": one_of("error", "drop"),
     "chat_template": optional(
-        Check("hh, llama2 or an existing file", lambda value: value in ("hh", "llama2") or os.path.isfile(str(value)))
+        Check(
+            "hh, llama2 or an existing file",
+            lambda value: value in ("hh", "llama2") or (is_text(value) and os.path.isfile(value)),
+        )
     ),
     "test_fraction": number(at_least=0, below=1),
     "max_length": count,
@@ -198,6 +211,8 @@ CHECKS: dict[str, Check] = {
     "batching": one_of("packed", "padded"),
     "trainer": one_of(*TRAINERS),
     "num_processes": optional(count),
+    "plan": boolean,
+    "plan_hardware": optional(one_of("h200", "h100", "a100", "rtx4090", "rtx3090")),
     "tensor_parallel_size": optional(count),
     "tensor_parallel.backend": one_of("native", "package"),
     "fsdp.replicas": count,
@@ -384,6 +399,11 @@ RULES = (
         "must be null or 1 with tensor_parallel.backend=package, not {0}: set tensor_parallel_size",
     ),
     Rule(
+        ("plan", "tensor_parallel.backend"),
+        lambda plan, backend: plan and backend == "package",
+        "true needs tensor_parallel.backend=native",
+    ),
+    Rule(
         ("optimizer", "trainer"),
         lambda optimizer, trainer: optimizer == "Adafactor" and trainer != "BasicTrainer",
         "Adafactor looks at whole matrices, of which processes hold parts: choose another with trainer={1}",
@@ -442,6 +462,11 @@ RULES = (
         ("freeze.patterns", "tensor_parallel.backend"),
         lambda patterns, backend: patterns and backend == "package",
         "needs tensor_parallel.backend=native",
+    ),
+    Rule(
+        ("plan", "peft.name", "freeze.first_n_layers", "freeze.patterns"),
+        lambda plan, peft, layers, patterns: plan and (peft != "none" or layers > 0 or patterns != []),
+        "true plans the training of all weights: leave peft and freeze out (benchmarks/memory.py measures adapters)",
     ),
     Rule(
         ("keep_best", "save_every", "eval_every"),
@@ -523,10 +548,17 @@ def validate_config(config: DictConfig) -> None:
         if key in values:
             problem = check.problem(values[key])
             # mixed_precision takes its default from another key: one wrong value is one problem.
-            if problem and not (problem in problems.values() and OmegaConf.is_interpolation(config, key)):
+            group, _, name = key.rpartition(".")
+            node = OmegaConf.select(config, group) if group else config
+            if problem and not (problem in problems.values() and OmegaConf.is_interpolation(node, name)):
                 problems[key] = problem
         elif key not in problems and key.partition(".")[0] not in values:
             problems[key] = "is not set, and every key must be"
+    for key in keys_with_secrets(config):
+        why = (
+            "holds a secret, which would be written with the run: leave it to the environment (HF_TOKEN, WANDB_API_KEY)"
+        )
+        problems.setdefault(key, why)
     for rule in RULES:
         if all(key in values and key not in problems for key in rule.keys):
             arguments = [values[key] for key in rule.keys]
@@ -573,8 +605,20 @@ def unknown_key(key: str, known: Collection[str]) -> str:
     return "unknown key" + bracketed(did_you_mean(nearest(key, known) or by_last_part.get(key.rpartition(".")[2])))
 
 
+def check_command_line(arguments: Iterable[str]) -> None:
+    """Raise a UserError for what would make Hydra run code: a class that an override names, or a pickled config."""
+    for argument in arguments:
+        if "_target_" in argument or argument.startswith("--e"):  # --experimental-rerun, which may be shortened
+            problem = f"{clipped(argument)} would run code that it names"
+            raise UserError(
+                "CONFIG", problem, "leave it out; trainers, optimizers and losses are chosen by their names"
+            )
+
+
 def explain_hydra_error(error: BaseException) -> UserError:
     """One line for what Hydra or OmegaConf raised while it read the command line and composed the config."""
+    if isinstance(error, UserError):
+        return error
     message, _, advice = str(error).partition("\n")
     help_line = "python train.py --help lists every key"
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
@@ -588,16 +632,20 @@ def explain_hydra_error(error: BaseException) -> UserError:
         return UserError("CONFIG", f"cannot read {error.override!r} on the command line", fix)
     unknown = re.match(r"Could not (?:override|delete from config\.) '([^']+)'", message)
     if isinstance(error, ConfigCompositionException) and unknown:
-        known = [
-            *CHECKS,
-            *PEFT_CHECKS["qlora"],
-            *(key for name in LOSSES for key in loss_checks(name)),
-            "model",
-            "loss",
-            "peft",
-            "wandb",
-        ]
+        known = [*CHECKS, *PEFT_CHECKS["qlora"], *(key for name in LOSSES for key in loss_checks(name))]
+        known += ["model", "loss", "peft", "wandb"]
+        group = unknown[1].partition(".")[0]
+        if any(argument.startswith(f"{group}=") and "," in argument for argument in sys.argv[1:]):
+            help_line = f"in a sweep over {group}, write ++{unknown[1]}=..."
         return UserError("CONFIG", f"{unknown[1]}: {unknown_key(unknown[1], known)}", help_line)
+    if message.startswith("Config group override must be a string or a list"):
+        groups = {"", "hydra", *(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())}
+        given = [override for override in sys.argv[1:] if override.partition("=")[0].lstrip("+") in groups]
+        return UserError(
+            "CONFIG",
+            f"{', '.join(given) or 'a group'}: a preset must be a string or a list, such as loss=dpo",
+            help_line,
+        )
     if isinstance(error, OmegaConfBaseException) and error.full_key and error.full_key not in message:
         message = f"{error.full_key}: {message}"
     if error.__cause__:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)  # not this folder, in which tokenizers is another module
 
 import tests.conftest  # noqa: F401  the environment of all tests
 import train

@@ -17,7 +17,7 @@ from engine.chat_templates import JINJA
 from engine.formats import Tally, load_file
 from engine.tokenization import tokenize
 from tests.models import tiny_model
-from tests.tokenizers import byte_level
+from tests.tokenizer_files import byte_level
 
 HH_PROMPT = "\n\nHuman: hi\n\nAssistant:"
 
@@ -231,7 +231,7 @@ def test_a_pipe(directory, command, echo):
 
 def test_bytes_that_are_no_text_are_refused(directory, command):
     status, _, err = command(f"model={directory}", "prompt=caf\udce9")
-    assert status == 3 and err.startswith("error[DATA] the prompt is not UTF-8; fix: ")
+    assert status == 2 and err.startswith("error[CONFIG] prompt: must be ") and err.count("\n") == 1
 
 
 def test_two_models(directory, command, echo):

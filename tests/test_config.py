@@ -250,6 +250,7 @@ def test_accepted(overrides):
         ("freeze.patterns=['(']", "freeze.patterns: must be a list of regular expressions"),
         ("optimizer=AdamW8bit trainer=FSDPTrainer", 'optimizer: "AdamW8bit" cannot share its state'),
         ("optimizer=SGD8bit", "optimizer: must be"),
+        ("peft=lora plan=true", "plan: true plans the training of all weights"),
         ("keep_best=loss/train", "keep_best: must be null or loss/eval"),
         ("keep_best=loss/eval save_every=8", "keep_best: "),
         ("keep_best=rewards_eval/margins", 'keep_best: "rewards_eval/margins" is of preference losses'),
@@ -269,6 +270,11 @@ def test_all_problems_at_once():
     assert "6 problems: " in message
     for key in ("lr", "batch_size", "debug", "n_epochs", "bach_size", "loss.beta"):
         assert f" {key}: " in message
+
+
+def test_the_same_problem_of_two_keys():
+    message = refused("debug=3", "model.trust_remote_code=3")
+    assert "2 problems: debug: must be true or false, not 3; model.trust_remote_code: must be true or false" in message
 
 
 @pytest.mark.parametrize("overrides", [[], ["lr=1", *CDPO], ["lr=abc", "n_epochs=null", "loss=dpo", "+x=1"]])

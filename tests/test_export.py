@@ -26,7 +26,7 @@ from engine.gguf_export import plan_gguf
 from engine.meta_llama import byte_characters, load_meta
 from tests.models import tiny_model
 from tests.runs import QUICK, SMALL
-from tests.tokenizers import TEXTS, byte_level, sentencepiece, sentencepiece_pieces
+from tests.tokenizer_files import TEXTS, byte_level, sentencepiece, sentencepiece_pieces
 
 
 @pytest.fixture(scope="module")

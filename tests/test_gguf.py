@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from engine.gguf_export import OUTTYPES, plan_gguf
 from tests.models import SIZES, tiny_model
-from tests.tokenizers import PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
+from tests.tokenizer_files import PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
 from utils import UserError
 
 QWEN3 = {**SIZES["llama"], "head_dim": 16}

@@ -284,6 +284,7 @@ def config(tmp_path: Path, **options):
     defaults: dict[str, Any] = {"datasets": ["hh"], "data_dir": str(tmp_path), "format": None, "chat_template": None}
     defaults |= {
         "test_fraction": 0.25,
+        "on_bad_row": "error",
         "max_length": 100,
         "max_prompt_length": 50,
         "cache_dir": str(tmp_path / "cache"),

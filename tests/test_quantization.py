@@ -102,7 +102,7 @@ def test_copies_and_state_dicts_have_all_of_it(kind: str) -> None:
 @pytest.mark.parametrize("sizes", [(64, 48), (520, 256)])
 def test_a_layer_without_contents_has_its_sizes(sizes, kind, double_quant: bool, storage: torch.dtype) -> None:
     full, empty = (
-        quantized(nn.Linear(*sizes, device=device), kind, double_quant=double_quant, storage_dtype=storage)
+        quantized(nn.Linear(sizes[0], sizes[1], device=device), kind, double_quant=double_quant, storage_dtype=storage)
         for device in ("cpu", "meta")
     )
     tensors = [{name: (t.shape, t.dtype) for name, t in layer.state_dict().items()} for layer in (full, empty)]

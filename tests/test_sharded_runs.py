@@ -2,35 +2,48 @@
 
 import contextlib
 import io
+import json
 import math
+import os
+import re
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
 import train
 from engine import launch
 from engine.checkpoint import tensors_of
+from engine.tensor_parallel import check_divides
 from tests.invariants.test_runs import ARCHITECTURES, numbers
 from tests.runs import Run
 from tests.sharded_worker import run as run_here
+from utils import UserError
 
+Runs = dict[str, Run]
+Commands = dict[str, tuple[str, ...]]  # name of a run -> overrides
 WORKER = Path(__file__).with_name("sharded_worker.py")
 FSDP = ("trainer=FSDPTrainer",)
 TENSOR = ("trainer=TensorParallelTrainer",)
 BOTH = (*FSDP, "tensor_parallel_size=2")
 PACKAGE = (*TENSOR, "tensor_parallel.backend=package", "tensor_parallel_size=2")
 DPO = ("loss=dpo", "loss.beta=0.1")
-# The last batch and the last evaluation batch hold one example; the prompts that are sampled for divide by no number
-# of processes; prompts are of several lengths.
+# The last batch and the last evaluation batch hold one example; of the prompts that are sampled for, some processes
+# have more than others, and more than are run at a time.
 COMMON = (
     "model=blank_model", "model.name_or_path=tiny", "model.tokenizer_name_or_path=films", "wandb.enabled=false",
     "optimizer=AdamW", "lr=1e-3", "warmup_steps=2", "max_grad_norm=1.0", "batch_size=4",
-    "gradient_accumulation_steps=2", "token_budget=300", "max_length=128", "max_prompt_length=96", "n_examples=21",
-    "n_eval_examples=5", "eval_batch_size=4", "n_eval_model_samples=3", "eval_every=8", "keep_checkpoints=null",
+    "gradient_accumulation_steps=2", "token_budget=300", "max_length=112", "max_prompt_length=80", "n_examples=21",
+    "collective_timeout=20", "n_eval_examples=5", "eval_batch_size=2", "n_eval_model_samples=5", "eval_every=8",
+    "keep_checkpoints=null",
 )  # fmt: skip
 MODEL = {name: (f"model.architecture={value}",) for name, value in ARCHITECTURES.items()}
 LLAMA = MODEL["llama"]
@@ -44,7 +57,7 @@ def command(directory: Path, name: str, overrides: tuple[str, ...]) -> list[str]
     return [*(default for default in defaults if default.partition("=")[0] not in given), *overrides]
 
 
-def runs_on(num: int, directory: Path, runs: dict[str, tuple[str, ...]]) -> dict[str, Run]:
+def runs_on(num: int, directory: Path, runs: Commands) -> Runs:
     """Several runs, one after another, each on num processes, which are started once for all."""
     commands = {name: command(directory, name, overrides) for name, overrides in runs.items()}
     outs = {name: directory / f"{name}.out" for name in runs}
@@ -76,51 +89,50 @@ def weights(run: Run) -> dict[str, Tensor]:
 def assert_same_weights(ours: Run, theirs: Run, rel: float = 1e-5) -> None:
     found, expected = weights(ours), weights(theirs)
     assert found.keys() == expected.keys()
-    squares = sum((found[name] - value).square().sum() for name, value in expected.items())
-    assert (squares / sum(value.square().sum() for value in expected.values())).sqrt() < rel
+    differences = torch.cat([(found[name] - value).flatten() for name, value in expected.items()])
+    assert differences.norm() / torch.cat([value.flatten() for value in expected.values()]).norm() < rel
 
 
-def assert_same(ours: Run, theirs: Run, rel: float = 1e-5, after: int = 0) -> None:
-    """Both have the same rows, and the same weights; of ours those after so many examples."""
-    assert len(ours.steps) and len(ours.evals)
-    found, expected = ([row for row in numbers(run) if row["counters/examples"] > after - 1] for run in (ours, theirs))
-    if after:  # a resumed run does not evaluate what it starts from
-        expected = [row for row in expected if row["counters/examples"] > after]
-    assert len(found) == len(expected)
-    for row, other in zip(found, expected, strict=True):
-        assert row.keys() == other.keys()
-        for key, value in other.items():
-            is_known = not key.startswith(OF_SAMPLES) and not (  # before the first step, which is larger is chance
-                "accuracies" in key and abs(other[key.replace("accuracies", "margins")]) < 1e-4
-            )
-            if is_known:  # rewards are differences of log-probs of about 100
-                scale = 1e-5 if "rewards" in key else 1e-6
-                assert row[key] == pytest.approx(value, rel=rel, abs=scale * rel / 1e-5), (key, row, other)
-    assert_same_weights(ours, theirs, rel)
-
-
-def assert_bitwise(ours: Run, theirs: Run, after: int) -> None:
-    assert numbers(ours) == [row for row in numbers(theirs) if row["counters/examples"] > after]
+def assert_equal_weights(ours: Run, theirs: Run) -> None:
     found, expected = weights(ours), weights(theirs)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def assert_starts_at_zero(run: Run) -> None:
-    for split, row in (("eval", run.evals[0]), ("train", run.steps[0])):
-        assert row[f"rewards_{split}/margins"] == row[f"rewards_{split}/chosen"] == 0
-        assert row[f"loss/{split}"] == pytest.approx(math.log(2), abs=1e-7)
+def assert_same(ours: Run, theirs: Run, rel: float = 1e-5, after: int = -1) -> None:
+    """Both have the same rows, of theirs those after so many examples, and the same weights."""
+    found, expected = numbers(ours), [row for row in numbers(theirs) if row["counters/examples"] > after]
+    assert len(found) == len(expected) > 0
+    for row, other in zip(found, expected, strict=True):
+        row, other = ({key: each[key] for key in each if not key.startswith(OF_SAMPLES)} for each in (row, other))
+        assert row.keys() == other.keys()
+        for key, value in other.items():
+            if "accuracies" in key and abs(other[key.replace("accuracies", "margins")]) < 1e-4:
+                continue  # before the first step, which of two is larger is chance
+            scale = 1 if "rewards" in key else 0.1  # rewards are differences of log-probs of about 100
+            assert row[key] == pytest.approx(value, rel=rel, abs=scale * rel), (key, row, other)
+    assert_same_weights(ours, theirs, rel)
 
 
 # ---- The runs ----
 
-OTHERS: dict[str, tuple[str, ...]] = {  # variants of a run, each under BasicTrainer too
-    "live": (*DPO, "reference=live", "n_eval_examples=1", "n_eval_model_samples=1", "n_examples=9"),
-    "padded": (*DPO, "batching=padded", "sample_during_eval=false", "n_examples=9"),
-    "sft": ("loss=sft", "n_examples=9"),
-    "checkpointed": (*DPO, "activation_checkpointing=true", "sample_during_eval=false", "n_examples=9"),
-    "bf16": (*DPO, "mixed_precision=bfloat16", "n_examples=9", "sample_during_eval=false"),
+# Whose weights can be shared evenly by no number of processes.
+SIZES = "hidden_size: 34, intermediate_size: 46, num_hidden_layers: 2, num_attention_heads: 2, head_dim: 16"
+ODD = f"model.architecture={{model_type: llama, vocab_size: 835, {SIZES}}}"
+OTHERS: Commands = {  # each under BasicTrainer, FSDPTrainer and TensorParallelTrainer
+    "live": (*DPO, "reference=live", "n_eval_examples=1", "n_eval_model_samples=1", "n_examples=9", ODD),
+    "padded": (*DPO, "batching=padded", "optimizer=SGD", "sample_during_eval=false", "n_examples=9"),
+    "sft": (
+        "loss=sft",
+        "optimizer=Adagrad",
+        "activation_checkpointing=true",
+        "sample_during_eval=false",
+        "n_examples=9",
+    ),
+    "bf16": (*DPO, "mixed_precision=bfloat16", "n_examples=9"),
 }
+IN_ORDER = (*DPO, "deterministic=true", "optimizer=RMSprop", "sample_during_eval=false", "n_examples=9")
+BY_PACKAGE = ("llama", "gpt_neox", "gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -131,43 +143,274 @@ def directory(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def launched(directory: Path) -> Run:
     """A run of FSDPTrainer on two processes as a user starts it."""
-    cache = f"cache_dir={directory / 'cache'}"
-    run = program(*command(directory, "launched", (*DPO, *FSDP, "num_processes=2", cache)))
+    run = program(*command(directory, "launched", (*DPO, *FSDP, "num_processes=2")))
     assert run.status == 0, run.err
     return run
 
 
 @pytest.fixture(scope="module")
-def basic(directory: Path, launched: Run) -> dict[str, Run]:
-    """Runs of BasicTrainer; its first one finds the reference that was launched has kept."""
-    runs = {"llama": DPO, "gpt2": (*DPO, *MODEL["gpt2"]), "gpt_neox": (*DPO, *MODEL["gpt_neox"]), **OTHERS}
-    return runs_on(1, directory / "basic", runs)
+def basic(directory: Path, launched: Run) -> Runs:
+    """Runs of BasicTrainer; the first one finds the reference that was launched has kept."""
+    runs = {name: (*DPO, *MODEL[name]) for name in BY_PACKAGE} | OTHERS | {"in-order": IN_ORDER}
+    found = runs_on(1, directory, {f"basic-{name}": overrides for name, overrides in runs.items()})
+    return {name.removeprefix("basic-"): run for name, run in found.items()}
 
 
 @pytest.fixture(scope="module")
-def on_two(directory: Path, launched: Run, basic: dict[str, Run]) -> dict[str, Run]:
-    gpt2 = (*DPO, *MODEL["gpt2"])
-    from_launched = f"resume={launched.dir}/step-8"
-    runs = {f"fsdp-{name}": (*FSDP, *overrides) for name, overrides in OTHERS.items()}
-    runs |= {f"tensor-{name}": (*TENSOR, *OTHERS[name]) for name in ("live", "padded", "sft", "checkpointed")}
+def on_two(directory: Path, launched: Run, basic: Runs) -> Runs:
+    runs = {
+        f"{name}-{other}": (*trainer, *overrides)
+        for other, overrides in OTHERS.items()
+        for name, trainer in (("fsdp", FSDP), ("tensor", TENSOR))
+    }
+    gpt2, silent = (*DPO, *MODEL["gpt2"]), "sample_during_eval=false"
     runs |= {
-        "fsdp-offload": (*DPO, *FSDP, "fsdp.cpu_offload=true"),
-        "fsdp-resumed": (*DPO, *FSDP, from_launched),
-        "fsdp-from-basic": (*DPO, *FSDP, f"resume={basic['llama'].dir}/step-8"),
-        "tensor": (*DPO, *TENSOR),
-        "tensor-from-fsdp": (*DPO, *TENSOR, from_launched),
+        "fsdp-in-order": (*IN_ORDER, *FSDP),
+        "fsdp-resumed": (*DPO, *FSDP, f"resume={launched.dir}/step-8"),
+        "fsdp-from-basic": (*DPO, *FSDP, f"resume={basic['llama'].dir}/step-8", silent),
+        "tensor-from-fsdp": (*DPO, *TENSOR, f"resume={launched.dir}/step-8", silent),
         "tensor-gpt2": (*gpt2, *TENSOR),
         "tensor-gpt2-resumed": (*gpt2, *TENSOR, f"resume={directory}/tensor-gpt2/step-8"),
-        "tensor-gpt2-from-basic": (*gpt2, *TENSOR, f"resume={basic['gpt2'].dir}/step-8"),
+        "tensor-gpt2-from-basic": (*gpt2, *TENSOR, f"resume={basic['gpt2'].dir}/step-8", silent),
     }
     return runs_on(2, directory, runs)
 
 
-def test_a_launched_run_is_a_run_of_one_process(launched: Run, basic: dict[str, Run], directory: Path) -> None:
+@pytest.fixture(scope="module")
+def on_four(directory: Path, launched: Run, on_two: Runs) -> Runs:
+    gpt2, one_prompt = MODEL["gpt2"], ("n_eval_examples=1", "n_eval_model_samples=1")
+    runs = {
+        "replicas": (*DPO, *FSDP, "fsdp.replicas=2", "fsdp.cpu_offload=true"),
+        "replicas-live": (*OTHERS["live"], *FSDP, "fsdp.replicas=2"),
+        "grid-from-fsdp": (*DPO, *BOTH, f"resume={launched.dir}/step-8", *one_prompt),
+        "grid-gpt2-from-tensor": (*DPO, *gpt2, *BOTH, f"resume={on_two['tensor-gpt2'].dir}/step-16", *one_prompt),
+    }
+    return runs_on(4, directory, runs)
+
+
+@pytest.fixture(scope="module")
+def packaged(directory: Path) -> Runs:
+    runs: Commands = {f"package-{name}": (*DPO, *MODEL[name], *PACKAGE) for name in BY_PACKAGE}
+    return runs_on(1, directory, runs)
+
+
+# ---- What they must be ----
+
+
+def test_a_launched_run_logs_what_one_process_does(launched: Run, basic: Runs) -> None:
     assert_same(launched, basic["llama"])
-    assert len(launched.steps) == 6 and [row["counters/examples"] for row in launched.evals] == [0, 8, 16, 21]
+    assert [row["counters/examples"] for row in launched.steps] == [4, 8, 12, 16, 20, 21]
+    assert [row["counters/examples"] for row in launched.evals] == [0, 8, 16, 21]
     assert [row["prompt"] for row in launched.samples] == [row["prompt"] for row in basic["llama"].samples]
-    assert len(launched.samples) == 3 * 4
+    assert len(launched.samples) == 4 * 5
     assert all(row["policy"] and row["reference"] for row in launched.samples)
-    assert_starts_at_zero(launched)
     assert launched.err == "" and launched.out.count("run directory: ") == 1
+
+
+def test_a_launched_run_saves_what_one_process_does(launched: Run, basic: Runs, directory: Path) -> None:
+    checkpoint, other = launched.dir / "LATEST", basic["llama"].dir / "LATEST"
+    parts = {f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "optimizer") for rank in (1, 2)}
+    indices = {f"{kind}.safetensors.index.json" for kind in ("model", "optimizer")}
+    wholes = {f"{kind}.safetensors" for kind in ("model", "optimizer")}
+    files, expected = ({path.name for path in where.iterdir()} for where in (checkpoint, other))
+    assert files - parts - indices == expected - wholes
+    assert {path.name for path in launched.dir.iterdir()} == {path.name for path in basic["llama"].dir.iterdir()}
+    for kind in ("model", "optimizer"):
+        found, whole = dict(tensors_of(checkpoint, kind)), dict(tensors_of(other, kind))
+        assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in whole.items()}
+        index = json.loads((checkpoint / f"{kind}.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
+        for name, file in index["weight_map"].items():
+            with safe_open(checkpoint / file, framework="pt") as part:
+                assert torch.equal(part.get_tensor(name), found[name])
+        for name, value in found.items():
+            torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights(launched).items())
+    assert AutoTokenizer.from_pretrained(checkpoint)("film").input_ids
+    states = [torch.load(where / "policy.pt", weights_only=True) for where in (checkpoint, other)]
+    assert states[0]["step_idx"] == 21 and states[0]["metrics"].keys() == states[1]["metrics"].keys()
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    assert all(torch.equal(value, states[0]["state"][name]) for name, value in weights(launched).items())
+
+
+def test_the_margin_is_exactly_0_before_the_first_step(launched: Run, on_two: Runs, on_four: Runs) -> None:
+    runs = {"launched": launched, "replicas-live": on_four["replicas-live"]}
+    for name, run in (runs | {name: on_two[name] for name in ("fsdp-live", "tensor-live")}).items():
+        for split, row in (("eval", run.evals[0]), ("train", run.steps[0])):
+            assert row[f"rewards_{split}/margins"] == row[f"rewards_{split}/chosen"] == 0, name
+            assert row[f"loss/{split}"] == pytest.approx(math.log(2), abs=1e-7), name
+
+
+def test_a_reference_that_was_computed_in_several_processes_is_complete(
+    launched: Run, basic: Runs, on_two: Runs, on_four: Runs
+) -> None:
+    assert "log-probs computed" in launched.out
+    others = (basic["llama"], on_two["fsdp-resumed"], on_two["tensor-from-fsdp"], on_four["replicas"])
+    assert all("all log-probs are in" in run.out for run in others)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("name", ["fsdp", "tensor"])
+def test_two_processes_train_what_one_does(name: str, other: str, on_two: Runs, basic: Runs) -> None:
+    assert_same(on_two[f"{name}-{other}"], basic[other], rel=1e-2 if other == "bf16" else 1e-5)
+    assert len(on_two[f"{name}-{other}"].steps) == 3
+
+
+def test_sums_in_order_give_the_bits_of_one_process(on_two: Runs, basic: Runs) -> None:
+    assert numbers(on_two["fsdp-in-order"]) == numbers(basic["in-order"])
+    assert_equal_weights(on_two["fsdp-in-order"], basic["in-order"])
+
+
+def test_replicas_and_offloading_train_what_one_process_does(on_four: Runs, basic: Runs) -> None:
+    assert_same(on_four["replicas"], basic["llama"])
+    assert len(on_four["replicas"].samples) == 4 * 5
+    assert_same(on_four["replicas-live"], basic["live"])
+    assert len(on_four["replicas-live"].samples) == 3  # one prompt, before, at 8 and at the end
+
+
+@pytest.mark.parametrize("name", BY_PACKAGE)
+def test_the_package_trains_what_one_process_does(name: str, packaged: Runs, basic: Runs) -> None:
+    assert_same(packaged[f"package-{name}"], basic[name])
+    assert len(packaged[f"package-{name}"].samples) == 4 * 5
+
+
+def test_products_that_are_fused_are_saved_in_their_own_order(on_two: Runs, basic: Runs) -> None:
+    assert_same(on_two["tensor-gpt2"], basic["gpt2"])
+    assert len(on_two["tensor-gpt2"].samples) == 4 * 5
+
+
+# ---- Going on, in the same and other arrangements ----
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(launched: Run, on_two: Runs) -> None:
+    for resumed, whole in (("fsdp-resumed", launched), ("tensor-gpt2-resumed", on_two["tensor-gpt2"])):
+        assert "resumed from" in on_two[resumed].out
+        assert numbers(on_two[resumed]) == [row for row in numbers(whole) if row["counters/examples"] > 8]
+        assert_equal_weights(on_two[resumed], whole)
+
+
+def test_a_run_goes_on_under_another_trainer(
+    launched: Run, on_two: Runs, on_four: Runs, packaged: Runs, basic: Runs, directory: Path
+) -> None:
+    gpt2 = (*DPO, *MODEL["gpt2"])
+    resumed = runs_on(
+        1,
+        directory,
+        {
+            "basic-from-fsdp": (*DPO, f"resume={launched.dir}/step-8"),
+            "basic-gpt2-from-tensor": (*gpt2, f"resume={on_two['tensor-gpt2'].dir}/step-8"),
+            "basic-gpt2-from-package": (*gpt2, f"resume={packaged['package-gpt2'].dir}/step-8"),
+            "package-gpt2-from-tensor": (*gpt2, *PACKAGE, f"resume={on_two['tensor-gpt2'].dir}/step-8"),
+        },
+    )
+    resumed |= {name: on_two[name] for name in ("fsdp-from-basic", "tensor-from-fsdp", "tensor-gpt2-from-basic")}
+    for name, run in resumed.items():
+        assert "resumed from" in run.out, name
+        assert_same(run, basic["gpt2" if "gpt2" in name else "llama"], after=8)
+    for name, expected in (("grid-from-fsdp", basic["llama"]), ("grid-gpt2-from-tensor", basic["gpt2"])):
+        grid = on_four[name]  # it evaluates on less
+        last = [row["loss/train"] for row in expected.steps][-len(grid.steps) :]
+        assert [row["loss/train"] for row in grid.steps] == pytest.approx(last, rel=1e-5)
+        assert_same_weights(grid, expected)
+    assert len(on_four["grid-from-fsdp"].samples) == 2
+
+
+def test_other_settings_are_still_refused_on_resume(launched: Run, directory: Path) -> None:
+    changed = ("trainer=BasicTrainer", "fsdp.replicas=1", "collective_timeout=9", "batch_size=3")
+    run = program(*command(directory, "refused", (*DPO, *changed, f"resume={launched.dir}/step-8")))
+    assert run.status == 2 and "another config: batch_size was 4 and is 3;" in run.err
+
+
+# ---- Refusals ----
+
+# More than any machine could hold, so that what refuses it has not loaded it.
+HUGE = "hidden_size: 98304, intermediate_size: 393216, num_hidden_layers: 400"
+
+
+@pytest.mark.parametrize(
+    "trainer, model, message",
+    [
+        (
+            (*TENSOR, "num_processes=2"),
+            f"{{model_type: llama, {HUGE}, num_attention_heads: 96, num_key_value_heads: 3}}",
+            "tensor_parallel_size: 2 does not divide the model's 3 key_value_heads; fix: tensor_parallel_size=3",
+        ),
+        (
+            (*PACKAGE, "tensor_parallel_size=5"),
+            f"{{model_type: llama, {HUGE}, num_attention_heads: 96}}",
+            "96 attention heads cannot be divided among 5 devices; fix: ",
+        ),
+        (PACKAGE, f"{{model_type: qwen2, {HUGE}}}", "it can split llama, gpt_neox, gpt2, not"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_before_it_is_loaded(
+    trainer: tuple[str, ...], model: str, message: str, directory: Path
+) -> None:
+    run = program(*command(directory, "refused", (*DPO, *trainer, f"model.architecture={model}")))
+    assert run.status == 2
+    assert run.err.startswith("error[CONFIG] ") and run.err.count("\n") == 1 and message in run.err
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (GPT2Config(n_head=3), "2 does not divide the model's 3 attention_heads; fix: tensor_parallel_size=3"),
+        (OPTConfig(), "opt cannot be split: it has no plan for tensor parallelism; fix: trainer=FSDPTrainer"),
+        (LlamaConfig(num_attention_heads=1), "fix: trainer=FSDPTrainer splits any model"),
+    ],
+)
+def test_a_plan_must_fit(config: PretrainedConfig, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_divides(config, 2)
+
+
+# ---- Two machines ----
+
+
+@pytest.fixture
+def machines(tmp_path) -> Iterator[list[str]]:
+    """The names of two network namespaces, 10.99.7.1 and 10.99.7.2 in a network of their own."""
+    names = [f"trainer-{os.getpid()}-{index}" for index in (1, 2)]
+
+    def ip(arguments: str) -> None:
+        subprocess.run(["ip", *arguments.split()], check=True, capture_output=True)
+
+    with contextlib.ExitStack() as stack:
+        try:
+            for name in names:
+                ip(f"netns add {name}")
+                stack.callback(ip, f"netns delete {name}")  # its end of the cable goes with it, and so the other
+            ip(f"link add one netns {names[0]} type veth peer name two netns {names[1]}")
+            for index, (name, link) in enumerate(zip(names, ("one", "two"), strict=True), start=1):
+                ip(f"-n {name} address add 10.99.7.{index}/24 dev {link}")
+                ip(f"-n {name} link set {link} up")
+                ip(f"-n {name} link set lo up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
+        yield names
+
+
+def test_two_machines_train_what_one_does(machines: list[str], directory: Path, basic: Runs) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                "--master-addr=10.99.7.1", "--master-port=29400")  # fmt: skip
+    arguments = command(directory, "machines", (*DPO, *FSDP, "sample_during_eval=false"))
+    processes = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, *torchrun, f"--node-rank={rank}", train.__file__, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )
+        for rank, name in enumerate(machines)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    run = Run(0, outputs[0][0], outputs[0][1])
+    assert outputs[1][0] == ""
+    assert_same(run, basic["llama"])
+    assert len(list((run.dir / "LATEST").glob("model-*-of-00002.safetensors"))) == 2

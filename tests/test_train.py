@@ -165,13 +165,13 @@ def commands() -> list[str]:
 
 # What stands in the README for something that a test has not: a smaller stand-in.
 STAND_INS = [
-    (r"^python (-u )?train\.py ?", ""),
+    (r"^(python (-u )?|torchrun .*)train\.py ?", ""),
     (r"\bmodel=(?!tiny|blank_model)\S+", "model=tiny"),
     (r"model=blank_model model\.name_or_path=(?!mine)\S+", "model=tiny"),
     (r"datasets=\[\S*?\]", "datasets=[films]"),
     (r"data_dir=\S+ ?", ""),
     (r"model\.archive=\S+", "model.archive=ARCHIVE"),
-    (r"trainer=\w+", "trainer=BasicTrainer"),
+    (r"(num_processes|tensor_parallel_size)=\d+", r"\1=1"),  # tests/test_sharded_runs.py has several
     (r"local_run_dir=\S+", "local_run_dir=RUN"),
     (r"batch_size=\d+", "batch_size=2"),
     (r"n_epochs=\d+ ?", ""),

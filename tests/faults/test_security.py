@@ -1,0 +1,287 @@
+"""Secrets do not get out, names do not leave their directories, and nothing that is given is run as code."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from engine.metrics import as_markdown
+from engine.secrets import REDACTED, public, redact, secrets_of
+from engine.validation import CHECKS
+from tests.runs import QUICK, SMALL, Program
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HF_TOKEN = "hf_" + "QwErTyUiOpAsDfGhJkLzXcVbNm12345678"
+WANDB_KEY = "0123456789abcdef0123456789abcdef01234567"
+
+# ---- Secrets ----
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (f"lr: must be a number, not {HF_TOKEN}", f"lr: must be a number, not {REDACTED}"),
+        (f'not "{WANDB_KEY}"', f'not "{REDACTED}"'),
+        ("https://me:hunter22@host/x and http://host/a@b", f"https://{REDACTED}@host/x and http://host/a@b"),
+        ("job 0: api_key=xyz lr=1 hub-token='a b'", f"job 0: api_key={REDACTED} lr=1 hub-token={REDACTED}"),
+        ('{"password": "x, y", "n": 1}', f'{{"password": {REDACTED}, "n": 1}}'),
+        ("ghp_" + "a1" * 18 + " sk-proj-" + "a1" * 18 + " AKIA" + "A1" * 8, f"{REDACTED} {REDACTED} {REDACTED}"),
+        ("-----BEGIN PRIVATE KEY-----\nMIIE\n-----END PRIVATE KEY----- .", f"{REDACTED} ."),
+        # What is none.
+        *[
+            (text, text)
+            for text in (
+                f"models/snapshots/{WANDB_KEY}/model.safetensors, git@{WANDB_KEY}",
+                "token_budget=5 model.tokenizer_name_or_path=gpt2 max_length=3",
+                "error[DATA] a.jsonl line 3: field 'chosen' is missing; fix: correct this row or remove it",
+                "run_dir: .cache/me/films_tiny_sft_2026-01-01",
+            )
+        ],
+    ],
+)
+def test_redact(text: str, expected: str) -> None:
+    assert redact(text) == expected
+
+
+def test_what_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "MY_PASSWORD": 'a "quoted"\n one',
+        "BLAND": "swordfish-4711",
+        "SCRATCH": "/nowhere/scratch",
+        "LR": "1e-6",
+        "UNUSED_TOKEN": "not-in-config",
+    }.items():
+        monkeypatch.setenv(name, value)
+    config = OmegaConf.create(
+        {
+            "local_dirs": ["${oc.env:SCRATCH}/a"],
+            "lr": "${oc.decode:${oc.env:LR}}",
+            "wandb": {"entity": "${oc.env:BLAND}", "project": "${oc.env:MY_PASSWORD,x}"},
+            "alias": "${wandb.entity}",
+            "hub_token": "plain-text",
+            "missing": "${oc.env:NOT_THERE}",
+        }
+    )
+    assert {'a "quoted"\n one', "swordfish-4711", "plain-text", "not-in-config"} <= secrets_of(config)
+    assert not {"/nowhere/scratch", "1e-6"} & secrets_of(config)
+    text = (
+        json.dumps(["swordfish-4711", 'a "quoted"\n one', "plain-text"]) + 'a "quoted" one ' + repr('a "quoted"\n one')
+    )
+    assert redact(text, config) == json.dumps([REDACTED] * 3) + f"{REDACTED} '{REDACTED}'"
+    config.missing = 1
+    assert public(config) == {
+        "local_dirs": ["${oc.env:SCRATCH}/a"],
+        "lr": "${oc.decode:${oc.env:LR}}",
+        "wandb": {"entity": "${oc.env:BLAND}", "project": "${oc.env:MY_PASSWORD,x}"},
+        "alias": REDACTED,
+        "hub_token": REDACTED,
+        "missing": 1,
+    }
+
+
+def test_no_key_of_the_config_is_taken_for_a_secret() -> None:
+    config = OmegaConf.create()
+    for key in CHECKS:
+        OmegaConf.update(config, key, "a value of some length", force_add=True)
+    assert REDACTED not in json.dumps(public(config))
+
+
+def read_all(directory: Path) -> str:
+    """All that is in the files of a directory, and their names."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return "\n".join([*map(str, files), *(path.read_bytes().decode("latin-1") for path in files)])
+
+
+@pytest.mark.parametrize(
+    "override, key",
+    [
+        (f"exp_name={HF_TOKEN}", "exp_name"),
+        ("exp_name=a-${oc.env:MY_SECRET}", "exp_name"),
+        (f"local_run_dir=runs/{HF_TOKEN}", "local_run_dir"),
+        (f"local_dirs=[a,{HF_TOKEN}]", "local_dirs[1]"),
+        (f"cache_dir={HF_TOKEN}", "cache_dir"),
+        (f"resume={HF_TOKEN}", "resume"),
+        (f"datasets=[{HF_TOKEN}]", "datasets"),
+        ("datasets=[${oc.env:MY_SECRET}]", "datasets"),
+        (f"data_dir={HF_TOKEN}", "data_dir"),
+        (f"wandb.entity={WANDB_KEY}", "wandb.entity"),
+        ("wandb.project=${oc.env:MY_SECRET}", "wandb.project"),
+        ("model.archive='https://me:swordfish-0815@host/x'", "model.archive"),
+        (f"model.block_name={HF_TOKEN}", "model.block_name"),
+        ("+model.architecture.hub_token=swordfish-0815", "model.architecture.hub_token"),
+        (f"+model.architecture.note={HF_TOKEN}", "model.architecture.note"),
+        (f"optimizer={HF_TOKEN}", "optimizer"),
+        ("optimizer=${oc.env:BLAND}", "optimizer"),
+        ("+api_key=swordfish-0815", "api_key"),
+        ("api_key=swordfish-0815", "api_key"),
+        ("api_key='swordfish-0815", "api_key"),
+        (f"lr=${{{HF_TOKEN}}}", "lr"),
+        (f"loss={HF_TOKEN}", "loss"),
+    ],
+)
+def test_a_secret_in_an_override_is_refused_and_not_repeated(
+    override: str, key: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SECRET", "swordfish-0815")
+    monkeypatch.setenv("BLAND", "swordfish-0815")
+    for run in (program(override), program("-m", override, "seed=1,2")):
+        assert run.status == 2 and key in run.err
+        assert "Traceback" not in run.err and run.err.count("\n") <= 2
+        for secret in (HF_TOKEN, WANDB_KEY, "swordfish-0815"):
+            assert secret not in run.out + run.err + read_all(program.directory)
+
+
+def test_nothing_secret_is_in_what_a_run_leaves(tmp_path) -> None:
+    """Neither from the environment, nor from overrides, in a run with wandb that saves, or one that crashes."""
+    secrets = {
+        "HF_TOKEN": HF_TOKEN,
+        "MY_SECRET": "swordfish-0815",
+        "WANDB_API_KEY": WANDB_KEY,
+    }
+    crash = (
+        "import os, train, trainers\n"
+        "names = 'HF_TOKEN', 'MY_SECRET', 'WANDB_API_KEY'\n"
+        "def fail(*_): raise RuntimeError(' '.join(os.environ[name] for name in names))\n"
+        "trainers.num_planned = fail\n"
+    )
+    for script in ("import train\n", crash):
+        result = subprocess.run(
+            [
+                *(sys.executable, "-c", script + "raise SystemExit(train.main())"),
+                *("-m", *SMALL, *QUICK, "n_examples=4", f"local_dirs=[{tmp_path}]"),
+                *("wandb.enabled=true", "tensorboard=true"),
+                f"+hydra.job.env_set.OTHER_TOKEN=hf_{'b' * 30}",
+                "+hydra.job.env_set.PASSWORD=${oc.env:MY_SECRET}",
+                *("seed=1", "exp_name=a-${oc.env:NAME}"),
+            ],
+            env=os.environ
+            | secrets
+            | {"OMP_NUM_THREADS": "1", "NAME": "me", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert result.returncode == int(script is crash), result.stderr
+        left = result.stdout + result.stderr + read_all(tmp_path)
+        for secret in (*secrets.values(), "hf_" + "b" * 30):
+            assert secret not in left
+    assert "crash.log" in left and "offline-run" in left and "a-me" in left
+
+
+# ---- Names and code ----
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "a/b", "/abs", "a\\b", "a\nb", "x" * 300])
+def test_exp_name_cannot_leave_its_directory(name: str, program: Program) -> None:
+    before = {path for path in program.directory.parent.iterdir()}
+    run = program(f"exp_name='{name}'")
+    assert run.status == 2 and "exp_name: " in run.err
+    assert {path for path in program.directory.parent.iterdir()} == before and not list(program.directory.iterdir())
+
+
+CODE = {
+    "configuration_odd.py": "from pathlib import Path\nPath(__file__).with_name('was_run').write_text('x')\n"
+    "from transformers import LlamaConfig\nclass OddConfig(LlamaConfig):\n    model_type = 'odd'\n",
+    "modeling_odd.py": "from transformers import LlamaForCausalLM\nfrom .configuration_odd import OddConfig\n"
+    "class OddModel(LlamaForCausalLM):\n    config_class = OddConfig\n",
+    "tokenization_odd.py": "from transformers import PreTrainedTokenizerFast\n"
+    "class OddTokenizer(PreTrainedTokenizerFast):\n    pass\n",
+}
+
+
+@pytest.fixture
+def odd_model(tmp_path) -> Path:
+    """A model directory that brings code of its own."""
+    directory = tmp_path / "odd"
+    directory.mkdir()
+    for name, text in CODE.items():
+        (directory / name).write_text(text)
+    sizes = {
+        "vocab_size": 600,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    auto_map = {"AutoConfig": "configuration_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddModel"}
+    (directory / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": auto_map, **sizes}))
+    return directory
+
+
+def test_code_of_a_model_is_refused(odd_model: Path, program: Program) -> None:
+    model = ("model=blank_model", f"model.name_or_path={odd_model}")
+    run = program(*model, "model.tokenizer_name_or_path=films", defaults=QUICK)
+    assert run.status == 2 and run.err.count("\n") == 1
+    assert f"model.name_or_path: {odd_model} brings Python code of its own" in run.err
+    assert "model.trust_remote_code=true" in run.err
+    (odd_model / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"auto_map": {"AutoTokenizer": [None, "tokenization_odd.OddTokenizer"]}, "tokenizer_class": "OddTokenizer"}
+        )
+    )
+    run = program(*model, defaults=QUICK)
+    assert run.status == 2 and run.err.count("\n") == 1 and "model.trust_remote_code=true" in run.err
+    assert "brings Python code of its own" in run.err
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+hydra.callbacks.x._target_=os.getpid",
+        "+hydra.callbacks.x={_target_: os.getpid}",
+        "hydra.launcher._target_=os.getpid",
+        "+model.architecture._target_=os.getpid",
+        "--experimental-rerun=/tmp/config.pickle",
+        "--exp=/tmp/config.pickle",
+    ],
+)
+def test_no_code_is_named_on_the_command_line(override: str, program: Program) -> None:
+    run = program(override)
+    assert run.status == 2 and run.err.count("\n") == 1 and "would run code that it names" in run.err
+
+
+def test_markdown_shows_text_as_it_is() -> None:
+    import html
+
+    text = "<script>alert(1)</script> ![x](http://h/x.png) [a](javascript:b) *b* | `c` _d_ &amp; # ~e~ \\\nnext"
+    shown = as_markdown(text)
+    assert not set("<>![]()*|`_#~\\").intersection(shown.replace("<br>", "").replace("&#", ""))
+    assert html.unescape(shown.replace("<br>", "\n")) == text
+
+
+def python_files() -> list[Path]:
+    folders = [ROOT, *(ROOT / name for name in ("engine", "benchmarks", "tests", "tests/faults", "tests/invariants"))]
+    return sorted(path for folder in folders for path in folder.glob("*.py"))
+
+
+def test_nothing_is_run_that_was_given() -> None:
+    """No pickles, no shells, no code or classes from data and configs, no server on the network."""
+    files = python_files()
+    assert len(files) > 20
+    for path in files:
+        for call in (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)):
+            name, where = ast.unparse(call.func), f"{path.name} line {call.lineno}"
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            last = name.rpartition(".")[2]
+            assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), where
+            assert not re.search(r"(pickle|dill|joblib|marshal|shelve)\.", name), where
+            assert last not in ("instantiate", "unsafe_load", "full_load", "get_class", "get_method"), where
+            if last == "load" and name.split(".")[0] == "torch" and "tests" not in path.parts:  # tests load their own
+                assert keywords.get("weights_only") == "True", where
+            if last == "load" and name.split(".")[0] in ("np", "numpy"):
+                assert "allow_pickle" not in keywords, where
+            if re.fullmatch(r"yaml\.\w+", name):
+                assert last in ("safe_load", "safe_dump", "dump", "YAMLError"), where
+            assert keywords.get("shell", "False") == "False", where
+            assert keywords.get("trust_remote_code", "False") != "True", where
+            if last in ("HTTPServer", "TCPServer", "create_server", "bind"):
+                assert "127.0.0.1" in ast.unparse(call.args[0]), where
+        if path.name != Path(__file__).name:
+            assert "0.0.0.0" not in path.read_text("utf-8"), path.name

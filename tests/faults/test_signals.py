@@ -1,0 +1,101 @@
+"""SIGTERM and SIGINT: the step is finished and saved, and a second one is obeyed at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.faults.processes import Process, assert_equal_runs, assert_whole, command, complete, rows, saved
+from trainers import Batch, BasicTrainer, Step
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FSDP = ("trainer=FSDPTrainer",)
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+step = BasicTrainer.step
+
+
+def signal_in_step(update: int, number: int, on_rank: int) -> None:
+    """Have each process that this is called in get a signal while it takes a step."""
+
+    def signalled(trainer: BasicTrainer, batch: Batch) -> Step:
+        if trainer.counters["updates"] == update - 1 and trainer.rank == on_rank:
+            os.kill(os.getpid(), number)
+        return step(trainer, batch)
+
+    BasicTrainer.step = signalled  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("update", [3, 4])  # an evaluation is due after the fourth
+def test_a_signal_ends_the_run_after_its_step(
+    inputs: Path, whole: Path, tmp_path: Path, number: int, update: int
+) -> None:
+    run_dir = tmp_path / "run"
+    prepare = partial(signal_in_step, update, number, 0)
+    arguments = command(inputs, run_dir, "save_every=1000")
+    status, out, err = complete(arguments, tmp_path / "output", prepare=prepare)
+    assert status == 128 + number, err
+    assert f"{signal.Signals(number).name}: saving after this step" in err
+    assert saved(run_dir) == [f"step-{4 * update}"] and rows(run_dir)[-1]["counters/updates"] == update
+    assert_whole(run_dir)
+    status, out, err = complete(arguments, tmp_path / "output")
+    assert status == 0 and f"resumed from {run_dir}/step-{4 * update}" in out, err
+    assert_equal_runs(run_dir, whole)
+
+
+def test_a_signal_to_one_rank_stops_all(inputs: Path, whole_on_two: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = command(inputs, run_dir, *FSDP)
+    status, _, err = complete(arguments, tmp_path / "output", 2, prepare=partial(signal_in_step, 5, signal.SIGTERM, 1))
+    assert status == 128 + signal.SIGTERM, err
+    assert saved(run_dir)[-1] == "step-20"
+    status, _, err = complete(arguments, tmp_path / "output", 2)
+    assert status == 0, err
+    assert_equal_runs(run_dir, whole_on_two)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_is_obeyed_at_once(inputs: Path, whole: Path, tmp_path: Path, number: int) -> None:
+    """While the checkpoint that the first one has begun is being written, which takes a minute."""
+    run_dir = tmp_path / "run"
+    prepare = partial(signal_in_step, 3, number, 0)
+    with Process(command(inputs, run_dir), tmp_path / "output", fault="before_rename#3=wait", prepare=prepare) as process:
+        process.wait_until((run_dir / ".step-12.tmp" / "manifest.json").exists)
+        time.sleep(0.3)
+        process.send(number)
+        begun = time.monotonic()
+        assert process.wait() == 128 + number, process.err
+        assert time.monotonic() - begun < 2
+    assert saved(run_dir) == ["step-4", "step-8"] and (run_dir / "LATEST").resolve().name == "step-8"
+    assert_whole(run_dir)
+    status, _, err = complete(command(inputs, run_dir), tmp_path / "output")
+    assert status == 0, err
+    assert_equal_runs(run_dir, whole)
+
+
+def test_a_launched_run_is_signalled(inputs: Path, whole_on_two: Path, tmp_path: Path) -> None:
+    """As a user would see it: the command, its launcher and the workers of that."""
+    run_dir = tmp_path / "run"
+    arguments = command(inputs, run_dir, *FSDP, "num_processes=2")
+    launcher = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not saved(run_dir) and launcher.poll() is None:
+        time.sleep(0.002)
+    launcher.send_signal(signal.SIGTERM)
+    err = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == 128 + signal.SIGTERM, err
+    assert_whole(run_dir)
+    assert saved(run_dir)[-1] == f"step-{rows(run_dir)[-1]['counters/examples']}"
+    status, _, err = complete(command(inputs, run_dir, *FSDP), tmp_path / "output", 2)
+    assert status == 0, err
+    assert_equal_runs(run_dir, whole_on_two)

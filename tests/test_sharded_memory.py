@@ -1,0 +1,44 @@
+"""Memory of a process falls with the number of processes: parameters and optimizer state."""
+
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from engine.sharding import own
+from tests.ranks import Job, make_trainer, on_ranks
+
+# So wide that norms, which tensor parallelism does not split, and the rests of uneven shards are next to nothing.
+WIDE = tuple(
+    f"model.architecture.{key}={value}"
+    for key, value in {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}.items()
+)
+TRAINERS = ("FSDPTrainer", "TensorParallelTrainer")
+
+
+def state_bytes(jobs: list[Job], directory: Path) -> list[int]:
+    """Of each job, what this process has of parameters and optimizer state after a step."""
+    found = []
+    for job in jobs:
+        trainer = make_trainer(job, directory)
+        trainer.step(next(iter(trainer.prepared(trainer.train_batches()))))
+        state = tree_leaves([[*trainer.policy.parameters()], [*trainer.optimizer.state.values()]])
+        found.append(sum(own(value).nbytes for value in state if isinstance(value, Tensor)))
+    return found
+
+
+def jobs(*trainers: str) -> list[Job]:
+    return [("llama", "sft", (*WIDE, f"trainer={trainer}")) for trainer in trainers]
+
+
+@pytest.fixture(scope="module")
+def on_one(tmp_path_factory) -> int:
+    return state_bytes(jobs("BasicTrainer"), tmp_path_factory.mktemp("one"))[0]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_state_is_shared_equally(num_ranks: int, on_one: int, tmp_path: Path) -> None:
+    for of_rank in on_ranks(num_ranks, state_bytes, jobs(*TRAINERS), tmp_path):
+        for trainer, held in zip(TRAINERS, of_rank, strict=True):
+            assert held == pytest.approx(on_one / num_ranks, rel=0.1), trainer
