@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from engine import distributed, launch
+from engine.commands import with_bases
 from engine.secrets import public, redact
 from engine.validation import check_command_line, explain_hydra_error, validate_config
 from utils import UserError, is_out_of_memory, is_reachable, local_dir, write_atomically
@@ -133,7 +134,7 @@ def derive_names(config: DictConfig) -> None:
     if config.local_run_dir is None:
         if config.resume is not None:
             path = Path(config.resume)
-            is_checkpoint = path.name == "LATEST" or path.name.startswith("step-")
+            is_checkpoint = path.name in ("LATEST", "BEST") or path.name.startswith("step-")
             config.local_run_dir = str(path.parent if is_checkpoint else path)
         else:
             now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
@@ -248,6 +249,8 @@ def reaches_hub(config: DictConfig) -> bool:
     names = [model.tokenizer_name_or_path or model.name_or_path]
     if model.architecture is None:
         names.append(model.name_or_path)
+    if model.archive is not None:
+        names += [*with_bases([model.archive])][1:]  # of adapters
     is_local = all(name == "films" or Path(name).exists() for name in names)
     if is_local or os.environ.get("HF_HUB_OFFLINE") or getproxies().get("https"):
         return True

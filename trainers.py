@@ -1,7 +1,6 @@
 """The training loop: one loop for every loss; a trainer decides where the model is placed."""
 
 import copy
-import inspect
 import json
 import math
 import resource
@@ -25,6 +24,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.adapters import (
+    ADAPTER,
+    AdapterReference,
+    adapter_of,
+    flops_per_token,
+    hashing_of,
+    load_policy,
+    match_structure,
+    num_weights,
+    trained_parameters,
+    write_adapter_config,
+)
 from engine.batching import (
     Microbatch,
     Part,
@@ -59,6 +70,7 @@ from engine.logprobs import response_logps
 from engine.memory import fitting, most_useful, saved_bytes
 from engine.metrics import Loggers, Moment, NoLoggers, Sums, fetched, peak_flops
 from engine.models import find_blocks, hf_config_of, load_model, use_packed_attention
+from engine.optimizers import build_optimizer
 from engine.precision import model_in
 from engine.reference import CachedReference, LiveReference, Reference, reference_key, weights_hash
 from engine.sampling import sample_responses
@@ -76,6 +88,7 @@ from engine.sharding import (
     without_weights,
 )
 from engine.tensor_parallel import check_divides
+from engine.validation import BEST_BY
 from losses import LOSSES
 from preference_datasets import DATASETS, Example, Split
 from utils import StopRequest, UserError, ahead, content_hash, is_out_of_memory, write_atomically
@@ -151,6 +164,8 @@ class BasicTrainer:
         self.join_others()
         self.policy = self.place_model(getattr(torch, config.model.policy_dtype))
         self.aliases = self.aliases or named_aliases(self.policy)
+        num_trained, num_all = num_weights(self.policy)
+        print(f"parameters: {num_trained:,} of {num_all:,} are trained ({num_trained / num_all:.2%})", flush=True)
         self.reference: Reference | None = None
         self.reference_weights: str | None = None
         self.token_budget, self.num_checkpointed = self.fit_memory()
@@ -203,11 +218,17 @@ class BasicTrainer:
 
     def place_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """A model with the starting weights, where this trainer runs it."""
-        model = load_model(self.config, self.tokenizer, dtype, self.device)
+        model = self.load_policy(dtype, self.device)
         self.device = model.get_output_embeddings().weight.device  # where layers are split, the head's
-        if self.config.batching == "packed":
-            use_packed_attention(model, self.mixed_precision)
         return self.compiled(model).eval()
+
+    def load_policy(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """A model with the starting weights, in which what is to be trained requires gradients."""
+        model = load_policy(self.config, self.tokenizer, dtype, device, self.run_dir)
+        if self.config.batching == "packed":
+            products = self.config.peft.get("compute_dtype")
+            use_packed_attention(model, self.mixed_precision, getattr(torch, products) if products else None)
+        return model
 
     def copy_of_policy(self) -> PreTrainedModel:
         """Another model with the weights of the policy, before it is trained."""
@@ -230,15 +251,13 @@ class BasicTrainer:
         self.policy.train()
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of the config; as one fused pass over the weights where torch has that."""
-        optimizer = getattr(torch.optim, self.config.optimizer)
-        can_fuse = "fused" in inspect.signature(optimizer).parameters and self.config.optimizer not in self.unfused
-        fused = {"fused": True} if can_fuse else {}
-        return optimizer(self.parameter_groups(), lr=self.config.lr, **fused)
+        """The optimizer of the config."""
+        name = self.config.optimizer
+        return build_optimizer(name, self.parameter_groups(), self.config.lr, may_fuse=name not in self.unfused)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameters that the optimizer updates at once."""
-        return [{"params": list(self.policy.parameters())}]
+        return [{"params": [parameter for parameter in self.policy.parameters() if parameter.requires_grad]}]
 
     def build_reference(self) -> Reference | None:
         """Log-probs of the frozen reference: from a model that stays loaded, or computed now and kept on disk."""
@@ -246,17 +265,20 @@ class BasicTrainer:
         if not self.loss.needs_reference or config.loss.get("reference_free"):
             return None
         # The policy starts as the reference: another copy is needed only if it must stay, or has another dtype.
-        model = self.policy
+        model, adapter = self.policy, adapter_of(self.policy)
         if config.model.reference_dtype not in (None, config.model.policy_dtype):
             model = self.place_model(getattr(torch, config.model.reference_dtype))
-        elif config.reference == "live":
+        elif config.reference == "live" and not (adapter and adapter.has_own_reference):
             model = self.copy_of_policy()
         if self.samples:
             self.reference_samples = self.sample(model)
         if model is not self.policy:
             model.requires_grad_(False)
-        live = LiveReference(model, self.cast_dtype)
-        self.reference_weights = weights_hash(model, self.orders)
+        is_own = config.reference == "live" and model is self.policy
+        live = (AdapterReference if is_own else LiveReference)(model, self.cast_dtype)
+        self.reference_weights = weights_hash(model, self.orders, *hashing_of(model))
+        if adapter is not None:
+            print(f"reference: {adapter.description}", flush=True)
         if config.reference == "live":
             return live
         settings = (config.mixed_precision, config.matmul_precision, config.batching, config.compile)
@@ -304,18 +326,21 @@ class BasicTrainer:
         if (config.token_budget is not None or config.deterministic) and given is not None:
             return config.token_budget or max(2048, longest), given
         weights = sum(own(parameter).nbytes for parameter in self.policy.parameters())
+        trained = sum(own(parameter).nbytes for parameter in self.policy.parameters() if parameter.requires_grad)
         # Beside the weights: their gradients, the optimizer's state and what it or mixed precision needs on the way.
-        copies = 4 + (config.reference == "live")
+        adapter = adapter_of(self.policy)
+        has_copy = config.reference == "live" and not (adapter and adapter.has_own_reference)
+        state = 3 * trained + weights * (1 + has_copy)
         wanted = max(config.token_budget or 2048, longest)
         num_devices = len({parameter.device for parameter in self.policy.parameters()})  # that share the layers
         per_token = self.bytes_per_token() / num_devices
         tokens, num_checkpointed = fitting(
             self.device,
-            copies * weights // num_devices,
+            state // num_devices,
             per_token,
             len(blocks),
             wanted=wanted,
-            most=most_useful(self.device, weights // num_devices, per_token),
+            most=most_useful(self.device, trained // num_devices, per_token),
             checkpointed=given,
         )
         if given is None and num_checkpointed:
@@ -497,6 +522,8 @@ class BasicTrainer:
         """One update of the policy on a batch. A GPU may still be at work on it when this returns."""
         if batch.token_budget > self.token_budget:  # laid out before memory ran out
             batch = self.prepare(self.cut(batch.examples, self.config.gradient_accumulation_steps))
+        if self.config.peft.get("dropout"):  # the same on a resumed run
+            torch.manual_seed(hash((self.config.seed, self.counters["updates"], self.rank)) % 2**32)
         batch, sums = self.fitted_gradients(batch)
         if not self.counters["updates"]:
             self.check_gradients()
@@ -554,7 +581,7 @@ class BasicTrainer:
         metrics["tokens_per_second"] = tokens_per_second
         peak = peak_flops(self.device)
         if peak:
-            metrics["mfu"] = 6 * self.policy.num_parameters() * tokens_per_second / (peak * self.num_ranks)
+            metrics["mfu"] = flops_per_token(self.policy) * tokens_per_second / (peak * self.num_ranks)
         return metrics
 
     def handle_nonfinite(self, step: Step, metrics: dict[str, float]) -> None:
@@ -624,6 +651,9 @@ class BasicTrainer:
             the signal that stopped it, after the state was saved; None if it came to its end.
         """
         batches = self.train_batches()
+        self.best: float | None = None
+        if self.config.keep_best and not self.eval_examples:
+            raise UserError("CONFIG", "keep_best: there are no examples to evaluate on", "leave it out")
         evaluates_first = self.config.do_first_eval
         if checkpoint is not None:
             state = read_state(checkpoint, self.data_hash, self.reference_weights)
@@ -633,10 +663,13 @@ class BasicTrainer:
             self.counters, evaluates_first = state["counters"], state["evaluation_due"]
             self.token_budget = min(self.token_budget, state["token_budget"])  # memory may have run out before
             batches = self.train_batches(start=self.counters["examples"])
+            if (self.run_dir / "BEST").exists():
+                self.best = state.get("best", {}).get(self.config.keep_best)
             print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
         if self.rank == 0:
             self.loggers = Loggers(self.config, self.run_dir, self.num_train_examples, self.counters["examples"])
         self.eval_metrics: dict[str, float] = {}
+        self.evaluated_at = -1
         self.writer = CheckpointWriter(self.run_dir, self.config.keep_checkpoints, self.config.collective_timeout)
         is_done = False
         try:
@@ -714,6 +747,7 @@ class BasicTrainer:
         if self.samples:
             self.eval_metrics |= self.log_samples()
         self.loggers.eval(self.eval_metrics | self.counted() | self.counted_skips())
+        self.evaluated_at = self.counters["examples"]
         self.policy.train()
 
     @property
@@ -725,15 +759,17 @@ class BasicTrainer:
         """An answer of model to each prompt that is sampled for, as token ids; the processes share the prompts."""
         own = self.sample_prompts()[self.data_rank :: self.num_data_ranks]
         seed = int(content_hash(["sample", self.config.seed, self.counters["examples"]])[:8], 16) + self.data_rank
-        answers = sample_responses(
-            model,
-            self.tokenizer,
-            own,
-            max_new_tokens=self.config.max_length - self.config.max_prompt_length,
-            max_length=self.config.max_length,
-            batch_size=self.config.eval_batch_size,
-            seed=seed,
-        )
+        # Frozen weights may be kept in the dtype that they run in.
+        with model_in(model, self.cast_dtype if adapter_of(model) else None):
+            answers = sample_responses(
+                model,
+                self.tokenizer,
+                own,
+                max_new_tokens=self.config.max_length - self.config.max_prompt_length,
+                max_length=self.config.max_length,
+                batch_size=self.config.eval_batch_size,
+                seed=seed,
+            )
         by_rank = self.of_data_ranks(answers)
         return [
             by_rank[index % self.num_data_ranks][index // self.num_data_ranks]
@@ -801,11 +837,28 @@ class BasicTrainer:
 
     def named_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weights of the policy and the state of the optimizer, as checkpoints have them."""
-        return named_weights(self.policy), named_state(self.policy, self.optimizer)
+        is_adapter = adapter_of(self.policy) is not None
+        weights = trained_parameters(self.policy) if is_adapter else named_weights(self.policy)
+        return dict(weights), named_state(self.policy, self.optimizer)
 
     def load(self, checkpoint: Path) -> None:
         """Give policy and optimizer what a checkpoint has."""
-        load_checkpoint(checkpoint, self.policy, self.optimizer, self.orders)
+        kind, (weights, _) = ADAPTER if adapter_of(self.policy) else WEIGHTS, self.named_tensors()
+        load_checkpoint(checkpoint, self.policy, self.optimizer, self.orders, kind, weights)
+
+    def is_best(self) -> bool:
+        """Whether the policy was just evaluated better than all that were saved before, by keep_best."""
+        name = self.config.keep_best
+        if name is None or self.evaluated_at != self.counters["examples"]:
+            return False
+        if name not in self.eval_metrics:
+            found = ", ".join(sorted(self.eval_metrics))
+            raise UserError("CONFIG", f"keep_best: the evaluation has no {name}", f"choose one of {found}")
+        value = self.eval_metrics[name]
+        if self.best is not None and not (value > self.best if BEST_BY[name] else value < self.best):
+            return False
+        self.best = value
+        return True
 
     def save(self, is_last: bool, evaluation_due: bool) -> None:
         """Begin to write a checkpoint.
@@ -816,17 +869,17 @@ class BasicTrainer:
         """
         if self.config.debug:
             return
-        num_bad = (
-            torch.stack([(~own(p).isfinite()).sum().to(self.device) for p in self.policy.parameters()]).sum().double()
-        )
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        num_bad = torch.stack([(~own(p).isfinite()).sum().to(self.device) for p in trained]).sum().double()
         self.add_others(num_bad)
         if num_bad > 0:
             self.fail_as_non_finite("a weight is not a number")
         self.say_saved(wait=True, together=True)  # of the one before
         contents, (weights, state) = Contents(), self.named_tensors()
-        contents.add(WEIGHTS, weights, self.orders)
+        adapter = adapter_of(self.policy)
+        contents.add(ADAPTER if adapter else WEIGHTS, weights, self.orders, in_one=adapter is not None)
         contents.add(OPTIMIZER, state, self.orders)
-        examples, metrics = self.counters["examples"], self.eval_metrics
+        examples, metrics, is_best = self.counters["examples"], self.eval_metrics, self.is_best()
         facts = {
             "counters": dict(self.counters),
             "evaluation_due": evaluation_due,
@@ -835,21 +888,27 @@ class BasicTrainer:
             "data": self.data_hash,
             "reference": self.reference_weights,
             "token_budget": self.token_budget,
+            "best": {} if self.best is None else {self.config.keep_best: self.best},
         }
+        if adapter is not None and self.reference is not None:
+            facts["reference_model"] = adapter.description
 
         # As they are now: sampling, which goes on beside the writing, has settings of its own.
         model_config, generation_config = copy.deepcopy((self.policy.config, self.policy.generation_config))
 
         def write_rest(directory: Path) -> None:
-            model_config.save_pretrained(directory)
-            generation_config.save_pretrained(directory)
+            if adapter is not None:
+                write_adapter_config(adapter, directory)
+            else:
+                model_config.save_pretrained(directory)
+                generation_config.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
             (directory / STATE_FILE).write_text(json.dumps(facts, indent=1))
-            if is_last:
+            if is_last and adapter is None:  # export.py makes one of merged weights
                 write_policy_pt(directory, examples, self.aliases, metrics)
 
-        policy_pt_bytes = sum(tensor.nbytes for tensor in weights.values()) if is_last else 0
-        self.writer.start(examples, contents, write_rest, policy_pt_bytes)
+        policy_pt_bytes = sum(tensor.nbytes for tensor in weights.values()) if is_last and adapter is None else 0
+        self.writer.start(examples, contents, write_rest, policy_pt_bytes, is_best)
 
 
 def choose_eval_examples(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
@@ -911,10 +970,8 @@ class ShardedTrainer(BasicTrainer):
             check_divides(hf_config_of(config.model, self.tokenizer), self.mesh["tensor"].size())
         full = None
         if self.rank == 0:
-            full = load_model(config, self.tokenizer, dtype, torch.device("cpu"))
-            if config.batching == "packed":
-                use_packed_attention(full, self.mixed_precision)
-        model = self.compiled(without_weights(full))
+            full = self.load_policy(dtype, torch.device("cpu"))
+        model = self.compiled(match_structure(without_weights(full), full, config, config.model.block_name))
         self.orders = shard_model(
             model,
             find_blocks(model, config.model.block_name),
@@ -931,7 +988,7 @@ class ShardedTrainer(BasicTrainer):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups: dict[DeviceMesh, list[nn.Parameter]] = {}  # no operation mixes tensors of several meshes
-        for parameter in self.policy.parameters():
+        for parameter in (parameter for parameter in self.policy.parameters() if parameter.requires_grad):
             groups.setdefault(parameter.device_mesh, []).append(parameter)
         return [{"params": parameters} for parameters in groups.values()]
 

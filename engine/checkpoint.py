@@ -2,7 +2,8 @@
 
 step-<examples>/ holds the model and tokenizer in Hugging Face form, the optimizer's state by the names of parameters,
 training_state.json, and manifest.json with the size and SHA-256 of every file. Several processes write a file each, of
-whole tensors, so a checkpoint does not depend on how many there were. LATEST is a link to the newest.
+whole tensors, so a checkpoint does not depend on how many there were. LATEST is a link to the newest, BEST to the one
+with the best evaluation. A checkpoint of adapters has them in peft's form, and no other weights.
 
 A checkpoint is written in the background, under another name, and renamed when all of it is on disk; older ones are
 removed once it was read back. Before one is used, every file is compared with the manifest.
@@ -29,6 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.faults import fail_point
+from engine.optimizers import restore_kinds
 from engine.secrets import public
 from engine.sharding import Orders, barrier, fill, full_tensor, rank_and_size
 from utils import UserError, write_atomically
@@ -40,7 +42,8 @@ LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 # Keys that may change when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
     "exp_name", "local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "debug", "wandb", "tensorboard",
-    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "compile", "do_first_eval", "eval_every",
+    "minimum_log_interval_secs", "save_every", "keep_checkpoints", "keep_best", "compile", "do_first_eval",
+    "eval_every",
     "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples", "resume_allow",
     "on_nonfinite", "max_nonfinite", "plan", "plan_hardware", "trainer", "num_processes", "tensor_parallel_size",
     "tensor_parallel", "fsdp", "collective_timeout",
@@ -58,9 +61,15 @@ class Contents:
     indices: dict[str, Any] = field(default_factory=dict)  # of which file has which tensor, by file name
     num_bytes: int = 0  # of what all processes write
 
-    def add(self, kind: str, tensors: Mapping[str, Tensor], orders: Orders) -> None:
-        """Add the tensors that fall to this process, about as many bytes as to every other. All call this together."""
+    def add(self, kind: str, tensors: Mapping[str, Tensor], orders: Orders, in_one: bool = False) -> None:
+        """Add the tensors that fall to this process, about as many bytes as to every other. All call this together.
+
+        Args:
+            in_one: they all fall to the first process, whose file has no number.
+        """
         rank, num_ranks = rank_and_size()
+        if in_one:
+            num_ranks = 1
         total = sum(tensor.nbytes for tensor in tensors.values())
         names, own, before = {}, {}, 0
         for name, tensor in tensors.items():
@@ -71,7 +80,8 @@ class Contents:
             whole = full_tensor(tensor, order if tensor.ndim else None)
             if owner == rank:
                 own[name] = whole.detach().to("cpu", copy=True).contiguous()
-        self.files[_file_name(kind, rank, num_ranks)] = own  # even an empty one: their number is part of the names
+        if rank < num_ranks:
+            self.files[_file_name(kind, rank, num_ranks)] = own  # even an empty one: their number is part of the names
         self.num_bytes += total
         if rank == 0 and num_ranks > 1:
             self.indices[f"{kind}.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": names}
@@ -95,13 +105,19 @@ class CheckpointWriter:
         self._running: Future[Path] | None = None
 
     def start(
-        self, num_examples: int, contents: Contents, write_rest: Callable[[Path], None], extra_bytes: int = 0
+        self,
+        num_examples: int,
+        contents: Contents,
+        write_rest: Callable[[Path], None],
+        extra_bytes: int = 0,
+        is_best: bool = False,
     ) -> None:
         """Begin to write run_dir/step-<num_examples>. All processes call this together, after finished(wait=True).
 
         Args:
             write_rest: writes the other files of the checkpoint into a directory; called by the first process.
             extra_bytes: that write_rest writes, about.
+            is_best: BEST is to be a link to it.
 
         Raises:
             UserError: STORAGE; what was saved before is untouched.
@@ -116,7 +132,7 @@ class CheckpointWriter:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         barrier()
-        self._running = self._executor.submit(self._write, target, contents, write_rest)
+        self._running = self._executor.submit(self._write, target, contents, write_rest, is_best)
 
     def finished(self, wait: bool, together: bool = False) -> Path | None:
         """The checkpoint that has been written since this was last called, if there is one.
@@ -137,7 +153,7 @@ class CheckpointWriter:
             barrier()
         return path
 
-    def _write(self, target: Path, contents: Contents, write_rest: Callable[[Path], None]) -> Path:
+    def _write(self, target: Path, contents: Contents, write_rest: Callable[[Path], None], is_best: bool) -> Path:
         rank, num_ranks = rank_and_size()
         temporary = _temporary(target)
         with _storing(target, temporary):
@@ -171,14 +187,17 @@ class CheckpointWriter:
             problem = damage(target)
             if problem:
                 raise OSError(f"what was written reads back otherwise: {problem}")
+            if is_best:
+                point_to(target, "BEST")
         if self._keep is not None:
             # Of a run that was resumed there may be later ones, which are damaged: they do not count.
-            saved = checkpoints(self._run_dir)
+            saved, best = checkpoints(self._run_dir), (self._run_dir / "BEST").resolve()
             for old in saved[: saved.index(target) + 1][: -self._keep]:
                 with suppress(OSError):
-                    old.rename(_temporary(old))
-                    fail_point("during_retention")
-                    shutil.rmtree(_temporary(old))
+                    if old.resolve() != best:
+                        old.rename(_temporary(old))
+                        fail_point("during_retention")
+                        shutil.rmtree(_temporary(old))
         return target
 
     def _part_of(self, rank: int, temporary: Path) -> dict[str, Any]:
@@ -251,12 +270,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def point_to(target: Path) -> None:
-    """Let LATEST of a run be its checkpoint target."""
-    link = target.with_name(".LATEST.tmp")
+def point_to(target: Path, name: str = "LATEST") -> None:
+    """Let a link of a run, LATEST or BEST, be to its checkpoint target."""
+    link = target.with_name(f".{name}.tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
-    link.replace(target.with_name("LATEST"))
+    link.replace(target.with_name(name))
     _fsync(target.parent)
 
 
@@ -467,17 +486,27 @@ def read_state(checkpoint: Path, data: str, reference: str | None) -> dict[str, 
 
 
 @torch.no_grad()
-def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, orders: Orders) -> None:
+def load_checkpoint(
+    checkpoint: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    orders: Orders,
+    kind: str,
+    weights: Mapping[str, Tensor],
+) -> None:
     """Bring model and optimizer to where checkpoint was saved. Each process reads what it has of the tensors, whoever
     wrote them.
+
+    Args:
+        kind, weights: the files that have the weights, and those by their names in them.
 
     Raises:
         UserError: CHECKPOINT if it cannot be read or does not fit.
     """
-    weights, parameters = named_weights(model), dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     missing, state = set(weights), dict[str, dict[str, Tensor]]()
     with reading(checkpoint):
-        for name, tensor in tensors_of(checkpoint, WEIGHTS):
+        for name, tensor in tensors_of(checkpoint, kind):
             fill(weights[name], tensor, orders.get(name))
             missing.remove(name)
         for owner, values in state_by_parameter(checkpoint).items():
@@ -492,6 +521,7 @@ def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.o
     in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     by_index = {index: state[name] for index, name in enumerate(in_order) if name in state}
     optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
+    restore_kinds(optimizer)
 
 
 @contextmanager

@@ -226,7 +226,9 @@ def _lists(model: nn.Module) -> list[nn.ModuleList]:
 
 
 @torch.no_grad()
-def use_packed_attention(model: PreTrainedModel, mixed_precision: torch.dtype | None = None) -> None:
+def use_packed_attention(
+    model: PreTrainedModel, mixed_precision: torch.dtype | None = None, products: torch.dtype | None = None
+) -> None:
     """Switch model to packed attention, after a check that it gives the log-probs of the model's own forward.
 
     The check runs the model over a few tokens, packed and padded. It catches whatever packing would get wrong:
@@ -235,6 +237,7 @@ def use_packed_attention(model: PreTrainedModel, mixed_precision: torch.dtype | 
 
     Args:
         mixed_precision: what the model will run in, if that is not the dtype of its weights.
+        products: the dtype of some of its matrix products, if that is another.
 
     Raises:
         UserError: CONFIG, naming batching=padded.
@@ -269,7 +272,7 @@ def use_packed_attention(model: PreTrainedModel, mixed_precision: torch.dtype | 
         raise UserError("CONFIG", f"{name} does not run with batching=packed ({error})", fix) from error
     if model.config._attn_implementation != "packed":
         raise UserError("CONFIG", f"{name} has an attention that batching=packed cannot replace", fix)
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(mixed_precision or model.dtype, 0.02)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(products or mixed_precision or model.dtype, 0.02)
     difference = ((packed - padded) / padded).abs().max().item()
     unchanged = [0, 2, 3]  # all responses but the one that was changed
     leak = ((packed - packed_changed) / packed)[unchanged].abs().max().item()

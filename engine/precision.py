@@ -44,7 +44,8 @@ def parameters_in(module: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Modul
         for name, parameter in child._parameters.items():
             if child in kept or parameter is None or parameter.dtype == dtype:
                 continue
-            if parameter.is_floating_point():  # quantised weights are integers
+            is_packed = name == "weight" and getattr(child, "is_quantized", False)  # in a dtype that says nothing
+            if parameter.is_floating_point() and not is_packed:
                 originals.append((child, name, parameter))
     try:
         for child, name, parameter in originals:

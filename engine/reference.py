@@ -120,20 +120,30 @@ def _digest(prompt: np.ndarray, response: np.ndarray) -> bytes:
     return digest.digest()
 
 
-def weights_hash(model: PreTrainedModel, orders: Orders) -> str:
+def weights_hash(
+    model: PreTrainedModel,
+    orders: Orders,
+    name_of: Callable[[str], str | None] = lambda name: name,
+    settings: Iterable[Any] = (),
+) -> str:
     """A hash of the weights of a model, their dtypes and its config.
 
     Args:
         orders: of the parameters that are split in another order than their own.
+        name_of: gives the name that a weight counts under, or None if it does not count.
+        settings: what counts beside the weights.
     """
     digest = xxhash.xxh3_128()  # as fast as memory: billions of weights take seconds, so no digest need be remembered
-    for name, tensor in model.state_dict().items():
+    for own_name, tensor in model.state_dict().items():
+        name = name_of(own_name)
+        if name is None:
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole = full_tensor(tensor.detach(), orders.get(name)).cpu().contiguous()
+        whole = full_tensor(tensor.detach(), orders.get(own_name)).cpu().contiguous()
         digest.update(whole.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
     config = {key: value for key, value in model.config.to_diff_dict().items() if not key.startswith("_")}
     own_class = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # before it was sharded
-    return content_hash([digest.digest(), own_class.__name__, str(config)])
+    return content_hash([digest.digest(), own_class.__name__, str(config), *settings])
 
 
 def reference_key(weights: str, settings: Iterable[Any], device: torch.device) -> str:

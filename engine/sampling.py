@@ -71,7 +71,13 @@ def _ready_to_generate(model: PreTrainedModel, settings: GenerationConfig, seed:
     was_training, own_settings = model.training, model.generation_config
     device = model.get_input_embeddings().weight.device
     attention = getattr(model, "own_attention", model.config._attn_implementation)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), attention_of(model, attention):
+    # Hidden states may have a lower dtype than the head.
+    head = model.get_output_embeddings()
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        attention_of(model, attention),
+        head.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),)),
+    ):
         torch.manual_seed(seed)
         model.generation_config = settings
         model.eval()

@@ -1,6 +1,7 @@
 """Models that were saved: run directories, checkpoints, adapters and exported directories, loaded to be used."""
 
 import json
+import logging
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,6 +166,7 @@ def _cannot_load(kind: str, source: str, error: Exception) -> UserError:
 
 
 def _load_adapter(directory: Path, dtype: torch.dtype | None, base: str | None) -> SavedModel:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports; it says what it lacks
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -174,8 +176,11 @@ def _load_adapter(directory: Path, dtype: torch.dtype | None, base: str | None) 
             stored = set(file.keys())
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load("adapter", str(directory), error) from error
-    if base is None and named and not Path(named).exists() and (directory / named).exists():
-        named = str(directory / named)  # relative to the adapter
+    if base is None and named and not Path(named).exists():
+        if (directory / named).exists():
+            named = str(directory / named)  # relative to the adapter
+        elif Path(named).is_absolute() and (directory.parent / "base").exists():
+            named = str(directory.parent / "base")  # of a run that was moved
     if not (base or named):
         raise UserError("CHECKPOINT", f"{directory} does not name its base model", "give it as base=NAME_OR_PATH")
     source = base or named

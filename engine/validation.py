@@ -24,6 +24,17 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 TINY = CONFIG_DIR / "model" / "tiny.yaml"
 TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 OPTIMIZERS = ("RMSprop", "Adam", "AdamW", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Adafactor")
+# Of bitsandbytes.
+SMALL_OPTIMIZERS = (
+    "Adam8bit", "AdamW8bit", "Lion8bit", "RMSprop8bit", "Adagrad8bit", "AdEMAMix8bit", "LAMB8bit", "PagedAdam8bit",
+    "PagedAdamW8bit", "PagedLion8bit", "PagedAdEMAMix8bit", "PagedAdam32bit", "PagedAdamW32bit", "PagedLion32bit",
+)  # fmt: skip
+# Metrics that a best checkpoint may be chosen by, and whether more is better.
+BEST_BY = {
+    "loss/eval": False, "kl_eval": False, "rewards_eval/accuracies": True, "rewards_eval/margins": True,
+    "rewards_eval/chosen": True, "logps_eval/chosen": True, "ground_truth/policy": True, "ground_truth/win_rate": True,
+}  # fmt: skip
+PEFT_PRESETS = ("attention_qv", "attention", "all_linear")
 
 
 # ---- What a value may be ----
@@ -131,6 +142,14 @@ def unknown_datasets(value: Any) -> Iterator[str]:
             yield f"{name} is no existing path and not one of {', '.join(DATASETS)}{guess and ': ' + guess}"
 
 
+def is_pattern(value: str) -> bool:
+    try:
+        re.compile(value)
+        return True
+    except re.error:
+        return False
+
+
 def is_list_of_text(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(is_text(item) for item in value)
 
@@ -200,7 +219,12 @@ CHECKS: dict[str, Check] = {
     "fsdp.cpu_offload": boolean,
     "deterministic": boolean,
     "collective_timeout": count,
-    "optimizer": one_of(*OPTIMIZERS),
+    "freeze.first_n_layers": count_or_zero,
+    "freeze.patterns": Check(
+        "a list of regular expressions such as ['embed']",
+        lambda value: value == [] or (is_list_of_text(value) and all(map(is_pattern, value))),
+    ),
+    "optimizer": one_of(*OPTIMIZERS, *SMALL_OPTIMIZERS),
     "lr": non_negative,
     "warmup_steps": count_or_zero,
     "lr_schedule": one_of("constant", "linear", "cosine"),
@@ -222,6 +246,7 @@ CHECKS: dict[str, Check] = {
     "n_eval_model_samples": count_or_zero,
     "save_every": optional(count),
     "keep_checkpoints": optional(count),
+    "keep_best": optional(one_of(*BEST_BY)),
     "minimum_log_interval_secs": non_negative,
     "wandb.enabled": boolean,
     "wandb.entity": optional(text),
@@ -245,7 +270,35 @@ CHECKS: dict[str, Check] = {
     "model.trust_remote_code": boolean,
     "mixed_precision": optional(one_of("bfloat16", reasons=NO_LOSS_SCALING)),
     "loss.name": one_of(*LOSSES),
-    "peft.name": one_of("none"),
+    "peft.name": one_of("none", "lora", "qlora"),
+}
+
+LORA_CHECKS: dict[str, Check] = {
+    "peft.rank": count,
+    "peft.alpha": optional(positive),
+    "peft.scaling": optional(positive),
+    "peft.dropout": number(at_least=0, below=1),
+    "peft.bias": one_of("none", "all", "lora_only"),
+    "peft.target_modules": Check(
+        f"{', '.join(PEFT_PRESETS)} or a list of names such as [q_proj,v_proj]",
+        lambda value: value in PEFT_PRESETS or is_list_of_text(value),
+    ),
+    "peft.full_modules": Check(
+        "a list of names such as [lm_head]", lambda value: value == [] or is_list_of_text(value)
+    ),
+    "peft.rslora": boolean,
+    "peft.dora": boolean,
+}
+PEFT_CHECKS: dict[str, dict[str, Check]] = {
+    "none": {},
+    "lora": LORA_CHECKS,
+    "qlora": LORA_CHECKS
+    | {
+        "peft.quant_type": one_of("nf4", "fp4", "int8"),
+        "peft.double_quant": boolean,
+        "peft.compute_dtype": optional(one_of("float32", "bfloat16", reasons=NO_LOSS_SCALING)),
+        "peft.storage_dtype": one_of("uint8", "bfloat16", "float16", "float32"),
+    },
 }
 
 # What the keywords of the shipped losses may be; those of another loss are checked by their annotations.
@@ -361,6 +414,88 @@ RULES = (
         "true needs fsdp.replicas=1, not {1}",
     ),
     Rule(
+        ("optimizer", "trainer"),
+        lambda optimizer, trainer: optimizer in SMALL_OPTIMIZERS and trainer != "BasicTrainer",
+        "{0} cannot share its state among processes: choose another with trainer={1}",
+    ),
+    Rule(
+        ("peft.name", "trainer"),
+        lambda peft, trainer: peft != "none" and trainer == "TensorParallelTrainer",
+        "{0} is for trainer=BasicTrainer and FSDPTrainer: adapters' matrices are too small to be split, as {1} would",
+    ),
+    Rule(
+        ("tensor_parallel_size", "peft.name", "trainer"),
+        lambda size, peft, trainer: peft != "none" and trainer == "FSDPTrainer" and size not in (None, 1),
+        "must be null or 1 with peft={1}, not {0}: adapters' matrices are too small to be split",
+    ),
+    Rule(
+        ("peft.alpha", "peft.scaling"),
+        lambda alpha, scaling: alpha is not None and scaling is not None,
+        "{0} and peft.scaling={1} say the same: leave one of them null",
+    ),
+    Rule(
+        ("peft.rslora", "peft.scaling"),
+        lambda rslora, scaling: rslora and scaling is not None,
+        "true changes what alpha means, and peft.scaling={1} stands in its place: leave one of them out",
+    ),
+    Rule(
+        ("peft.dora", "trainer"),
+        lambda dora, trainer: dora and trainer != "BasicTrainer",
+        "true needs whole weights, of which processes hold parts: trainer=BasicTrainer",
+    ),
+    Rule(
+        ("peft.bias", "model.policy_dtype", "trainer"),
+        lambda bias, dtype, trainer: bias != "none" and dtype == "bfloat16" and trainer == "FSDPTrainer",
+        "{0} trains in {1} beside adapters in fp32, which shards cannot mix: set mixed_precision={1} instead",
+    ),
+    Rule(
+        ("freeze.first_n_layers", "peft.name"),
+        lambda layers, peft: layers > 0 and peft != "none",
+        "{0} is for peft=none: with {1} the whole model is frozen, all but peft.full_modules and peft.bias",
+    ),
+    Rule(
+        ("freeze.patterns", "peft.name"),
+        lambda patterns, peft: patterns and peft != "none",
+        "is for peft=none: with {1} the whole model is frozen, all but peft.full_modules and peft.bias",
+    ),
+    Rule(
+        ("freeze.first_n_layers", "tensor_parallel.backend"),
+        lambda layers, backend: layers > 0 and backend == "package",
+        "{0} needs tensor_parallel.backend=native",
+    ),
+    Rule(
+        ("freeze.patterns", "tensor_parallel.backend"),
+        lambda patterns, backend: patterns and backend == "package",
+        "needs tensor_parallel.backend=native",
+    ),
+    Rule(
+        ("plan", "peft.name", "freeze.first_n_layers", "freeze.patterns"),
+        lambda plan, peft, layers, patterns: plan and (peft != "none" or layers > 0 or patterns != []),
+        "true plans the training of all weights: leave peft and freeze out (benchmarks/memory.py measures adapters)",
+    ),
+    Rule(
+        ("keep_best", "save_every", "eval_every"),
+        lambda best, save_every, eval_every: best and save_every not in (None, eval_every),
+        "{0} compares checkpoints by an evaluation of each: leave save_every out, or set it to eval_every ({2})",
+    ),
+    Rule(
+        ("keep_best", "loss.name"),
+        lambda best, loss: (
+            best and best.startswith(("rewards", "kl")) and loss in LOSSES and LOSSES[loss].batch == "sft"
+        ),
+        "{0} is of preference losses, not of {1}",
+    ),
+    Rule(
+        ("keep_best", "reference"),
+        lambda best, reference: best == "kl_eval" and reference != "live",
+        "{0} is measured with reference=live, not {1}",
+    ),
+    Rule(
+        ("keep_best", "sample_during_eval"),
+        lambda best, sampled: best and best.startswith(("ground_truth", "kl")) and not sampled,
+        "{0} is measured on samples: sample_during_eval=true",
+    ),
+    Rule(
         ("fsdp.replicas", "trainer"),
         lambda replicas, trainer: replicas > 1 and trainer != "FSDPTrainer",
         "must be 1 with trainer={1}, not {0}",
@@ -401,10 +536,17 @@ def validate_config(config: DictConfig) -> None:
     problems: dict[str, str] = {}
     read_values(config, "", values, problems)
     loss_is_known = CHECKS["loss.name"].accepts(values.get("loss.name"))
-    checks = CHECKS | (loss_checks(values["loss.name"]) if loss_is_known else {})
+    peft_checks = PEFT_CHECKS.get(str(values.get("peft.name")))
+    if peft_checks and not peft_checks.keys() & values.keys():
+        problems["peft.name"] = f"must come with the other keys of its group: peft={values['peft.name']}"
+        peft_checks = {}
+    checks = CHECKS | (loss_checks(values["loss.name"]) if loss_is_known else {}) | (peft_checks or {})
 
     for key in values:
-        if key not in checks and (loss_is_known or not key.startswith("loss.")):
+        is_known = (loss_is_known or not key.startswith("loss.")) and (
+            peft_checks is not None or not key.startswith("peft.")
+        )
+        if key not in checks and is_known:
             inner = [known for known in checks if known.startswith(f"{key}.")]
             problems[key] = f"must hold {', '.join(inner)}" if inner else unknown_key(key, checks)
     for key, check in checks.items():
@@ -495,7 +637,8 @@ def explain_hydra_error(error: BaseException) -> UserError:
         return UserError("CONFIG", f"cannot read {error.override!r} on the command line", fix)
     unknown = re.match(r"Could not (?:override|delete from config\.) '([^']+)'", message)
     if isinstance(error, ConfigCompositionException) and unknown:
-        known = [*CHECKS, *(key for name in LOSSES for key in loss_checks(name)), "model", "loss", "peft", "wandb"]
+        known = [*CHECKS, *PEFT_CHECKS["qlora"], *(key for name in LOSSES for key in loss_checks(name))]
+        known += ["model", "loss", "peft", "wandb"]
         group = unknown[1].partition(".")[0]
         if any(argument.startswith(f"{group}=") and "," in argument for argument in sys.argv[1:]):
             help_line = f"in a sweep over {group}, write ++{unknown[1]}=..."

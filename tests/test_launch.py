@@ -264,7 +264,7 @@ def test_one_machine_talks_over_loopback_unless_told_otherwise(monkeypatch) -> N
 
 def config(**values: Any) -> Any:
     defaults = {"trainer": "FSDPTrainer", "num_processes": None, "tensor_parallel_size": None,
-                "tensor_parallel": {"backend": "native"}, "fsdp": {"replicas": 1}}  # fmt: skip
+                "tensor_parallel": {"backend": "native"}, "fsdp": {"replicas": 1}, "plan": False}  # fmt: skip
     return OmegaConf.create(defaults | values)
 
 

@@ -1,0 +1,288 @@
+"""LoRA and QLoRA through the command line: exact references, small checkpoints, exact resumption, merging."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from engine.adapters import num_weights
+from engine.models import find_blocks
+from engine.saved_models import load_saved
+from tests.ranks import make_trainer
+from tests.runs import QUICK, Program, Run
+
+DPO = ("loss=dpo", "loss.beta=0.1")
+SIZES = "hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4"
+ARCHITECTURES = {
+    "llama": f"{{model_type: llama, {SIZES}}}",
+    "qwen2": f"{{model_type: qwen2, {SIZES}, num_key_value_heads: 2, tie_word_embeddings: true}}",
+    "gpt_neox": f"{{model_type: gpt_neox, {SIZES}}}",
+    "gpt2": "{model_type: gpt2, n_embd: 64, n_layer: 2, n_head: 4, n_positions: 512}",
+}
+TINY = ("model=blank_model", "model.name_or_path=tiny", "model.tokenizer_name_or_path=films")
+MODEL = {name: (*TINY, f"model.architecture={value}") for name, value in ARCHITECTURES.items()}
+LLAMA = MODEL["llama"]
+LORA = ("peft=lora", "peft.rank=4")
+QLORA = ("peft=qlora", "peft.rank=4")
+SHORT = (*(key for key in QUICK if not key.startswith("n_")), "n_examples=8", "n_eval_examples=4")
+
+
+def run(program: Program, *overrides: str) -> Run:
+    return program.ok(*overrides, defaults=SHORT)
+
+
+def refused(program: Program, *overrides: str) -> str:
+    """The one line that a run ends with."""
+    result = program(*overrides, defaults=SHORT)
+    assert result.status in (2, 4) and result.err.count("\n") == 1, result.err
+    return result.err
+
+
+def adapter(run: Run, checkpoint: str = "LATEST") -> dict[str, torch.Tensor]:
+    return load_file(run.dir / checkpoint / "adapter_model.safetensors")
+
+
+def assert_starts_at_zero(run: Run) -> None:
+    for split, row in (("eval", run.evals[0]), ("train", run.steps[0])):
+        assert row[f"rewards_{split}/margins"] == row[f"rewards_{split}/chosen"] == 0
+        assert row[f"loss/{split}"] == pytest.approx(math.log(2), abs=1e-7)
+    assert run.steps[1]["rewards_train/margins"] != 0
+
+
+# ---- The reference ----
+
+
+@pytest.mark.parametrize("reference", ["cached", "live"])
+@pytest.mark.parametrize("peft", ["lora", "qlora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_step_0_is_exact(program: Program, architecture: str, peft: str, reference: str) -> None:
+    result = run(program, *DPO, *MODEL[architecture], f"peft={peft}", f"reference={reference}", "batch_size=2")
+    assert_starts_at_zero(result)
+    assert "the base model" in result.out and "adapters off" in result.out
+
+
+# Dtypes of weights, products, storage and adapters, with samples and both kinds of reference.
+COMBINATIONS = {
+    "lora-bf16": (*LORA, "model.policy_dtype=bfloat16", "reference=live"),
+    "lora-bf16-bias-head": (*LORA, "model.policy_dtype=bfloat16", "peft.bias=all", "peft.full_modules=[lm_head]"),
+    "lora-mixed": (*LORA, "mixed_precision=bfloat16", "reference=live"),
+    "lora-mixed-bias-head": (*LORA, "mixed_precision=bfloat16", "peft.bias=lora_only", "peft.full_modules=[lm_head]"),
+    "lora-fp64": (*LORA, "model.policy_dtype=float64", "reference=live"),
+    "qlora-bf16": (*QLORA, "model.policy_dtype=bfloat16", "peft.storage_dtype=bfloat16"),
+    "qlora-mixed": (*QLORA, "mixed_precision=bfloat16", "peft.storage_dtype=float32", "reference=live"),
+    "qlora-products": (*QLORA, "peft.compute_dtype=bfloat16", "peft.quant_type=fp4", "peft.double_quant=false"),
+    "qlora-fp64": (*QLORA, "model.policy_dtype=float64", "peft.bias=all"),
+    "qlora-int8-mixed": (*QLORA, "peft.quant_type=int8", "mixed_precision=bfloat16", "reference=live"),
+    "qlora-other-reference": (*QLORA, "model.reference_dtype=bfloat16"),
+    "lora-dora-live": (*LORA, "peft.dora=true", "peft.rslora=true", "reference=live"),
+    "qlora-dora-mixed": (*QLORA, "peft.dora=true", "mixed_precision=bfloat16", "reference=live"),
+    "lora-head-live": (*LORA, "peft.full_modules=[lm_head,norm]", "peft.bias=all", "reference=live"),
+    "qlora-padded": (*QLORA, "batching=padded", "mixed_precision=bfloat16"),
+    "qlora-checkpointed": (*QLORA, "activation_checkpointing=true", "peft.full_modules=[embed_tokens]"),
+}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_dtypes_fit_together(program: Program, name: str) -> None:
+    sampled = ("sample_during_eval=true", "n_eval_model_samples=2", "max_length=270") if "padded" not in name else ()
+    result = run(program, *DPO, *MODEL["qwen2" if "bias" in name else "llama"], *COMBINATIONS[name], *sampled)
+    if "other" not in name:
+        assert_starts_at_zero(result)
+
+
+def test_an_unquantised_base_shares_the_reference_of_the_full_model(program: Program) -> None:
+    run(program, *DPO, *LLAMA)
+    assert "all log-probs are in" in run(program, *DPO, *LLAMA, *LORA).out
+    assert "all log-probs are in" not in run(program, *DPO, *LLAMA, *QLORA, "peft.quant_type=fp4").out
+
+
+def test_cached_and_live_references_give_the_same_run(program: Program) -> None:
+    for peft in (LORA, QLORA):
+        cached, live = (run(program, *DPO, *LLAMA, *peft, f"reference={kind}") for kind in ("cached", "live"))
+        for row, other in zip(cached.steps, live.steps, strict=True):
+            assert row["loss/train"] == pytest.approx(other["loss/train"], rel=1e-6)
+
+
+# ---- Checkpoints ----
+
+
+@pytest.mark.parametrize("peft", ["lora", "qlora"])
+def test_a_resumed_run_is_the_uninterrupted_one(program: Program, peft: str) -> None:
+    optimizer = "PagedAdamW8bit" if peft == "qlora" else "AdamW"
+    command = (*DPO, *LLAMA, f"peft={peft}", "peft.dropout=0.1", "save_every=4", f"optimizer={optimizer}")
+    whole = run(program, *command, f"local_run_dir={program.directory / 'whole'}")
+    again = run(program, *command, f"resume={whole.dir}/step-4", f"local_run_dir={program.directory / 'again'}")
+    assert all(torch.equal(adapter(again)[name], value) for name, value in adapter(whole).items())
+    assert again.steps[-1]["loss/train"] == whole.steps[-1]["loss/train"]
+    other = program(*command, f"resume={whole.dir}/step-4", "peft.rank=2", defaults=SHORT)
+    assert other.status == 2 and "peft.rank was 16 and is 2" in other.err
+
+
+def test_an_sft_adapter_becomes_a_dpo_adapter(program: Program) -> None:
+    """The reference is the base with the SFT adapter, never the bare base, whatever the seed of this run is."""
+    sft = run(program, "loss=sft", *LLAMA, *QLORA)
+    archive = f"model.archive={sft.dir}"
+    bare = run(program, *DPO, *LLAMA, *QLORA, "n_eval_examples=64", "eval_batch_size=64")
+    for reference, seed in (("live", 3), ("cached", 0)):
+        more = (f"seed={seed}", "n_eval_examples=64", f"reference={reference}", "eval_batch_size=64")
+        dpo = run(program, *DPO, *LLAMA, *QLORA, archive, *more)
+        assert_starts_at_zero(dpo)
+        assert f"{sft.dir}/base with {sft.dir}/step-8" in dpo.out
+        state = json.loads((dpo.dir / "LATEST" / "training_state.json").read_text())
+        assert state["reference_model"].endswith(f"{sft.dir}/step-8") and state["reference"]
+    assert dpo.evals[0]["logps_eval/chosen"] > bare.evals[0]["logps_eval/chosen"] + 1
+    assert json.loads((dpo.dir / "LATEST" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        sft.dir / "base"
+    )
+    assert "peft.rank is 4 there, not 8" in refused(program, *DPO, *LLAMA, *QLORA, archive, "peft.rank=8")
+    assert "is an adapter" in refused(program, *DPO, *LLAMA, archive)
+    assert "does not fit the model" in refused(program, *DPO, *MODEL["gpt2"], *QLORA, archive)
+    other = run(program, *DPO, *LLAMA, *QLORA, archive, "save_every=4", "keep_checkpoints=null")
+    message = refused(
+        program, *DPO, *LLAMA, *QLORA, f"model.archive={bare.dir}", f"resume={other.dir}/step-4",
+        f"local_run_dir={program.directory / 'x'}", "resume_allow=[model.archive]",
+    )  # fmt: skip
+    assert "the reference of the run" in message
+
+
+def test_adapters_on_a_checkpoint_of_all_weights_name_it_as_their_base(program: Program) -> None:
+    sft = run(program, "loss=sft", *LLAMA)
+    dpo = run(program, *DPO, *LLAMA, *LORA, f"model.archive={sft.dir}/LATEST/policy.pt")
+    assert_starts_at_zero(dpo)
+    assert not (dpo.dir / "base").exists()
+    config = json.loads((dpo.dir / "LATEST" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(sft.dir / "step-8")
+
+
+def test_a_run_that_was_moved_finds_its_base(program: Program) -> None:
+    sft = run(program, "loss=sft", *LLAMA, *LORA)
+    moved = Path(shutil.move(sft.dir, program.directory / "moved"))
+    assert run(program, *DPO, *LLAMA, *LORA, f"model.archive={moved}").evals
+    load_saved(str(moved))
+    shutil.rmtree(moved / "base")
+    assert "is not there" in refused(program, *DPO, *LLAMA, *LORA, f"model.archive={moved}")
+
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "scaling-rank": ("peft.scaling=0.5", "peft.target_modules=attention_qv"),
+    "biases-head": ("peft.bias=all", "peft.full_modules=[lm_head]"),
+    "rs-dora": ("peft.rslora=true", "peft.dora=true", "peft.alpha=3"),
+}
+
+
+@pytest.mark.parametrize(
+    "architecture, variant",
+    [
+        ("llama", "plain"), ("qwen2", "biases-head"), ("gpt_neox", "scaling-rank"), ("gpt_neox", "biases-head"),
+        ("gpt2", "plain"), ("gpt2", "biases-head"), ("gpt2", "rs-dora"), ("llama", "rs-dora"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_is_an_adapter_for_peft_and_merges(variant: str, architecture: str, tmp_path: Path) -> None:
+    job = (architecture, "sft", ("peft=lora", "peft.rank=4", *VARIANTS[variant], "n_epochs=1", "lr=1e-2"))
+    trainer = make_trainer(job, tmp_path)
+    trainer.train()
+    trainer.policy.eval().set_attn_implementation("sdpa")
+
+    @torch.no_grad()
+    def logits(model: Any) -> torch.Tensor:
+        tokens = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
+        return model.eval()(tokens, use_cache=False).logits
+
+    expected = logits(trainer.policy)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert (logits(base) - expected).abs().max() > 0.01  # it was trained
+    checkpoint = tmp_path / "LATEST"
+    files = {path.name for path in checkpoint.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
+    assert not files & {"config.json", "model.safetensors", "policy.pt"}
+    loaded = PeftModel.from_pretrained(base, checkpoint)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(load_saved(str(tmp_path)).model), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- What is trained ----
+
+
+@pytest.mark.parametrize(
+    "architecture, preset, expected",
+    [
+        ("llama", "attention_qv", {"self_attn.q_proj", "self_attn.v_proj"}),
+        ("qwen2", "attention", {f"self_attn.{name}_proj" for name in "qkvo"}),
+        ("mistral", "[down_proj]", {"mlp.down_proj"}),
+        ("gpt_neox", "attention_qv", {"attention.query_key_value"}),
+        ("gpt_neox", "attention", {"attention.query_key_value", "attention.dense"}),
+        ("gpt2", "attention_qv", {"attn.c_attn"}),
+        ("gpt2", "attention", {"attn.c_attn", "attn.c_proj"}),
+        ("gpt2", "all_linear", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+    ],
+)
+def test_presets_of_layers(architecture: str, preset: str, expected: set[str], tmp_path: Path) -> None:
+    job = (architecture, "sft", ("peft=lora", "peft.rank=2", f"peft.target_modules={preset}"))
+    policy = make_trainer(job, tmp_path).policy
+    block = find_blocks(policy, None)[0]
+    found = {name.removesuffix(".lora_A") for name, _ in block.named_modules() if name.endswith(".lora_A")}
+    assert found == expected
+    lora = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert lora == {name for name, _ in policy.named_parameters() if ".lora_" in name}
+
+
+def test_only_what_is_trained_reaches_the_optimizer(tmp_path: Path) -> None:
+    overrides = ("peft=lora", "peft.rank=2", "peft.full_modules=[lm_head]", "peft.target_modules=attention_qv")
+    trainer = make_trainer(("qwen2", "sft", overrides), tmp_path)
+    names = {id(parameter): name for name, parameter in trainer.policy.named_parameters()}
+    given = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    updated = {names[id(parameter)] for parameter in given}
+    assert {name for name in updated if ".lora_" not in name} == {"model.embed_tokens.weight"}  # which the head shares
+    assert num_weights(trainer.policy)[0] == sum(
+        p.numel() for group in trainer.optimizer.param_groups for p in group["params"]
+    )
+
+
+def test_names_that_mean_nothing_are_refused(program: Program) -> None:
+    assert "lm_head is no linear layer inside the blocks" in refused(
+        program, *LLAMA, *LORA, "peft.target_modules=[lm_head]"
+    )
+    assert "has no module lm_hat" in refused(program, *LLAMA, *LORA, "peft.full_modules=[lm_hat]")
+    assert "is quantised or has an adapter" in refused(program, *LLAMA, *QLORA, "peft.full_modules=[mlp]")
+
+
+def test_a_part_of_the_model_is_trained_in_full(program: Program) -> None:
+    result = run(program, *DPO, *LLAMA, "freeze.first_n_layers=1", "freeze.patterns=[embed,norm]", "reference=live")
+    assert_starts_at_zero(result)
+    weights = load_file(result.dir / "LATEST" / "model.safetensors")
+    start = load_file(run(program, *DPO, *LLAMA, "lr=0").dir / "LATEST" / "model.safetensors")
+    changed = {name for name, value in weights.items() if not torch.equal(value, start[name])}
+    assert changed == {name for name in weights if ("layers.1" in name and "norm" not in name) or "lm_head" in name}
+    again = run(
+        program, *DPO, *LLAMA, "freeze.first_n_layers=1", "activation_checkpointing=true", "freeze.patterns=[embed]"
+    )
+    assert again.evals[-1]["loss/eval"] < again.evals[0]["loss/eval"]
+    assert "freeze.first_n_layers: 9" in refused(program, *LLAMA, "freeze.first_n_layers=9")
+    assert "freeze.patterns: xyz" in refused(program, *LLAMA, "freeze.patterns=[xyz]")
+    assert "nothing is left" in refused(program, *LLAMA, "freeze.patterns=['.']")
+
+
+# ---- The best checkpoint ----
+
+
+def test_the_best_checkpoint_is_kept(program: Program) -> None:
+    command = (*DPO, *LLAMA, *LORA, "lr=1", "optimizer=SGD", "eval_every=4", "n_examples=16", "keep_checkpoints=1")
+    result = run(program, *command, "keep_best=rewards_eval/margins", f"local_run_dir={program.directory / 'a'}")
+    values = {row["counters/examples"]: row["rewards_eval/margins"] for row in result.evals[1:]}
+    best = max(values, key=lambda examples: values[examples])
+    assert (result.dir / "BEST").resolve().name == f"step-{best}"
+    assert {path.name for path in result.dir.glob("step-*")} == {f"step-{best}", "step-16"}
+    load_saved(str(result.dir / "BEST"))
+    state = json.loads((result.dir / "BEST" / "training_state.json").read_text())
+    assert state["best"] == {"rewards_eval/margins": values[best]}
+    lowest = run(program, *command, "keep_best=loss/eval", f"local_run_dir={program.directory / 'b'}")
+    losses = {row["counters/examples"]: row["loss/eval"] for row in lowest.evals[1:]}
+    assert (lowest.dir / "BEST").resolve().name == f"step-{min(losses, key=lambda examples: losses[examples])}"
