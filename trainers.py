@@ -66,6 +66,7 @@ from engine.checkpoint import (
     tensors_of,
     write_policy_pt,
 )
+from engine.distributed import rank_0_first
 from engine.logprobs import response_logps
 from engine.memory import fitting, most_useful, saved_bytes
 from engine.metrics import Loggers, Moment, NoLoggers, Sums, fetched, peak_flops
@@ -968,10 +969,12 @@ class ShardedTrainer(BasicTrainer):
         config = self.config
         if self.mesh["tensor"].size() > 1:
             check_divides(hf_config_of(config.model, self.tokenizer), self.mesh["tensor"].size())
-        full = None
-        if self.rank == 0:
-            full = self.load_policy(dtype, torch.device("cpu"))
-        model = self.compiled(match_structure(without_weights(full), full, config, config.model.block_name))
+        if config.model.trust_remote_code:  # so that every process has the code that came with the model
+            hf_config_of(config.model, self.tokenizer)
+        with rank_0_first():
+            full = self.load_policy(dtype, torch.device("cpu")) if self.rank == 0 else None
+        empty = without_weights(full, config.model.trust_remote_code)
+        model = self.compiled(match_structure(empty, full, config, config.model.block_name))
         self.orders = shard_model(
             model,
             find_blocks(model, config.model.block_name),

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from engine.distributed import rank_0_first
 from engine.faults import fail_point
 from engine.optimizers import restore_kinds
 from engine.secrets import public
@@ -138,20 +139,16 @@ class CheckpointWriter:
         """The checkpoint that has been written since this was last called, if there is one.
 
         Args:
-            together: wait for what the other processes write of it too; then all of them call this.
+            together: wait until it is whole, whichever process writes how long; all of them call this.
 
         Raises:
             UserError: STORAGE, if it could not be; the one before is untouched.
         """
-        if self._running is None or not (wait or self._running.done()):
-            if together:
-                barrier()
-            return None
-        running, self._running = self._running, None
-        path = running.result()
-        if together:
-            barrier()
-        return path
+        with rank_0_first() if together else nullcontext():  # it has all of it when it has its own part
+            if self._running is None or not (wait or self._running.done()):
+                return None
+            running, self._running = self._running, None
+            return running.result()
 
     def _write(self, target: Path, contents: Contents, write_rest: Callable[[Path], None], is_best: bool) -> Path:
         rank, num_ranks = rank_and_size()

@@ -185,7 +185,14 @@ def _open_store(world: World) -> "Store":
         )
     if "RANK" in os.environ:
         return next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
-    return dist.TCPStore(*slurm_address(os.environ), world.size, world.rank == 0, timeout, wait_for_workers=False)
+    host, port = slurm_address(os.environ)
+    listening = None
+    if world.size == world.local_size:
+        host = "127.0.0.1"
+        listening = socket.create_server((host, port)).detach() if world.rank == 0 else None
+    return dist.TCPStore(
+        host, port, world.size, world.rank == 0, timeout, wait_for_workers=False, master_listen_fd=listening
+    )
 
 
 def _meet(world: World, store: "Store") -> "Store":
@@ -274,6 +281,13 @@ def share(function: Callable[[], T]) -> T:
 def local_first() -> Iterator[None]:
     """The first rank of each machine goes through the body before the others, which find what it has put on disk."""
     with _in_turn(_group.leaders if _group else [0]):
+        yield
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 goes through the body before the others, and may take as long as it will; all leave it together."""
+    with _in_turn([0]):
         yield
 
 

@@ -50,7 +50,7 @@ def make_mesh(device: torch.device, replicas: int, shards: int, tensor: int) -> 
     return init_device_mesh(device.type, (replicas, shards, tensor), mesh_dim_names=("replica", "shard", "tensor"))
 
 
-def without_weights(full: PreTrainedModel | None) -> PreTrainedModel:
+def without_weights(full: PreTrainedModel | None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that rank 0 has in full, on every rank, without weights (on the meta device)."""
     description: list[Any] = [None]
     if full is not None:
@@ -59,7 +59,7 @@ def without_weights(full: PreTrainedModel | None) -> PreTrainedModel:
     dist.broadcast_object_list(description, src=0)
     config, generation_config, attention, own_attention = description[0]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
