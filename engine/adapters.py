@@ -187,9 +187,9 @@ def _quantization(peft: DictConfig) -> dict[str, Any]:
 def _adapter_archive(archive: Path) -> Path | None:
     """The adapter checkpoint that a path names, itself or the newest of a run; None if it is none."""
     if archive.is_dir() and not any((archive / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
-        archive = find_checkpoint(archive) or archive
+        archive = find_checkpoint(archive, "model.archive") or archive
     elif (archive / MANIFEST_FILE).exists():
-        archive = find_checkpoint(archive) or archive  # or say what is wrong with it
+        archive = find_checkpoint(archive, "model.archive") or archive  # or say what is wrong with it
     return archive.resolve() if (archive / ADAPTER_CONFIG).is_file() else None
 
 
@@ -212,7 +212,7 @@ def _with_base(config: DictConfig, archive: Path | None) -> tuple[DictConfig, st
         path = Path(model.archive)
         path = path.parent if path.name == "policy.pt" else path
         if not (path / "config.json").exists() and path.is_dir():
-            path = find_checkpoint(path) or path
+            path = find_checkpoint(path, "model.archive") or path
         return config, str(path.resolve()) if (path / "config.json").exists() else None
     if model.architecture is not None:
         return config, None

@@ -179,7 +179,7 @@ def _load_adapter(directory: Path, dtype: torch.dtype | None, base: str | None) 
     if base is None and named and not Path(named).exists():
         if (directory / named).exists():
             named = str(directory / named)  # relative to the adapter
-        elif Path(named).is_absolute() and (directory.parent / "base").exists():
+        elif Path(named).name == "base" and (directory.parent / "base").exists():
             named = str(directory.parent / "base")  # of a run that was moved
     if not (base or named):
         raise UserError("CHECKPOINT", f"{directory} does not name its base model", "give it as base=NAME_OR_PATH")
