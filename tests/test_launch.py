@@ -181,6 +181,7 @@ def test_workers_listen_on_loopback_only_get_signals_and_show_no_secrets(tmp_pat
         assert not any(map(is_alive, pids))
 
 
+@pytest.mark.slow
 def test_a_second_signal_kills(tmp_path) -> None:
     with at_work(tmp_path) as (launcher, pids):
         for pid in pids:
@@ -193,6 +194,7 @@ def test_a_second_signal_kills(tmp_path) -> None:
         assert not any(map(is_alive, pids))
 
 
+@pytest.mark.slow
 def test_torchrun_starts_workers_anew(tmp_path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
     status, out, err = outcome(toy(tmp_path, "act=killed once", by=torchrun))

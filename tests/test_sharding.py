@@ -1,5 +1,7 @@
 """One trajectory, whatever the trainer and however many processes: losses, gradient norms and weights."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -17,30 +19,54 @@ ARRANGEMENTS = {
 IN_ORDER = ("deterministic=true", "gradient_accumulation_steps=4", "optimizer=RMSprop")
 
 
-def jobs(overrides: tuple[str, ...]) -> list[Job]:
-    return [(architecture, loss, overrides) for architecture in ARCHITECTURES for loss in LOSSES]
+def is_slow(name: str, loss: str) -> bool:
+    """Whether a case is left to `make soak`: four processes on two cores take their time."""
+    return ARRANGEMENTS[name][0] == 4 and loss == "sft"
+
+
+CASES = [
+    pytest.param(name, architecture, loss, marks=[pytest.mark.slow] if is_slow(name, loss) else [])
+    for name in ARRANGEMENTS
+    for architecture in ARCHITECTURES
+    for loss in LOSSES
+]
+Results = dict[tuple[str, Job], Trajectory]
+
+
+def run_all(directory: Path, num_ranks: int, slow: bool) -> Results:
+    """The trajectories of all jobs on a number of ranks, one after another in the same processes."""
+    todo: list[tuple[str, Job]] = []
+    for loss in LOSSES:
+        for architecture in ARCHITECTURES:
+            if num_ranks == 1:
+                todo.append(("basic", (architecture, loss, ())))
+            for name, (size, how) in ARRANGEMENTS.items():
+                if size == num_ranks and is_slow(name, loss) == slow:
+                    todo.append((name, (architecture, loss, how)))
+    if not slow:
+        todo.append((f"in-order-{num_ranks}", ("llama", "dpo", (*IN_ORDER, *([FSDP] if num_ranks > 1 else [])))))
+    arguments = ([job for _, job in todo], directory)
+    run = trajectories(*arguments) if num_ranks == 1 else on_ranks(num_ranks, trajectories, *arguments)[0]
+    return dict(zip(todo, run, strict=True))
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[tuple[str, Job], Trajectory]:
-    """Of every arrangement and job, the processes of a number of ranks started once for all."""
-    directory = tmp_path_factory.mktemp("ranks")
-    found: dict[tuple[str, Job], Trajectory] = {}
+def results(tmp_path_factory) -> Results:
+    found: Results = {}
     for num_ranks in (1, 2, 4):
-        todo = [("basic", job) for job in jobs(())] if num_ranks == 1 else []
-        todo += [(name, job) for name, (size, how) in ARRANGEMENTS.items() if size == num_ranks for job in jobs(how)]
-        todo += [(f"in-order-{num_ranks}", ("llama", "dpo", (*IN_ORDER, *([FSDP] if num_ranks > 1 else []))))]
-        arguments = ([job for _, job in todo], directory / str(num_ranks))
-        run = trajectories(*arguments) if num_ranks == 1 else on_ranks(num_ranks, trajectories, *arguments)[0]
-        found |= dict(zip(todo, run, strict=True))
+        found |= run_all(tmp_path_factory.mktemp("ranks"), num_ranks, slow=False)
     return found
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ARRANGEMENTS)
-def test_all_arrangements_train_the_same(name: str, architecture: str, loss: str, results) -> None:
-    losses, norms, weights = results[name, (architecture, loss, ARRANGEMENTS[name][1])]
+@pytest.fixture(scope="module")
+def slow_results(tmp_path_factory) -> Results:
+    return run_all(tmp_path_factory.mktemp("ranks"), 4, slow=True)
+
+
+@pytest.mark.parametrize("name, architecture, loss", CASES)
+def test_all_arrangements_train_the_same(name: str, architecture: str, loss: str, results, request) -> None:
+    found = request.getfixturevalue("slow_results") if is_slow(name, loss) else results
+    losses, norms, weights = found[name, (architecture, loss, ARRANGEMENTS[name][1])]
     expected_losses, expected_norms, expected_weights = results["basic", (architecture, loss, ())]
     assert len(losses) == 20 and norms.max() > 1.0  # so that clipping takes part
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
