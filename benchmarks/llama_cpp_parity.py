@@ -22,7 +22,7 @@ from step import ROOT, versions
 sys.path.insert(0, str(ROOT))
 from engine.gguf_export import OUTTYPES, plan_gguf
 from tests.models import SIZES, tiny_model
-from tests.tokenizers import PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
+from tests.tokenizer_files import PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
 
 THETA = {"rope_theta": 10000.0}
 SCALED = {"factor": 4.0, "original_max_position_embeddings": 32}

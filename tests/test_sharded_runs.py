@@ -234,19 +234,22 @@ def test_a_launched_run_saves_what_one_process_does(launched: Run, basic: Runs, 
     assert all(torch.equal(value, states[0]["state"][name]) for name, value in weights(launched).items())
 
 
-def test_the_margin_is_exactly_0_before_the_first_step(launched: Run, on_two: Runs, on_four: Runs) -> None:
-    runs = {"launched": launched, "replicas-live": on_four["replicas-live"]}
-    for name, run in (runs | {name: on_two[name] for name in ("fsdp-live", "tensor-live")}).items():
+def test_the_margin_is_exactly_0_before_the_first_step(launched: Run, on_two: Runs) -> None:
+    assert_margin_is_0({"launched": launched, **{name: on_two[name] for name in ("fsdp-live", "tensor-live")}})
+
+
+def assert_margin_is_0(runs: Runs) -> None:
+    for name, run in runs.items():
         for split, row in (("eval", run.evals[0]), ("train", run.steps[0])):
             assert row[f"rewards_{split}/margins"] == row[f"rewards_{split}/chosen"] == 0, name
             assert row[f"loss/{split}"] == pytest.approx(math.log(2), abs=1e-7), name
 
 
 def test_a_reference_that_was_computed_in_several_processes_is_complete(
-    launched: Run, basic: Runs, on_two: Runs, on_four: Runs
+    launched: Run, basic: Runs, on_two: Runs
 ) -> None:
     assert "log-probs computed" in launched.out
-    others = (basic["llama"], on_two["fsdp-resumed"], on_two["tensor-from-fsdp"], on_four["replicas"])
+    others = (basic["llama"], on_two["fsdp-resumed"], on_two["tensor-from-fsdp"])
     assert all("all log-probs are in" in run.out for run in others)
 
 
@@ -262,7 +265,10 @@ def test_sums_in_order_give_the_bits_of_one_process(on_two: Runs, basic: Runs) -
     assert_equal_weights(on_two["fsdp-in-order"], basic["in-order"])
 
 
+@pytest.mark.slow
 def test_replicas_and_offloading_train_what_one_process_does(on_four: Runs, basic: Runs) -> None:
+    assert_margin_is_0({"replicas-live": on_four["replicas-live"]})
+    assert "all log-probs are in" in on_four["replicas"].out
     assert_same(on_four["replicas"], basic["llama"])
     assert len(on_four["replicas"].samples) == 4 * 5
     assert_same(on_four["replicas-live"], basic["live"])
@@ -291,7 +297,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(launched: Run, o
 
 
 def test_a_run_goes_on_under_another_trainer(
-    launched: Run, on_two: Runs, on_four: Runs, packaged: Runs, basic: Runs, directory: Path
+    launched: Run, on_two: Runs, packaged: Runs, basic: Runs, directory: Path
 ) -> None:
     gpt2 = (*DPO, *MODEL["gpt2"])
     resumed = runs_on(
@@ -308,6 +314,10 @@ def test_a_run_goes_on_under_another_trainer(
     for name, run in resumed.items():
         assert "resumed from" in run.out, name
         assert_same(run, basic["gpt2" if "gpt2" in name else "llama"], after=8)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_a_grid(on_four: Runs, basic: Runs) -> None:
     for name, expected in (("grid-from-fsdp", basic["llama"]), ("grid-gpt2-from-tensor", basic["gpt2"])):
         grid = on_four[name]  # it evaluates on less
         last = [row["loss/train"] for row in expected.steps][-len(grid.steps) :]
