@@ -68,7 +68,7 @@ from engine.checkpoint import (
 )
 from engine.distributed import rank_0_first
 from engine.logprobs import response_logps
-from engine.memory import fitting, most_useful, saved_bytes
+from engine.memory import fitting, most_useful, saved_bytes, total_memory
 from engine.metrics import Loggers, Moment, NoLoggers, Sums, fetched, peak_flops
 from engine.models import find_blocks, hf_config_of, load_model, use_packed_attention
 from engine.optimizers import build_optimizer
@@ -335,13 +335,14 @@ class BasicTrainer:
         wanted = max(config.token_budget or 2048, longest)
         num_devices = len({parameter.device for parameter in self.policy.parameters()})  # that share the layers
         per_token = self.bytes_per_token() / num_devices
+        on_gpu, memory = self.hardware()
         tokens, num_checkpointed = fitting(
-            self.device,
+            memory,
             state // num_devices,
             per_token,
             len(blocks),
             wanted=wanted,
-            most=most_useful(self.device, trained // num_devices, per_token),
+            most=most_useful(on_gpu, trained // num_devices, per_token),
             checkpointed=given,
         )
         if given is None and num_checkpointed:
@@ -349,6 +350,10 @@ class BasicTrainer:
         # The processes must agree, and those of several machines may not have the same memory.
         all_tokens, all_checkpointed = zip(*self.of_data_ranks((tokens, num_checkpointed)), strict=True)
         return config.token_budget or min(all_tokens), max(all_checkpointed)
+
+    def hardware(self) -> tuple[bool, int]:
+        """Whether the model runs on a GPU, and the bytes of memory there."""
+        return self.device.type == "cuda", total_memory(self.device)
 
     def bytes_per_token(self) -> float:
         """Bytes of activations that a fed token keeps for the backward pass, measured on this model."""

@@ -2,16 +2,19 @@
 
 Llamas with random weights; each cell is a process of its own, which builds a trainer over synthetic pairs and takes a
 few steps. On a GPU it is the peak of what is allocated, from the loaded model on; on a CPU, which is said, the peak of
-resident memory above what the process held before the model was built. The reference is cached, as by default.
+resident memory above what the process held before the model was built. With --plan nothing is built or run: it is what
+plan=true expects of that hardware. The reference is cached, as by default.
 
     .venv/bin/python benchmarks/memory.py                                       # small models on a CPU, large on a GPU
     .venv/bin/python benchmarks/memory.py --sizes 7b --lengths 512,4096 --peft qlora
+    .venv/bin/python benchmarks/memory.py --plan rtx4090                        # large models, without a GPU
 """
 
 import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -38,7 +41,7 @@ PEFT = {
 }
 
 
-def cell(size: str, peft: str, length: int, microbatch: int, more: list[str]) -> dict[str, float]:
+def cell(size: str, peft: str, length: int, microbatch: int, more: list[str], plan: str | None) -> dict[str, float]:
     """Peak memory and time of a step on pairs of a prompt and two responses of length / 2 tokens each."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
@@ -46,6 +49,7 @@ def cell(size: str, peft: str, length: int, microbatch: int, more: list[str]) ->
     from hydra import compose, initialize_config_dir
 
     from engine.films import film_tokenizer
+    from engine.plan import make_plan
     from engine.tokenization import Example, Split
     from trainers import BasicTrainer
 
@@ -69,6 +73,11 @@ def cell(size: str, peft: str, length: int, microbatch: int, more: list[str]) ->
             config = compose("config", overrides)
         tokenizer = film_tokenizer()
         tokenizer.pad_token = tokenizer.eos_token
+        if plan:
+            config.plan_hardware = plan
+            on_paper = make_plan(config, BasicTrainer, tokenizer, Split(examples), Split(examples[:1]), 1)
+            seconds = on_paper.seconds["training"] / on_paper.num_steps if on_paper.seconds else math.nan
+            return in_gigabytes(on_paper.memory.peak, on_paper.memory.state, seconds)
         before = resident("VmRSS")
         trainer = BasicTrainer(config, Path(folder, "run"), tokenizer, Split(examples), Split(examples[:1]))
         on_gpu = torch.cuda.is_available()
@@ -87,6 +96,10 @@ def cell(size: str, peft: str, length: int, microbatch: int, more: list[str]) ->
             num_steps += 1
         seconds = (time.monotonic() - begun) / num_steps
         peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM") - before
+    return in_gigabytes(peak, held, seconds)
+
+
+def in_gigabytes(peak: float, held: float, seconds: float) -> dict[str, float]:
     return {"peak_gb": round(peak / 1e9, 2), "held_gb": round(held / 1e9, 2), "seconds": round(seconds, 2)}
 
 
@@ -96,19 +109,23 @@ def main() -> None:
     parser.add_argument("--lengths", help="of prompt + response, in tokens")
     parser.add_argument("--microbatches", default="1", help="pairs that are run at a time")
     parser.add_argument("--peft", default=",".join(PEFT))
+    parser.add_argument("--plan", help="a plan_hardware of config.yaml, such as rtx4090")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help="more of train.py's, such as activation_checkpointing=true")
     arguments = parser.parse_args()
     if arguments.cell:
-        print(json.dumps(cell(**json.loads(arguments.cell), more=arguments.settings)), file=sys.stderr)
+        job = json.loads(arguments.cell)
+        print(json.dumps(cell(**job, more=arguments.settings, plan=arguments.plan)), file=sys.stderr)
         return
     import torch
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() or arguments.plan is not None
     sizes = (arguments.sizes or ("1b,3b,7b" if on_gpu else "30m,110m")).split(",")
     lengths = (arguments.lengths or ("512,4096" if on_gpu else "256,512")).split(",")
     what = "allocated on the GPU" if on_gpu else "resident on the CPU, above the process itself: there is no GPU here"
+    if arguments.plan:
+        what = f"expected by plan=true for a {arguments.plan}: nothing was run"
     print(f"peak GB {what}\n\n{'size':8}{'peft':8}{'length':>8}{'pairs':>7}{'held':>8}{'peak':>8}{'s/step':>9}")
     rows = []
     for size in sizes:
@@ -117,6 +134,7 @@ def main() -> None:
                 for microbatch in map(int, arguments.microbatches.split(",")):
                     job = {"size": size, "peft": peft, "length": length, "microbatch": microbatch}
                     command = [sys.executable, __file__, "--cell", json.dumps(job), *arguments.settings]
+                    command += ["--plan", arguments.plan] if arguments.plan else []
                     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
                     process = subprocess.run(command, capture_output=True, text=True, env=environment)
                     last = process.stderr.strip().splitlines()[-1:] or [""]
@@ -130,11 +148,12 @@ def main() -> None:
                     print(f"{size:8}{peft:8}{length:>8}{microbatch:>7}{numbers}", flush=True)
     record = {
         "command": " ".join(["benchmarks/memory.py", *sys.argv[1:]]),
-        "measured": what,
+        "peak_gb": what,
         **machine(arguments.threads),
         "cells": rows,
     }
-    path = ROOT / "benchmarks" / "results" / f"memory-{'gpu' if on_gpu else 'cpu'}-{date.today()}.json"
+    kind = f"plan-{arguments.plan}" if arguments.plan else "gpu" if on_gpu else "cpu"
+    path = ROOT / "benchmarks" / "results" / f"memory-{kind}-{date.today()}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nwritten to {path.relative_to(ROOT)}")
 

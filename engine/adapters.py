@@ -90,19 +90,21 @@ def load_policy(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     device: torch.device,
-    run_dir: Path,
+    run_dir: Path | None,
+    load: Callable[..., PreTrainedModel] = load_model,
 ) -> PreTrainedModel:
     """The model of config, with adapters if it says so, in which what is to be trained requires gradients.
 
     Args:
         dtype: of its weights. Those of adapters have at least fp32; frozen ones have the dtype that they run in.
-        run_dir: takes the weights of a base model that is nowhere else on disk.
+        run_dir: takes the weights of a base model that is nowhere else on disk, if there is one.
+        load: gives the base model.
     """
     if config.peft.name == "none":
         if config.model.archive is not None and _adapter_archive(Path(config.model.archive)) is not None:
             problem = f"model.archive: {config.model.archive} is an adapter"
             raise UserError("CONFIG", problem, "peft=lora or peft=qlora trains it further; export.py merges it")
-        model = load_model(config, tokenizer, dtype, device)
+        model = load(config, tokenizer, dtype, device)
         freeze(model, config)
         return model
     peft, mixed = config.peft, config.mixed_precision
@@ -113,10 +115,10 @@ def load_policy(
     stored = _stored_dtype(base, config.model.trust_remote_code)
     is_narrow = stored in (torch.bfloat16, torch.float16) and (is_quantized or mixed)  # nothing is lost in it
     loading_device = torch.device("cpu") if is_quantized else device
-    model = load_model(config, tokenizer, stored if is_narrow and stored else dtype, loading_device)
+    model = load(config, tokenizer, stored if is_narrow and stored else dtype, loading_device)
     blocks = find_blocks(model, config.model.block_name)
     targets, has_conv1d = _find_targets(model, blocks, peft.target_modules)
-    if base is None:
+    if base is None and run_dir is not None:
         base = str(_save_base(model, tokenizer, run_dir, config.debug))
 
     lora = _lora_config(peft, targets, has_conv1d, base)
@@ -281,8 +283,8 @@ def _find_targets(model: PreTrainedModel, blocks: list[nn.Module], wanted: Any) 
     return sorted(set(found)), any(isinstance(module, Conv1D) for module in modules)
 
 
-def _lora_config(peft: DictConfig, targets: list[str], has_conv1d: bool, base: str) -> Any:
-    bitsandbytes_functional()  # which peft imports, quietly
+def _lora_config(peft: DictConfig, targets: list[str], has_conv1d: bool, base: str | None) -> Any:
+    bitsandbytes_functional()
     from peft import LoraConfig
 
     alpha = 2 * peft.rank if peft.alpha is None and peft.scaling is None else peft.alpha
@@ -332,6 +334,7 @@ def _find_full_modules(
 
 def inject(model: PreTrainedModel, adapter: Adapter, with_copy: bool) -> None:
     """Put new adapters into a model, and with_copy a second one of each for the reference."""
+    bitsandbytes_functional()  # which peft imports, quietly
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 

@@ -42,16 +42,16 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def most_useful(device: torch.device, gradients: int, bytes_per_token: float) -> int:
+def most_useful(on_gpu: bool, gradients: int, bytes_per_token: float) -> int:
     """The tokens past which a pass is hardly faster per token, only larger.
 
     On a CPU that is when the activations outweigh the gradients of the weights, which each pass adds to once.
     """
-    return 65536 if device.type == "cuda" else max(2048, int(2 * gradients / bytes_per_token))
+    return 65536 if on_gpu else max(2048, int(2 * gradients / bytes_per_token))
 
 
 def fitting(
-    device: torch.device,
+    memory: int,
     state: int,
     bytes_per_token: float,
     num_blocks: int,
@@ -63,7 +63,8 @@ def fitting(
     """How many tokens fit into one forward and backward pass, and how many blocks must recompute their activations.
 
     Args:
-        state: bytes that weights, gradients, optimizer and reference take.
+        memory: bytes that there are.
+        state: those that weights, gradients, optimizer and reference take.
         bytes_per_token: of activations, when no block recomputes its own.
         wanted: tokens that should fit; only for these are blocks recomputed.
         most: tokens, however many fit.
@@ -72,7 +73,7 @@ def fitting(
     Returns:
         tokens, blocks.
     """
-    room = max(0.0, total_memory(device) - state) * SHARE
+    room = max(0.0, memory - state) * SHARE
     per_block = bytes_per_token / (num_blocks + 1)  # the head and the embeddings count as one
     tokens, blocks = 0.0, 0
     for blocks in range(num_blocks + 1) if checkpointed is None else (checkpointed,):

@@ -28,10 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.adapters import AdapterReference, adapter_of, load_policy, num_weights
 from engine.attention import packed_varlen
 from engine.batching import num_fed_tokens
 from engine.logprobs import CHUNK_LOGITS, CHUNK_TOKENS
-from engine.memory import fitting, most_useful, total_memory
+from engine.memory import total_memory
 from engine.metrics import Sums, peak_flops
 from engine.models import find_blocks, hf_config_of
 from engine.reference import LiveReference
@@ -241,31 +242,32 @@ def on_paper(base: type["BasicTrainer"], hardware: Hardware) -> Any:
 
         def place_model(self, dtype: torch.dtype) -> PreTrainedModel:
             config = self.config
-            hf_config = hf_config_of(config.model, self.tokenizer)
-            is_low = (self.mixed_precision or dtype) in (torch.bfloat16, torch.float16)
-
-            def described() -> PreTrainedModel:
-                trusted = config.model.trust_remote_code
-                model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trusted)
-                if config.batching == "packed":
-                    model.set_attn_implementation("packed_of_gpu" if self.is_on_gpu and is_low else "packed")
-                return model.eval()
-
-            if not self.is_sharded:
-                with self.simulated():
-                    return described()
-            with torch.device("meta"):
-                model = described()
-            self.orders = shard_model(
-                model,
-                find_blocks(model, config.model.block_name),
-                self.mesh,
-                mixed_precision=self.mixed_precision,
-                offload=False,  # all is on the CPU here
-                deterministic=config.deterministic,
-            )
+            model = load_policy(config, self.tokenizer, dtype, torch.device("meta"), None, self.described)
+            if config.batching == "packed":
+                is_low = (self.mixed_precision or dtype) in (torch.bfloat16, torch.float16)
+                model.set_attn_implementation("packed_of_gpu" if self.is_on_gpu and is_low else "packed")
+            if self.is_sharded:
+                self.orders = shard_model(
+                    model,
+                    find_blocks(model, config.model.block_name),
+                    self.mesh,
+                    mixed_precision=self.mixed_precision,
+                    offload=False,  # all is on the CPU here
+                    deterministic=config.deterministic,
+                )
             with self.simulated():
-                return model.to_empty(device=CPU)
+                model.to_empty(device=CPU)
+                if not self.is_sharded:
+                    model.tie_weights()
+            return model
+
+        def described(
+            self, config: DictConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device
+        ) -> PreTrainedModel:
+            """The base model of config, as a shape."""
+            hf_config, trusted = hf_config_of(config.model, tokenizer), config.model.trust_remote_code
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trusted).eval()
 
         def compiled(self, model: PreTrainedModel) -> PreTrainedModel:
             return model
@@ -274,6 +276,9 @@ def on_paper(base: type["BasicTrainer"], hardware: Hardware) -> Any:
             config = self.config
             if config.reference != "live" or not self.loss.needs_reference or config.loss.get("reference_free"):
                 return None
+            adapter = adapter_of(self.policy)
+            if adapter is not None and adapter.has_own_reference:
+                return AdapterReference(self.policy, self.cast_dtype)
             dtype = config.model.reference_dtype or config.model.policy_dtype
             return LiveReference(self.place_model(getattr(torch, dtype)).requires_grad_(False), self.cast_dtype)
 
@@ -281,29 +286,18 @@ def on_paper(base: type["BasicTrainer"], hardware: Hardware) -> Any:
             optimizer = super().build_optimizer()
             if self.is_on_gpu and not self.is_sharded:  # torch's default there: faster, with copies in passing
                 for group in optimizer.param_groups:
-                    group["foreach"] = not group.get("fused")
+                    if "foreach" in group:
+                        group["foreach"] = not group.get("fused")
             return optimizer
 
-        def fit_memory(self) -> tuple[int, int]:
-            config, blocks = self.config, find_blocks(self.policy, self.config.model.block_name)
-            given = config.activation_checkpointing
-            if given != "auto" and (config.token_budget is not None or config.deterministic):
-                return super().fit_memory()
-            # As the trainer does it, with the memory of the planned hardware.
-            longest = max(self.train_examples, key=lambda example: num_fed_tokens(example, config.batching))
-            num_longest = num_fed_tokens(longest, config.batching)
-            per_token = (self.forward([longest])[1] - self.forward([])[1]) / max(1, num_longest - 1)
-            weights = sum(own(parameter).nbytes for parameter in self.policy.parameters())
-            tokens, num_checkpointed = fitting(
-                CPU,
-                (4 + (config.reference == "live")) * weights + total_memory(CPU) - hardware.memory,
-                per_token,
-                len(blocks),
-                wanted=max(config.token_budget or 2048, num_longest),
-                most=most_useful(torch.device("cuda" if self.is_on_gpu else "cpu"), weights, per_token),
-                checkpointed=None if given == "auto" else len(blocks) if given is True else int(given),
-            )
-            return config.token_budget or tokens, num_checkpointed
+        def hardware(self) -> tuple[bool, int]:
+            return self.is_on_gpu, hardware.memory
+
+        def bytes_per_token(self) -> float:
+            layout = self.config.batching
+            longest = max(self.train_examples, key=lambda example: num_fed_tokens(example, layout))
+            kept = self.forward([longest])[1] - self.forward([])[1]
+            return kept / max(1, num_fed_tokens(longest, layout) - 1)
 
         def forward(self, examples: Sequence[Example]) -> tuple[Tensor, int]:
             """A forward pass; returns the loss, and the bytes that are held for the backward pass."""
@@ -316,7 +310,7 @@ def on_paper(base: type["BasicTrainer"], hardware: Hardware) -> Any:
             """The memory of a step with num_parts microbatches."""
             live, head = self.live, self.policy.get_output_embeddings().weight
             parameters, reference = [*self.policy.parameters()], []
-            if isinstance(self.reference, LiveReference):
+            if isinstance(self.reference, LiveReference) and self.reference.model is not self.policy:
                 reference = [*self.reference.model.parameters()]
             head_gradient = math.prod(_gathered_shape(head)) * head.itemsize
             with self.simulated():
@@ -426,6 +420,7 @@ class Plan:
     base: str
     hardware: Hardware
     num_processes: int
+    num_trained: int
     num_parameters: int
     memory: Memory
     num_steps: int
@@ -454,8 +449,11 @@ class Plan:
         checkpointed, num_blocks = self.checkpointed
         recomputed = f", {checkpointed} of {num_blocks} blocks recompute theirs" if checkpointed else ""
         is_sharded = self.base != "BasicTrainer"
+        stored = config.model.policy_dtype
+        if config.peft.name != "none":
+            stored = f"{config.peft.get('quant_type', config.mixed_precision or stored)}, adapters in float32"
         rows = [
-            ("parameters", memory.parameters, f"{config.model.policy_dtype}{host}"),
+            ("parameters", memory.parameters, f"{stored}{host}"),
             ("gradients", memory.gradients, host.removeprefix(", ")),
             ("optimizer state", memory.optimizer, f"{config.optimizer}{host}"),
             ("reference", memory.reference, "stays loaded" if memory.reference else "not in memory while training"),
@@ -477,7 +475,7 @@ class Plan:
         fix = "activation_checkpointing=true, a smaller token_budget, mixed_precision=bfloat16 or more processes"
         lines = [
             f"plan of {self.base} on {self.num_processes} {unit}{'s' * (self.num_processes > 1)} ({hardware.name}):"
-            f" {self.num_parameters:,} parameters",
+            f" {self.num_parameters:,} parameters, {self.num_trained / self.num_parameters:.2%} are trained",
             "",
             f"memory of a {unit}, the fullest one, in GB",
             *(f"  {name:18}{size / 1e9:9.3f}  {remark}".rstrip() for name, size, remark in rows),
@@ -523,15 +521,23 @@ def flops_of(trainer: Any) -> Callable[[Work, bool], float]:
     without. Each weight of a block is taken to be used once for each token."""
     config, policy = trainer.policy.config, trainer.policy
     blocks = find_blocks(policy, trainer.config.model.block_name)
-    block_weights = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
-    head_weights = policy.get_output_embeddings().weight.numel()
+    trained, weights = zip(*(num_weights(block) for block in blocks), strict=True)
+    # What lies before the first weight that is trained has no backward pass.
+    is_first_trained = policy.get_input_embeddings().weight.requires_grad
+    first = 0 if is_first_trained else next((index for index, num in enumerate(trained) if num), len(blocks))
+    reached = len(blocks) - first
+    head = policy.get_output_embeddings().weight
     width = (getattr(config, "head_dim", None) or 0) * config.num_attention_heads or config.hidden_size
     recomputed = trainer.num_checkpointed / len(blocks)
 
     def flops(work: Work, with_backward: bool) -> float:
-        forward = 2 * block_weights * work.tokens + 4 * width * len(blocks) * work.pairs
-        head = 2 * head_weights * work.targets
-        return forward * (3 + recomputed) + 3 * head if with_backward else forward + head
+        of_head = 2 * head.numel() * work.targets
+        forward = 2 * sum(weights) * work.tokens + 4 * width * len(blocks) * work.pairs
+        if not with_backward:
+            return forward + of_head
+        of_inputs = 2 * sum(weights[first:]) * work.tokens + 8 * width * reached * work.pairs
+        of_weights = 2 * sum(trained) * work.tokens
+        return forward * (1 + recomputed) + of_inputs + of_weights + of_head * (2 + head.requires_grad)
 
     return flops
 
@@ -586,6 +592,7 @@ def make_plan(
             seconds["reference"] = share * seconds_of(training, False)
             seconds["reference"] += (num_evaluations if is_live else 1) * seconds_of(evaluation, False)
         works = [each for batch in training for each in batch]
+        num_trained, num_parameters = num_weights(trainer.policy)
         work, largest = max(works, key=lambda each: each[0].tokens)
         num_parts = max(len(batch) // num_ranks for batch in training)
         return Plan(
@@ -593,7 +600,8 @@ def make_plan(
             base=base.__name__,
             hardware=hardware,
             num_processes=num_processes,
-            num_parameters=trainer.policy.num_parameters(),
+            num_trained=num_trained,
+            num_parameters=num_parameters,
             memory=trainer.measured(largest, num_parts),
             num_steps=trainer.num_updates,
             num_tokens=sum(each.tokens for each, _ in works),

@@ -469,11 +469,6 @@ RULES = (
         "needs tensor_parallel.backend=native",
     ),
     Rule(
-        ("plan", "peft.name", "freeze.first_n_layers", "freeze.patterns"),
-        lambda plan, peft, layers, patterns: plan and (peft != "none" or layers > 0 or patterns != []),
-        "true plans the training of all weights: leave peft and freeze out (benchmarks/memory.py measures adapters)",
-    ),
-    Rule(
         ("keep_best", "save_every", "eval_every"),
         lambda best, save_every, eval_every: best and save_every not in (None, eval_every),
         "{0} compares checkpoints by an evaluation of each: leave save_every out, or set it to eval_every ({2})",

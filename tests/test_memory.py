@@ -1,5 +1,7 @@
 """How much a forward pass keeps, and what fits: by hand."""
 
+import math
+
 import pytest
 import torch
 
@@ -15,12 +17,10 @@ STATE = 10**6
 BYTES, BLOCKS, MOST = 1200, 11, 2048
 
 
-def fits(
-    monkeypatch: pytest.MonkeyPatch, room: float, wanted: int = 1000, checkpointed: int | None = None
-) -> tuple[int, int]:
+def fits(room: float, wanted: int = 1000, checkpointed: int | None = None) -> tuple[int, int]:
     """What fits into room bytes of activations."""
-    monkeypatch.setattr(engine.memory, "total_memory", lambda device: STATE + room / SHARE + 1e-3)
-    return fitting(CPU, STATE, BYTES, BLOCKS, wanted=wanted, most=MOST, checkpointed=checkpointed)
+    memory = math.ceil(STATE + room / SHARE)
+    return fitting(memory, STATE, BYTES, BLOCKS, wanted=wanted, most=MOST, checkpointed=checkpointed)
 
 
 def test_a_storage_is_counted_once_and_whole() -> None:
@@ -36,46 +36,46 @@ def test_a_storage_is_counted_once_and_whole() -> None:
     assert saved_bytes(lambda: (values + 1).sum()) == 0
 
 
-def test_auto_recomputes_nothing_where_what_is_wanted_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fits(monkeypatch, 1000 * 1200) == (1000, 0)
+def test_auto_recomputes_nothing_where_what_is_wanted_fits() -> None:
+    assert fits(1000 * 1200) == (1000, 0)
 
 
 @pytest.mark.parametrize("blocks, held", [(4, 1300 - 4 * 100 * 11 / 12), (11, 1300 - 11 * 100 * 11 / 12)])
-def test_auto_recomputes_as_few_blocks_as_it_takes(monkeypatch: pytest.MonkeyPatch, blocks: int, held: float) -> None:
-    assert fits(monkeypatch, 1000 * held) == (1000, blocks)
+def test_auto_recomputes_as_few_blocks_as_it_takes(blocks: int, held: float) -> None:
+    assert fits(1000 * held) == (1000, blocks)
 
 
-def test_with_more_memory_more_fits_and_less_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_more_memory_more_fits_and_less_is_recomputed() -> None:
     rooms = [room * 10**4 for room in range(1, 400)]
     for count in (0, 5, BLOCKS):
-        tokens = [fits(monkeypatch, room, checkpointed=count)[0] for room in rooms]
+        tokens = [fits(room, checkpointed=count)[0] for room in rooms]
         assert tokens == sorted(tokens) and len(set(tokens)) > 40
-    blocks = [fits(monkeypatch, room)[1] for room in rooms]
+    blocks = [fits(room)[1] for room in rooms]
     assert blocks == sorted(blocks, reverse=True) and {0, 2, 5, BLOCKS} <= set(blocks)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, BLOCKS])
-def test_a_given_count_is_kept_whether_it_suffices_or_not(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    assert fits(monkeypatch, 0, checkpointed=count) == (FEWEST_TOKENS, count)
-    assert fits(monkeypatch, 10**9, checkpointed=count) == (MOST, count)
+def test_a_given_count_is_kept_whether_it_suffices_or_not(count: int) -> None:
+    assert fits(0, checkpointed=count) == (FEWEST_TOKENS, count)
+    assert fits(10**9, checkpointed=count) == (MOST, count)
 
 
-def test_auto_keeps_to_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fits(monkeypatch, 10**9) == (MOST, 0)
-    assert fits(monkeypatch, 0) == (FEWEST_TOKENS, BLOCKS)
-    assert fits(monkeypatch, -(10**5)) == (FEWEST_TOKENS, BLOCKS)  # not even the weights fit
+def test_auto_keeps_to_the_bounds() -> None:
+    assert fits(10**9) == (MOST, 0)
+    assert fits(0) == (FEWEST_TOKENS, BLOCKS)
+    assert fits(-(10**5)) == (FEWEST_TOKENS, BLOCKS)  # not even the weights fit
 
 
-def test_auto_makes_more_fit_than_a_cpu_would_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_makes_more_fit_than_a_cpu_would_run_at_a_time() -> None:
     """Such as an example that is longer than that, or the token_budget of the config."""
     wanted = 2 * MOST
-    _, blocks = fits(monkeypatch, wanted * 1000, wanted=wanted)
+    _, blocks = fits(wanted * 1000, wanted=wanted)
     assert blocks > 0
 
 
 def test_a_cpu_runs_as_many_tokens_as_outweigh_the_gradients() -> None:
-    assert most_useful(CPU, gradients=10**6, bytes_per_token=200.0) == 10**4
-    assert most_useful(CPU, gradients=10**4, bytes_per_token=200.0) == 2048
+    assert most_useful(False, gradients=10**6, bytes_per_token=200.0) == 10**4
+    assert most_useful(False, gradients=10**4, bytes_per_token=200.0) == 2048
 
 
 def test_there_is_some_memory() -> None:
@@ -98,7 +98,7 @@ def test_a_run_leaves_room_for_gradients_optimizer_and_reference(
         per_token = weights / 1000
         monkeypatch.setattr(trainer, "bytes_per_token", lambda: per_token)
         total = copies * weights + 1000.5 * per_token / SHARE
-        monkeypatch.setattr(engine.memory, "total_memory", lambda device: total)
+        monkeypatch.setattr(trainer, "hardware", lambda: (False, int(total)))
         budgets.append(fit_memory(trainer))
         return budgets[-1]
 

@@ -97,6 +97,10 @@ def size(values: Any) -> int:
         pytest.param("gpt_neox", 2, (FSDP, "mixed_precision=bfloat16"), marks=pytest.mark.slow),
         pytest.param("llama", 2, (TENSOR,), marks=pytest.mark.slow),
         pytest.param("llama", 4, (FSDP, "tensor_parallel_size=2"), marks=pytest.mark.slow),
+        ("llama", 1, ("peft=qlora", "optimizer=AdamW")),
+        pytest.param("gpt_neox", 1, ("peft=lora", "mixed_precision=bfloat16"), marks=pytest.mark.slow),
+        pytest.param("llama", 1, ("freeze.patterns=[embed,layers.0]",), marks=pytest.mark.slow),
+        pytest.param("llama", 2, (FSDP, "peft=qlora", "mixed_precision=bfloat16"), marks=pytest.mark.slow),
     ],
 )
 def test_a_plan_is_what_is_measured(

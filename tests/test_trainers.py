@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import engine.memory
+import trainers
 from engine.batching import Microbatch
 from engine.models import find_blocks
 from engine.tokenization import Example
@@ -189,7 +190,7 @@ def test_activation_checkpointing_changes_nothing(
             )
 
     monkeypatch.setattr(BasicTrainer, "prepare_policy", counting)
-    monkeypatch.setattr(engine.memory, "total_memory", lambda device: memory)
+    monkeypatch.setattr(trainers, "total_memory", lambda device: memory)
     common = (*DPO, "model.architecture.num_hidden_layers=3", "n_examples=8", "token_budget=512")
     plain = program.ok(*common, "activation_checkpointing=false")
     once = [calls.count(index) for index in range(3)]
@@ -244,7 +245,7 @@ def test_the_budget_follows_the_memory(
     """Little memory makes more microbatches, and the same update."""
     runs, longest = [], []
     for memory in (2**40, 2**20):
-        monkeypatch.setattr(engine.memory, "total_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr(trainers, "total_memory", lambda device, memory=memory: memory)
         runs.append(program.ok("batch_size=16", "do_first_eval=false"))
         longest.append(max(batch.num_tokens for batch in laid_out))
         laid_out.clear()
