@@ -189,7 +189,7 @@ def _open_store(world: World) -> "Store":
     listening = None
     if world.size == world.local_size:
         host = "127.0.0.1"
-        listening = socket.create_server((host, port)).detach() if world.rank == 0 else None
+        listening = socket.create_server(("127.0.0.1", port)).detach() if world.rank == 0 else None
     return dist.TCPStore(
         host, port, world.size, world.rank == 0, timeout, wait_for_workers=False, master_listen_fd=listening
     )

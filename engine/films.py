@@ -6,10 +6,12 @@ and win rates of sampled answers are exact. One grammar writes the answers and s
 """
 
 import re
+from functools import cache
 from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 NUM_PROMPTS = {"train": 3500, "test": 512}
@@ -139,7 +141,8 @@ SIGN |= {word: -1 for fault in PRAISE_AND_FAULT.values() for word in WORDS[fault
 JUDGEMENT = re.compile(rf"\b(not )?({'|'.join(SIGN)})\b")
 
 
-def film_rows(split: str) -> list[dict[str, str]]:
+@cache
+def film_rows(split: str) -> tuple[dict[str, str], ...]:
     """The preference pairs of a split ("train" or "test"): prompt, chosen, rejected and sft_target, always the same.
 
     Chosen and rejected are two independent answers to the prompt, put in order by reward(). The SFT target is either,
@@ -167,7 +170,7 @@ def film_rows(split: str) -> list[dict[str, str]]:
                 gap = abs(reward(first) - reward(second))
             rejected, chosen = sorted((first, second), key=reward)
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "sft_target": first})
-    return rows
+    return tuple(rows)
 
 
 def reward(answer: str) -> float:
@@ -194,8 +197,16 @@ def well_formed(answer: str) -> bool:
 
 def film_tokenizer() -> "PreTrainedTokenizerFast":
     """A byte-level BPE trained on the training split, always the same: eos is <|endoftext|>, no bos, no pad."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_film_bpe(), eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+
+
+@cache
+def _film_bpe() -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -209,9 +220,7 @@ def film_tokenizer() -> "PreTrainedTokenizerFast":
     tokenizer.train_from_iterator(
         (row["prompt"] + row["chosen"] + row["rejected"] for row in film_rows("train")), trainer
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
-    )
+    return tokenizer
 
 
 def _dialogue(rng: Random, titles: list[str]) -> tuple[str, str, str]:

@@ -2,11 +2,13 @@
 
 import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(1)
 
 

@@ -250,7 +250,6 @@ def test_accepted(overrides):
         ("freeze.patterns=['(']", "freeze.patterns: must be a list of regular expressions"),
         ("optimizer=AdamW8bit trainer=FSDPTrainer", 'optimizer: "AdamW8bit" cannot share its state'),
         ("optimizer=SGD8bit", "optimizer: must be"),
-        ("peft=lora plan=true", "plan: true plans the training of all weights"),
         ("keep_best=loss/train", "keep_best: must be null or loss/eval"),
         ("keep_best=loss/eval save_every=8", "keep_best: "),
         ("keep_best=rewards_eval/margins", 'keep_best: "rewards_eval/margins" is of preference losses'),
