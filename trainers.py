@@ -680,9 +680,13 @@ class BasicTrainer:
         is_done = False
         try:
             with self.stop:
-                if evaluates_first:
-                    self.evaluate()
-                self.train_on(batches)
+                is_last = self.counters["examples"] >= self.num_train_examples
+                if evaluates_first and not self.evaluate():
+                    self.save(is_last, evaluation_due=True)
+                else:
+                    if evaluates_first and checkpoint is not None:  # it was saved when there was no time for that
+                        self.save(is_last, evaluation_due=False)
+                    self.train_on(batches)
                 self.say_saved(wait=True, together=True)
             is_done = not self.must_stop
         except UserError as error:
@@ -720,11 +724,9 @@ class BasicTrainer:
             saves = is_last or now // save_every > before // save_every
             if evaluates or saves or self.must_stop or not self.runs_ahead:
                 log_running()
-            self.must_stop &= not is_last
-            if evaluates and not self.must_stop:
-                self.evaluate()
+            is_evaluated = evaluates and not self.must_stop and self.evaluate()
             if saves or self.must_stop:
-                self.save(is_last, evaluation_due=evaluates and self.must_stop)
+                self.save(is_last, evaluation_due=evaluates and not is_evaluated)
             if self.must_stop:
                 return
             self.say_saved(wait=False)
@@ -737,24 +739,37 @@ class BasicTrainer:
         if path is not None:
             self.loggers.print(f"saved {path}")
 
-    def evaluate(self) -> None:
-        """Log the metrics of the evaluation examples, and answers sampled to their prompts."""
+    def told_to_stop(self) -> bool:
+        """Whether any process is; all call this together."""
+        told = torch.tensor([self.stop.signal is not None], dtype=torch.float64, device=self.device)
+        self.add_others(told)
+        self.must_stop |= told.item() > 0
+        return self.must_stop
+
+    def evaluate(self) -> bool:
+        """Log the metrics of the evaluation examples, and answers sampled to their prompts; returns whether that was
+        done: it is left when the run is told to stop."""
         if not self.eval_examples:
-            return
+            return True
         self.policy.eval()
         sums = Sums()
         with torch.no_grad(), self.in_mixed_precision():
             for batch in self.prepared(self.eval_batches()):
+                if self.told_to_stop():
+                    return False
                 for prepared in batch.microbatches:
                     self.run_microbatch(prepared, len(self.eval_examples), sums)
         self.eval_metrics = fetched(named(sums.means(self.add_others)[0], "eval"))
         if not math.isfinite(self.eval_metrics["loss/eval"]):
             self.fail_as_non_finite(f"the evaluation has loss {self.eval_metrics['loss/eval']}")
+        if self.told_to_stop():
+            return False
         if self.samples:
             self.eval_metrics |= self.log_samples()
         self.loggers.eval(self.eval_metrics | self.counted() | self.counted_skips())
         self.evaluated_at = self.counters["examples"]
         self.policy.train()
+        return True
 
     @property
     def samples(self) -> bool:

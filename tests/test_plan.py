@@ -91,7 +91,7 @@ def size(values: Any) -> int:
     "architecture, num_ranks, overrides",
     [
         pytest.param("llama", 1, (), marks=pytest.mark.slow),
-        ("gpt_neox", 1, ("optimizer=AdamW", "activation_checkpointing=true")),
+        pytest.param("gpt_neox", 1, ("optimizer=AdamW", "activation_checkpointing=true"), marks=pytest.mark.slow),
         ("gpt_neox", 1, ("mixed_precision=bfloat16", "gradient_accumulation_steps=4", "optimizer=SGD")),
         ("llama", 2, (FSDP, "optimizer=AdamW")),
         pytest.param("gpt_neox", 2, (FSDP, "mixed_precision=bfloat16"), marks=pytest.mark.slow),

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from engine.checkpoint import tensors_of
 from engine.metrics import Sums
+from engine.sharding import own
 from engine.tokenization import Example
-from tests.faults.processes import TIMINGS
+from tests.faults.processes import TIMINGS, TWO, assert_whole, command, complete, saved
+from tests.faults.processes import rows as written
 from tests.runs import Program, Run
 from trainers import BasicTrainer, Batch, Prepared, Step
 
@@ -232,3 +235,63 @@ def test_out_of_memory_with_one_example(program: Program, monkeypatch: pytest.Mo
     assert run.status == 8 and run.err.count("\n") == 1
     assert run.err.startswith("error[MEMORY] out of memory with one example at a time (CUDA out of memory.")
     assert "activation_checkpointing=true" in run.err and "max_length" in run.err
+
+
+# ---- On several ranks ----
+
+
+def poison(what: str, rank: int) -> None:
+    """Have a rank of those that this is called in find the loss of update 3, or its own share of the gradient, not a
+    number."""
+    fitted_gradients = BasicTrainer.fitted_gradients
+
+    def broken(trainer: BasicTrainer, batch: Batch) -> tuple[Batch, Sums]:
+        batch, sums = fitted_gradients(trainer, batch)
+        if trainer.counters["updates"] == 2 and trainer.rank == rank:
+            if what == "loss":
+                sums.add(loss=torch.tensor([math.nan]))
+            else:
+                gradients = [own(p.grad) for p in trainer.policy.parameters() if p.grad is not None]
+                next(gradient for gradient in gradients if gradient.numel()).view(-1)[0] = math.nan
+        return batch, sums
+
+    BasicTrainer.fitted_gradients = broken  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("what, trainer", [("gradient", "FSDPTrainer"), ("loss", "TensorParallelTrainer")])
+def test_ranks_skip_alike(inputs: Path, tmp_path: Path, what: str, trainer: str) -> None:
+    """Though only one of them has seen it, and as one process would."""
+    settings = ("on_nonfinite=skip", "n_examples=24", "save_every=24", "sample_during_eval=false")
+    found = []
+    for num, overrides in ((1, ()), (2, TWO[trainer])):
+        run_dir = tmp_path / f"on-{num}"
+        arguments = command(inputs, run_dir, *settings, *overrides)
+        status, out, err = complete(arguments, tmp_path / "output", num, prepare=partial(poison, what, num - 1))
+        assert status == 0 and out.count(": skipped") == 1, err
+        steps = [row for row in written(run_dir) if "loss/train" in row]
+        assert [row["counters/updates"] for row in steps] == [1, 2, 4, 5, 6] and steps[-1]["counters/skipped"] == 1
+        found.append((steps, weights(run_dir / "LATEST")))
+    (steps, theirs), (expected_steps, expected) = found
+    for row, other in zip(steps, expected_steps, strict=True):
+        assert row["loss/train"] == pytest.approx(other["loss/train"], rel=1e-5)
+    for name, value in expected.items():
+        assert torch.allclose(theirs[name], value, rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_ranks_abort_or_roll_back_alike(inputs: Path, tmp_path: Path, what: str) -> None:
+    prepare = partial(poison, what, 1)
+    abort, rollback = (
+        command(
+            inputs, tmp_path / how, *TWO["FSDPTrainer"], f"on_nonfinite={how}", "n_examples=16", "keep_checkpoints=null"
+        )
+        for how in ("abort", "rollback")
+    )
+    status, _, err = complete(abort, tmp_path / "output", 2, prepare=prepare)
+    assert status == 5 and err.startswith("error[NONFINITE] rank 0: update 3 had ") and err.count("\n") == 1
+    assert saved(tmp_path / "abort")[-1] == "step-8" and (tmp_path / "abort" / "nonfinite-3.json").exists()
+    assert_whole(tmp_path / "abort")
+    status, out, err = complete(rollback, tmp_path / "output", 2, prepare=prepare)
+    assert status == 0 and "back to the weights of step-8, on with the next batch" in out, err
+    assert equal(tmp_path / "rollback" / "step-8", tmp_path / "rollback" / "step-12")
+    assert not equal(tmp_path / "rollback" / "step-12", tmp_path / "rollback" / "step-16")

@@ -7,8 +7,11 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.faults.processes import Process, assert_equal_runs, assert_whole, command, complete, rows, saved
 from trainers import BasicTrainer, Batch, Step
@@ -44,6 +47,41 @@ def test_a_signal_ends_the_run_after_its_step(
     assert saved(run_dir) == [f"step-{4 * update}"] and rows(run_dir)[-1]["counters/updates"] == update
     assert_whole(run_dir)
     status, out, err = complete(arguments, tmp_path / "output")
+    assert status == 0 and f"resumed from {run_dir}/step-{4 * update}" in out, err
+    assert_equal_runs(run_dir, whole)
+
+
+def signal_in_evaluation(update: int, on_rank: int) -> None:
+    """Have each process that this is called in get SIGTERM while it evaluates after a step, and take its time."""
+    run_microbatch = BasicTrainer.run_microbatch
+
+    def signalled(trainer: BasicTrainer, *arguments: Any) -> Tensor:
+        if not torch.is_grad_enabled() and trainer.counters["updates"] == update and trainer.rank == on_rank:
+            if trainer.stop.signal is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                raise AssertionError("it goes on evaluating")
+        return run_microbatch(trainer, *arguments)
+
+    BasicTrainer.run_microbatch = signalled  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("update", [0, 8, 15])  # before the first step, between steps, after the last
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_signal_ends_an_evaluation(tmp_path: Path, request: pytest.FixtureRequest, num: int, update: int) -> None:
+    """It is made up for when the run goes on."""
+    inputs, whole = (request.getfixturevalue(name) for name in ("inputs", "whole" if num == 1 else "whole_on_two"))
+    run_dir, overrides = tmp_path / "run", () if num == 1 else FSDP
+    arguments = command(inputs, run_dir, *overrides, "eval_batch_size=1")
+    prepare = partial(signal_in_evaluation, update, num - 1)
+    status, _, err = complete(arguments, tmp_path / "output", num, prepare=prepare)
+    assert status == 128 + signal.SIGTERM, err
+    assert saved(run_dir)[-1] == f"step-{4 * update}"
+    logged = rows(run_dir) if update else []
+    assert not any("loss/eval" in row for row in logged if row["counters/updates"] == update)
+    assert_whole(run_dir)
+    arguments = command(inputs, run_dir, *overrides)
+    status, out, err = complete(arguments, tmp_path / "output", num)
     assert status == 0 and f"resumed from {run_dir}/step-{4 * update}" in out, err
     assert_equal_runs(run_dir, whole)
 
