@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout, suppress
 from datetime import datetime
+from io import TextIOWrapper
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from engine import distributed, launch
 from engine.commands import with_bases
 from engine.secrets import public, redact
 from engine.validation import check_command_line, explain_hydra_error, validate_config
-from utils import UserError, is_out_of_memory, is_reachable, local_dir, write_atomically
+from utils import Unfailing, UserError, is_out_of_memory, is_reachable, local_dir, write_atomically
 
 if TYPE_CHECKING:  # they take seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -328,6 +329,15 @@ def hush_other_ranks() -> None:
 
 def main() -> int:
     """Run the command line, a job or the jobs of a sweep; returns the exit status, of a sweep the first that failed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know few characters
+    with redirect_stdout(Unfailing(sys.stdout)), redirect_stderr(Unfailing(sys.stderr)):
+        return run_command_line()
+
+
+def run_command_line() -> int:
+    """main(), whose output cannot fail."""
     hush_other_ranks()
     if launch.is_worker():
         return run_worker()
@@ -352,8 +362,6 @@ def main() -> int:
         return 130
     except SystemExit as exit:  # of --help, or an option that Hydra does not have
         return int(exit.code or 0)
-    except BrokenPipeError:  # of a pager that was closed
-        return 1
     except Exception as error:  # of the command line: errors of the job do not get here
         user_error = explain_hydra_error(error)
         print(redact(str(user_error)), file=sys.stderr)

@@ -58,6 +58,7 @@ from engine.checkpoint import (
     named_aliases,
     named_state,
     named_weights,
+    point_to,
     read_state,
     reading,
     rewind,
@@ -66,7 +67,7 @@ from engine.checkpoint import (
     tensors_of,
     write_policy_pt,
 )
-from engine.distributed import rank_0_first
+from engine.distributed import is_lost_peer, rank_0_first
 from engine.logprobs import response_logps
 from engine.memory import fitting, most_useful, saved_bytes, total_memory
 from engine.metrics import Loggers, Moment, NoLoggers, Sums, fetched, peak_flops
@@ -654,10 +655,10 @@ class BasicTrainer:
         """Train, evaluate and save as the config says; from checkpoint on, if one is given.
 
         Returns:
-            the signal that stopped it, after the state was saved; None if it came to its end.
+            the signal that it was told to stop by, after the state was saved; None if there was none.
         """
         batches = self.train_batches()
-        self.best: float | None = None
+        self.best: dict[str, Any] = {}  # by keep_best, of those that were saved: metric, value, checkpoint
         if self.config.keep_best and not self.eval_examples:
             raise UserError("CONFIG", "keep_best: there are no examples to evaluate on", "leave it out")
         evaluates_first = self.config.do_first_eval
@@ -669,8 +670,11 @@ class BasicTrainer:
             self.counters, evaluates_first = state["counters"], state["evaluation_due"]
             self.token_budget = min(self.token_budget, state["token_budget"])  # memory may have run out before
             batches = self.train_batches(start=self.counters["examples"])
-            if (self.run_dir / "BEST").exists():
-                self.best = state.get("best", {}).get(self.config.keep_best)
+            best = state["best"]
+            if best.get("metric") == self.config.keep_best and (self.run_dir / best.get("checkpoint", "")).is_dir():
+                self.best = best
+                if best and self.rank == 0:  # which a run that was killed may not have come to
+                    point_to(self.run_dir / best["checkpoint"], "BEST")
             print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
         if self.rank == 0:
             self.loggers = Loggers(self.config, self.run_dir, self.num_train_examples, self.counters["examples"])
@@ -689,13 +693,16 @@ class BasicTrainer:
                     self.train_on(batches)
                 self.say_saved(wait=True, together=True)
             is_done = not self.must_stop
-        except UserError as error:
-            with suppress(UserError):  # what was begun before is worth having
-                self.say_saved(wait=True, together=error.code == "NONFINITE")  # which ends all processes alike
+        except Exception as error:
+            if not is_lost_peer(error):  # who has parts of it
+                with suppress(Exception):  # what was begun before is worth having
+                    # Numbers that are not finite end all processes alike.
+                    together = isinstance(error, UserError) and error.code == "NONFINITE"
+                    self.say_saved(wait=True, together=together)
             raise
         finally:
             self.loggers.close(is_done)
-        return self.stop.signal or signal.SIGTERM if self.must_stop else None
+        return self.stop.signal or (signal.SIGTERM if self.must_stop else None)
 
     def train_on(self, batches: Iterable[list[list[Example]]]) -> None:
         """Take a step for each batch; evaluate, save and log between them. Ends early if it is told to stop."""
@@ -876,9 +883,9 @@ class BasicTrainer:
             found = ", ".join(sorted(self.eval_metrics))
             raise UserError("CONFIG", f"keep_best: the evaluation has no {name}", f"choose one of {found}")
         value = self.eval_metrics[name]
-        if self.best is not None and not (value > self.best if BEST_BY[name] else value < self.best):
+        if self.best and not (value > self.best["value"] if BEST_BY[name] else value < self.best["value"]):
             return False
-        self.best = value
+        self.best = {"metric": name, "value": value, "checkpoint": f"step-{self.counters['examples']}"}
         return True
 
     def save(self, is_last: bool, evaluation_due: bool) -> None:
@@ -909,7 +916,7 @@ class BasicTrainer:
             "data": self.data_hash,
             "reference": self.reference_weights,
             "token_budget": self.token_budget,
-            "best": {} if self.best is None else {self.config.keep_best: self.best},
+            "best": self.best,
         }
         if adapter is not None and self.reference is not None:
             facts["reference_model"] = adapter.description

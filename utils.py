@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -99,10 +100,17 @@ def to_device(tensor: "Tensor", device: "torch.device") -> "Tensor":
 
 
 class StopRequest:
-    """Inside a with block, the first SIGTERM or SIGINT is noted in signal, and the second ends the process at once."""
+    """Inside a with block, the first SIGTERM or SIGINT is noted in signal, and the second ends the process at once.
+
+    One that follows within TOGETHER seconds is the same one: where all processes of a job are signalled, a worker gets
+    it from its launcher too.
+    """
+
+    TOGETHER = 1.0
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._noted_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -115,10 +123,34 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
         if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        print(f"{signal.Signals(number).name}: saving after this step; once more to leave at once", file=sys.stderr)
+            if now > self._noted_at + self.TOGETHER:
+                os._exit(128 + number)
+            return
+        self.signal, self._noted_at = number, now
+        text = f"{signal.Signals(number).name}: saving after this step; once more to leave at once\n"
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, text.encode())
+
+
+class Unfailing:
+    """A text stream to which nothing fails to be written: a run outlives its terminal, or what its output goes to."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -156,14 +188,22 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def flush_output() -> None:
+    """Flush what was printed; what cannot be any more is dropped, as Python would try again and make it the status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def end_process(status: int, patience: float = 10) -> NoReturn:
     """End the process with status; without the exit hooks and threads of libraries if they take longer than patience.
 
     wandb's, for one, would wait for a server that does not answer.
     """
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a pipe that is closed
-            stream.flush()
+    flush_output()
     timer = threading.Timer(patience, os._exit, [status])
     timer.daemon = True
     timer.start()

@@ -180,10 +180,10 @@ class CheckpointWriter:
             temporary.rename(target)
             _fsync(self._run_dir)
             fail_point("before_pointer")
-            point_to(target)
             problem = damage(target)
             if problem:
                 raise OSError(f"what was written reads back otherwise: {problem}")
+            point_to(target)
             if is_best:
                 point_to(target, "BEST")
         if self._keep is not None:

@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import struct
-import sys
 import threading
 import time
 import uuid
@@ -21,7 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from engine import launch
-from utils import UserError, end_process
+from utils import UserError, end_process, flush_output
 
 if TYPE_CHECKING:  # it takes seconds to import
     from torch.distributed import Store
@@ -162,8 +161,7 @@ def joined(timeout_s: int) -> Iterator[World]:
 def exit_process(status: int) -> NoReturn:
     """sys.exit(); but from a group that was not left at once, as libraries would wait for lost ranks, or abort."""
     if _group is not None and _group.world.size > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         os._exit(status)
     end_process(status)
 

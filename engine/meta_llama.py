@@ -194,7 +194,7 @@ def _join(shards: list[dict[str, Tensor]], config: LlamaConfig) -> dict[str, Ten
 
 def _load_tokenizer(path: Path, name: str | None, config: LlamaConfig) -> PreTrainedTokenizerBase:
     if name is not None:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     file = next((file for file in (path / "tokenizer.model", path.parent / "tokenizer.model") if file.is_file()), None)
     if file is None:
         problem = f"path: there is no tokenizer.model in {path} or above it"

@@ -124,10 +124,11 @@ def load_saved(name: str, *, dtype: torch.dtype | None = None, base: str | None 
     else:
         source = name if directory is None else str(directory)
         try:
-            is_quantised = getattr(AutoConfig.from_pretrained(source), "quantization_config", None) is not None
+            described = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            is_quantised = getattr(described, "quantization_config", None) is not None
             if not is_quantised:
                 model, info = AutoModelForCausalLM.from_pretrained(
-                    source, dtype=dtype or "auto", output_loading_info=True
+                    source, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
                 )
         except Exception as error:  # a damaged file raises nearly anything
             raise _cannot_load("model", source, error) from error
@@ -149,7 +150,7 @@ def load_saved(name: str, *, dtype: torch.dtype | None = None, base: str | None 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise _cannot_load("tokenizer", source, error) from error
 
@@ -157,6 +158,9 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 def _cannot_load(kind: str, source: str, error: Exception) -> UserError:
     if is_out_of_memory(error):
         raise error
+    if "trust_remote_code" in str(error):
+        problem = f"{source} brings Python code of its own, which is not run"
+        return UserError("CHECKPOINT", problem, "give a model that transformers has the code of")
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
         "CHECKPOINT",

@@ -282,7 +282,8 @@ def test_the_best_checkpoint_is_kept(program: Program) -> None:
     assert {path.name for path in result.dir.glob("step-*")} == {f"step-{best}", "step-16"}
     load_saved(str(result.dir / "BEST"))
     state = json.loads((result.dir / "BEST" / "training_state.json").read_text())
-    assert state["best"] == {"rewards_eval/margins": values[best]}
+    expected = {"metric": "rewards_eval/margins", "value": values[best], "checkpoint": f"step-{best}"}
+    assert state["best"] == expected
     lowest = run(program, *command, "keep_best=loss/eval", f"local_run_dir={program.directory / 'b'}")
     losses = {row["counters/examples"]: row["loss/eval"] for row in lowest.evals[1:]}
     assert (lowest.dir / "BEST").resolve().name == f"step-{min(losses, key=lambda examples: losses[examples])}"

@@ -1,11 +1,15 @@
 """What a run that goes on may not do: learn otherwise, from another reference, or log twice."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.faults.processes import assert_equal_runs, command, complete, rows
+from engine.checkpoint import CheckpointWriter
+from tests.faults.processes import assert_equal_runs, assert_whole, command, complete, rows, saved
+from trainers import BasicTrainer, Batch, Step
 
 
 def test_a_changed_learning_rate(inputs: Path, tmp_path: Path) -> None:
@@ -72,3 +76,39 @@ def test_a_run_that_is_over_stays_as_it_is(inputs: Path, whole: Path, tmp_path: 
     assert status == 0 and f"resumed from {whole}/step-60" in out, err
     assert len(before) > 10 and before == {path: path.read_bytes() for path in before}
     assert_equal_runs(whole, whole)
+
+
+def test_the_best_checkpoint_is_known_though_a_kill_came_before_the_link(inputs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = command(inputs, run_dir, "keep_best=loss/eval", "save_every=16", "n_examples=48", "lr=1e-4")
+    assert complete(arguments, tmp_path / "output", fault="before_pointer#3=kill")[0] == -9
+    losses = [row["loss/eval"] for row in rows(run_dir) if row.get("loss/eval") and row["counters/examples"]]
+    assert len(losses) == 3 and losses[-1] == min(losses)
+    assert (run_dir / "BEST").resolve().name in ("step-16", "step-32")
+    status, out, err = complete(arguments, tmp_path / "output")
+    assert status == 0 and f"resumed from {run_dir}/step-48" in out, err
+    assert (run_dir / "BEST").resolve().name == "step-48"
+
+
+def fail_while_a_slow_disk_is_written_to() -> None:
+    write, step = CheckpointWriter._write, BasicTrainer.step
+
+    def slow(*arguments: Any) -> Path:
+        time.sleep(1)
+        return write(*arguments)
+
+    def failing(trainer: BasicTrainer, batch: Batch) -> Step:
+        if trainer.counters["updates"] == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return step(trainer, batch)
+
+    CheckpointWriter._write, BasicTrainer.step = slow, failing  # type: ignore[method-assign, assignment]
+
+
+def test_what_was_being_saved_when_the_run_failed_is_there(inputs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = command(inputs, run_dir, "save_every=12")
+    status, _, err = complete(arguments, tmp_path / "output", prepare=fail_while_a_slow_disk_is_written_to)
+    assert status == 1 and "illegal memory access" in err
+    assert saved(run_dir) == ["step-12"]
+    assert_whole(run_dir)

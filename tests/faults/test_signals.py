@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.faults.processes import Process, assert_equal_runs, assert_whole, command, complete, rows, saved
 from trainers import BasicTrainer, Batch, Step
+from utils import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FSDP = ("trainer=FSDPTrainer",)
@@ -106,7 +107,7 @@ def test_a_second_signal_is_obeyed_at_once(inputs: Path, whole: Path, tmp_path: 
         command(inputs, run_dir), tmp_path / "output", fault="before_rename#3=wait", prepare=prepare
     ) as process:
         process.wait_until((run_dir / ".step-12.tmp" / "manifest.json").exists)
-        time.sleep(0.3)
+        time.sleep(StopRequest.TOGETHER + 0.1)
         process.send(number)
         begun = time.monotonic()
         assert process.wait() == 128 + number, process.err
@@ -118,8 +119,9 @@ def test_a_second_signal_is_obeyed_at_once(inputs: Path, whole: Path, tmp_path: 
     assert_equal_runs(run_dir, whole)
 
 
-def test_a_launched_run_is_signalled(inputs: Path, whole_on_two: Path, tmp_path: Path) -> None:
-    """As a user would see it: the command, its launcher and the workers of that."""
+@pytest.mark.parametrize("to_all", [False, True])
+def test_a_launched_run_is_signalled(inputs: Path, whole_on_two: Path, tmp_path: Path, to_all: bool) -> None:
+    """As a user would see it: the command, its launcher and the workers of that, which job schedulers signal too."""
     run_dir = tmp_path / "run"
     arguments = command(inputs, run_dir, *FSDP, "num_processes=2")
     launcher = subprocess.Popen(
@@ -131,11 +133,39 @@ def test_a_launched_run_is_signalled(inputs: Path, whole_on_two: Path, tmp_path:
     )
     while not (run_dir / "metrics.jsonl").exists() and launcher.poll() is None:
         time.sleep(0.002)
+    if to_all:
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), signal.SIGTERM)
     launcher.send_signal(signal.SIGTERM)
     err = launcher.communicate(timeout=60)[1]
     assert launcher.returncode == 128 + signal.SIGTERM, err
+    assert len(saved(run_dir)) > 0
     assert_whole(run_dir)
     assert saved(run_dir)[-1] == f"step-{rows(run_dir)[-1]['counters/examples']}"
     status, _, err = complete(command(inputs, run_dir, *FSDP), tmp_path / "output", 2)
     assert status == 0, err
     assert_equal_runs(run_dir, whole_on_two)
+
+
+def test_a_terminal_that_is_gone_costs_no_step(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    """As with `| tee`, which Ctrl-C ends too: nobody reads any more what the run prints, nor what the signal says."""
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *command(inputs, run_dir)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    while not (run_dir / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.002)
+    assert process.stdout is not None
+    process.stdout.close()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    assert len(saved(run_dir)) > 0
+    assert_whole(run_dir)
+    status, _, err = complete(command(inputs, run_dir), tmp_path / "output")
+    assert status == 0, err
+    assert_equal_runs(run_dir, whole)
