@@ -1,13 +1,15 @@
 """The long form of tests/faults: python benchmarks/soak.py [--record]; at most 40 minutes on two cores.
 
 How much of each is done may be set: SOAK_KILLS=30 SOAK_SECONDS=600 python benchmarks/soak.py. What was not done when
-the time is over is not counted. --record writes counts and failures to benchmarks/results/soak-<date>.json.
+the time is over is not counted. --record also runs the tests of planted secrets and of 2,000 bad inputs, and writes
+counts and failures to benchmarks/results/soak-<date>.json.
 """
 
 import json
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -46,6 +48,11 @@ ASKED = {
     "sigterms": 50,
     "full_disks": 20,
     "seconds": 2400,  # after which nothing more is begun
+}
+# What --record runs beside, by pytest: name -> tests of tests/faults, and what of them.
+TESTS = {
+    "bad_inputs": ["test_bad_input.py::test_two_thousand"],
+    "planted_secrets": ["test_security.py", "-k", "secret"],
 }
 TRAINERS: dict[str, tuple[tuple[str, ...], int]] = {
     "BasicTrainer": ((), 1),
@@ -149,6 +156,15 @@ class Soak:
         return 1
 
 
+def run_tests(what: Sequence[str]) -> tuple[int, str]:
+    """How many tests of tests/faults passed, and what pytest says if one did not."""
+    first, *rest = what
+    command = [sys.executable, "-m", "pytest", "-q", f"tests/faults/{first}", *rest]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", result.stdout)
+    return int(passed[1]) if passed else 0, "" if result.returncode == 0 else result.stdout[-2000:]
+
+
 def facts() -> Iterator[tuple[str, Any]]:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -168,6 +184,10 @@ def main(arguments: Sequence[str]) -> int:
         soak.run()
     record |= {"seconds": round(time.monotonic() - begun), "asked": asked, "done": soak.done}
     record["failures"] = soak.failures
+    if "--record" in arguments:
+        for name, tests in TESTS.items():
+            record[f"tests_of_{name}"], failed = run_tests(tests)
+            record["failures"] += [failed] if failed else []
     text = json.dumps(record, indent=1)
     print(text)
     if "--record" in arguments:

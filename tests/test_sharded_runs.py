@@ -166,6 +166,7 @@ def on_two(directory: Path, launched: Run, basic: Runs) -> Runs:
     gpt2, silent = (*DPO, *MODEL["gpt2"]), "sample_during_eval=false"
     runs |= {
         "fsdp-in-order": (*IN_ORDER, *FSDP),
+        "fsdp-in-order-from-basic": (*IN_ORDER, *FSDP, f"resume={basic['in-order'].dir}/step-8"),
         "fsdp-resumed": (*DPO, *FSDP, f"resume={launched.dir}/step-8"),
         "fsdp-from-basic": (*DPO, *FSDP, f"resume={basic['llama'].dir}/step-8", silent),
         "tensor-from-fsdp": (*DPO, *TENSOR, f"resume={launched.dir}/step-8", silent),
@@ -263,6 +264,8 @@ def test_two_processes_train_what_one_does(name: str, other: str, on_two: Runs, 
 def test_sums_in_order_give_the_bits_of_one_process(on_two: Runs, basic: Runs) -> None:
     assert numbers(on_two["fsdp-in-order"]) == numbers(basic["in-order"])
     assert_equal_weights(on_two["fsdp-in-order"], basic["in-order"])
+    assert "resumed from" in on_two["fsdp-in-order-from-basic"].out
+    assert_equal_weights(on_two["fsdp-in-order-from-basic"], basic["in-order"])
 
 
 @pytest.mark.slow

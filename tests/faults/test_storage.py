@@ -3,11 +3,15 @@
 import random
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from engine.checkpoint import WEIGHTS, CheckpointWriter, tensors_of
 from tests.faults.processes import (
     Process,
     assert_equal_runs,
@@ -18,6 +22,7 @@ from tests.faults.processes import (
     saved,
     small_disk,
 )
+from trainers import BasicTrainer, Batch, Step
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +116,34 @@ def test_a_directory_in_use(inputs: Path, whole: Path, tmp_path: Path) -> None:
     status, _, err = complete(command(inputs, run_dir), tmp_path / "second")
     assert status == 0, err
     assert_equal_runs(run_dir, whole)
+
+
+def write_until_a_later_step() -> None:
+    """Have the save after update 10 come to its end when update 13 has been made, if that does not wait for it."""
+    write, step, is_made = CheckpointWriter._write, BasicTrainer.step, threading.Event()
+
+    def writing(*arguments: Any) -> Path:
+        if not is_made.wait(30):
+            raise OSError("training waits for the disk")
+        return write(*arguments)
+
+    def stepping(trainer: BasicTrainer, batch: Batch) -> Step:
+        made = step(trainer, batch)
+        if trainer.counters["updates"] == 13:
+            is_made.set()
+        return made
+
+    CheckpointWriter._write, BasicTrainer.step = writing, stepping  # type: ignore[method-assign, assignment]
+
+
+def test_training_does_not_wait_for_the_disk(inputs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = command(inputs, run_dir, "save_every=40", "keep_checkpoints=null")
+    status, _, err = complete(arguments, tmp_path / "output", prepare=write_until_a_later_step)
+    assert status == 0 and saved(run_dir) == ["step-40", "step-60"], err
+    # What was saved is the state of that time, not that of the steps which were made while it was written.
+    saved_state = dict(tensors_of(run_dir / "step-40", WEIGHTS))
+    other = tmp_path / "other"
+    assert complete(command(inputs, other, "save_every=40", "keep_checkpoints=null"), tmp_path / "output")[0] == 0
+    expected = dict(tensors_of(other / "step-40", WEIGHTS))
+    assert expected and all(torch.equal(saved_state[name], value) for name, value in expected.items())
