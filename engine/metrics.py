@@ -357,9 +357,11 @@ def format_metrics(metrics: Metrics) -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The peak of a GPU's dense bfloat16 matrix products in FLOP/s, from its data sheet; None if not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    """The peak of a device's dense bfloat16 matrix products in FLOP/s; None if not known."""
+    return gpu_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def gpu_peak_flops(name: str) -> float | None:
+    """The same for a GPU by its name, from its data sheet."""
     peaks = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}
     return next((peak for known, peak in peaks.items() if known in name), None)

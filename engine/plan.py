@@ -33,7 +33,7 @@ from engine.attention import packed_varlen
 from engine.batching import num_fed_tokens
 from engine.logprobs import CHUNK_LOGITS, CHUNK_TOKENS
 from engine.memory import total_memory
-from engine.metrics import Sums, peak_flops
+from engine.metrics import Sums, gpu_peak_flops, peak_flops
 from engine.models import find_blocks, hf_config_of
 from engine.reference import LiveReference
 from engine.sharding import own, shard_model
@@ -68,17 +68,19 @@ class Hardware:
     peak: dict[torch.dtype, float]
 
 
-def _gpu(name: str, gigabytes: int, bfloat16: float, float32: float) -> Hardware:
-    return Hardware(name, "gpu", gigabytes * 10**9, {torch.bfloat16: bfloat16 * 1e12, torch.float32: float32 * 1e12})
+def _gpu(name: str, gigabytes: int, float32: float) -> Hardware:
+    bfloat16 = gpu_peak_flops(name)
+    assert bfloat16 is not None
+    return Hardware(name, "gpu", gigabytes * 10**9, {torch.bfloat16: bfloat16, torch.float32: float32 * 1e12})
 
 
-# From data sheets: dense products in bfloat16 with fp32 sums, and in fp32 without TF32.
+# From data sheets: memory, and 10^12 FLOP/s of products in fp32 without TF32.
 HARDWARE = {
-    "h200": _gpu("H200", 141, 989, 67),
-    "h100": _gpu("H100 SXM", 80, 989, 67),
-    "a100": _gpu("A100 SXM 80 GB", 80, 312, 19.5),
-    "rtx4090": _gpu("RTX 4090", 24, 165, 82.6),
-    "rtx3090": _gpu("RTX 3090", 24, 71, 35.6),
+    "h200": _gpu("H200", 141, 67),
+    "h100": _gpu("H100 SXM", 80, 67),
+    "a100": _gpu("A100 SXM 80 GB", 80, 19.5),
+    "rtx4090": _gpu("RTX 4090", 24, 82.6),
+    "rtx3090": _gpu("RTX 3090", 24, 35.6),
 }
 
 
