@@ -221,6 +221,7 @@ def test_commands_of_the_readme_run_one_after_another(
     Path("RUN").symlink_to(archive.parent)
     Path("OTHER").symlink_to(archive)
     Path("prompts.txt").write_text("Is it any good?\n")
+    run = None
     for line in block:
         if "train.py" in line:
             for pattern, replacement in STAND_INS:
@@ -238,6 +239,7 @@ def test_commands_of_the_readme_run_one_after_another(
             monkeypatch.setattr(sys, "argv", [script, *arguments, *quicker])
             assert {"chat.py": chat, "export.py": export}[script].main() == 0
             values = dict(argument.split("=", 1) for argument in arguments)
+            assert run is None or Path(values["from"]).resolve() == run.dir.resolve()  # the last of a chain
             if script == "export.py" and "format" not in values:
                 state = load_saved(values["from"]).model.state_dict()
                 exported = AutoModelForCausalLM.from_pretrained(values["to"]).state_dict()
