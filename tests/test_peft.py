@@ -18,7 +18,7 @@ import export
 from engine.adapters import num_weights
 from engine.models import find_blocks
 from engine.saved_models import load_saved
-from tests.ranks import make_trainer
+from tests.ranks import make_trainer, trajectory
 from tests.runs import QUICK, Program, Run
 
 DPO = ("loss=dpo", "loss.beta=0.1")
@@ -111,6 +111,25 @@ def test_cached_and_live_references_give_the_same_run(program: Program) -> None:
         cached, live = (run(program, *DPO, *LLAMA, *peft, f"reference={kind}") for kind in ("cached", "live"))
         for row, other in zip(cached.steps, live.steps, strict=True):
             assert row["loss/train"] == pytest.approx(other["loss/train"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [LORA, (*QLORA, "activation_checkpointing=true")])
+def test_compiled_blocks_train_as_plain_ones(peft: tuple[str, ...], tmp_path: Path) -> None:
+    losses, norms, weights = zip(
+        *(
+            trajectory(
+                ("llama", "dpo", (*peft, "reference=live", "n_epochs=1", f"compile={compiled}")), tmp_path / compiled
+            )
+            for compiled in ("false", "true")
+        ),
+        strict=True,
+    )
+    assert losses[1][0].item() == pytest.approx(math.log(2), abs=1e-7)  # margins are 0
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=1e-6)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
 
 
 # ---- Checkpoints ----
