@@ -145,7 +145,10 @@ def load_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         inject(model, adapter, with_copy=needs_copy)
-    kept = {*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()}
+    # In mixed precision the head keeps its dtype, and embeddings that scale what they give; what others give is cast.
+    kept = {*model.get_output_embeddings().parameters()}
+    if type(model.get_input_embeddings()) is not nn.Embedding:
+        kept |= {*model.get_input_embeddings().parameters()}
     for name, parameter in model.named_parameters():
         is_adapter = _is_adapter(name)
         parameter.requires_grad_(_is_trained(name, adapter))

@@ -100,6 +100,19 @@ def test_dtypes_fit_together(program: Program, name: str) -> None:
         assert_starts_at_zero(result)
 
 
+def test_frozen_weights_have_the_dtype_that_they_run_in(tmp_path: Path) -> None:
+    """All but the head, and what shares its weight or is trained."""
+    for model, more, wide in (
+        ("llama", (), {"lm_head.weight"}),
+        ("llama", ("peft.full_modules=[embed_tokens]",), {"lm_head.weight", "model.embed_tokens.weight"}),
+        ("qwen2", (), {"model.embed_tokens.weight"}),
+    ):
+        overrides = ("peft=lora", "peft.rank=2", "mixed_precision=bfloat16", *more)
+        policy = make_trainer((model, "sft", overrides), tmp_path).policy
+        found = {name for name, p in policy.named_parameters() if p.dtype == torch.float32 and ".lora_" not in name}
+        assert found == wide
+
+
 def test_an_unquantised_base_shares_the_reference_of_the_full_model(program: Program) -> None:
     run(program, *DPO, *LLAMA)
     assert "all log-probs are in" in run(program, *DPO, *LLAMA, *LORA).out
