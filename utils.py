@@ -165,12 +165,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_reachable(url: str, timeout: float = 5) -> bool:
     """Whether the server of url takes a connection within timeout seconds."""
-    address = urlsplit(url)
     try:
+        address = urlsplit(url)
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname or "", port), timeout=timeout).close()
         return True
-    except OSError:
+    except (OSError, ValueError):  # the latter if it is no url
         return False
 
 

@@ -27,16 +27,17 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.batching import Microbatch
 from engine.checkpoint import MANIFEST_FILE, find_checkpoint, named_aliases
-from engine.models import find_blocks, load_model
+from engine.models import differing_values, find_blocks, hf_config_of, load_model
 from engine.quantization import QuantizedLinear, bitsandbytes_functional, quantize
 from engine.reference import LiveReference
 from engine.sharding import fill
-from utils import UserError
+from utils import UserError, clipped
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER = "adapter_model"  # beginning of the names of its files
 OWN, REFERENCE = "default", "reference"  # the adapter that is trained, and a frozen copy of what it started as
 BASE = "base_model.model."  # before the names of parameters in peft's files
+ATTENTION = ("attn", "attention", "self_attn", "self_attention")  # beginnings of the names of its modules
 VALUES = ("q_proj", "v_proj", "query_key_value", "c_attn", "qkv_proj", "Wqkv")  # or fused with what they come with
 # What an archived adapter must share with the config: peft's name of it -> ours.
 SHARED = {
@@ -48,6 +49,13 @@ SHARED = {
     "target_modules": "target_modules",
     "modules_to_save": "full_modules",
 }
+# And what may differ: what is of no adapter's function, is settled by the model, or is how training began. Others of
+# peft's are not done here.
+FREE = {
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_lora_weights", "lora_dropout",
+    "peft_type", "peft_version", "revision", "task_type",
+}  # fmt: skip
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others take from the base what they give the adapter
 
 
 @dataclass
@@ -111,7 +119,7 @@ def load_policy(
     runs_in = getattr(torch, mixed) if mixed else dtype
     is_quantized = peft.name == "qlora"
     archive = None if config.model.archive is None else _adapter_archive(Path(config.model.archive))
-    config, base = _with_base(config, archive)
+    config, base = _with_base(config, archive, tokenizer)
     stored = _stored_dtype(base, config.model.trust_remote_code)
     is_narrow = stored in (torch.bfloat16, torch.float16) and (is_quantized or mixed)  # nothing is lost in it
     loading_device = torch.device("cpu") if is_quantized else device
@@ -126,17 +134,21 @@ def load_policy(
     lora.modules_to_save = full_modules or None
     if archive is not None:
         _check_same(archive, lora)
+    if is_quantized or peft.target_modules == "all_linear":
+        _tell_of_others(blocks)
     if is_quantized:
         quantize(model, blocks, device=device, **_quantization(peft))
         model = model.to(device)
-    is_pure = peft.bias == "none" and not full_modules
-    has_own_reference = config.reference == "live" and is_pure
+    has_own_reference = config.reference == "live" and not full_modules and not _trains_biases(model, lora)
     needs_copy = has_own_reference and (archive is not None or peft.dora)
     adapter = Adapter(lora, full_modules, archive, has_own_reference, peft.get("compute_dtype"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         inject(model, adapter, with_copy=needs_copy)
-    kept = {*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()}
+    # In mixed precision the head keeps its dtype, and embeddings that scale what they give; what others give is cast.
+    kept = {*model.get_output_embeddings().parameters()}
+    if type(model.get_input_embeddings()) is not nn.Embedding:
+        kept |= {*model.get_input_embeddings().parameters()}
     for name, parameter in model.named_parameters():
         is_adapter = _is_adapter(name)
         parameter.requires_grad_(_is_trained(name, adapter))
@@ -147,6 +159,8 @@ def load_policy(
         else:
             wanted = dtype if parameter in kept or parameter.requires_grad else runs_in
         parameter.data = parameter.data.to(wanted)
+    if config.trainer == "FSDPTrainer":
+        _check_one_dtype(blocks)
     if archive is not None:
         _load_weights(model, archive)
     if needs_copy:
@@ -195,21 +209,36 @@ def _adapter_archive(archive: Path) -> Path | None:
     return archive.resolve() if (archive / ADAPTER_CONFIG).is_file() else None
 
 
-def _with_base(config: DictConfig, archive: Path | None) -> tuple[DictConfig, str | None]:
-    """The config of the base model, and the name or absolute path by which others find it, None if there is none."""
+def _with_base(
+    config: DictConfig, archive: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[DictConfig, str | None]:
+    """The config of the base model, and the name or absolute path by which others find it, None if there is none.
+
+    What an archived adapter was trained on decides, as its weights mean nothing on any other model.
+    """
     model = config.model
     if archive is not None:
-        base = _read_adapter_config(archive).get("base_model_name_or_path")
+        named = _read_adapter_config(archive).get("base_model_name_or_path")
         own = archive.parent / "base"  # of a run that was moved
-        path = next((path for path in (Path(str(base)), archive / str(base), own) if path.is_dir()), None)
+        places = [Path(named), archive / named, own] if named else [own]
+        path = next((path for path in places if path.is_dir()), None)
         config = copy.deepcopy(config)
         config.model.archive = None if path is None else str(path.resolve())
         if path is None and model.architecture is not None:
-            problem = f"model.archive: the base model of {archive}, {base}, is not there"
-            raise UserError("CHECKPOINT", problem, "put it back, or name another in adapter_config.json")
-        if path is None:
-            config.model.name_or_path = base
-        return config, base if path is None else str(path.resolve())
+            what = f"the base model of {archive}, {named}, is not there" if named else f"{archive} names no base model"
+            raise UserError("CHECKPOINT", f"model.archive: {what}", "put it back, or name it in adapter_config.json")
+        if path is None and not named:
+            print(
+                f"model.archive: {archive} names no base model, so {model.name_or_path} is taken (model.name_or_path)"
+            )
+            return _with_base(config, None, tokenizer)
+        base = named if path is None else str(path.resolve())
+        config.model.name_or_path, config.model.architecture = base, None
+        differing = differing_values(hf_config_of(config.model, tokenizer), hf_config_of(model, tokenizer))
+        if differing:
+            problem = f"model.archive: {base}, the base model of {archive}, does not fit the model of this config"
+            raise UserError("CONFIG", f"{problem} ({differing})", f"model=blank_model model.name_or_path={base}")
+        return config, base
     if model.archive is not None:
         path = Path(model.archive)
         path = path.parent if path.name == "policy.pt" else path
@@ -259,8 +288,7 @@ def _find_targets(model: PreTrainedModel, blocks: list[nn.Module], wanted: Any) 
     """The linear layers inside blocks that a preset or a list of names means, by their names in a block; and whether
     there are any of GPT-2's kind among them."""
     inside = sorted({name for block in blocks for name in _linear_names(block)})
-    of_attention = [name for name in inside if any(part.startswith(("attn", "attention", "self_attn")) for part in
-                                                   name.split(".")[:-1])]  # fmt: skip
+    of_attention = [name for name in inside if any(part.startswith(ATTENTION) for part in name.split(".")[:-1])]
     if wanted == "all_linear":
         found = inside
     elif wanted == "attention":
@@ -281,6 +309,20 @@ def _find_targets(model: PreTrainedModel, blocks: list[nn.Module], wanted: Any) 
         raise UserError("CONFIG", problem, f"name some of {', '.join(inside)}")
     modules = [module for block in blocks for name, module in block.named_modules() if name in found]
     return sorted(set(found)), any(isinstance(module, Conv1D) for module in modules)
+
+
+def _tell_of_others(blocks: list[nn.Module]) -> None:
+    """Say how much of the blocks is in no linear layer, such as experts, which are one tensor each, if it is much."""
+    sizes = {id(parameter): parameter.numel() for block in blocks for parameter in block.parameters()}
+    layers = [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear | Conv1D)]
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    share = sum(size for key, size in sizes.items() if key not in inside) / sum(sizes.values())
+    if share > 0.05:
+        names = sorted(
+            {name for block in blocks for name, p in block.named_parameters() if id(p) not in inside and p.ndim > 1}
+        )
+        some = f" ({clipped(', '.join(names), 200)})" if names else ""
+        print(f"peft: {share:.0%} of the blocks' weights are in no linear layer{some}: neither quantised nor adapted")
 
 
 def _lora_config(peft: DictConfig, targets: list[str], has_conv1d: bool, base: str | None) -> Any:
@@ -326,7 +368,8 @@ def _find_full_modules(
         pair = {alias.rpartition(".")[0], first.rpartition(".")[0]}
         if pair & found:
             found |= pair
-    return sorted(found)
+    # One inside another would be a module to save within a module to save, which peft cannot load.
+    return sorted(name for name in found if not any(name.startswith(f"{other}.") for other in found))
 
 
 # ---- Adapters in a model ----
@@ -355,6 +398,17 @@ def inject(model: PreTrainedModel, adapter: Adapter, with_copy: bool) -> None:
     model.adapter = adapter
 
 
+def _check_one_dtype(blocks: list[nn.Module]) -> None:
+    """Raise a UserError if the weights of a block that are trained have several dtypes, which FSDP cannot mix."""
+    for block in blocks:
+        dtypes = {p.dtype: name for name, p in block.named_parameters() if p.requires_grad}
+        if len(dtypes) > 1:
+            low = min(dtypes, key=lambda dtype: dtype.itemsize)
+            shown = str(low).removeprefix("torch.")
+            problem = f"peft: {dtypes[low]} trains in {shown} beside adapters in fp32, which shards cannot mix"
+            raise UserError("CONFIG", problem, f"set mixed_precision={shown} in place of that dtype")
+
+
 def _is_adapter(name: str) -> bool:
     return ".lora_" in name
 
@@ -367,6 +421,14 @@ def _is_trained(name: str, adapter: Adapter) -> bool:
     if name.endswith("bias"):
         return adapter.config.bias == "all" or (adapter.config.bias == "lora_only" and ".base_layer." in name)
     return False
+
+
+def _trains_biases(model: nn.Module, lora: Any) -> bool:
+    """Whether the base model, before it has adapters, has biases that are trained with them."""
+    layers = [name.removesuffix(".bias") for name, _ in model.named_parameters() if name.endswith(".bias")]
+    if lora.bias == "lora_only":
+        return any(layer.endswith(f".{target}") for layer in layers for target in lora.target_modules)
+    return lora.bias == "all" and bool(layers)
 
 
 def _is_quantized_weight(model: nn.Module, name: str) -> bool:
@@ -498,6 +560,16 @@ def _check_same(archive: Path, config: Any) -> None:
     if stored.get("peft_type") != "LORA":
         problem = f"model.archive: {archive} is {stored.get('peft_type')}, no LoRA adapter"
         raise UserError("CHECKPOINT", problem, "give a LoRA adapter")
+    foreign = [
+        f"{name}={value}"
+        for name, value in sorted(stored.items())
+        if name not in SHARED and name not in FREE and (value or None) != (wanted.get(name) or None)
+    ]
+    if (start := stored.get("init_lora_weights", True)) not in PLAIN_STARTS:
+        foreign.append(f"init_lora_weights={start}")
+    if foreign:
+        problem = f"model.archive: the adapter in {archive} has {', '.join(foreign)}, which adapters here have not"
+        raise UserError("CONFIG", problem, "merge it into its base model with export.py, and name that")
     targets = stored.get("target_modules") or []
     same_targets = isinstance(targets, list) and {t.split(".")[-1] for t in targets} == {
         t.split(".")[-1] for t in wanted["target_modules"]

@@ -37,15 +37,19 @@ class Option:
 
 
 def parse_arguments(options: Mapping[str, Option], arguments: Sequence[str]) -> dict[str, Any]:
-    """The value of every option; `--key=value` is read as `key=value`.
+    """The value of every option; `--key=value` and `--key value` are read as `key=value`.
 
     Raises:
         UserError: CONFIG, naming every problem.
     """
     values = {key: option.default for key, option in options.items()}
     problems: list[str] = []
-    for argument in arguments:
+    rest = iter(arguments)
+    for argument in rest:
         key, is_given, value = argument.removeprefix("--").partition("=")
+        if not is_given and argument.startswith("--") and key in options:
+            value = next(rest, "")
+            is_given = value
         if key not in options or not is_given:
             guess = bracketed(did_you_mean(nearest(key, options)))
             problems.append(f"{argument}: not of the form key=value" if not is_given else f"{key}: unknown key{guess}")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import try_to_load_from_cache
 
 from engine.saved_models import RunRecord, SavedModel
 
@@ -20,13 +21,17 @@ def model_card(name: str, saved: SavedModel, record: RunRecord) -> str:
     datasets = [Path(dataset).name for dataset in config.get("datasets") or []]
     if datasets:
         config["datasets"] = datasets
+    if config.get("chat_template"):
+        config["chat_template"] = Path(config["chat_template"]).name
     model = config.get("model") or {}
     base = saved.base or model.get("name_or_path") or ""
-    is_on_hub = "/" in base and not _is_local(base)
+    is_on_hub = _is_on_hub(base)
     base = base and _public(base)
-    for key in ("name_or_path", "tokenizer_name_or_path", "archive"):
+    for key in ("name_or_path", "tokenizer_name_or_path"):
         if model.get(key):
             model[key] = _public(model[key])
+    if model.get("archive"):
+        model["archive"] = _last_parts(model["archive"])
     loss = config.get("loss") or {}
 
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -59,13 +64,24 @@ def model_card(name: str, saved: SavedModel, record: RunRecord) -> str:
 
 
 def _is_local(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or Path(name).exists()
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether the hub's local cache has a model of this name, which might else be a path from where the run was."""
+    try:
+        return "/" in name and not _is_local(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # no name that the hub could have
+        return False
 
 
 def _public(name: str) -> str:
-    """A name on the hub as it is; of a path the last part, or the last two of a checkpoint."""
-    if not _is_local(name):
-        return name
-    parts = Path(name).parts
+    """A name on the hub as it is; of a path the last parts."""
+    return _last_parts(name) if _is_local(name) else name
+
+
+def _last_parts(path: str) -> str:
+    """The last part of a path, or the last two of a checkpoint's."""
+    parts = Path(path).parts
     is_checkpoint = parts[-1] in ("LATEST", "policy.pt") or parts[-1].startswith("step-")
     return "/".join(parts[-2:] if is_checkpoint else parts[-1:])

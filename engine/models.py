@@ -1,5 +1,7 @@
 """Tokenizers and models: built from the hub, a directory, or a config with random weights; checked before use."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,12 @@ EMBEDDED_TOKENIZER = "films"
 # Masks and frequencies, which older versions of transformers saved with the weights.
 BUFFERS = ("attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+# Values of a transformers config, by the ends of their names, that leave log-probs as they are. Dropout is turned off.
+HARMLESS = re.compile(
+    r"^_|(^|_)(architectures|transformers_version|dtype|use_cache|return_dict|output_attentions|output_hidden_states"
+    r"|name_or_path|id2label|label2id|problem_type|token_id|token_index|initializer_range|auto_map|tokenizer_class"
+    r"|quantization_config|pretraining_tp|dropout|pdrop)$"
+)
 
 
 def load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
@@ -144,6 +152,24 @@ def hf_config_of(settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> An
         raise _no_model(error) from error
 
 
+def differing_values(stored: Any, own: Any) -> str:
+    """What makes a stored transformers config one of another model than our own, in words; empty if nothing does.
+
+    A value that only one of them has was added by another version of transformers, or says what is the default.
+    """
+
+    def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
+        for key in sorted(theirs.keys() & ours.keys()):
+            if isinstance(ours[key], dict) and key.endswith("_config") and isinstance(theirs[key], dict):
+                yield from compare(theirs[key], ours[key])
+            elif theirs[key] != ours[key] and not HARMLESS.search(key):
+                yield f"{key} is {theirs[key]} there, not {ours[key]}"
+
+    if stored.model_type != own.model_type:
+        return f"model_type is {stored.model_type} there, not {own.model_type}"
+    return clipped(", ".join(compare(stored.to_dict(), own.to_dict())), 500)
+
+
 def _no_model(error: Exception) -> UserError:
     return UserError(
         "CONFIG",
@@ -171,11 +197,14 @@ def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     fix = "give the run directory, checkpoint (step-N, LATEST) or policy.pt of a run with this model"
     if archive.is_dir() and not (archive / "config.json").exists():  # a run directory
         archive = find_checkpoint(archive, "model.archive") or archive
-    else:
-        checkpoint = archive.parent if archive.is_file() else archive
-        if is_checkpoint(checkpoint):
-            find_checkpoint(checkpoint, "model.archive")  # or say what is wrong with it
+    directory = archive.parent if archive.is_file() else archive
+    if is_checkpoint(directory):
+        find_checkpoint(directory, "model.archive")  # or say what is wrong with it
     try:
+        if (archive.is_dir() or is_checkpoint(directory)) and (directory / "config.json").exists():
+            stored = AutoConfig.from_pretrained(directory, trust_remote_code=kwargs["trust_remote_code"])
+            if differing := differing_values(stored, kwargs["config"]):
+                raise UserError("CHECKPOINT", f"model.archive: {archive} does not fit the model ({differing})", fix)
         if archive.is_dir():
             model, info = AutoModelForCausalLM.from_pretrained(archive, output_loading_info=True, **kwargs)
         else:
@@ -184,6 +213,8 @@ def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
                 trusted = kwargs.pop("trust_remote_code")
                 own = type(AutoModelForCausalLM.from_config(kwargs["config"], trust_remote_code=trusted))
             model, info = own.from_pretrained(None, state_dict=state, output_loading_info=True, **kwargs)
+    except UserError:
+        raise
     except Exception as error:  # a damaged file raises nearly anything
         if is_out_of_memory(error):
             raise

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from utils import UserError
+
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that do
 
 
@@ -55,6 +57,10 @@ class QuantizedLinear(nn.Linear):
         self.quant_type, self.compute_dtype = quant_type, compute_dtype
         self.bias = layer.bias
         self.requires_grad_(False)
+        if quant_type != "int8" and (weight.numel() + 1) // 2 % storage_dtype.itemsize:
+            shown, sizes = str(storage_dtype).removeprefix("torch."), " x ".join(map(str, weight.shape))
+            problem = f"peft.storage_dtype: a layer of {sizes} weights in 4 bits is no whole number of {shown}"
+            raise UserError("CONFIG", problem, "peft.storage_dtype=uint8")
         if weight.is_meta:  # to be filled by what another process has
             packed, buffers = _empty(weight.shape, quant_type, double_quant, storage_dtype)
         else:

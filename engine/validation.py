@@ -449,6 +449,16 @@ RULES = (
         "{0} trains in {1} beside adapters in fp32, which shards cannot mix: set mixed_precision={1} instead",
     ),
     Rule(
+        ("peft.storage_dtype", "mixed_precision", "trainer", "peft.quant_type"),
+        lambda storage, mixed_precision, trainer, quant_type: (
+            trainer == "FSDPTrainer"
+            and mixed_precision
+            and quant_type != "int8"
+            and storage not in ("uint8", mixed_precision)
+        ),
+        "{0} holds packed weights as numbers that {2} would cast to mixed_precision={1}, and lose: uint8 or {1}",
+    ),
+    Rule(
         ("freeze.first_n_layers", "peft.name"),
         lambda layers, peft: layers > 0 and peft != "none",
         "{0} is for peft=none: with {1} the whole model is frozen, all but peft.full_modules and peft.bias",

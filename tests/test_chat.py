@@ -192,8 +192,11 @@ def test_an_answer_of_a_real_model_is_streamed_and_remembered(directory):
     assert "".join(talker.answer("hi", threading.Event())) == "".join(pieces)  # the same seed
 
 
-def test_stopping_an_answer_ends_generation(directory, monkeypatch):
-    talker = speaker(directory, max_new_tokens=100, temperature=0)
+def test_stopping_an_answer_ends_generation(directory):
+    talker = speaker(directory, max_new_tokens=20, temperature=0)
+    with torch.no_grad():  # else it would end its answer at once
+        ends = talker.model.generation_config.eos_token_id
+        talker.model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))[ends] = 0
     steps = 0
 
     def count(*args):
@@ -201,10 +204,11 @@ def test_stopping_an_answer_ends_generation(directory, monkeypatch):
         steps += 1
 
     talker.model.register_forward_hook(count)
+    assert "".join(talker.answer("hi", threading.Event())) and steps == 20
     stop = threading.Event()
     stop.set()
     said = "".join(talker.answer("hi", stop))
-    assert steps == 1
+    assert steps == 21
     assert talker.messages[-1] == {"role": "assistant", "content": said.strip()}
 
 
@@ -235,9 +239,10 @@ def test_bytes_that_are_no_text_are_refused(directory, command):
 
 
 def test_two_models(directory, command, echo):
-    _, out, _ = command(f"model={directory}", f"--compare={directory}", "prompt=hi")
-    assert out == f"== {directory}\nyou said hi!!\n" * 2
-    assert echo[0] is not echo[1]
+    for compare in ([f"--compare={directory}"], ["--compare", str(directory)]):
+        _, out, _ = command(f"model={directory}", *compare, "prompt=hi")
+        assert out == f"== {directory}\nyou said hi!!\n" * 2
+        assert echo[-2] is not echo[-1]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +258,8 @@ def test_two_models(directory, command, echo):
         (["model={0}/none"], 4, "there is no {0}/none"),
         (["model={0}", "chat_template=none"], 2, "chat_template: must be null or hh, llama2 or a file"),
         (["model={0}", "hello"], 2, "hello: not of the form key=value"),
+        (["model={0}", "prompt=hi", "--compare"], 2, "--compare: not of the form key=value"),
+        (["model={0}", "--hello", "you"], 2, "--hello: not of the form key=value; you: not of the form"),
     ],
 )
 def test_errors_are_one_line(directory, command, arguments, status, problem):

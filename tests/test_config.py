@@ -245,6 +245,14 @@ def test_accepted(overrides):
         ),
         ("peft=lora trainer=FSDPTrainer peft.dora=true", "peft.dora: true needs whole weights"),
         ("peft=lora trainer=FSDPTrainer peft.bias=all model.policy_dtype=bfloat16", "peft.bias: "),
+        (
+            "peft=qlora trainer=FSDPTrainer mixed_precision=bfloat16 peft.storage_dtype=float16",
+            "peft.storage_dtype: ",
+        ),
+        (
+            "peft=qlora trainer=FSDPTrainer model.fsdp_policy_mp=bfloat16 peft.storage_dtype=float32",
+            'cast to mixed_precision="bfloat16", and lose: uint8 or "bfloat16"',
+        ),
         ("peft=lora freeze.first_n_layers=1", "freeze.first_n_layers: 1 is for peft=none"),
         ("peft=lora freeze.patterns=[x]", "freeze.patterns: is for peft=none"),
         ("freeze.patterns=['(']", "freeze.patterns: must be a list of regular expressions"),

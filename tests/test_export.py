@@ -24,6 +24,8 @@ from engine.chat_templates import JINJA
 from engine.films import film_tokenizer
 from engine.gguf_export import plan_gguf
 from engine.meta_llama import byte_characters, load_meta
+from engine.model_card import model_card
+from engine.saved_models import RunRecord, SavedModel
 from tests.models import tiny_model
 from tests.runs import QUICK, SMALL
 from tests.tokenizer_files import TEXTS, byte_level, sentencepiece, sentencepiece_pieces
@@ -91,6 +93,14 @@ def test_hf(run_dir, tmp_path, command):
     ):
         assert part in card
     assert str(run_dir.parent) not in card  # no path of this machine
+
+
+def test_a_card_has_no_paths_of_this_machine():
+    model = {"name_or_path": "models/llama", "archive": "runs/secret/sft", "tokenizer_name_or_path": "/home/me/tok"}
+    config = {"chat_template": "/home/me/mine.jinja", "datasets": ["/home/me/x.jsonl"], "model": model}
+    card = model_card("mine", SavedModel(tiny_model("llama"), byte_level()), RunRecord(config, 4))
+    assert "mine.jinja" in card and "x.jsonl" in card and "weights of sft" in card
+    assert not any(part in card for part in ("/home", "secret", "base_model"))  # which could be a path
 
 
 def test_dtypes(run_dir, tmp_path, command):

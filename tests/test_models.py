@@ -1,5 +1,7 @@
 """Building models and tokenizers, and the check that packed attention is the model's own."""
 
+import json
+
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -154,3 +156,19 @@ def test_buffers_that_older_versions_saved_are_passed_over(tokenizer, tmp_path) 
     torch.save({"state": state}, tmp_path / "policy.pt")
     with pytest.raises(UserError, match="1 unexpected keys"):
         load_model(settings, tokenizer, torch.float32, CPU)
+
+
+def test_weights_of_a_model_that_computes_something_else_are_refused(tokenizer, tmp_path) -> None:
+    """Their shapes fit, so nothing else would notice."""
+    values = {"model_type": "llama", **SIZES["llama"], "attention_dropout": 0.1}
+    settings = config(architecture=values)
+    load_model(settings, tokenizer, torch.float32, CPU).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"pad_token_id": 3, "transformers_version": "5.0.0"}))
+    settings.model.archive = str(tmp_path)
+    load_model(settings, tokenizer, torch.bfloat16, CPU)
+    for changed in ({"rope_parameters": {"rope_theta": 500.0}}, {"rms_norm_eps": 1e-3}, {"num_attention_heads": 2}):
+        settings.model.architecture = values | changed
+        with pytest.raises(UserError, match="does not fit the model") as caught:
+            load_model(settings, tokenizer, torch.float32, CPU)
+        assert f"{next(iter(changed))} is " in str(caught.value) and caught.value.exit_status == 4

@@ -59,3 +59,4 @@ def test_models_in_the_cache_of_HF_HOME_are_found_without_a_network(tmp_path: Pa
     assert not (tmp_path / "run" / "base").exists()  # it has a name by which others find it
     exported = process("export.py", "from=run", "to=out", directory=tmp_path, **NOWHERE)
     assert exported.returncode == 0 and (tmp_path / "out" / "model.safetensors").exists(), exported.stderr
+    assert "base_model: me/model" in (tmp_path / "out" / "README.md").read_text()

@@ -3,19 +3,22 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import export
 from engine.adapters import num_weights
 from engine.models import find_blocks
 from engine.saved_models import load_saved
-from tests.ranks import make_trainer
+from tests.ranks import make_trainer, trajectory
 from tests.runs import QUICK, Program, Run
 
 DPO = ("loss=dpo", "loss.beta=0.1")
@@ -97,6 +100,19 @@ def test_dtypes_fit_together(program: Program, name: str) -> None:
         assert_starts_at_zero(result)
 
 
+def test_frozen_weights_have_the_dtype_that_they_run_in(tmp_path: Path) -> None:
+    """All but the head, and what shares its weight or is trained."""
+    for model, more, wide in (
+        ("llama", (), {"lm_head.weight"}),
+        ("llama", ("peft.full_modules=[embed_tokens]",), {"lm_head.weight", "model.embed_tokens.weight"}),
+        ("qwen2", (), {"model.embed_tokens.weight"}),
+    ):
+        overrides = ("peft=lora", "peft.rank=2", "mixed_precision=bfloat16", *more)
+        policy = make_trainer((model, "sft", overrides), tmp_path).policy
+        found = {name for name, p in policy.named_parameters() if p.dtype == torch.float32 and ".lora_" not in name}
+        assert found == wide
+
+
 def test_an_unquantised_base_shares_the_reference_of_the_full_model(program: Program) -> None:
     run(program, *DPO, *LLAMA)
     assert "all log-probs are in" in run(program, *DPO, *LLAMA, *LORA).out
@@ -108,6 +124,25 @@ def test_cached_and_live_references_give_the_same_run(program: Program) -> None:
         cached, live = (run(program, *DPO, *LLAMA, *peft, f"reference={kind}") for kind in ("cached", "live"))
         for row, other in zip(cached.steps, live.steps, strict=True):
             assert row["loss/train"] == pytest.approx(other["loss/train"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [LORA, (*QLORA, "activation_checkpointing=true")])
+def test_compiled_blocks_train_as_plain_ones(peft: tuple[str, ...], tmp_path: Path) -> None:
+    losses, norms, weights = zip(
+        *(
+            trajectory(
+                ("llama", "dpo", (*peft, "reference=live", "n_epochs=1", f"compile={compiled}")), tmp_path / compiled
+            )
+            for compiled in ("false", "true")
+        ),
+        strict=True,
+    )
+    assert losses[1][0].item() == pytest.approx(math.log(2), abs=1e-7)  # margins are 0
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=1e-6)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
 
 
 # ---- Checkpoints ----
@@ -170,10 +205,57 @@ def test_a_run_that_was_moved_finds_its_base(program: Program) -> None:
     assert "is not there" in refused(program, *DPO, *LLAMA, *LORA, f"model.archive={moved}")
 
 
+def published(run: Run, directory: Path, **changed: Any) -> str:
+    """An adapter as others publish it: the files of peft's form alone, with some values changed."""
+    directory.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run.dir / "LATEST" / name, directory)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(config | changed))
+    return f"model.archive={directory}"
+
+
+def test_an_adapter_stays_on_the_model_that_it_was_trained_on(program: Program) -> None:
+    """Its base decides the config too: the weights of one model would run with the rotary embedding of the other."""
+    sft = run(program, "loss=sft", *LLAMA, *LORA)
+    other = f"model.architecture={{model_type: llama, {SIZES}, rope_parameters: {{rope_theta: 100.0}}}}"
+    message = refused(program, *DPO, *TINY, other, *LORA, f"model.archive={sft.dir}")
+    assert f"model.archive: {sft.dir}/base, the base model of " in message
+    assert "rope_parameters is {'rope_theta': 10000.0" in message
+    program.ok("loss=sft", *LORA, "debug=true", f"model.archive={run(program, 'loss=sft', *LORA).dir}", defaults=SHORT)
+
+
+def test_adapters_of_other_kinds_are_refused(program: Program) -> None:
+    sft = run(program, "loss=sft", *LLAMA, *LORA)
+    others: list[dict[str, Any]] = [
+        {"rank_pattern": {"q_proj": 8}}, {"alpha_pattern": {"q_proj": 64}}, {"init_lora_weights": "pissa_niter_4"},
+        {"layers_to_transform": [0]}, {"exclude_modules": ["o_proj"]}, {"use_qalora": True}, {"of_another_version": 3},
+    ]  # fmt: skip
+    for number, changed in enumerate(others):
+        archive = published(sft, program.directory / str(number), **changed)
+        message = refused(program, "loss=sft", *LLAMA, *LORA, archive)
+        assert f"has {next(iter(changed))}=" in message and "export.py" in message
+    plain = {"init_lora_weights": "gaussian", "revision": "main", "lora_dropout": 0.5, "inference_mode": False}
+    run(program, "loss=sft", *LLAMA, *LORA, published(sft, program.directory / "plain", **plain))
+
+
+def test_an_adapter_that_names_no_base_takes_the_model_of_the_config(program: Program) -> None:
+    sft = run(program, "loss=sft", *LLAMA, *LORA)
+    archive = published(sft, program.directory / "adapter", base_model_name_or_path=None)
+    assert "names no base model; fix: " in refused(program, "loss=sft", *LLAMA, *LORA, archive)
+    named = ("model=blank_model", f"model.name_or_path={sft.dir}/base")
+    result = run(program, "loss=sft", *named, *LORA, archive)
+    assert f"names no base model, so {sft.dir}/base is taken" in result.out
+    written = json.loads((result.dir / "LATEST" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == f"{sft.dir}/base"
+
+
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "scaling-rank": ("peft.scaling=0.5", "peft.target_modules=attention_qv"),
     "biases-head": ("peft.bias=all", "peft.full_modules=[lm_head]"),
+    "biases-lora": ("peft.bias=lora_only",),
+    "nested": ("peft.target_modules=attention_qv", "peft.full_modules=[mlp,down_proj]"),
     "rs-dora": ("peft.rslora=true", "peft.dora=true", "peft.alpha=3"),
 }
 
@@ -183,6 +265,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     [
         ("llama", "plain"), ("qwen2", "biases-head"), ("gpt_neox", "scaling-rank"), ("gpt_neox", "biases-head"),
         ("gpt2", "plain"), ("gpt2", "biases-head"), ("gpt2", "rs-dora"), ("llama", "rs-dora"),
+        ("gpt_neox", "biases-lora"), ("gpt2", "biases-lora"), ("llama", "nested"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_is_an_adapter_for_peft_and_merges(variant: str, architecture: str, tmp_path: Path) -> None:
@@ -206,6 +289,38 @@ def test_a_checkpoint_is_an_adapter_for_peft_and_merges(variant: str, architectu
     loaded = PeftModel.from_pretrained(base, checkpoint)
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits(load_saved(str(tmp_path)).model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_qlora_is_merged_into_the_base_as_it_was_before(tmp_path: Path) -> None:
+    trainer = make_trainer(("llama", "sft", ("peft=qlora", "peft.rank=4", "n_epochs=1", "lr=1e-2")), tmp_path)
+    trainer.train()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").model
+    merged, policy = load_saved(str(tmp_path)).model.model, trainer.policy.model
+    for layer, trained, start in zip(merged.layers, policy.layers, base.layers, strict=True):
+        lora, exact = trained.self_attn.q_proj, start.self_attn.q_proj.weight
+        expected = exact + 2 * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+        torch.testing.assert_close(layer.self_attn.q_proj.weight, expected)
+        assert (expected - exact).abs().max() > 1e-3
+        assert torch.equal(layer.input_layernorm.weight, start.input_layernorm.weight)
+
+
+def test_what_is_exported_of_adapters_is_the_merged_model(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = ("peft.full_modules=[lm_head]", "lr=1e-2")
+    sft = run(program, "loss=sft", *LLAMA, *QLORA, *head)
+    expected = load_saved(str(sft.dir)).model.state_dict()
+    for target in ("x.pt format=policy_pt", "x.gguf format=gguf dtype=f32"):
+        arguments = f"export.py from={sft.dir} to={program.directory}/{target}".split()
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert export.main() == 0
+    state = torch.load(program.directory / "x.pt", weights_only=True)["state"]
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in GGUFReader(program.directory / "x.gguf").tensors}
+    for name, theirs in (("lm_head", "output"), ("model.layers.1.mlp.down_proj", "blk.1.ffn_down")):
+        assert torch.equal(tensors[f"{theirs}.weight"], expected[f"{name}.weight"])
+    again = run(program, *DPO, *LLAMA, *LORA, f"model.archive={program.directory}/x.pt")
+    saved = load_file(again.dir / "base" / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in expected.items())
 
 
 # ---- What is trained ----
@@ -232,6 +347,56 @@ def test_presets_of_layers(architecture: str, preset: str, expected: set[str], t
     assert found == expected
     lora = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert lora == {name for name, _ in policy.named_parameters() if ".lora_" in name}
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "falcon"])
+def test_self_attention_is_attention(architecture: str, program: Program) -> None:
+    sizes = "{model_type: " + architecture + ", hidden_size: 32, num_hidden_layers: 2, n_layer: 2, n_head: 4, "
+    model = (*TINY, f"model.architecture={sizes}num_attention_heads: 4}}", "batching=padded")
+    for preset, expected in (("attention_qv", ["query_key_value"]), ("attention", ["dense", "query_key_value"])):
+        result = run(program, *model, *LORA, f"peft.target_modules={preset}", "n_examples=4")
+        config = json.loads((result.dir / "LATEST" / "adapter_config.json").read_text())
+        assert config["target_modules"] == [f"self_attention.{name}" for name in expected]
+
+
+@pytest.mark.parametrize("peft", [LORA, QLORA])
+def test_what_is_in_no_linear_layer_is_told(peft: tuple[str, ...], program: Program) -> None:
+    mixtral = f"model.architecture={{model_type: mixtral, {SIZES}, num_local_experts: 4, num_key_value_heads: 2}}"
+    result = run(program, *TINY, mixtral, *peft, "n_examples=4", "batching=padded", "debug=true")
+    assert "peft: 89% of the blocks' weights are in no linear layer (mlp.experts.down_proj, mlp" in result.out
+    assert "in no linear layer" not in run(program, *LLAMA, *peft, "n_examples=4", "debug=true").out
+
+
+@pytest.mark.parametrize(
+    "bias, model, needs_copy",
+    [("all", "llama", False), ("lora_only", "llama", False), ("lora_only", "qwen2", True), ("none", "qwen2", False)],
+)
+def test_a_second_model_is_held_only_where_the_base_is_trained(
+    bias: str, model: str, needs_copy: bool, tmp_path: Path
+) -> None:
+    overrides = ("peft=lora", "peft.rank=2", "reference=live", f"peft.bias={bias}")
+    trainer = make_trainer((model, "dpo", overrides), tmp_path)
+    assert (trainer.reference.model is not trainer.policy) == needs_copy
+    assert any(name.endswith("bias") for name in trainable(trainer.policy)) == needs_copy
+
+
+def test_shards_of_several_dtypes_are_refused_before_they_are_made(program: Program) -> None:
+    command = (
+        *LLAMA,
+        "plan=true",
+        "trainer=FSDPTrainer",
+        "num_processes=2",
+        "peft=lora",
+        "model.policy_dtype=bfloat16",
+    )
+    message = refused(program, *command, "peft.full_modules=[input_layernorm]")
+    assert "input_layernorm.weight trains in bfloat16 beside adapters in fp32" in message
+    assert "fix: set mixed_precision=bfloat16" in message
+    program.ok(*command, "peft.full_modules=[lm_head]", defaults=SHORT)
+
+
+def trainable(model: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def test_only_what_is_trained_reaches_the_optimizer(tmp_path: Path) -> None:

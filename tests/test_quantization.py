@@ -11,6 +11,7 @@ from engine.models import find_blocks
 from engine.precision import parameters_in
 from engine.quantization import QuantizedLinear, quantize
 from tests.models import tiny_model
+from utils import UserError
 
 CPU = torch.device("cpu")
 KINDS = ("nf4", "fp4", "int8")
@@ -62,6 +63,13 @@ def test_any_storage_holds_the_same_numbers_and_is_not_cast(kind: str, storage: 
         assert packed.weight.dtype == storage and torch.equal(packed.dequantize(), expected)
         assert packed.bias.dtype == torch.bfloat16
     assert packed.bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_that_are_no_whole_number_of_the_storage_are_refused(device: str) -> None:
+    quantized(nn.Linear(30, 3, device=device), storage_dtype=torch.uint8)
+    with pytest.raises(UserError, match="a layer of 3 x 30 weights in 4 bits"):
+        quantized(nn.Linear(30, 3, device=device), storage_dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -3,15 +3,17 @@
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from engine.saved_models import load_saved
 from tests.ranks import Job, Trajectory, make_trainer, on_ranks, trajectories
 
-FSDP = ("trainer=FSDPTrainer", "n_epochs=1")
+FSDP, TENSOR = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer"
 LORA, QLORA = ("peft=lora", "peft.rank=4", "peft.bias=all"), ("peft=qlora", "peft.rank=4")
 SETTINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "lora": ("qwen2", "dpo", (*LORA, "peft.full_modules=[norm]")),
@@ -23,16 +25,28 @@ SETTINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "qlora-live": ("gpt_neox", "dpo", (*QLORA, "reference=live", "peft.quant_type=fp4")),
     "qlora-int8": ("llama", "sft", (*QLORA, "peft.quant_type=int8")),
     "qlora-bf16": ("llama", "dpo", (*QLORA, "mixed_precision=bfloat16")),
+    "qlora-offloaded": ("llama", "dpo", QLORA),
+    "qlora-in-order": ("llama", "dpo", (*QLORA, "deterministic=true")),
+    "qlora-live-checkpointed": ("llama", "dpo", (*QLORA, "reference=live", "activation_checkpointing=true")),
+    "qlora-bf16-storage": ("llama", "dpo", (*QLORA, "mixed_precision=bfloat16", "peft.storage_dtype=bfloat16")),
     "freeze": ("llama", "dpo", ("freeze.first_n_layers=1", "freeze.patterns=[embed_tokens]")),
+    "freeze-tensor": ("llama", "dpo", ("freeze.first_n_layers=1", "freeze.patterns=[embed_tokens]")),
+    "freeze-tensor-gpt2": ("gpt2", "dpo", ("freeze.patterns=[ln_]", "reference=live")),
+}
+# What two processes have where that is not FSDP alone.
+SHARDED = {
+    "qlora-offloaded": (FSDP, "fsdp.cpu_offload=true"),
+    "freeze-tensor": (TENSOR,),
+    "freeze-tensor-gpt2": (TENSOR,),
 }
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[dict[str, Trajectory], dict[str, Trajectory]]:
     directory = tmp_path_factory.mktemp("ranks")
-    jobs: list[Job] = list(SETTINGS.values())
-    sharded = [(architecture, loss, (*overrides, *FSDP)) for architecture, loss, overrides in jobs]
-    basic = trajectories([(*job[:2], (*job[2], "n_epochs=1")) for job in jobs], directory / "basic")
+    jobs: dict[str, Job] = {name: (*job[:2], (*job[2], "n_epochs=1")) for name, job in SETTINGS.items()}
+    sharded = [(*job[:2], (*job[2], *SHARDED.get(name, (FSDP,)))) for name, job in jobs.items()]
+    basic = trajectories([*jobs.values()], directory / "basic")
     on_two = on_ranks(2, trajectories, sharded, directory / "fsdp")[0]
     return dict(zip(SETTINGS, basic, strict=True)), dict(zip(SETTINGS, on_two, strict=True))
 
@@ -51,24 +65,34 @@ def test_two_processes_train_as_one(name: str, results) -> None:
 RUN: Job = ("llama", "dpo", ("peft=qlora", "peft.rank=4", "n_epochs=1", "eval_every=10"))
 
 
-def whole_run(job: Job, run_dir: Path, checkpoint: Path | None = None) -> None:
-    """Train as job says, in a directory that all ranks share."""
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    tokens = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
+    return model.eval()(tokens, use_cache=False).logits
+
+
+def whole_run(job: Job, run_dir: Path, checkpoint: Path | None = None) -> torch.Tensor:
+    """Train as job says, in a directory that all ranks share; returns what the trained model says of some tokens."""
     trainer = make_trainer(job, run_dir)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train(checkpoint)
+    trainer.policy.set_attn_implementation("sdpa")
+    return logits(trainer.policy)
 
 
-def sharded_runs(directory: Path) -> None:
+def sharded_runs(directory: Path) -> torch.Tensor:
     job = (*RUN[:2], (*RUN[2], "trainer=FSDPTrainer", "sample_during_eval=true", "max_length=80"))
     whole_run(job, directory / "fsdp")
     whole_run(job, directory / "again", directory / "fsdp" / "step-20")
     whole_run(job, directory / "from-basic", directory / "basic" / "step-20")
+    lora = ("peft=lora", "peft.rank=4", "peft.bias=all", "peft.full_modules=[lm_head]", "n_epochs=1", "lr=1e-2", FSDP)
+    return whole_run(("qwen2", "sft", lora), directory / "lora")
 
 
 def test_a_sharded_run_saves_what_any_run_goes_on_from(tmp_path: Path) -> None:
     job = (*RUN[:2], (*RUN[2], "keep_checkpoints=null"))
     whole_run(job, tmp_path / "basic")
-    on_ranks(2, sharded_runs, tmp_path)
+    expected = on_ranks(2, sharded_runs, tmp_path)[0]
     saved = {name: tmp_path / name / "LATEST" for name in ("basic", "fsdp", "again", "from-basic")}
     weights = {name: load_file(path / "adapter_model.safetensors") for name, path in saved.items()}
     assert all(torch.equal(weights["again"][key], value) for key, value in weights["fsdp"].items())
@@ -78,3 +102,6 @@ def test_a_sharded_run_saves_what_any_run_goes_on_from(tmp_path: Path) -> None:
     files = {path.name for path in saved["fsdp"].iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files and "config.json" not in files
     load_saved(str(tmp_path / "fsdp"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "lora" / "base")
+    assert (logits(base) - expected).abs().max() > 0.01  # it was trained
+    torch.testing.assert_close(logits(load_saved(str(tmp_path / "lora")).model), expected, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """The command line as users have it: in a process, its exit status, its last line, and the README's commands."""
 
+import io
 import json
 import os
 import re
@@ -10,7 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+import chat
+import export
+from engine.saved_models import load_saved
 from tests.runs import QUICK, SMALL, Program
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,28 +162,34 @@ def test_a_mixture(program: Program) -> None:
 # ---- The README ----
 
 
+def blocks() -> list[list[str]]:
+    """The commands in each of the README's code blocks, continued lines joined."""
+    texts = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+    return [
+        [" ".join(line.split()) for line in re.sub(r" +#.*", "", text).replace("\\\n", " ").splitlines()]
+        for text in texts
+    ]
+
+
 def commands() -> list[str]:
-    """The commands with train.py in the README's code blocks, continued lines joined."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
-    lines = re.sub(r" +#.*", "", "\n".join(blocks)).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()) for line in lines if "train.py" in line]
+    """Those with train.py."""
+    return [line for block in blocks() for line in block if "train.py" in line]
 
 
-# What stands in the README for something that a test has not: a smaller stand-in.
+# What stands in the README for something that a test has not: a smaller stand-in; and places, for single commands.
 STAND_INS = [
     (r"^(python (-u )?|torchrun .*)train\.py ?", ""),
     (r"\bmodel=(?!tiny|blank_model)\S+", "model=tiny"),
     (r"model=blank_model model\.name_or_path=(?!mine)\S+", "model=tiny"),
     (r"datasets=\[\S*?\]", "datasets=[films]"),
     (r"data_dir=\S+ ?", ""),
-    (r"model\.archive=\S+", "model.archive=ARCHIVE"),
     (r"(num_processes|tensor_parallel_size)=\d+", r"\1=1"),  # tests/test_sharded_runs.py has several
-    (r"local_run_dir=\S+", "local_run_dir=RUN"),
     (r"batch_size=\d+", "batch_size=2"),
     (r"n_epochs=\d+ ?", ""),
     (r"gradient_accumulation_steps=\d+", "gradient_accumulation_steps=2"),
     (r"n_eval_model_samples=\d+", "n_eval_model_samples=2"),
 ]
+PLACES = [(r"model\.archive=\S+", "model.archive=ARCHIVE"), (r"local_run_dir=\S+", "local_run_dir=RUN")]
 
 
 QUICKER = (*QUICK, "n_eval_model_samples=2", "max_length=260", "max_prompt_length=200")
@@ -193,12 +205,45 @@ def archive(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_of_the_readme_runs(command: str, program: Program, archive: Path) -> None:
-    for pattern, replacement in STAND_INS:
+    for pattern, replacement in STAND_INS + PLACES:
         command = re.sub(pattern, replacement, command)
     arguments = shlex.split(command.replace("ARCHIVE", str(archive)).replace("=RUN", f"={program.directory}/run"))
     sizes = () if "model.architecture" in command else SMALL
     run = program.ok(*arguments, "n_examples=4", defaults=sizes + QUICKER)
     assert run.out.splitlines()[-1].startswith("run_dir: ") or "--" in command
+
+
+@pytest.mark.parametrize("block", [block for block in blocks() if any("export.py" in line for line in block)])
+def test_commands_of_the_readme_run_one_after_another(
+    block: list[str], program: Program, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(program.directory)
+    Path("RUN").symlink_to(archive.parent)
+    Path("OTHER").symlink_to(archive)
+    Path("prompts.txt").write_text("Is it any good?\n")
+    run = None
+    for line in block:
+        if "train.py" in line:
+            for pattern, replacement in STAND_INS:
+                line = re.sub(pattern, replacement, line)
+            run = program.ok(*shlex.split(line), "n_examples=4", defaults=SMALL + QUICKER)
+            if given := re.search(r"model\.archive=(\S+)", line):  # of adapters: what training began with
+                assert (
+                    f"reference: {Path(given[1], 'base').resolve()} with {Path(given[1]).resolve()}/step-4" in run.out
+                )
+        elif "from=meta" not in line:  # of which tests/test_export.py has the files
+            script, *arguments = shlex.split(line.removeprefix("python ").partition(" < ")[0])
+            file = line.partition(" < ")[2]
+            monkeypatch.setattr(sys, "stdin", io.StringIO(Path(file).read_text() if file else "hello\n"))
+            quicker = ["max_new_tokens=4"] if script == "chat.py" else []
+            monkeypatch.setattr(sys, "argv", [script, *arguments, *quicker])
+            assert {"chat.py": chat, "export.py": export}[script].main() == 0
+            values = dict(argument.split("=", 1) for argument in arguments)
+            assert run is None or Path(values["from"]).resolve() == run.dir.resolve()  # the last of a chain
+            if script == "export.py" and "format" not in values:
+                state = load_saved(values["from"]).model.state_dict()
+                exported = AutoModelForCausalLM.from_pretrained(values["to"]).state_dict()
+                assert all(torch.equal(exported[name], value) for name, value in state.items())
 
 
 def test_the_readme_names_every_command_of_the_reference() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from utils import ahead
+from utils import ahead, is_reachable
 
 
 def test_items_ahead_are_the_items_in_order() -> None:
@@ -48,3 +48,8 @@ def test_no_thread_is_left_when_the_rest_is_not_wanted() -> None:
     assert threading.active_count() == before + 1
     items.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("url", ["http://x:abc", "http://[::1", "http://127.0.0.1:99999", "http://127.0.0.1:9"])
+def test_what_is_no_address_is_not_reachable(url: str) -> None:
+    assert not is_reachable(url)
