@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from engine.distributed import rank_0_first
 from engine.faults import fail_point
 from engine.optimizers import restore_kinds
-from engine.secrets import public
+from engine.secrets import comparable
 from engine.sharding import Orders, barrier, fill, full_tensor, rank_and_size
 from utils import UserError, write_atomically
 
@@ -444,7 +444,7 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    add("", public(config))
+    add("", comparable(config))
     return {key: value for key, value in flat.items() if key.split(".")[0] not in FREE_ON_RESUME}
 
 

@@ -1,5 +1,7 @@
 """What a run that goes on may not do: learn otherwise, from another reference, or log twice."""
 
+import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +25,20 @@ def test_a_changed_learning_rate(inputs: Path, tmp_path: Path) -> None:
     assert rows(run_dir)[: len(before)] == before
     assert rows(run_dir)[-1]["counters/examples"] == 16
     assert max(row["learning_rate"] for row in rows(run_dir)[len(before) :] if "learning_rate" in row) < 2e-4
+
+
+def set_variable(name: str, value: str) -> None:
+    os.environ[name] = value
+
+
+def test_a_learning_rate_that_changed_in_the_environment(inputs: Path, tmp_path: Path) -> None:
+    """The same command is another run."""
+    arguments = command(inputs, tmp_path / "run", "n_examples=8", "lr='${oc.decode:${oc.env:MY_LR}}'")
+    for value, expected in (("1e-3", 0), ("1e-1", 2), ("0.001", 0)):
+        prepare = partial(set_variable, "MY_LR", value)
+        status, _, err = complete(arguments, tmp_path / "output", prepare=prepare)
+        assert status == expected, err
+        assert status == 0 or "lr was 0.001 and is 0.1;" in err
 
 
 def test_another_reference_under_the_same_name(inputs: Path, whole: Path, tmp_path: Path) -> None:
