@@ -306,8 +306,10 @@ def locked(run_dir: Path) -> Iterator[None]:
             raise UserError(
                 "STORAGE", f"local_run_dir: {run_dir} is in use by another process", "wait for it, or set another one"
             ) from error
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:  # a file system without locks
+            print(
+                f"warning: {run_dir} cannot be locked ({error.strerror}): nothing keeps a second run from writing there"
+            )
         yield
     finally:
         os.close(descriptor)

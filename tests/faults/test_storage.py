@@ -1,5 +1,7 @@
 """Disks that are full or read-only, and directories that are somebody else's."""
 
+import errno
+import os
 import random
 import signal
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.checkpoint import locked
 from tests.faults.processes import (
     Process,
     assert_equal_runs,
@@ -95,6 +98,16 @@ def test_a_file_in_the_place_of_the_directory(inputs: Path, tmp_path: Path) -> N
     for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
         status, _, err = complete(command(inputs, run_dir), tmp_path / "output")
         assert status == 6 and err.count("\n") == 1 and "cannot write to" in err, err
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked(tmp_path / "run"):
+        out = capsys.readouterr().out
+    assert f"warning: {tmp_path}/run cannot be locked (No locks available)" in out and out.count("\n") == 1
 
 
 def test_a_directory_in_use(inputs: Path, whole: Path, tmp_path: Path) -> None:
