@@ -29,7 +29,7 @@ from engine.batching import Microbatch
 from engine.checkpoint import MANIFEST_FILE, find_checkpoint, named_aliases
 from engine.models import find_blocks, load_model
 from engine.quantization import QuantizedLinear, bitsandbytes_functional, quantize
-from engine.reference import LiveReference
+from engine.reference import LiveReference, weights_hash
 from engine.sharding import fill
 from utils import UserError
 
@@ -58,6 +58,7 @@ class Adapter:
     full_modules: names of modules of the base model that are trained in full.
     archive: the checkpoint that they were loaded from; None if they are new.
     has_own_reference: whether the model gives the log-probs it started with too; see AdapterReference.
+    base_hash: of the weights of the base model, as they are before they are quantised: that differs among devices.
     """
 
     config: Any
@@ -65,6 +66,7 @@ class Adapter:
     archive: Path | None
     has_own_reference: bool
     compute_dtype: str | None
+    base_hash: str
 
     @property
     def is_new(self) -> bool:
@@ -121,6 +123,7 @@ def load_policy(
     if base is None and run_dir is not None:
         base = str(_save_base(model, tokenizer, run_dir, config.debug))
 
+    base_hash = "" if device.type == "meta" else weights_hash(model, {})  # of a shape there is none
     lora = _lora_config(peft, targets, has_conv1d, base)
     full_modules = _find_full_modules(model, list(peft.full_modules), blocks, is_quantized, lora.target_modules)
     lora.modules_to_save = full_modules or None
@@ -132,7 +135,7 @@ def load_policy(
     is_pure = peft.bias == "none" and not full_modules
     has_own_reference = config.reference == "live" and is_pure
     needs_copy = has_own_reference and (archive is not None or peft.dora)
-    adapter = Adapter(lora, full_modules, archive, has_own_reference, peft.get("compute_dtype"))
+    adapter = Adapter(lora, full_modules, archive, has_own_reference, peft.get("compute_dtype"), base_hash)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         inject(model, adapter, with_copy=needs_copy)

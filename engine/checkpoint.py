@@ -461,20 +461,22 @@ def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     return UserError("CHECKPOINT", f"the checkpoint {checkpoint} cannot be read ({error})", "resume from another one")
 
 
-def read_state(checkpoint: Path, data: str, reference: str | None) -> dict[str, Any]:
+def read_state(checkpoint: Path, data: str, reference: str | None, base: str | None) -> dict[str, Any]:
     """Where the run of checkpoint was when it was saved: its counters and the sizes of its logs.
 
     Raises:
-        UserError: CHECKPOINT if it cannot be read or its reference model has other weights than those hashed to
-            reference, DATA if its training examples are others than those hashed to data.
+        UserError: CHECKPOINT if it cannot be read or its reference model, or the base model of its adapters, has other
+            weights than those hashed to reference and base, DATA if its training examples are others than those hashed
+            to data.
     """
     state = _read_state(checkpoint)
-    if state["reference"] != reference:
-        raise UserError(
-            "CHECKPOINT",
-            f"resume: the reference of the run at {checkpoint} had other weights than the model has now",
-            "give the model that the run was started from, or start a new run from its weights with model.archive",
-        )
+    for what, key, own in (("reference", "reference", reference), ("base model", "base", base)):
+        if state.get(key) != own:
+            raise UserError(
+                "CHECKPOINT",
+                f"resume: the {what} of the run at {checkpoint} had other weights than the model has now",
+                "give the model that the run was started from, or start a new run from its weights with model.archive",
+            )
     if state["data"] != data:
         raise UserError(
             "DATA",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.adapters import num_weights
@@ -123,6 +123,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(program: Program, peft: str) -> 
     assert again.steps[-1]["loss/train"] == whole.steps[-1]["loss/train"]
     other = program(*command, f"resume={whole.dir}/step-4", "peft.rank=2", defaults=SHORT)
     assert other.status == 2 and "peft.rank was 16 and is 2" in other.err
+
+
+@pytest.mark.parametrize("peft", ["lora", "qlora"])
+def test_another_base_under_the_same_name_is_refused(program: Program, peft: str) -> None:
+    """Also where nothing is compared with a reference."""
+    sft, start = run(program, "loss=sft", *LLAMA), program.directory / "start"
+    start.mkdir()
+    for path in (sft.dir / "LATEST").iterdir():
+        if path.name not in ("manifest.json", "training_state.json", "optimizer.safetensors", "policy.pt"):
+            shutil.copy(path, start)
+    command = ("loss=sft", *LLAMA, f"peft={peft}", f"model.archive={start}", "save_every=4")
+    stopped = run(program, *command)
+    again = (*command, f"resume={stopped.dir}/step-4", f"local_run_dir={program.directory / 'again'}")
+    weights = load_file(start / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, start / "model.safetensors", {"format": "pt"})
+    assert "the base model of the run at" in refused(program, *again)
+    shutil.copy(sft.dir / "LATEST" / "model.safetensors", start)
+    assert "resumed from" in run(program, *again).out
 
 
 def test_an_sft_adapter_becomes_a_dpo_adapter(program: Program) -> None:
