@@ -26,7 +26,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from engine.batching import Microbatch
-from engine.checkpoint import MANIFEST_FILE, find_checkpoint, named_aliases
+from engine.checkpoint import MANIFEST_FILE, find_checkpoint, install, named_aliases
 from engine.models import find_blocks, load_model
 from engine.quantization import QuantizedLinear, bitsandbytes_functional, quantize
 from engine.reference import LiveReference, weights_hash
@@ -242,7 +242,7 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_d
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        temporary.rename(target)
+        install(temporary, target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         problem = f"the base model could not be written to {target} ({error})"

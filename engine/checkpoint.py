@@ -267,6 +267,14 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def install(temporary: Path, target: Path) -> None:
+    """Rename a directory once all that is in it is on disk, so that it is whole or not there, also after a crash."""
+    for path in (*temporary.rglob("*"), temporary):
+        _fsync(path)
+    temporary.rename(target)
+    _fsync(target.parent)
+
+
 def point_to(target: Path, name: str = "LATEST") -> None:
     """Let a link of a run, LATEST or BEST, be to its checkpoint target."""
     link = target.with_name(f".{name}.tmp")
