@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +40,8 @@ from utils import UserError, write_atomically
 FORMAT = 1
 STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"  # beginnings of the names of files
+# What is not whole yet: checkpoints, links, the base model of adapters, and what write_atomically() writes.
+TEMPORARY = re.compile(r"\.(step-\d+|LATEST|BEST|base|(config\.yaml|nonfinite-\d+\.json)\.\d+)\.tmp")
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 # Keys that may change when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
@@ -284,6 +287,22 @@ def point_to(target: Path, name: str = "LATEST") -> None:
     _fsync(target.parent)
 
 
+def restore_links(run_dir: Path) -> None:
+    """Make LATEST and BEST links again in a run that was copied with what they point to; UserError if they are no
+    copies of its checkpoints."""
+    for copied in (run_dir / "LATEST", run_dir / "BEST"):
+        if copied.is_symlink() or not copied.exists():
+            continue
+        whole = [path for path in checkpoints(run_dir) if damage(path) is None]
+        manifest = (copied / MANIFEST_FILE).read_bytes() if is_checkpoint(copied) else b""
+        original = next((path for path in whole if (path / MANIFEST_FILE).read_bytes() == manifest), None)
+        if original is None:
+            problem = f"local_run_dir: {copied} should be a link, and is no copy of a checkpoint in {run_dir}"
+            raise UserError("STORAGE", problem, "move it elsewhere")
+        shutil.rmtree(copied)
+        point_to(original, copied.name)
+
+
 def write_policy_pt(directory: Path, num_examples: int, aliases: Mapping[str, str], metrics: dict[str, float]) -> None:
     """Add a policy.pt ({step_idx, state, metrics}) to the weights in a directory, for tools of the reference
     implementation; aliases are the second names of weights that have two -> their first."""
@@ -324,9 +343,11 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def remove_temporaries(run_dir: Path) -> None:
-    """Remove what a run that was killed had begun to write."""
+    """Remove what a run that was killed had begun to write, and nothing else."""
     for left in run_dir.glob(".*.tmp"):
-        if left.is_dir():
+        if not TEMPORARY.fullmatch(left.name):
+            continue
+        if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink()
@@ -372,6 +393,11 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def is_checkpoint(path: Path) -> bool:
     """Whether path was saved by a run, whole or damaged."""
     return (path / STATE_FILE).exists() or (path / MANIFEST_FILE).exists()
+
+
+def names_checkpoint(path: Path) -> bool:
+    """Whether path is a checkpoint, a link that should be one, or a run that has some; none is read."""
+    return is_checkpoint(path) or path.is_symlink() or bool(checkpoints(path))
 
 
 def find_checkpoint(path: Path, key: str = "resume") -> Path | None:

@@ -189,6 +189,19 @@ def test_a_run_that_was_moved_finds_its_base(program: Program) -> None:
     assert "is not there" in refused(program, *DPO, *LLAMA, *LORA, f"model.archive={moved}")
 
 
+def test_a_start_with_another_model_has_another_base(program: Program) -> None:
+    run_dir = program.directory / "run"
+    command = ("loss=sft", *LLAMA, *LORA, f"local_run_dir={run_dir}", "resume=auto")
+    for seed in (0, 1):
+        result = run(program, *command, f"seed={seed}", "n_examples=4")
+        whole = run(program, "loss=sft", *LLAMA, f"seed={seed}", "lr=0", "n_examples=4")
+        base, expected = (load_file(path / "model.safetensors") for path in (run_dir / "base", whole.dir / "LATEST"))
+        assert all(torch.equal(base[name], value) for name, value in expected.items())
+        for path in result.dir.glob("step-*"):  # as if it had been killed before
+            shutil.rmtree(path)
+        (run_dir / "LATEST").unlink()
+
+
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "scaling-rank": ("peft.scaling=0.5", "peft.target_modules=attention_qv"),
