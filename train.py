@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -28,6 +29,9 @@ if TYPE_CHECKING:  # they take seconds to import
     from transformers import PreTrainedTokenizerBase
 
     from engine.tokenization import Split
+
+# The first line of a config.yaml says that a run has written it, and from which checkpoint of another run that went on.
+RUN_MARK, BRANCH_MARK = "# The settings of a run of train.py", ", which went on from "
 
 
 def run(config: DictConfig) -> int:
@@ -112,12 +116,18 @@ def open_run(config: DictConfig, locks: ExitStack) -> tuple[dict[str, str], Path
     Args:
         locks: until it is closed, no other process can open the directory.
     """
-    from engine.checkpoint import locked
+    from engine.checkpoint import locked, names_checkpoint
 
     derive_names(config)
+    if config.resume not in (None, "auto") and not names_checkpoint(Path(config.resume)):  # before anything is made
+        raise no_checkpoint(Path(config.resume))
     names = {key: config[key] for key in ("exp_name", "cache_dir", "local_run_dir")}
     locks.enter_context(locked(Path(config.local_run_dir)))
     return names, *open_run_dir(config)
+
+
+def no_checkpoint(source: Path) -> UserError:
+    return UserError("CHECKPOINT", f"resume: no checkpoint in {source}", "give a run directory or checkpoint")
 
 
 def crash_log(config: DictConfig, rank: int) -> Path:
@@ -144,7 +154,15 @@ def derive_names(config: DictConfig) -> None:
 
 def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
     """Find the checkpoint to resume from, if any; then make the run directory and write config.yaml."""
-    from engine.checkpoint import check_settings, find_checkpoint, point_to, remove_temporaries, rewind
+    from engine.checkpoint import (
+        check_settings,
+        checkpoints,
+        find_checkpoint,
+        point_to,
+        remove_temporaries,
+        restore_links,
+        rewind,
+    )
 
     run_dir = Path(config.local_run_dir)
     checkpoint = None
@@ -152,15 +170,18 @@ def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
         source = run_dir if config.resume == "auto" else Path(config.resume)
         checkpoint = find_checkpoint(source)
         if checkpoint is None and config.resume != "auto":
-            raise UserError("CHECKPOINT", f"resume: no checkpoint in {source}", "give a run directory or checkpoint")
+            raise no_checkpoint(source)
+    is_run, origin = look_into(run_dir)
     others = [path.name for path in run_dir.iterdir() if not path.name.startswith(".")]
-    if others and not (run_dir / "config.yaml").exists():
+    if others and not is_run:
         raise UserError(
             "STORAGE",
-            f"local_run_dir: {run_dir} holds other files ({', '.join(sorted(others)[:3])})",
+            f"local_run_dir: {run_dir} holds other files ({', '.join(sorted(others)[:3])}) and is no run",
             "set a new or empty directory",
         )
-    holds_a_run = (run_dir / "metrics.jsonl").exists()
+    has_saved = bool(checkpoints(run_dir)) or os.path.lexists(run_dir / "LATEST")
+    if checkpoint is None and config.resume == "auto":
+        checkpoint = start_of(run_dir, origin)
     is_own = checkpoint is not None and checkpoint.parent == run_dir.resolve()
     if checkpoint is not None:
         check_settings(checkpoint, config)
@@ -170,25 +191,62 @@ def open_run_dir(config: DictConfig) -> tuple[Path, Path | None]:
                 f"resume: {run_dir} holds checkpoints after {checkpoint.name}",
                 f"resume={run_dir} to go on from the last one, or another local_run_dir to branch off",
             )
-        holds_a_run &= not is_own
-    elif config.resume == "auto":  # stopped before its first checkpoint, so it starts anew
-        holds_a_run = False
-    if holds_a_run:
+    is_same_start = checkpoint == origin and not has_saved  # it was stopped before its first checkpoint
+    goes_on = is_own or config.resume == "auto" or (checkpoint is not None and is_same_start)
+    if (has_saved or (run_dir / "metrics.jsonl").exists()) and not goes_on:
         raise UserError(
             "CONFIG", f"local_run_dir: {run_dir} holds a run", "resume=auto to continue it, or another local_run_dir"
         )
     try:
         remove_temporaries(run_dir)
         if checkpoint is not None and is_own:  # a run that is killed before LATEST is set has saved it all the same
+            restore_links(run_dir)
             point_to(checkpoint)
         else:
+            origin = checkpoint
             rewind(run_dir, {})
-        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public(config))).encode())
+            shutil.rmtree(run_dir / "base", ignore_errors=True)  # of a start that may have had another model
+        mark = f"{RUN_MARK}\n" if origin is None else f"{RUN_MARK}{BRANCH_MARK}{origin}\n"
+        settings = OmegaConf.to_yaml(OmegaConf.create(public(config)))
+        write_atomically(run_dir / "config.yaml", (mark + settings).encode())
     except OSError as error:
         raise UserError(
             "STORAGE", f"local_run_dir: cannot write to {run_dir} ({error.strerror})", "set local_run_dir elsewhere"
         ) from error
     return run_dir, checkpoint
+
+
+def look_into(run_dir: Path) -> tuple[bool, Path | None]:
+    """Whether a directory was written by a run, and does not only have files of the same names; and the checkpoint of
+    another run that it went on from, if it did."""
+    from engine.checkpoint import checkpoints, is_checkpoint
+
+    mark, path = "", run_dir / "config.yaml"
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            mark = file.readline().rstrip("\n")
+    origin = mark.removeprefix(RUN_MARK + BRANCH_MARK)
+    is_run = mark.startswith(RUN_MARK) or any(is_checkpoint(path) for path in checkpoints(run_dir))
+    return is_run, None if origin == mark else Path(origin)
+
+
+def start_of(run_dir: Path, origin: Path | None) -> Path | None:
+    """What a run that has no checkpoint to go on from starts from: the checkpoint origin of another run, or anew."""
+    from engine.checkpoint import find_checkpoint
+
+    latest = run_dir / "LATEST"
+    if os.path.lexists(latest):
+        is_what = f"a link to {os.readlink(latest)}" if latest.is_symlink() else "a directory"
+        problem = f"resume: {latest} is {is_what}, but there is no checkpoint (step-N) in {run_dir}"
+        raise UserError("CHECKPOINT", problem, "put it back, or remove LATEST to start anew")
+    if origin is None:
+        print(f"resume: there is no checkpoint in {run_dir}, so the run starts anew")
+        return None
+    checkpoint = find_checkpoint(origin)
+    if checkpoint is None:
+        problem = f"resume: {run_dir} has no checkpoint yet, and {origin}, which it went on from, is not there"
+        raise UserError("CHECKPOINT", problem, "put that back, or set another local_run_dir")
+    return checkpoint
 
 
 def train(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> int | None:

@@ -663,7 +663,9 @@ class BasicTrainer:
             raise UserError("CONFIG", "keep_best: there are no examples to evaluate on", "leave it out")
         evaluates_first = self.config.do_first_eval
         if checkpoint is not None:
-            state = read_state(checkpoint, self.data_hash, self.reference_weights)
+            adapter = adapter_of(self.policy)
+            base = None if adapter is None else adapter.base_hash
+            state = read_state(checkpoint, self.data_hash, self.reference_weights, base)
             self.load(checkpoint)
             if self.rank == 0:
                 rewind(self.run_dir, state["log_sizes"])
@@ -915,6 +917,7 @@ class BasicTrainer:
             "settings": settings_of(self.config),
             "data": self.data_hash,
             "reference": self.reference_weights,
+            "base": None if adapter is None else adapter.base_hash,
             "token_budget": self.token_budget,
             "best": self.best,
         }

@@ -26,10 +26,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from engine.batching import Microbatch
-from engine.checkpoint import MANIFEST_FILE, find_checkpoint, named_aliases
+from engine.checkpoint import MANIFEST_FILE, find_checkpoint, install, named_aliases
 from engine.models import differing_values, find_blocks, hf_config_of, load_model
 from engine.quantization import QuantizedLinear, bitsandbytes_functional, quantize
-from engine.reference import LiveReference
+from engine.reference import LiveReference, weights_hash
 from engine.sharding import fill
 from utils import UserError, clipped
 
@@ -66,6 +66,7 @@ class Adapter:
     full_modules: names of modules of the base model that are trained in full.
     archive: the checkpoint that they were loaded from; None if they are new.
     has_own_reference: whether the model gives the log-probs it started with too; see AdapterReference.
+    base_hash: of the weights of the base model, as they are before they are quantised: that differs among devices.
     """
 
     config: Any
@@ -73,6 +74,7 @@ class Adapter:
     archive: Path | None
     has_own_reference: bool
     compute_dtype: str | None
+    base_hash: str
 
     @property
     def is_new(self) -> bool:
@@ -129,6 +131,7 @@ def load_policy(
     if base is None and run_dir is not None:
         base = str(_save_base(model, tokenizer, run_dir, config.debug))
 
+    base_hash = "" if device.type == "meta" else weights_hash(model, {})  # of a shape there is none
     lora = _lora_config(peft, targets, has_conv1d, base)
     full_modules = _find_full_modules(model, list(peft.full_modules), blocks, is_quantized, lora.target_modules)
     lora.modules_to_save = full_modules or None
@@ -141,7 +144,7 @@ def load_policy(
         model = model.to(device)
     has_own_reference = config.reference == "live" and not full_modules and not _trains_biases(model, lora)
     needs_copy = has_own_reference and (archive is not None or peft.dora)
-    adapter = Adapter(lora, full_modules, archive, has_own_reference, peft.get("compute_dtype"))
+    adapter = Adapter(lora, full_modules, archive, has_own_reference, peft.get("compute_dtype"), base_hash)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         inject(model, adapter, with_copy=needs_copy)
@@ -268,7 +271,7 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_d
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        temporary.rename(target)
+        install(temporary, target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         problem = f"the base model could not be written to {target} ({error})"

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,13 +33,15 @@ from transformers import PreTrainedModel
 from engine.distributed import rank_0_first
 from engine.faults import fail_point
 from engine.optimizers import restore_kinds
-from engine.secrets import public
+from engine.secrets import comparable
 from engine.sharding import Orders, barrier, fill, full_tensor, rank_and_size
 from utils import UserError, write_atomically
 
 FORMAT = 1
 STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"  # beginnings of the names of files
+# What is not whole yet: checkpoints, links, the base model of adapters, and what write_atomically() writes.
+TEMPORARY = re.compile(r"\.(step-\d+|LATEST|BEST|base|(config\.yaml|nonfinite-\d+\.json)\.\d+)\.tmp")
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 # Keys that may change when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
@@ -267,6 +270,14 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def install(temporary: Path, target: Path) -> None:
+    """Rename a directory once all that is in it is on disk, so that it is whole or not there, also after a crash."""
+    for path in (*temporary.rglob("*"), temporary):
+        _fsync(path)
+    temporary.rename(target)
+    _fsync(target.parent)
+
+
 def point_to(target: Path, name: str = "LATEST") -> None:
     """Let a link of a run, LATEST or BEST, be to its checkpoint target."""
     link = target.with_name(f".{name}.tmp")
@@ -274,6 +285,22 @@ def point_to(target: Path, name: str = "LATEST") -> None:
     link.symlink_to(target.name)
     link.replace(target.with_name(name))
     _fsync(target.parent)
+
+
+def restore_links(run_dir: Path) -> None:
+    """Make LATEST and BEST links again in a run that was copied with what they point to; UserError if they are no
+    copies of its checkpoints."""
+    for copied in (run_dir / "LATEST", run_dir / "BEST"):
+        if copied.is_symlink() or not copied.exists():
+            continue
+        whole = [path for path in checkpoints(run_dir) if damage(path) is None]
+        manifest = (copied / MANIFEST_FILE).read_bytes() if is_checkpoint(copied) else b""
+        original = next((path for path in whole if (path / MANIFEST_FILE).read_bytes() == manifest), None)
+        if original is None:
+            problem = f"local_run_dir: {copied} should be a link, and is no copy of a checkpoint in {run_dir}"
+            raise UserError("STORAGE", problem, "move it elsewhere")
+        shutil.rmtree(copied)
+        point_to(original, copied.name)
 
 
 def write_policy_pt(directory: Path, num_examples: int, aliases: Mapping[str, str], metrics: dict[str, float]) -> None:
@@ -306,17 +333,21 @@ def locked(run_dir: Path) -> Iterator[None]:
             raise UserError(
                 "STORAGE", f"local_run_dir: {run_dir} is in use by another process", "wait for it, or set another one"
             ) from error
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:  # a file system without locks
+            print(
+                f"warning: {run_dir} cannot be locked ({error.strerror}): nothing keeps a second run from writing there"
+            )
         yield
     finally:
         os.close(descriptor)
 
 
 def remove_temporaries(run_dir: Path) -> None:
-    """Remove what a run that was killed had begun to write."""
+    """Remove what a run that was killed had begun to write, and nothing else."""
     for left in run_dir.glob(".*.tmp"):
-        if left.is_dir():
+        if not TEMPORARY.fullmatch(left.name):
+            continue
+        if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink()
@@ -362,6 +393,11 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def is_checkpoint(path: Path) -> bool:
     """Whether path was saved by a run, whole or damaged."""
     return (path / STATE_FILE).exists() or (path / MANIFEST_FILE).exists()
+
+
+def names_checkpoint(path: Path) -> bool:
+    """Whether path is a checkpoint, a link that should be one, or a run that has some; none is read."""
+    return is_checkpoint(path) or path.is_symlink() or bool(checkpoints(path))
 
 
 def find_checkpoint(path: Path, key: str = "resume") -> Path | None:
@@ -444,7 +480,7 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    add("", public(config))
+    add("", comparable(config))
     return {key: value for key, value in flat.items() if key.split(".")[0] not in FREE_ON_RESUME}
 
 
@@ -459,20 +495,22 @@ def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     return UserError("CHECKPOINT", f"the checkpoint {checkpoint} cannot be read ({error})", "resume from another one")
 
 
-def read_state(checkpoint: Path, data: str, reference: str | None) -> dict[str, Any]:
+def read_state(checkpoint: Path, data: str, reference: str | None, base: str | None) -> dict[str, Any]:
     """Where the run of checkpoint was when it was saved: its counters and the sizes of its logs.
 
     Raises:
-        UserError: CHECKPOINT if it cannot be read or its reference model has other weights than those hashed to
-            reference, DATA if its training examples are others than those hashed to data.
+        UserError: CHECKPOINT if it cannot be read or its reference model, or the base model of its adapters, has other
+            weights than those hashed to reference and base, DATA if its training examples are others than those hashed
+            to data.
     """
     state = _read_state(checkpoint)
-    if state["reference"] != reference:
-        raise UserError(
-            "CHECKPOINT",
-            f"resume: the reference of the run at {checkpoint} had other weights than the model has now",
-            "give the model that the run was started from, or start a new run from its weights with model.archive",
-        )
+    for what, key, own in (("reference", "reference", reference), ("base model", "base", base)):
+        if state.get(key) != own:
+            raise UserError(
+                "CHECKPOINT",
+                f"resume: the {what} of the run at {checkpoint} had other weights than the model has now",
+                "give the model that the run was started from, or start a new run from its weights with model.archive",
+            )
     if state["data"] != data:
         raise UserError(
             "DATA",

@@ -43,7 +43,7 @@ class CachedReference:
     """Log-probs kept in an SQLite file, under the hash of the reference's weights, by the tokens of each response.
 
     The tokens stand for tokenizer, template and truncation, so the same cache serves any beta, loss, learning rate
-    and batch. What was computed before a run was killed is kept.
+    and batch. What was computed before a run was killed is kept; what a disk has changed is computed again.
 
     Args:
         path: of the file.
@@ -58,7 +58,7 @@ class CachedReference:
         if rank_and_size()[0] == 0:
             try:
                 self._connection = self._open()
-                self._logps = dict(self._connection.execute("SELECT response, logp FROM logps"))
+                self._logps = self._read(self._connection)
             except (OSError, sqlite3.Error) as error:
                 raise self._unusable(error) from error
         else:
@@ -70,9 +70,24 @@ class CachedReference:
         connection = sqlite3.connect(self.path, timeout=60)
         connection.execute(
             "CREATE TABLE IF NOT EXISTS logps"
-            " (response BLOB PRIMARY KEY, logp REAL NOT NULL, num_tokens INTEGER NOT NULL) WITHOUT ROWID"
+            " (response BLOB PRIMARY KEY, logp REAL NOT NULL, num_tokens INTEGER NOT NULL, checksum TEXT NOT NULL)"
+            " WITHOUT ROWID"
         )
         return connection
+
+    def _read(self, connection: sqlite3.Connection) -> dict[bytes, float]:
+        """The log-probs that are as they were written; the others are removed. SQLite does not notice changed bytes."""
+        logps, changed = {}, []
+        for response, logp, checksum in connection.execute("SELECT response, logp, checksum FROM logps"):
+            if checksum == _checksum(response, logp):
+                logps[response] = logp
+            else:
+                changed.append((response,))
+        if changed:
+            print(f"reference: {len(changed):,} log-probs in {self.path} are damaged, and computed again")
+            connection.executemany("DELETE FROM logps WHERE response = ?", changed)
+            connection.commit()
+        return logps
 
     def _unusable(self, error: Exception) -> UserError:
         return UserError(
@@ -91,17 +106,17 @@ class CachedReference:
     def add(self, batch: Microbatch, logps: Tensor) -> None:
         """Keep logps [responses] of the responses of batch, and what the other processes add; what is there stays."""
         own = [
-            (_digest(prompt, response), logp, len(response))
+            (digest := _digest(prompt, response), logp, len(response), _checksum(digest, logp))
             for (prompt, response), logp in zip(batch.responses, logps.tolist(), strict=True)
         ]
         rows = [row for rows_of_rank in self._of_ranks(own) for row in rows_of_rank]
         if self._connection is not None:
             try:
-                self._connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?)", rows)
+                self._connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?, ?)", rows)
                 self._connection.commit()
             except sqlite3.Error as error:
                 raise self._unusable(error) from error
-        for digest, logp, _ in rows:
+        for digest, logp, *_ in rows:
             self._logps.setdefault(digest, logp)
 
     def logps(self, batch: Microbatch) -> Tensor:
@@ -118,6 +133,10 @@ def _digest(prompt: np.ndarray, response: np.ndarray) -> bytes:
     digest.update(prompt.astype(np.int32).tobytes())
     digest.update(response.astype(np.int32).tobytes())
     return digest.digest()
+
+
+def _checksum(response: Any, logp: Any) -> str:
+    return content_hash([repr((response, logp)).encode()])[:8]  # changed bytes may have made them anything
 
 
 def weights_hash(
@@ -141,7 +160,8 @@ def weights_hash(
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole = full_tensor(tensor.detach(), orders.get(own_name)).cpu().contiguous()
         digest.update(whole.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
-    config = {key: value for key, value in model.config.to_diff_dict().items() if not key.startswith("_")}
+    described = model.config.to_diff_dict().items()
+    config = {key: value for key, value in described if not key.startswith("_") and key != "transformers_version"}
     own_class = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # before it was sharded
     return content_hash([digest.digest(), own_class.__name__, str(config), *settings])
 

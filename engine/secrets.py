@@ -10,6 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from utils import content_hash
+
 REDACTED = "<redacted>"
 MIN_LENGTH = 6  # of a secret that is looked for in text: shorter ones would be found in everything
 # Tokens that are known by their form: of Hugging Face, wandb, OpenAI and the like, GitHub, GitLab, AWS, Slack; JWTs.
@@ -122,3 +124,17 @@ def public(config: DictConfig) -> dict[str, Any]:
         return REDACTED if is_secret_name(key) else _without(value, secrets)
 
     return shown(OmegaConf.to_container(config), OmegaConf.to_container(config, resolve=True), "")
+
+
+def comparable(config: DictConfig) -> dict[str, Any]:
+    """public(config), told apart by what it does not show: numbers are written as they are, and behind a text that is
+    left out is a short hash of it."""
+
+    def compared(shown: Any, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: compared(shown[name], item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [compared(*both) for both in zip(shown, value, strict=True)]
+        return f"{shown} (hash {content_hash([value])[:8]})" if isinstance(value, str) and value != shown else value
+
+    return compared(public(config), OmegaConf.to_container(config, resolve=True))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import export
@@ -160,6 +160,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(program: Program, peft: str) -> 
     assert other.status == 2 and "peft.rank was 16 and is 2" in other.err
 
 
+@pytest.mark.parametrize("peft", ["lora", "qlora"])
+def test_another_base_under_the_same_name_is_refused(program: Program, peft: str) -> None:
+    """Also where nothing is compared with a reference."""
+    sft, start = run(program, "loss=sft", *LLAMA), program.directory / "start"
+    start.mkdir()
+    for path in (sft.dir / "LATEST").iterdir():
+        if path.name not in ("manifest.json", "training_state.json", "optimizer.safetensors", "policy.pt"):
+            shutil.copy(path, start)
+    command = ("loss=sft", *LLAMA, f"peft={peft}", f"model.archive={start}", "save_every=4")
+    stopped = run(program, *command)
+    again = (*command, f"resume={stopped.dir}/step-4", f"local_run_dir={program.directory / 'again'}")
+    weights = load_file(start / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, start / "model.safetensors", {"format": "pt"})
+    assert "the base model of the run at" in refused(program, *again)
+    shutil.copy(sft.dir / "LATEST" / "model.safetensors", start)
+    assert "resumed from" in run(program, *again).out
+
+
 def test_an_sft_adapter_becomes_a_dpo_adapter(program: Program) -> None:
     """The reference is the base with the SFT adapter, never the bare base, whatever the seed of this run is."""
     sft = run(program, "loss=sft", *LLAMA, *QLORA)
@@ -248,6 +267,19 @@ def test_an_adapter_that_names_no_base_takes_the_model_of_the_config(program: Pr
     assert f"names no base model, so {sft.dir}/base is taken" in result.out
     written = json.loads((result.dir / "LATEST" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == f"{sft.dir}/base"
+
+
+def test_a_start_with_another_model_has_another_base(program: Program) -> None:
+    run_dir = program.directory / "run"
+    command = ("loss=sft", *LLAMA, *LORA, f"local_run_dir={run_dir}", "resume=auto")
+    for seed in (0, 1):
+        result = run(program, *command, f"seed={seed}", "n_examples=4")
+        whole = run(program, "loss=sft", *LLAMA, f"seed={seed}", "lr=0", "n_examples=4")
+        base, expected = (load_file(path / "model.safetensors") for path in (run_dir / "base", whole.dir / "LATEST"))
+        assert all(torch.equal(base[name], value) for name, value in expected.items())
+        for path in result.dir.glob("step-*"):  # as if it had been killed before
+            shutil.rmtree(path)
+        (run_dir / "LATEST").unlink()
 
 
 VARIANTS: dict[str, tuple[str, ...]] = {

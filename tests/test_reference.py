@@ -1,9 +1,12 @@
 """The cache of reference log-probs on disk."""
 
 import multiprocessing
+import sqlite3
+import struct
 
 import pytest
 import torch
+import transformers
 
 from engine.batching import lay_out
 from engine.logprobs import response_logps
@@ -84,6 +87,25 @@ def test_a_cache_that_is_no_database_is_named(tmp_path) -> None:
     assert caught.value.exit_status == 6
 
 
+@pytest.mark.parametrize("what", ["logp", "response"])
+def test_a_flipped_bit_is_noticed_and_made_good(tmp_path, model, capsys, what: str) -> None:
+    batch = lay_out(pair_examples())
+    logps = LiveReference(model).logps(batch)
+    path = tmp_path / "key.sqlite"
+    CachedReference(path).add(batch, logps)
+    with sqlite3.connect(path) as connection:
+        response, logp = connection.execute("SELECT response, logp FROM logps LIMIT 1").fetchone()
+    content = bytearray(path.read_bytes())
+    written = struct.pack(">d", logp) if what == "logp" else response
+    content[content.index(written) + 2] ^= 16
+    path.write_bytes(content)
+    cache = CachedReference(path)
+    assert len(cache) == len(batch.responses) - 1 and cache.missing(batch.responses) == {response}
+    assert "1 log-probs" in capsys.readouterr().out
+    cache.add(batch, logps)
+    assert torch.equal(CachedReference(path).logps(batch).float(), logps)
+
+
 def test_the_key_follows_all_that_decides_the_numbers() -> None:
     def key(model, *settings: str) -> str:
         return reference_key(weights_hash(model, {}), settings, model.device)
@@ -101,6 +123,13 @@ def test_the_key_follows_all_that_decides_the_numbers() -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
     keys.append(key(model, "packed"))
     assert len(set(keys)) == len(keys)
+
+
+def test_another_version_of_transformers_has_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = weights_hash(tiny_model("llama"), {})
+    monkeypatch.setattr(transformers.configuration_utils, "__version__", "99.0")
+    assert tiny_model("llama").config.to_dict()["transformers_version"] == "99.0"
+    assert weights_hash(tiny_model("llama"), {}) == before
 
 
 def test_reference_log_probs_have_no_gradient(model) -> None:

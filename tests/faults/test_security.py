@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from engine.metrics import as_markdown
-from engine.secrets import REDACTED, public, redact, secrets_of
+from engine.secrets import REDACTED, comparable, public, redact, secrets_of
 from engine.validation import CHECKS
 from tests.runs import QUICK, SMALL, Program
 
@@ -83,6 +83,21 @@ def test_what_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
         "hub_token": REDACTED,
         "missing": 1,
     }
+
+
+def test_what_is_not_shown_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OmegaConf.create(
+        {"lr": "${oc.decode:${oc.env:LR}}", "a": ["${oc.env:BLAND}", "x"], "b": {"c": "${oc.env:BLAND}"}, "d": True}
+    )
+    found = []
+    for learning_rate, word in (("1e-6", "swordfish"), ("1e-6", "swordfish-2"), ("2e-6", "swordfish"), ("1e-6",) * 2):
+        monkeypatch.setenv("LR", learning_rate)
+        monkeypatch.setenv("BLAND", word)
+        found.append(comparable(config))
+        assert "swordfish" not in json.dumps(found) and found[-1]["a"][0].startswith("${oc.env:BLAND} (hash ")
+        hashed = found[-1]["b"]["c"]
+        assert found[-1] == {"lr": float(learning_rate), "a": [hashed, "x"], "b": {"c": hashed}, "d": True}
+    assert len({json.dumps(each) for each in found}) == len(found)
 
 
 def test_no_key_of_the_config_is_taken_for_a_secret() -> None:

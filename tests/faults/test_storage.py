@@ -1,6 +1,9 @@
 """Disks that are full or read-only, and directories that are somebody else's."""
 
+import errno
+import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint import WEIGHTS, CheckpointWriter, tensors_of
+from engine.checkpoint import WEIGHTS, CheckpointWriter, locked, tensors_of
 from tests.faults.processes import (
     Process,
     assert_equal_runs,
@@ -22,6 +25,7 @@ from tests.faults.processes import (
     saved,
     small_disk,
 )
+from train import RUN_MARK
 from trainers import BasicTrainer, Batch, Step
 
 
@@ -73,8 +77,8 @@ def test_a_read_only_directory(inputs: Path, tmp_path: Path, has_run: bool) -> N
         run_dir = disk / "run"
         if has_run:
             run_dir.mkdir()
-            for name in ("config.yaml", "metrics.jsonl"):
-                (run_dir / name).write_text("{}\n")
+            (run_dir / "config.yaml").write_text(f"{RUN_MARK}\n")
+            (run_dir / "metrics.jsonl").write_text("{}\n")
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         begun = time.monotonic()
         status, out, err = complete(command(inputs, run_dir), tmp_path / "output")
@@ -95,11 +99,48 @@ def test_a_directory_with_other_files(inputs: Path, tmp_path: Path) -> None:
     assert all(path.read_text() == "mine" for path in others.values()) and len(list(run_dir.iterdir())) == 3
 
 
+def test_a_directory_with_files_of_the_same_names(inputs: Path, tmp_path: Path) -> None:
+    """Of which config.yaml, metrics.jsonl and step-8 are no rare ones; and a run's directory may have others too."""
+    run_dir = tmp_path / "project"
+    (run_dir / "step-8").mkdir(parents=True)
+    mine = [run_dir / name for name in ("config.yaml", "metrics.jsonl", ".draft.tmp", "step-8/letter.txt")]
+    for path in mine:
+        path.write_text("mine")
+    status, _, err = complete(command(inputs, run_dir, "resume=null"), tmp_path / "output")
+    assert status == 6 and f"{run_dir} holds other files (config.yaml, metrics.jsonl, step-8) and is no run" in err, err
+    assert {path.read_text() for path in mine} == {"mine"} and len(list(run_dir.iterdir())) == 4
+    draft = tmp_path / "run" / ".draft.tmp"
+    draft.parent.mkdir()
+    draft.write_text("mine")
+    status, _, err = complete(command(inputs, tmp_path / "run", "n_examples=4"), tmp_path / "output")
+    assert status == 0 and draft.read_text() == "mine", err
+
+
+def test_a_run_of_which_only_checkpoints_are_left(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+    for name in ("metrics.jsonl", "config.yaml", "LATEST"):
+        (run_dir / name).unlink()
+    status, _, err = complete(command(inputs, run_dir, "resume=null", "keep_checkpoints=1"), tmp_path / "output")
+    assert status == 2 and f"{run_dir} holds a run; fix: resume=auto" in err, err
+    assert saved(run_dir) == saved(whole)
+    assert complete(command(inputs, run_dir), tmp_path / "output")[0] == 0
+
+
 def test_a_file_in_the_place_of_the_directory(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
         status, _, err = complete(command(inputs, run_dir), tmp_path / "output")
         assert status == 6 and err.count("\n") == 1 and "cannot write to" in err, err
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked(tmp_path / "run"):
+        out = capsys.readouterr().out
+    assert f"warning: {tmp_path}/run cannot be locked (No locks available)" in out and out.count("\n") == 1
 
 
 def test_a_directory_in_use(inputs: Path, whole: Path, tmp_path: Path) -> None:
