@@ -266,6 +266,7 @@ def good_row(form: str, n: int) -> dict[str, Any]:
 FORMS = ("strings", "transcripts", "messages", "sharegpt", "ranked")
 NAMED = ("hh", "shp", "se", "stack-exchange-paired")
 NOT_TEXT: tuple[Any, ...] = (None, 3, -1.5, True, [], ["x"], {}, {"a": 1}, "a\x00b", "\ud800", "x" * 2_000_001)
+BAD_HTML = ("<div>" * 1000 + "x", "<b>" * 500 + "<p>x", "<a " * 20_000, "<a/" * 20_000, "<![<![")
 NOT_NUMBERS: tuple[Any, ...] = (None, "3", True, [], {}, float("nan"), float("inf"), -float("inf"), 10**400)
 
 
@@ -298,7 +299,7 @@ def bad_row(form: str, rng: random.Random) -> tuple[str, Any, str]:
         # Without chosen or rejected, prompt or responses, a file of one's own has no form: then all columns are named.
         return "missing", changed(row, path, lambda inner, key: inner.pop(key)), str(path[0])
     if isinstance(value, str):
-        wrong = rng.choice(NOT_TEXT)
+        wrong = rng.choice(NOT_TEXT + BAD_HTML if form == "se" else NOT_TEXT)
     elif isinstance(value, list):
         wrong = rng.choice([None, 3, True, {}, "text"])
     elif isinstance(value, dict):
