@@ -274,6 +274,9 @@ def as_user_error(error: Exception) -> UserError | None:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError("STORAGE", f"no room left to write ({error})", "make room, then continue with resume=")
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE):
+        problem = f"a file cannot be read or written ({error})"
+        return UserError("STORAGE", problem, "see to the disk and its permissions, then continue with resume=")
     return None
 
 

@@ -60,6 +60,10 @@ def bad_values(check: Check) -> list[str]:
     return [*of_any, "3", "true", "1.5", "''", "[x]", "no_such_choice", "-1"]
 
 
+PATHS = (
+    "local_run_dir", "cache_dir", "resume", "data_dir", "chat_template", "model.archive",
+    "model.tokenizer_name_or_path", "model=blank_model model.name_or_path",
+)  # fmt: skip
 CONSTANT_CONFIGS = [
     ("n_epochs=null", "n_epochs: is null"),
     ("max_prompt_length=512", "max_prompt_length: must be below"),
@@ -158,6 +162,8 @@ CONSTANT_CONFIGS = [
     ("model.tokenizer_name_or_path=/etc", "model.tokenizer_name_or_path"),
     ("model=blank_model model.name_or_path=/etc", "model.name_or_path"),
     ("chat_template=/dev/null datasets=[CHAT]", "chat_template"),
+    *[(f"{key}={name}", f"{key.split()[-1]}: ") for key in PATHS for name in (300 * "x", "/tmp/" + 2500 * "x/")],
+    *[(f"{key}=[{300 * 'x'}]", f"{key}: ") for key in ("datasets", "local_dirs")],
     ("local_run_dir='a\x00b'", "local_run_dir"),
     ("cache_dir='a\x00b'", "cache_dir"),
     ("local_dirs=['a\x00b']", "local_dirs"),
