@@ -345,7 +345,7 @@ def _blocks(parent: "Tag", holders: set[int]) -> list[str]:
     for child in parent.children:
         if not isinstance(child, Tag) or child.name not in BLOCKS:
             # A tag that holds blocks, such as a link around a paragraph, is one too.
-            if id(child) in holders:
+            if isinstance(child, Tag) and id(child) in holders:
                 blocks += [inline, *_blocks(child, holders)]
                 inline = ""
             else:

@@ -627,16 +627,6 @@ def unknown_key(key: str, known: Collection[str]) -> str:
     return "unknown key" + bracketed(did_you_mean(nearest(key, known) or by_last_part.get(key.rpartition(".")[2])))
 
 
-def check_command_line(arguments: Iterable[str]) -> None:
-    """Raise a UserError for what would make Hydra run code: a class that an override names, or a pickled config."""
-    for argument in arguments:
-        if "_target_" in argument or argument.startswith("--e"):  # --experimental-rerun, which may be shortened
-            problem = f"{clipped(argument)} would run code that it names"
-            raise UserError(
-                "CONFIG", problem, "leave it out; trainers, optimizers and losses are chosen by their names"
-            )
-
-
 def explain_hydra_error(error: BaseException) -> UserError:
     """One line for what Hydra or OmegaConf raised while it read the command line and composed the config."""
     if isinstance(error, UserError):
