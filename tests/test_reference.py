@@ -1,5 +1,6 @@
 """The cache of reference log-probs on disk."""
 
+import json
 import multiprocessing
 
 import pytest
@@ -10,6 +11,8 @@ from engine.logprobs import response_logps
 from engine.models import use_packed_attention
 from engine.reference import CachedReference, LiveReference, reference_key, weights_hash
 from tests.models import pair_examples, random_examples, tiny_model
+from tests.runs import Program
+from trainers import BasicTrainer
 from utils import UserError
 
 
@@ -101,6 +104,35 @@ def test_the_key_follows_all_that_decides_the_numbers() -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
     keys.append(key(model, "packed"))
     assert len(set(keys)) == len(keys)
+
+
+def test_one_epoch_has_all_that_is_to_be_computed(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many follow it."""
+    path = program.directory / "rows.jsonl"
+    rows = ({"prompt": f"q{n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(14))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    num_cuts = 0
+
+    def cut(self: BasicTrainer, *arguments):
+        nonlocal num_cuts
+        num_cuts += 1
+        if num_cuts > 20:
+            raise UserError("DATA", "too many", "look at an epoch")
+        return plain_cut(self, *arguments)
+
+    def prepare_policy(self: BasicTrainer) -> None:
+        assert isinstance(self.reference, CachedReference)
+        assert len(self.reference) == 2 * (len(self.train_examples) + len(self.eval_examples)) == 28
+        raise UserError("DATA", "all there", "")
+
+    plain_cut = BasicTrainer.cut
+    monkeypatch.setattr(BasicTrainer, "cut", cut)
+    monkeypatch.setattr(BasicTrainer, "prepare_policy", prepare_policy)
+    given = (f"datasets=[{path}]", "test_fraction=0.2", "n_epochs=null", "n_examples=100000000")
+    for batch_size in (1, 4, 64):
+        run = program(*given, "loss=dpo", "loss.beta=0.1", f"batch_size={batch_size}")
+        assert "all there" in run.err
+        num_cuts = 0
 
 
 def test_reference_log_probs_have_no_gradient(model) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,23 @@ def test_a_changed_learning_rate(inputs: Path, tmp_path: Path) -> None:
     assert rows(run_dir)[: len(before)] == before
     assert rows(run_dir)[-1]["counters/examples"] == 16
     assert max(row["learning_rate"] for row in rows(run_dir)[len(before) :] if "learning_rate" in row) < 2e-4
+
+
+@pytest.mark.parametrize("trainer", ["BasicTrainer", "package"])
+def test_another_optimizer_starts_anew(inputs: Path, tmp_path: Path, trainer: str) -> None:
+    arguments = [f"trainer={trainer}"]
+    if trainer == "package":
+        arguments = ["trainer=TensorParallelTrainer", "tensor_parallel.backend=package", "tensor_parallel_size=2"]
+    begun = command(inputs, tmp_path / "run", *arguments, "n_examples=8", "optimizer=RMSprop")
+    assert complete(begun, tmp_path / "output")[0] == 0
+    for optimizer in ("AdamW", "SGD"):  # the second has no state to save
+        changes = ("n_examples=16", f"optimizer={optimizer}", "resume_allow=[n_examples,optimizer]")
+        branch = (f"resume={tmp_path / 'run' / 'step-8'}", f"local_run_dir={tmp_path / optimizer}")
+        permitted = command(inputs, tmp_path / optimizer, *arguments, *changes, *branch)
+        status, out, err = complete(permitted, tmp_path / "output")
+        assert status == 0, err
+        assert f"optimizer: {optimizer} starts anew, as it cannot go on from the state of RMSprop\n" in out
+        assert rows(tmp_path / optimizer)[-1]["counters/examples"] == 16
 
 
 def test_another_reference_under_the_same_name(inputs: Path, whole: Path, tmp_path: Path) -> None:
