@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from engine.chat_templates import BOS, JINJA
 from engine.commands import REQUIRED, Option, run_command, settle_network
 from engine.formats import MARK
-from engine.validation import Check, count, number, one_of, optional, text
+from engine.validation import Check, count, number, one_of, optional, path, text
 from utils import UserError
 
 if TYPE_CHECKING:  # it takes seconds to import
@@ -25,8 +25,8 @@ HUMAN = "\n\nHuman:"  # in HH dialogues, where the next turn would begin
 COMMANDS = "/reset forgets the dialogue, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 OPTIONS = {
-    "model": Option(REQUIRED, text, "a run, checkpoint, adapter, exported directory, or a name on the hub", True),
-    "compare": Option(None, optional(text), "another one, which answers after it", True),
+    "model": Option(REQUIRED, path, "a run, checkpoint, adapter, exported directory, or a name on the hub", True),
+    "compare": Option(None, optional(path), "another one, which answers after it", True),
     "prompt": Option(None, optional(text), "answer this and leave", True),
     "stdin": Option("lines", one_of("lines", "whole"), "of a pipe: a prompt in each line, or all of it as one"),
     "system": Option(None, optional(text), "a system prompt", True),
@@ -37,10 +37,10 @@ OPTIONS = {
         None, optional(number(at_least=0, below=2**32, integer=True)), "of sampling; null: another each time"
     ),
     "dtype": Option(None, optional(one_of("float32", "float16", "bfloat16")), "of the weights; null: as stored"),
-    "base": Option(None, optional(text), "the base model of an adapter, in place of the one that it names", True),
+    "base": Option(None, optional(path), "the base model of an adapter, in place of the one that it names", True),
     "chat_template": Option(
         None,
-        optional(Check("hh, llama2 or a file", lambda value: value in JINJA or Path(str(value)).is_file())),
+        optional(Check("hh, llama2 or a file", lambda value: value in JINJA or os.path.isfile(str(value)))),
         "hh, llama2 or a Jinja file; null: what the run trained on, else the tokenizer's own, else hh",
         True,
     ),

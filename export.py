@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.chat_templates import BOS, JINJA
 from engine.commands import REQUIRED, Option, run_command, settle_network
-from engine.validation import Check, count, is_text, one_of, optional, text
+from engine.validation import Check, count, is_text, one_of, optional, path
 from utils import UserError
 
 if TYPE_CHECKING:  # it takes seconds to import
@@ -23,22 +23,22 @@ DTYPES["gguf"] = (*FLOATS.values(), "q8_0", "q4_0")
 
 OPTIONS = {
     "from": Option(
-        REQUIRED, text, "a run directory, a checkpoint or adapter in it, a model's directory, or meta", True
+        REQUIRED, path, "a run directory, a checkpoint or adapter in it, a model's directory, or meta", True
     ),
-    "to": Option(REQUIRED, text, "the directory to write, which must not exist (or FILE.gguf, FILE.pt)", True),
+    "to": Option(REQUIRED, path, "the directory to write, which must not exist (or FILE.gguf, FILE.pt)", True),
     "format": Option("hf", one_of("hf", "gguf", "policy_pt"), "hf, gguf (llama.cpp) or policy_pt"),
     "dtype": Option(
         None,
         optional(one_of(*FLOATS, *DTYPES["gguf"])),
         "float32, float16, bfloat16, for gguf also q8_0, q4_0; null: as stored",
     ),
-    "base": Option(None, optional(text), "the base model of an adapter, in place of the one that it names", True),
-    "path": Option(None, optional(text), "for from=meta: the directory of Meta's consolidated.*.pth", True),
-    "tokenizer": Option(None, optional(text), "for from=meta: a tokenizer in place of tokenizer.model", True),
+    "base": Option(None, optional(path), "the base model of an adapter, in place of the one that it names", True),
+    "path": Option(None, optional(path), "for from=meta: the directory of Meta's consolidated.*.pth", True),
+    "tokenizer": Option(None, optional(path), "for from=meta: a tokenizer in place of tokenizer.model", True),
     "context": Option(None, optional(count), "for from=meta: positions; null: by its params.json"),
     "chat_template": Option(
         None,
-        optional(Check("hh, llama2 or a file", lambda value: value in JINJA or Path(str(value)).is_file())),
+        optional(Check("hh, llama2 or a file", lambda value: value in JINJA or os.path.isfile(str(value)))),
         "hh, llama2 or a Jinja file; null: what the run trained on, else the tokenizer's own",
         True,
     ),

@@ -7,8 +7,9 @@ set, write a `get_<name>(split, source)` like those below, and name it in DATASE
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,8 @@ __all__ = [
 HUMAN_TURN = "\n\nHuman: "
 HUB_TIMEOUT = 10  # seconds
 HTML_BLOCK_ROWS = 20_000  # stripped of HTML at a time; where a data set has so many, by several processes
+MAX_HTML_DEPTH = 250
+MAX_HTML_WORK = 20_000_000  # tags x characters that may be looked at for each of them; about a second
 
 
 # ---- Where rows come from ----
@@ -203,7 +206,7 @@ def get_se(split: SplitName, source: Source) -> Preferences:
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:  # starts no process until used
         while block := list(islice(rows, HTML_BLOCK_ROWS)):
             html: list[str] = []  # question, answers, question, answers, ...
-            scores: list[list[float]] = []  # [rows][answers]
+            scored: list[tuple[Row, list[float]]] = []
             for row in block:
                 with source.checked():
                     row_html, row_scores = [row.text("question")], []
@@ -212,17 +215,23 @@ def get_se(split: SplitName, source: Source) -> Preferences:
                         row_html.append(row.as_text(row.member(answer, "text", name), f"{name}.text"))
                         row_scores.append(row.as_number(row.member(answer, "pm_score", name), f"{name}.pm_score"))
                     html += row_html
-                    scores.append(row_scores)
+                    scored.append((row, row_scores))
             is_parallel = len(block) == HTML_BLOCK_ROWS and not multiprocessing.current_process().daemon
-            texts = pool.map(strip_html, html, chunksize=256) if is_parallel else map(strip_html, html)
-            for answer_scores in scores:
-                prompt = HUMAN_TURN + next(texts) + ASSISTANT_TURN
-                responses = [" " + text for text in islice(texts, len(answer_scores))]
-                if not responses:
-                    source.drop("no answers")
-                    continue
-                target = responses[answer_scores.index(max(answer_scores))]
-                add_preference(preferences, prompt, responses, pairs_by_score(answer_scores), target)
+            texts = pool.map(_stripped, html, chunksize=256) if is_parallel else map(_stripped, html)
+            for row, scores in scored:
+                row_texts = list(islice(texts, 1 + len(scores)))
+                with source.checked():
+                    names = ["question", *(f"answers[{i}].text" for i in range(len(scores)))]
+                    for name, text in zip(names, row_texts, strict=True):
+                        if isinstance(text, ValueError):
+                            raise row.error(name, str(text))
+                    prompt = f"{HUMAN_TURN}{row_texts[0]}{ASSISTANT_TURN}"
+                    responses = [f" {text}" for text in row_texts[1:]]
+                    if not responses:
+                        source.drop("no answers")
+                        continue
+                    target = responses[scores.index(max(scores))]
+                    add_preference(preferences, prompt, responses, pairs_by_score(scores), target)
     return preferences
 
 
@@ -280,13 +289,55 @@ BLOCKS |= {f"h{level}" for level in range(1, 7)}
 
 
 def strip_html(html: str) -> str:
-    """The text of HTML, its blocks an empty line apart. Code keeps its <code> tags, list items get "- " or "1. "."""
-    from bs4 import BeautifulSoup
+    """The text of HTML, its blocks an empty line apart. Code keeps its <code> tags, list items get "- " or "1. ".
 
-    return "\n\n".join(_blocks(BeautifulSoup(html, "html.parser")))
+    Raises:
+        ValueError: if it would take minutes, or cannot be read.
+    """
+    from bs4 import BeautifulSoup, ParserRejectedMarkup
+
+    # html.parser goes on after a "<" without its ">", looking at all that follows again.
+    if html.count("<") * len(html) > MAX_HTML_WORK:
+        parser = HTMLParser(convert_charrefs=False)
+        with suppress(AssertionError):  # which the next parser raises too
+            parser.feed(html)
+        if parser.rawdata.count("<") * len(parser.rawdata) > MAX_HTML_WORK:
+            raise ValueError("is HTML with tags that do not end")
+    try:
+        soup = BeautifulSoup(html, "html.parser")
+    except ParserRejectedMarkup:
+        raise ValueError("is HTML that cannot be read") from None
+    return "\n\n".join(_blocks(soup, _holders_of_blocks(soup)))
 
 
-def _blocks(parent: "Tag") -> list[str]:
+def _stripped(html: str) -> str | ValueError:
+    """strip_html for map, which an exception would end."""
+    try:
+        return strip_html(html)
+    except ValueError as error:
+        return error
+
+
+def _holders_of_blocks(soup: "Tag") -> set[int]:
+    """The tags that hold blocks, by id.
+
+    Raises:
+        ValueError: if tags are nested more deeply than functions may be.
+    """
+    from bs4 import Tag
+
+    levels = [[soup]]
+    while levels[-1]:
+        if len(levels) > MAX_HTML_DEPTH:
+            raise ValueError(f"is HTML with tags nested more than {MAX_HTML_DEPTH} deep")
+        levels.append([child for tag in levels[-1] for child in tag.children if isinstance(child, Tag)])
+    holders: set[int] = set()
+    for level in reversed(levels[1:]):
+        holders |= {id(tag.parent) for tag in level if tag.name in BLOCKS or id(tag) in holders}
+    return holders
+
+
+def _blocks(parent: "Tag", holders: set[int]) -> list[str]:
     from bs4 import Tag
 
     blocks: list[str] = []
@@ -294,8 +345,8 @@ def _blocks(parent: "Tag") -> list[str]:
     for child in parent.children:
         if not isinstance(child, Tag) or child.name not in BLOCKS:
             # A tag that holds blocks, such as a link around a paragraph, is one too.
-            if isinstance(child, Tag) and child.find(list(BLOCKS)):
-                blocks += [inline, *_blocks(child)]
+            if isinstance(child, Tag) and id(child) in holders:
+                blocks += [inline, *_blocks(child, holders)]
                 inline = ""
             else:
                 inline += _inline(child)
@@ -305,11 +356,11 @@ def _blocks(parent: "Tag") -> list[str]:
         if child.name == "pre":
             blocks.append(f"<code>{child.get_text()}</code>")
         elif child.name in ("ul", "ol"):
-            items = [_blocks(item) for item in child.find_all("li", recursive=False)]
+            items = [_blocks(item, holders) for item in child.find_all("li", recursive=False)]
             marks = [f"{i}. " if child.name == "ol" else "- " for i in range(1, len(items) + 1)]
             blocks.append("\n".join(mark + _indented(item) for mark, item in zip(marks, items, strict=True)))
         else:
-            blocks += _blocks(child)
+            blocks += _blocks(child, holders)
     return [block for block in (block.strip() for block in [*blocks, inline]) if block]
 
 

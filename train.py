@@ -20,9 +20,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from engine import distributed, launch
+from engine.command_line import check_command_line
 from engine.commands import with_bases
 from engine.secrets import public, redact
-from engine.validation import check_command_line, explain_hydra_error, validate_config
+from engine.validation import explain_hydra_error, validate_config
 from utils import Unfailing, UserError, is_out_of_memory, is_reachable, local_dir, write_atomically
 
 if TYPE_CHECKING:  # they take seconds to import
@@ -333,6 +334,9 @@ def as_user_error(error: Exception) -> UserError | None:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError("STORAGE", f"no room left to write ({error})", "make room, then continue with resume=")
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE):
+        problem = f"a file cannot be read or written ({error})"
+        return UserError("STORAGE", problem, "see to the disk and its permissions, then continue with resume=")
     return None
 
 
@@ -401,11 +405,15 @@ def run_command_line() -> int:
         return run_worker()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors in the command line reach this function
     OmegaConf.register_new_resolver("local_dir", lambda dirs: str(local_dir(dirs)), replace=True)
-    # Hydra writes down a sweep with its overrides as they were given. They may hold secrets, so that does not stay.
     temporary = ExitStack()
-    OmegaConf.register_new_resolver(
-        "sweep_dir", lambda: temporary.enter_context(TemporaryDirectory(prefix="sweep-")), replace=True, use_cache=True
-    )
+
+    def sweep_dir() -> str:
+        directory = temporary.enter_context(TemporaryDirectory(prefix="sweep-"))
+        # Hydra writes down a sweep with its overrides as they were given. They may hold secrets.
+        Path(directory, "multirun.yaml").symlink_to(os.devnull)
+        return directory
+
+    OmegaConf.register_new_resolver("sweep_dir", sweep_dir, replace=True, use_cache=True)
     statuses: list[int] = []
 
     @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="config")
@@ -413,7 +421,7 @@ def run_command_line() -> int:
         statuses.append(run_job(config))
 
     try:
-        check_command_line(sys.argv[1:])
+        check_command_line(sys.argv[1:], command)
         command()
     except KeyboardInterrupt:
         print("interrupted; resume= goes on from the last checkpoint", file=sys.stderr)

@@ -293,14 +293,16 @@ class BasicTrainer:
     def fill(self, cached: CachedReference, live: LiveReference) -> None:
         """Compute what the cache lacks, in the microbatches of training, so that equal weights give equal numbers."""
         rounds, planned, num_before = [], set[bytes](), len(cached)
-        for batch in chain(self.train_batches(), self.eval_batches()):
+        # An epoch has every example: those after it may be many, and need nothing that is not planned by then.
+        epoch = islice(self.train_batches(), math.ceil(len(self.train_examples) / self.config.batch_size))
+        for batch in chain(epoch, self.eval_batches()):
             for start in range(0, len(batch), self.num_data_ranks):  # what the processes run at a time
                 microbatches = batch[start : start + self.num_data_ranks]
                 examples = [example for part in microbatches for example in part]
                 missing = cached.missing(
                     (example.prompt, answer) for example in examples for answer in example.responses
                 )
-                if missing - planned:  # each later epoch asks for the same
+                if missing - planned:
                     rounds.append(microbatches)
                     planned |= missing
         if not rounds:
@@ -1097,7 +1099,8 @@ class PackageTrainer(BasicTrainer):
 
         with reading(checkpoint):
             load_merged(self.policy, dict(tensors_of(checkpoint, WEIGHTS)))
-            load_merged_optimizer_state(self.policy, self.optimizer, state_by_parameter(checkpoint))
+            state = state_by_parameter(checkpoint, self.optimizer)
+            load_merged_optimizer_state(self.policy, self.optimizer, state)
 
 
 TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}

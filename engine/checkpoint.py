@@ -544,7 +544,7 @@ def load_checkpoint(
         for name, tensor in tensors_of(checkpoint, kind):
             fill(weights[name], tensor, orders.get(name))
             missing.remove(name)
-        for owner, values in state_by_parameter(checkpoint).items():
+        for owner, values in state_by_parameter(checkpoint, optimizer).items():
             parameter = parameters[owner]
             state[owner] = values
             for key, value in values.items():
@@ -576,9 +576,14 @@ def tensors_of(directory: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def state_by_parameter(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's state in a checkpoint: name of the parameter -> what it is -> value."""
+def state_by_parameter(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state in a checkpoint: name of the parameter -> what it is -> value; empty, with a line that says
+    so, if it is of another kind of optimizer, which resume_allow has permitted."""
     state: dict[str, dict[str, Tensor]] = {}
+    before, now = _read_state(checkpoint)["settings"]["optimizer"], type(optimizer).__name__
+    if before != now:
+        print(f"optimizer: {now} starts anew, as it cannot go on from the state of {before}")
+        return state
     for name, tensor in tensors_of(checkpoint, OPTIMIZER):
         owner, _, key = name.rpartition(".")
         state.setdefault(owner, {})[key] = tensor

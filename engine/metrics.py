@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.secrets import public, redact
-from utils import is_reachable, printable
+from utils import UserError, is_reachable, printable
 
 Metrics = Mapping[str, float]
 
@@ -128,7 +128,7 @@ class Wandb:
                 silent=True,
                 console="off",
                 reinit="create_new",  # never the run of a sweep's earlier job, which may not be finished
-                x_disable_meta=redact(command_line) != command_line,  # it holds the command line
+                x_disable_meta=redact(command_line, config) != command_line,  # it holds the command line
             ),
         )
 
@@ -220,7 +220,7 @@ class Background:
                 call(logger)
             logger.close(self._is_done)
         except BaseException as error:  # whatever a logger raises, the run goes on
-            reason = redact(" ".join(f"{type(error).__name__}: {error}".split()))
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             self._say(f"{self._name}: logging stopped, the run goes on ({reason})")
 
     def _say(self, line: str) -> None:
@@ -289,10 +289,14 @@ class Loggers:
             nrows=terminal.lines,
         )
         self._loggers: list[Logger] = []
+
+        def write(line: str) -> None:
+            self.print(redact(line, config))  # libraries are free to say anything
+
         if config.wandb.enabled and not config.debug:
-            self._loggers.append(Background("wandb", lambda say: Wandb(config, run_dir, say), self.print))
+            self._loggers.append(Background("wandb", lambda say: Wandb(config, run_dir, say), write))
         if config.tensorboard:
-            self._loggers.append(Background("tensorboard", lambda say: TensorBoard(run_dir), self.print))
+            self._loggers.append(Background("tensorboard", lambda say: TensorBoard(run_dir), write))
 
     def print(self, text: str) -> None:
         """A line on stdout that does not break the progress bar."""
@@ -339,8 +343,16 @@ class Loggers:
             logger.log(metrics, step)
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        with open(self._run_dir / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        try:
+            with open(self._run_dir / name, "a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            raise UserError(
+                "STORAGE",
+                f"{self._run_dir / name} cannot be written ({error.strerror})",
+                "make room or see to the disk, then continue with resume=",
+            ) from error
 
     def close(self, is_done: bool = True) -> None:
         """Finish all logs; is_done is whether the run came to its end."""

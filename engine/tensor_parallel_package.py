@@ -355,7 +355,7 @@ def load_merged_optimizer_state(
     state_dict["state"] = {}
     for name, (action, parts) in _parts(split).items():
         for rank, parameter in enumerate(parts):
-            state = dict(merged[name])
+            state = dict(merged.get(name, {}))  # of another optimizer there is none
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     part = value if action is None or value.ndim == 0 else action(value, rank=rank)

@@ -1,6 +1,7 @@
 """Checks a composed config before anything is loaded: every key, the rules across keys, all problems at once."""
 
 import difflib
+import errno
 import inspect
 import json
 import math
@@ -128,9 +129,20 @@ def is_run_name(value: Any) -> bool:
     return is_name and len(value.encode()) <= 200
 
 
+def is_possible_path(value: Any) -> bool:
+    """Text that a file system can be asked about, whether or not something is there."""
+    if not is_text(value):
+        return False
+    try:
+        os.lstat(value)
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
+
+
 def is_model_or_path(value: Any) -> bool:
     """A name that may be on the hub, or a path, told by how it begins, that exists."""
-    return is_text(value) and (not value.startswith(("/", "./", "../", "~")) or os.path.exists(value))
+    return is_possible_path(value) and (not value.startswith(("/", "./", "../", "~")) or os.path.exists(value))
 
 
 def unknown_datasets(value: Any) -> Iterator[str]:
@@ -166,8 +178,15 @@ text = Check(
         f"as text: \"'{value}'\", in both quotes"
         if isinstance(value, int | float)
         else "it holds what is no character"
-        if isinstance(value, str) and value
+        if isinstance(value, str) and value and not is_text(value)
         else ""
+    ),
+)
+path = replace(
+    text,
+    accepts=is_possible_path,
+    hint=lambda value: (
+        "a name in it is too long" if is_text(value) and not is_possible_path(value) else text.hint(value)
     ),
 )
 anything = Check("anything", lambda value: True)
@@ -179,10 +198,13 @@ NO_LOSS_SCALING = {"float16": "float16 would need loss scaling, which is not don
 CHECKS: dict[str, Check] = {
     "seed": number(at_least=0, below=2**32, integer=True),
     "exp_name": optional(Check("a name without /, \\ and .., of at most 200 bytes", is_run_name, hint=text.hint)),
-    "local_dirs": Check("a list of paths such as [/scr,.cache]", is_list_of_text),
-    "local_run_dir": optional(text),
-    "cache_dir": optional(text),
-    "resume": optional(replace(text, expected="auto or a path")),
+    "local_dirs": Check(
+        "a list of paths such as [/scr,.cache]",
+        lambda value: is_list_of_text(value) and all(map(is_possible_path, value)),
+    ),
+    "local_run_dir": optional(path),
+    "cache_dir": optional(path),
+    "resume": optional(replace(path, expected="auto or a path")),
     "resume_allow": Check("a list of keys such as [lr]", lambda value: value == [] or is_list_of_text(value)),
     "debug": boolean,
     "datasets": Check(
@@ -252,11 +274,11 @@ CHECKS: dict[str, Check] = {
     "wandb.entity": optional(text),
     "wandb.project": text,
     "tensorboard": boolean,
-    "model.name_or_path": Check("a model's name on the hub or an existing path", is_model_or_path, hint=text.hint),
+    "model.name_or_path": Check("a model's name on the hub or an existing path", is_model_or_path, hint=path.hint),
     "model.tokenizer_name_or_path": optional(
-        Check("a tokenizer's name on the hub or an existing path", is_model_or_path, hint=text.hint)
+        Check("a tokenizer's name on the hub or an existing path", is_model_or_path, hint=path.hint)
     ),
-    "model.archive": optional(text),
+    "model.archive": optional(path),
     "model.block_name": optional(text),
     "model.policy_dtype": one_of("float32", "bfloat16", "float64", reasons=NO_LOSS_SCALING),
     "model.fsdp_policy_mp": optional(one_of("bfloat16", reasons=NO_LOSS_SCALING)),
@@ -613,16 +635,6 @@ def unknown_key(key: str, known: Collection[str]) -> str:
         return f"not a key of the chosen {group}, only of {', '.join(f'{group}={path.stem}' for path in presets)}"
     by_last_part = {other.rpartition(".")[2]: other for other in known}
     return "unknown key" + bracketed(did_you_mean(nearest(key, known) or by_last_part.get(key.rpartition(".")[2])))
-
-
-def check_command_line(arguments: Iterable[str]) -> None:
-    """Raise a UserError for what would make Hydra run code: a class that an override names, or a pickled config."""
-    for argument in arguments:
-        if "_target_" in argument or argument.startswith("--e"):  # --experimental-rerun, which may be shortened
-            problem = f"{clipped(argument)} would run code that it names"
-            raise UserError(
-                "CONFIG", problem, "leave it out; trainers, optimizers and losses are chosen by their names"
-            )
 
 
 def explain_hydra_error(error: BaseException) -> UserError:

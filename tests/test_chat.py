@@ -256,6 +256,8 @@ def test_two_models(directory, command, echo):
         ),
         (["model={0}", "base=x"], 2, "is no adapter, so it has no base"),
         (["model={0}/none"], 4, "there is no {0}/none"),
+        (["model=" + 300 * "x"], 2, "(a name in it is too long)"),
+        (["model={0}", "chat_template=" + 300 * "x"], 2, "chat_template: must be null or hh, llama2 or a file"),
         (["model={0}", "chat_template=none"], 2, "chat_template: must be null or hh, llama2 or a file"),
         (["model={0}", "hello"], 2, "hello: not of the form key=value"),
         (["model={0}", "prompt=hi", "--compare"], 2, "--compare: not of the form key=value"),

@@ -272,6 +272,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, command):
         (["from=meta", "to={0}/x"], 2, "from=meta needs path"),
         (["from={0}", "to={0}/x"], 4, "there is no model in {0}"),
         (["from={0}/none", "to={0}/x"], 4, "there is no {0}/none; fix: correct the path"),
+        (["from=" + 300 * "x", "to={0}/x"], 2, "(a name in it is too long)"),
         (["from=no-such-model", "to={0}/x"], 4, "no model can be loaded from no-such-model"),
         (["from={0}", "to={0}/x", "tokenizer=a"], 2, "tokenizer and context are for from=meta"),
     ],

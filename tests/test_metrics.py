@@ -1,6 +1,10 @@
 """Loggers: what they write, and that none of them can end a run."""
 
+import errno
 import json
+import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +111,35 @@ def test_wandb_without_a_network_logs_offline(program: Program, monkeypatch: pyt
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     run = program.ok("wandb.enabled=true", "n_examples=8")
     assert "http://127.0.0.1:9 cannot be reached, so the run is logged offline" in run.out
+
+
+def test_what_loggers_say_holds_no_secret(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://me:swordfish-0815@127.0.0.1:9")
+    run = program.ok("wandb.enabled=true", "n_examples=8")
+    assert "@127.0.0.1:9 cannot be reached, so the run is logged offline" in run.out and "swordfish" not in run.out
+
+    def fail(self: Broken, *arguments) -> None:
+        raise ConnectionError("no project swordfish-4711")
+
+    monkeypatch.setenv("BLAND", "swordfish-4711")
+    monkeypatch.setattr(engine.metrics, "Wandb", type("Failing", (Broken,), {"__init__": fail}))
+    run = program.ok("wandb.enabled=true", "wandb.project=${oc.env:BLAND}", "n_examples=8")
+    assert "(ConnectionError: no project <redacted>)" in run.out and "swordfish" not in run.out
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.EACCES, errno.ENOSPC])
+def test_a_log_that_cannot_be_written_ends_the_run(number: int, program: Program, monkeypatch) -> None:
+    def failing(file, mode: str = "r", *arguments, **keywords):
+        if mode == "a" and str(file).endswith("metrics.jsonl") and Path(file).exists():
+            raise OSError(number, os.strerror(number), str(file))
+        return open(file, mode, *arguments, **keywords)
+
+    monkeypatch.setattr(engine.metrics, "open", failing, raising=False)
+    run = program("n_examples=8")
+    assert run.status == 6 and run.err.count("\n") == 1
+    assert re.match(rf"error\[STORAGE\] \S+metrics.jsonl cannot be written \({os.strerror(number)}\); fix: ", run.err)
 
 
 def test_tensorboard_holds_metrics_and_samples(program: Program) -> None:

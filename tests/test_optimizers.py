@@ -1,5 +1,6 @@
 """Optimizers of bitsandbytes: each is saved and resumed to the last bit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.checkpoint import OPTIMIZER, WEIGHTS, load_checkpoint, named_state, named_weights
+from engine.checkpoint import OPTIMIZER, STATE_FILE, WEIGHTS, load_checkpoint, named_state, named_weights
 from engine.optimizers import build_optimizer
 from engine.validation import SMALL_OPTIMIZERS
 
@@ -35,6 +36,7 @@ def test_state_is_saved_and_resumed_exactly(name: str, tmp_path: Path) -> None:
     assert has_small_state == name.endswith("8bit")
     for kind, tensors in ((WEIGHTS, named_weights(model)), (OPTIMIZER, named_state(model, optimizer))):
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / f"{kind}.safetensors")
+    (tmp_path / STATE_FILE).write_text(json.dumps({"settings": {"optimizer": name}}))
     again, other = fresh(name)
     load_checkpoint(tmp_path, again, other, {}, WEIGHTS, named_weights(again))
     for key, value in optimizer.state[model.weight].items():

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import preference_datasets
-from engine.formats import PROMPTS_DIFFER
+from engine.formats import PROMPTS_DIFFER, Tally
 from preference_datasets import DATASETS, Source, format_counts, load_split, strip_html
 from tests.test_tokenization import byte_tokenizer
 from utils import UserError
@@ -130,6 +130,32 @@ def test_malformed_se(tmp_path):
     del row["answers"][1]["pm_score"]
     with pytest.raises(UserError, match=r"line 1: field 'answers\[1\]\.pm_score' is missing"):
         get("se", [row], tmp_path, split="test")
+
+
+@pytest.mark.parametrize(
+    ("html", "problem"),
+    [
+        ("<div>" * 1000, "is HTML with tags nested more than 250 deep"),
+        ("<b>" * 251, "is HTML with tags nested more than 250 deep"),
+        ("<a " * 20_000, "is HTML with tags that do not end"),
+        ("<a b='>' " * 10_000, "is HTML with tags that do not end"),
+        ("<![<![", "is HTML that cannot be read"),
+    ],
+)
+def test_html_of_se_that_would_take_minutes(tmp_path, html, problem):
+    begun = time.monotonic()
+    rows = [se("q", ("a", 1), ("b", 2)), se("r", ("a", 1), (html, 2)), se("s", ("a", 1))]
+    with pytest.raises(UserError, match=rf"line 2: field 'answers\[1\]\.text' {problem}"):
+        get("se", rows, tmp_path, split="test")
+    tally = Tally(on_bad_row="drop")
+    preferences = DATASETS["se"].function("test", Source("se", str(tmp_path), tally))
+    assert len(preferences) == 2 and tally.dropped == {"malformed": 1}
+    assert time.monotonic() - begun < 5
+
+
+def test_html_as_deep_as_may_be():
+    assert strip_html("<b>" * 248 + "x<p>y") == "x\n\ny"
+    assert strip_html("<b>" * 249 + "x") == "x"
 
 
 def test_se_without_a_test_file_is_split_as_the_reference_splits_it(tmp_path):

@@ -1,5 +1,6 @@
 """The cache of reference log-probs on disk."""
 
+import json
 import multiprocessing
 import sqlite3
 import struct
@@ -13,6 +14,8 @@ from engine.logprobs import response_logps
 from engine.models import use_packed_attention
 from engine.reference import CachedReference, LiveReference, reference_key, weights_hash
 from tests.models import pair_examples, random_examples, tiny_model
+from tests.runs import Program
+from trainers import BasicTrainer
 from utils import UserError
 
 
@@ -130,6 +133,35 @@ def test_another_version_of_transformers_has_the_same_weights(monkeypatch: pytes
     monkeypatch.setattr(transformers.configuration_utils, "__version__", "99.0")
     assert tiny_model("llama").config.to_dict()["transformers_version"] == "99.0"
     assert weights_hash(tiny_model("llama"), {}) == before
+
+
+def test_one_epoch_has_all_that_is_to_be_computed(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many follow it."""
+    path = program.directory / "rows.jsonl"
+    rows = ({"prompt": f"q{n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(14))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    num_cuts = 0
+
+    def cut(self: BasicTrainer, *arguments):
+        nonlocal num_cuts
+        num_cuts += 1
+        if num_cuts > 20:
+            raise UserError("DATA", "too many", "look at an epoch")
+        return plain_cut(self, *arguments)
+
+    def prepare_policy(self: BasicTrainer) -> None:
+        assert isinstance(self.reference, CachedReference)
+        assert len(self.reference) == 2 * (len(self.train_examples) + len(self.eval_examples)) == 28
+        raise UserError("DATA", "all there", "")
+
+    plain_cut = BasicTrainer.cut
+    monkeypatch.setattr(BasicTrainer, "cut", cut)
+    monkeypatch.setattr(BasicTrainer, "prepare_policy", prepare_policy)
+    given = (f"datasets=[{path}]", "test_fraction=0.2", "n_epochs=null", "n_examples=100000000")
+    for batch_size in (1, 4, 64):
+        run = program(*given, "loss=dpo", "loss.beta=0.1", f"batch_size={batch_size}")
+        assert "all there" in run.err
+        num_cuts = 0
 
 
 def test_reference_log_probs_have_no_gradient(model) -> None:

@@ -60,6 +60,10 @@ def bad_values(check: Check) -> list[str]:
     return [*of_any, "3", "true", "1.5", "''", "[x]", "no_such_choice", "-1"]
 
 
+PATHS = (
+    "local_run_dir", "cache_dir", "resume", "data_dir", "chat_template", "model.archive",
+    "model.tokenizer_name_or_path", "model=blank_model model.name_or_path",
+)  # fmt: skip
 CONSTANT_CONFIGS = [
     ("n_epochs=null", "n_epochs: is null"),
     ("max_prompt_length=512", "max_prompt_length: must be below"),
@@ -135,6 +139,16 @@ CONSTANT_CONFIGS = [
     ("--config-dir=/no/such", "/no/such"),
     ("--config-path=/no/such", "/no/such"),
     ("--experimental-rerun=/no/such", ""),
+    ("--nope", "--nope: no option"),
+    ("--config-d=/tmp", "--config-d=/tmp: no option"),
+    ("--cfg=nope", "invalid choice: 'nope'"),
+    ("--info=nope", "invalid choice: 'nope'"),
+    ("-m hydra.launcher=null", "launcher"),
+    ("-m hydra.sweeper=3", ""),
+    ("hydra.callbacks=3", "hydra.callbacks"),
+    ("hydra/job_logging=nope", "hydra/job_logging"),
+    ("hydra.output_subdir=.hydra", "hydra.output_subdir"),
+    ("-m hydra.sweep.dir=/tmp/sweep", "hydra.sweep.dir"),
     ("-m lr=abc,-1", "lr"),
     ("-m loss=dpo,nope loss.beta=1", "write ++loss.beta"),
     ("-m loss=dpo,nope ++loss.beta=1", "nope"),
@@ -158,6 +172,8 @@ CONSTANT_CONFIGS = [
     ("model.tokenizer_name_or_path=/etc", "model.tokenizer_name_or_path"),
     ("model=blank_model model.name_or_path=/etc", "model.name_or_path"),
     ("chat_template=/dev/null datasets=[CHAT]", "chat_template"),
+    *[(f"{key}={name}", f"{key.split()[-1]}: ") for key in PATHS for name in (300 * "x", "/tmp/" + 2500 * "x/")],
+    *[(f"{key}=[{300 * 'x'}]", f"{key}: ") for key in ("datasets", "local_dirs")],
     ("local_run_dir='a\x00b'", "local_run_dir"),
     ("cache_dir='a\x00b'", "cache_dir"),
     ("local_dirs=['a\x00b']", "local_dirs"),
@@ -266,6 +282,7 @@ def good_row(form: str, n: int) -> dict[str, Any]:
 FORMS = ("strings", "transcripts", "messages", "sharegpt", "ranked")
 NAMED = ("hh", "shp", "se", "stack-exchange-paired")
 NOT_TEXT: tuple[Any, ...] = (None, 3, -1.5, True, [], ["x"], {}, {"a": 1}, "a\x00b", "\ud800", "x" * 2_000_001)
+BAD_HTML = ("<div>" * 1000 + "x", "<b>" * 500 + "<p>x", "<a " * 20_000, "<a/" * 20_000, "<![<![")
 NOT_NUMBERS: tuple[Any, ...] = (None, "3", True, [], {}, float("nan"), float("inf"), -float("inf"), 10**400)
 
 
@@ -298,7 +315,7 @@ def bad_row(form: str, rng: random.Random) -> tuple[str, Any, str]:
         # Without chosen or rejected, prompt or responses, a file of one's own has no form: then all columns are named.
         return "missing", changed(row, path, lambda inner, key: inner.pop(key)), str(path[0])
     if isinstance(value, str):
-        wrong = rng.choice(NOT_TEXT)
+        wrong = rng.choice(NOT_TEXT + BAD_HTML if form == "se" else NOT_TEXT)
     elif isinstance(value, list):
         wrong = rng.choice([None, 3, True, {}, "text"])
     elif isinstance(value, dict):

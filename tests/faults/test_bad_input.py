@@ -35,7 +35,12 @@ def check_config(case: BadConfig, program: Program) -> None:
     start = time.monotonic()
     run = program(*case.overrides, defaults=("wandb.enabled=false",))
     seconds = time.monotonic() - start
-    check_line(run.err if not run.err.count("\n") > 1 else run.err.split("\n")[0], run.status, 2)
+    lines = run.err.splitlines()
+    for line in lines:
+        check_line(line, run.status, 2)
+    assert len(lines) == max(
+        1, len(re.findall(r"^job \d+: ", run.out, re.MULTILINE))
+    )  # each job of a sweep has its own
     assert "Traceback" not in run.out + run.err
     for text in case.says:
         assert text in run.err

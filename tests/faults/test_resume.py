@@ -47,6 +47,23 @@ def test_a_learning_rate_that_changed_in_the_environment(inputs: Path, tmp_path:
         assert status == 0 or "lr was 0.001 and is 0.1;" in err
 
 
+@pytest.mark.parametrize("trainer", ["BasicTrainer", "package"])
+def test_another_optimizer_starts_anew(inputs: Path, tmp_path: Path, trainer: str) -> None:
+    arguments = [f"trainer={trainer}"]
+    if trainer == "package":
+        arguments = ["trainer=TensorParallelTrainer", "tensor_parallel.backend=package", "tensor_parallel_size=2"]
+    begun = command(inputs, tmp_path / "run", *arguments, "n_examples=8", "optimizer=RMSprop")
+    assert complete(begun, tmp_path / "output")[0] == 0
+    for optimizer in ("AdamW", "SGD"):  # the second has no state to save
+        changes = ("n_examples=16", f"optimizer={optimizer}", "resume_allow=[n_examples,optimizer]")
+        branch = (f"resume={tmp_path / 'run' / 'step-8'}", f"local_run_dir={tmp_path / optimizer}")
+        permitted = command(inputs, tmp_path / optimizer, *arguments, *changes, *branch)
+        status, out, err = complete(permitted, tmp_path / "output")
+        assert status == 0, err
+        assert f"optimizer: {optimizer} starts anew, as it cannot go on from the state of RMSprop\n" in out
+        assert rows(tmp_path / optimizer)[-1]["counters/examples"] == 16
+
+
 def test_another_reference_under_the_same_name(inputs: Path, whole: Path, tmp_path: Path) -> None:
     """The policy comes from the checkpoint, but a reference is where the run was started from."""
     start = tmp_path / "start"

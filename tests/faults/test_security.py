@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+import train
 from engine.metrics import as_markdown
 from engine.secrets import REDACTED, comparable, public, redact, secrets_of
 from engine.validation import CHECKS
@@ -190,6 +192,26 @@ def test_nothing_secret_is_in_what_a_run_leaves(tmp_path) -> None:
     assert "crash.log" in left and "offline-run" in left and "a-me" in left
 
 
+def test_hydra_writes_no_sweep_down(tmp_path, monkeypatch: pytest.MonkeyPatch, program: Program) -> None:
+    """Neither where it is asked to, nor in a place of its own, where it stays if the run is killed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    secret = f"+hydra.job.env_set.HF_TOKEN={HF_TOKEN}"
+    for key in ("hydra.sweep.dir", "hydra.output_subdir"):
+        run = program("-m", f"{key}={tmp_path / 'kept'}", secret, "seed=1,2")
+        assert run.status == 2 and run.err.count("\n") == 1 and f"{key}: Hydra would write" in run.err
+    found: list[Path] = []
+
+    def look(config: DictConfig) -> int:
+        found.extend(tmp_path.rglob("multirun.yaml"))
+        assert HF_TOKEN not in read_all(tmp_path)
+        return 0
+
+    monkeypatch.setattr(train, "run", look)
+    program.ok("-m", secret, "seed=1,2")
+    assert len(found) == 2 and not any(path.exists() and path.stat().st_size for path in found)
+    assert not list(tmp_path.rglob("multirun.yaml"))
+
+
 # ---- Names and code ----
 
 
@@ -253,13 +275,72 @@ def test_code_of_a_model_is_refused(odd_model: Path, program: Program) -> None:
         "+hydra.callbacks.x={_target_: os.getpid}",
         "hydra.launcher._target_=os.getpid",
         "+model.architecture._target_=os.getpid",
+        "+hydra.callbacks.x='${oc.decode:${oc.env:CODE}}'",
+        "+hydra.launcher.x='${oc.decode:${oc.env:CODE}}'",
+        "+hydra.job_logging.handlers={x: {class: os.getpid}}",
+        "hydra.job_logging.root.level=ext://os.getpid",
         "--experimental-rerun=/tmp/config.pickle",
         "--exp=/tmp/config.pickle",
     ],
 )
-def test_no_code_is_named_on_the_command_line(override: str, program: Program) -> None:
-    run = program(override)
-    assert run.status == 2 and run.err.count("\n") == 1 and "would run code that it names" in run.err
+def test_no_code_is_named_on_the_command_line(override: str, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODE", "{_target_: os.getpid}")
+    for run in (program(override), program("-m", override, "seed=1,2")):
+        assert run.status == 2 and run.err.count("\n") == 1 and "would run code that it names" in run.err
+
+
+CONFIGS = {
+    "hydra/callbacks/evil.yaml": "x:\n  _target_: os.makedirs\n  name: MADE\n",
+    "hydra/launcher/evil.yaml": "_target_: os.makedirs\nname: MADE\n",
+    "hydra/sweeper/evil.yaml": "defaults: [basic]\nparams:\n  x: {_target_: os.makedirs, name: MADE}\n",
+    "hydra/job_logging/evil.yaml": "version: 1\nroot: {}\nhandlers: {x: {(): os.makedirs, name: MADE}}\n",
+    "loss/evil.yaml": "# @package _global_\nhydra: {callbacks: {x: {_target_: os.makedirs, name: MADE}}}\n"
+    "loss: {name: sft, average_log_prob: false}\n",
+    "loss/logs.yaml": "# @package _global_\nhydra: {job_logging: {handlers: {x: {(): os.makedirs, name: MADE}}}}\n"
+    "loss: {name: sft, average_log_prob: false}\n",
+    "loss/mine.yaml": "name: sft\naverage_log_prob: true\n",
+    "main.yaml": "hydra: {callbacks: {x: {_target_: os.makedirs, name: MADE}}}\n",
+}
+
+
+@pytest.fixture
+def configs(tmp_path) -> Path:
+    """A directory of configs, most of which name code that makes a directory."""
+    for name, text in CONFIGS.items():
+        path = tmp_path / "configs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace("MADE", str(tmp_path / "made")))
+    return tmp_path / "configs"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--config-dir=CONFIGS", "hydra/callbacks=evil"),
+        ("--config-dir=CONFIGS", "+x@hydra.callbacks=../hydra/callbacks/evil"),
+        ("hydra.searchpath=[file://CONFIGS]", "hydra/callbacks=evil"),
+        ("-m", "--config-dir=CONFIGS", "hydra/launcher=evil"),
+        ("-m", "--config-dir=CONFIGS", "hydra/sweeper=evil"),
+        ("--config-dir=CONFIGS", "hydra/job_logging=evil"),
+        ("--help", "--config-dir=CONFIGS", "hydra/hydra_logging=../job_logging/evil"),
+        ("--config-dir=CONFIGS", "loss=evil"),
+        ("-m", "--config-dir=CONFIGS", "loss=sft,evil"),
+        ("-m", "--config-dir=CONFIGS", "loss=sft,logs"),
+        ("--config-path=CONFIGS", "--config-name=main"),
+        ("-cd", "CONFIGS", "-cn", "main"),
+    ],
+)
+def test_no_code_is_named_in_a_config(arguments: tuple[str, ...], configs: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *(text.replace("CONFIGS", str(configs)) for text in arguments)])
+    status, (out, err) = train.main(), capsys.readouterr()
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error[CONFIG] ") and "job 0" not in out
+    assert not (configs.parent / "made").exists()
+
+
+def test_configs_of_ones_own_are_taken(configs: Path, program: Program) -> None:
+    for arguments in ((f"--config-dir={configs}",), (f"hydra.searchpath=[file://{configs}]",)):
+        run = program.ok(*arguments, "loss=mine", "n_examples=4")
+        assert "average_log_prob: true" in (run.dir / "config.yaml").read_text()
 
 
 def test_markdown_shows_text_as_it_is() -> None:
