@@ -159,7 +159,8 @@ def test_one_epoch_has_all_that_is_to_be_computed(program: Program, monkeypatch:
     monkeypatch.setattr(BasicTrainer, "prepare_policy", prepare_policy)
     given = (f"datasets=[{path}]", "test_fraction=0.2", "n_epochs=null", "n_examples=100000000")
     for batch_size in (1, 4, 64):
-        run = program(*given, "loss=dpo", "loss.beta=0.1", f"batch_size={batch_size}")
+        cache_dir = program.directory / f"cache-{batch_size}"
+        run = program(*given, "loss=dpo", "loss.beta=0.1", f"batch_size={batch_size}", f"cache_dir={cache_dir}")
         assert "all there" in run.err
         num_cuts = 0
 
