@@ -19,7 +19,8 @@ from engine import distributed, launch
 from utils import UserError
 
 DEFAULTS = {"num": 2, "act": "nothing", "trainer": "FSDPTrainer", "tensor_parallel": {"backend": "native"},
-            "exp_name": "toy", "cache_dir": ".", "local_dirs": ["."], "collective_timeout": 60}  # fmt: skip
+            "exp_name": "toy", "cache_dir": ".", "local_dirs": ["."], "collective_timeout": 60,
+            "resume": None}  # fmt: skip
 
 
 def act(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> None:

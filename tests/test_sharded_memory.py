@@ -37,7 +37,7 @@ def on_one(tmp_path_factory) -> int:
     return state_bytes(jobs("BasicTrainer"), tmp_path_factory.mktemp("one"))[0]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_state_is_shared_equally(num_ranks: int, on_one: int, tmp_path: Path) -> None:
     for of_rank in on_ranks(num_ranks, state_bytes, jobs(*TRAINERS), tmp_path):
         for trainer, held in zip(TRAINERS, of_rank, strict=True):

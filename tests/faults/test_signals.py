@@ -67,8 +67,10 @@ def signal_in_evaluation(update: int, on_rank: int) -> None:
     BasicTrainer.run_microbatch = signalled  # type: ignore[method-assign, assignment]
 
 
-@pytest.mark.parametrize("update", [0, 8, 15])  # before the first step, between steps, after the last
-@pytest.mark.parametrize("num", [1, 2])
+@pytest.mark.parametrize(
+    "num, update",
+    [(1, 0), (1, 8), (1, 15), (2, 8)],  # before the first step, between steps, after the last
+)
 def test_a_signal_ends_an_evaluation(tmp_path: Path, request: pytest.FixtureRequest, num: int, update: int) -> None:
     """It is made up for when the run goes on."""
     inputs, whole = (request.getfixturevalue(name) for name in ("inputs", "whole" if num == 1 else "whole_on_two"))
