@@ -10,7 +10,8 @@ demo: .venv/.installed  ## SFT and then DPO on the embedded model and data
 	$(BIN)/python benchmarks/demo.py
 
 test: .venv/.installed  ## the tests that every change must pass
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "alone and not slow and not gpu"
 
 soak: .venv/.installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -27,7 +27,7 @@ def tokenizer():
 def write(path: Path, rows: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     return path
 
 
@@ -283,7 +283,7 @@ def test_empty_lines_and_unusual_line_ends(tmp_path):
         ("x.json", b'[{"a": 1}, "b"]', "x.json row 1 is not an object; fix: "),
         ("x.jsonl", b"[" * 100_000 + b"\n", "x.jsonl line 1 is not usable JSON: "),
         ("x.jsonl.gz", b"no gzip", "x.jsonl.gz cannot be read: "),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-20], "x.jsonl.gz cannot be read: "),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], "x.jsonl.gz cannot be read: "),
         ("x.parquet", b"no parquet", "x.parquet cannot be read: "),
         ("x.csv", b"a,b", "x.csv: unknown kind of file; fix: use one of .json, "),
     ],

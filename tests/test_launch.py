@@ -18,6 +18,8 @@ from engine import launch
 from engine.distributed import World, choose_interface, given_world, slurm_address
 from utils import UserError
 
+pytestmark = pytest.mark.alone
+
 TOY = Path(__file__).with_name("launch_worker.py")
 SECRET = "hunter2-hunter2"
 

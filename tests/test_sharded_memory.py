@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves
 from engine.sharding import own
 from tests.ranks import Job, make_trainer, on_ranks
 
+pytestmark = pytest.mark.alone
+
 # So wide that norms, which tensor parallelism does not split, and the rests of uneven shards are next to nothing.
 WIDE = tuple(
     f"model.architecture.{key}={value}"

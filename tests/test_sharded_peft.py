@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from engine.saved_models import load_saved
 from tests.ranks import Job, Trajectory, make_trainer, on_ranks, trajectories
 
+pytestmark = pytest.mark.alone
+
 FSDP, TENSOR = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer"
 LORA, QLORA = ("peft=lora", "peft.rank=4", "peft.bias=all"), ("peft=qlora", "peft.rank=4")
 SETTINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {

@@ -28,6 +28,8 @@ from tests.runs import Run
 from tests.sharded_worker import run as run_here
 from utils import UserError
 
+pytestmark = pytest.mark.alone
+
 Runs = dict[str, Run]
 Commands = dict[str, tuple[str, ...]]  # name of a run -> overrides
 WORKER = Path(__file__).with_name("sharded_worker.py")

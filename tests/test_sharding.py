@@ -7,6 +7,8 @@ import torch
 
 from tests.ranks import Job, Trajectory, on_ranks, trajectories
 
+pytestmark = pytest.mark.alone
+
 ARCHITECTURES = ("llama", "qwen2", "gpt_neox", "gpt2")
 LOSSES = ("sft", "dpo")
 FSDP, TENSOR = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer"
