@@ -665,9 +665,7 @@ class BasicTrainer:
             raise UserError("CONFIG", "keep_best: there are no examples to evaluate on", "leave it out")
         evaluates_first = self.config.do_first_eval
         if checkpoint is not None:
-            adapter = adapter_of(self.policy)
-            base = None if adapter is None else adapter.base_hash
-            state = read_state(checkpoint, self.data_hash, self.reference_weights, base)
+            state = read_state(checkpoint, self.data_hash, self.reference_weights, self.base_hash)
             self.load(checkpoint)
             if self.rank == 0:
                 rewind(self.run_dir, state["log_sizes"])
@@ -867,6 +865,12 @@ class BasicTrainer:
             array.tobytes() for example in self.train_examples for array in (example.prompt, *example.responses)
         )
 
+    @property
+    def base_hash(self) -> str | None:
+        """A hash of the weights of the base model, if adapters are trained."""
+        adapter = adapter_of(self.policy)
+        return None if adapter is None else adapter.base_hash
+
     def named_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weights of the policy and the state of the optimizer, as checkpoints have them."""
         is_adapter = adapter_of(self.policy) is not None
@@ -919,7 +923,7 @@ class BasicTrainer:
             "settings": settings_of(self.config),
             "data": self.data_hash,
             "reference": self.reference_weights,
-            "base": None if adapter is None else adapter.base_hash,
+            "base": self.base_hash,
             "token_budget": self.token_budget,
             "best": self.best,
         }

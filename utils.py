@@ -3,6 +3,7 @@
 import getpass
 import hashlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -161,6 +162,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         or "OutOfMemoryError" in type(error).__name__
         or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text))
     )
+
+
+def quiet_bitsandbytes() -> None:
+    """Keep it from saying, when it is imported, which optional kernels it lacks."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def is_reachable(url: str, timeout: float = 5) -> bool:

@@ -27,13 +27,14 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.batching import Microbatch
 from engine.checkpoint import MANIFEST_FILE, find_checkpoint, install, named_aliases
+from engine.commands import ADAPTER_CONFIG, find_base
 from engine.models import differing_values, find_blocks, hf_config_of, load_model
-from engine.quantization import QuantizedLinear, bitsandbytes_functional, quantize
+from engine.quantization import QuantizedLinear, quantize
 from engine.reference import LiveReference, weights_hash
 from engine.sharding import fill
-from utils import UserError, clipped
+from utils import UserError, clipped, quiet_bitsandbytes
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER = "adapter_model"  # beginning of the names of its files
 OWN, REFERENCE = "default", "reference"  # the adapter that is trained, and a frozen copy of what it started as
 BASE = "base_model.model."  # before the names of parameters in peft's files
@@ -222,9 +223,7 @@ def _with_base(
     model = config.model
     if archive is not None:
         named = _read_adapter_config(archive).get("base_model_name_or_path")
-        own = archive.parent / "base"  # of a run that was moved
-        places = [Path(named), archive / named, own] if named else [own]
-        path = next((path for path in places if path.is_dir()), None)
+        path = find_base(archive, named) if named else None
         config = copy.deepcopy(config)
         config.model.archive = None if path is None else str(path.resolve())
         if path is None and model.architecture is not None:
@@ -329,7 +328,7 @@ def _tell_of_others(blocks: list[nn.Module]) -> None:
 
 
 def _lora_config(peft: DictConfig, targets: list[str], has_conv1d: bool, base: str | None) -> Any:
-    bitsandbytes_functional()
+    quiet_bitsandbytes()
     from peft import LoraConfig
 
     alpha = 2 * peft.rank if peft.alpha is None and peft.scaling is None else peft.alpha
@@ -380,7 +379,7 @@ def _find_full_modules(
 
 def inject(model: PreTrainedModel, adapter: Adapter, with_copy: bool) -> None:
     """Put new adapters into a model, and with_copy a second one of each for the reference."""
-    bitsandbytes_functional()  # which peft imports, quietly
+    quiet_bitsandbytes()  # which peft imports
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 

@@ -17,6 +17,7 @@ from engine.validation import Check, bracketed, did_you_mean, nearest
 from utils import UserError, is_out_of_memory, is_reachable
 
 REQUIRED = object()
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,14 @@ def with_bases(names: Iterable[str | None]) -> Iterator[str]:
         if name is not None:
             yield name
             path = Path(name).expanduser()
-            for file in (path / "adapter_config.json", path / "LATEST" / "adapter_config.json"):
+            for adapter in (path, path / "LATEST"):
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # told when it is loaded
-                    base = json.loads(file.read_text())["base_model_name_or_path"]
-                    yield str(file.parent / base) if (file.parent / base).exists() else base
+                    base = json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+                    yield str(find_base(adapter, base) or base)
+
+
+def find_base(adapter: Path, named: str) -> Path | None:
+    """The directory of the base model that an adapter names: as it stands, relative to the adapter, or, of a run that
+    was moved, beside the adapter. None if there is no such directory: it is on the hub, or gone."""
+    moved = [adapter.parent / "base"] if Path(named).name == "base" else []
+    return next((path for path in (Path(named), adapter / named, *moved) if path.is_dir()), None)

@@ -1,12 +1,13 @@
 """Optimizers by name: torch's, and those of bitsandbytes that keep their state in 8 bits or in paged memory."""
 
 import inspect
-import logging
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from utils import quiet_bitsandbytes
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, may_fuse: bool = True) -> torch.optim.Optimizer:
@@ -15,7 +16,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, may_fuse
     if kind is not None:
         fused = {"fused": True} if may_fuse and "fused" in inspect.signature(kind).parameters else {}
         return kind(groups, lr=lr, **fused)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says which optional kernels it lacks
+    quiet_bitsandbytes()
     import bitsandbytes.optim
 
     # On a CPU nothing is paged, which needs no warning.

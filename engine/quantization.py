@@ -5,7 +5,6 @@ would not be 0 before the first step; they take their dtype from the first input
 and what belongs to a weight is no buffer of theirs, so it would not be sharded, saved and moved with the model.
 """
 
-import logging
 from types import ModuleType
 from typing import Any
 
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from utils import UserError
+from utils import UserError, quiet_bitsandbytes
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that do
 
 
 def bitsandbytes_functional() -> ModuleType:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says which optional kernels it lacks
+    quiet_bitsandbytes()
     import bitsandbytes.functional
 
     return bitsandbytes.functional

@@ -1,7 +1,6 @@
 """Models that were saved: run directories, checkpoints, adapters and exported directories, loaded to be used."""
 
 import json
-import logging
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.checkpoint import MANIFEST_FILE, STATE_FILE, checkpoints, find_checkpoint
+from engine.commands import ADAPTER_CONFIG, find_base
 from engine.models import BUFFERS, END_OF_TEXT
-from utils import UserError, is_out_of_memory
+from utils import UserError, is_out_of_memory, quiet_bitsandbytes
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Data sets whose loaders write "\n\nHuman: ...\n\nAssistant:".
 HH_DATASETS = {"films", "hh", "shp", "se"}
@@ -170,7 +169,7 @@ def _cannot_load(kind: str, source: str, error: Exception) -> UserError:
 
 
 def _load_adapter(directory: Path, dtype: torch.dtype | None, base: str | None) -> SavedModel:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports; it says what it lacks
+    quiet_bitsandbytes()  # which peft imports
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -180,14 +179,9 @@ def _load_adapter(directory: Path, dtype: torch.dtype | None, base: str | None) 
             stored = set(file.keys())
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load("adapter", str(directory), error) from error
-    if base is None and named and not Path(named).exists():
-        if (directory / named).exists():
-            named = str(directory / named)  # relative to the adapter
-        elif Path(named).name == "base" and (directory.parent / "base").exists():
-            named = str(directory.parent / "base")  # of a run that was moved
     if not (base or named):
         raise UserError("CHECKPOINT", f"{directory} does not name its base model", "give it as base=NAME_OR_PATH")
-    source = base or named
+    source = base or str(find_base(directory, named) or named)
     try:
         below = load_saved(source, dtype=dtype)  # which may be an adapter itself
     except UserError as error:
