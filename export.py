@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.chat_templates import BOS, JINJA
 from engine.commands import REQUIRED, Option, run_command, settle_network
 from engine.validation import Check, count, is_text, one_of, optional, path
-from utils import UserError
+from utils import UserError, as_os_errors
 
 if TYPE_CHECKING:  # it takes seconds to import
     from engine.saved_models import RunRecord, SavedModel
@@ -139,7 +139,8 @@ def written_whole(target: Path, file: str | None) -> Iterator[Path]:
     is_file = file is not None and target.suffix == Path(file).suffix
     try:
         temporary.mkdir(parents=True)
-        yield temporary if file is None else temporary / (target.name if is_file else file)
+        with as_os_errors():
+            yield temporary if file is None else temporary / (target.name if is_file else file)
         for path in temporary.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as opened:
@@ -183,10 +184,7 @@ def write_policy_pt(path: Path, saved: "SavedModel", record: "RunRecord") -> Non
     import torch
 
     policy = {"step_idx": record.examples or 0, "state": dict(saved.model.state_dict()), "metrics": record.metrics}
-    try:
-        torch.save(policy, path)
-    except RuntimeError as error:  # what torch.save raises on a full disk
-        raise OSError(str(error)) from error
+    torch.save(policy, path)
 
 
 def check_login() -> None:

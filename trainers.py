@@ -682,7 +682,7 @@ class BasicTrainer:
             self.loggers = Loggers(self.config, self.run_dir, self.num_train_examples, self.counters["examples"])
         self.eval_metrics: dict[str, float] = {}
         self.evaluated_at = -1
-        self.writer = CheckpointWriter(self.run_dir, self.config.keep_checkpoints, self.config.collective_timeout)
+        self.writer = CheckpointWriter(self.run_dir, self.config.keep_checkpoints)
         is_done = False
         try:
             with self.stop:

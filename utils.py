@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -162,6 +163,22 @@ def is_out_of_memory(error: BaseException) -> bool:
         or "OutOfMemoryError" in type(error).__name__
         or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text))
     )
+
+
+@contextmanager
+def as_os_errors() -> Iterator[None]:
+    """Whatever a library raises inside this where a file cannot be written is raised as an OSError."""
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        of_rust = re.search(r"\(os error (\d+)\)", str(error))  # tokenizers raises bare Exceptions
+        if of_rust:
+            raise OSError(int(of_rust[1]), str(error)) from error
+        if "inline_container.cc" in str(error):  # torch.save
+            raise OSError(f"torch could not write ({error})") from error
+        raise
 
 
 def quiet_bitsandbytes() -> None:

@@ -162,7 +162,8 @@ def run_tests(what: Sequence[str]) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-q", f"tests/faults/{first}", *rest]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", result.stdout)
-    return int(passed[1]) if passed else 0, "" if result.returncode == 0 else result.stdout[-2000:]
+    lines = [line for line in result.stdout.splitlines() if line.startswith(("E ", "FAILED"))]
+    return int(passed[1]) if passed else 0, "" if result.returncode == 0 else "\n".join(lines)[:2000]
 
 
 def facts() -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,7 @@ from engine.models import differing_values, find_blocks, hf_config_of, load_mode
 from engine.quantization import QuantizedLinear, quantize
 from engine.reference import LiveReference, weights_hash
 from engine.sharding import fill
-from utils import UserError, clipped, quiet_bitsandbytes
+from utils import UserError, as_os_errors, clipped, quiet_bitsandbytes
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER = "adapter_model"  # beginning of the names of its files
@@ -268,9 +268,10 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_d
     temporary = target.with_name(".base.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        install(temporary, target)
+        with as_os_errors():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            install(temporary, target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         problem = f"the base model could not be written to {target} ({error})"

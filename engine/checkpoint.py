@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -25,17 +24,17 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.distributed import rank_0_first
+from engine.distributed import post, rank_0_first, receive
 from engine.faults import fail_point
 from engine.optimizers import restore_kinds
 from engine.secrets import comparable
 from engine.sharding import Orders, barrier, fill, full_tensor, rank_and_size
-from utils import UserError, write_atomically
+from utils import UserError, as_os_errors, write_atomically
 
 FORMAT = 1
 STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
@@ -100,11 +99,11 @@ class CheckpointWriter:
 
     Args:
         keep: how many to keep, the newest; None for all.
-        patience: seconds that the first process waits for the parts of the others.
     """
 
-    def __init__(self, run_dir: Path, keep: int | None, patience: float):
-        self._run_dir, self._keep, self._patience = run_dir, keep, patience
+    def __init__(self, run_dir: Path, keep: int | None):
+        self._run_dir, self._keep = run_dir, keep
+        self._num_begun = 0
         self._executor = ThreadPoolExecutor(1)
         self._running: Future[Path] | None = None
 
@@ -129,8 +128,9 @@ class CheckpointWriter:
         assert self._running is None
         target = self._run_dir / f"step-{num_examples}"
         temporary = _temporary(target)
+        self._num_begun += 1
         if rank_and_size()[0] == 0:
-            with _storing(target, temporary):
+            with _storing(target):
                 _check_room(target, contents.num_bytes + extra_bytes)
                 fail_point("mkdir")
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -155,19 +155,25 @@ class CheckpointWriter:
 
     def _write(self, target: Path, contents: Contents, write_rest: Callable[[Path], None], is_best: bool) -> Path:
         rank, num_ranks = rank_and_size()
-        temporary = _temporary(target)
-        with _storing(target, temporary):
-            for name, tensors in contents.files.items():
-                save_file(tensors, temporary / name, metadata={"format": "pt"})
-                fail_point("half_file", temporary / name)
-            for name, index in contents.indices.items():
-                (temporary / name).write_text(json.dumps(index, indent=1))
-            described = _describe(temporary, (*contents.files, *contents.indices))
-            if rank > 0:
-                write_atomically(temporary / _part_file(rank), json.dumps(described).encode())
-                return target
-            for other in range(1, num_ranks):
-                described |= self._part_of(other, temporary)
+        temporary, parts = _temporary(target), f"save-{self._num_begun}"
+        if rank > 0:
+            with _storing(target):
+                try:
+                    post(parts, json.dumps({"files": _write_part(temporary, contents)}))
+                except Exception as error:
+                    post(parts, json.dumps({"error": str(error)}))
+                    receive(parts, 0)  # when all of it is removed
+                    raise
+            return target
+        with _storing(target), _or_nothing(temporary, parts):
+            try:
+                described = _write_part(temporary, contents)
+            finally:  # so that nobody writes what is being removed
+                others = [json.loads(receive(parts, other)) for other in range(1, num_ranks)]
+            for other, part in enumerate(others, 1):
+                if "error" in part:
+                    raise OSError(f"rank {other}: {part['error']}")
+                described |= part["files"]
             before = _files(temporary)
             write_rest(temporary)
             described |= _describe(temporary, _files(temporary) - before)
@@ -200,33 +206,40 @@ class CheckpointWriter:
                         shutil.rmtree(_temporary(old))
         return target
 
-    def _part_of(self, rank: int, temporary: Path) -> dict[str, Any]:
-        """What the part of another process is described as, once it has been written."""
-        path = temporary / _part_file(rank)
-        for _ in range(int(self._patience / 0.02)):
-            if path.exists():
-                described = json.loads(path.read_text())
-                path.unlink()
-                return described
-            time.sleep(0.02)
-        raise OSError(f"rank {rank} has not written its part after {self._patience:.0f} s")
-
 
 def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.tmp")
 
 
-def _part_file(rank: int) -> str:
-    return f".part-{rank}.json"
+def _write_part(directory: Path, contents: Contents) -> dict[str, Any]:
+    """Write what falls to this process; returns what the manifest has of it."""
+    for name, tensors in contents.files.items():
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        fail_point("half_file", directory / name)
+    for name, index in contents.indices.items():
+        (directory / name).write_text(json.dumps(index, indent=1))
+    return _describe(directory, (*contents.files, *contents.indices))
 
 
 @contextmanager
-def _storing(target: Path, temporary: Path) -> Iterator[None]:
-    """Whatever goes wrong inside this is told of as a checkpoint that could not be written, and leaves nothing."""
+def _or_nothing(temporary: Path, parts: str) -> Iterator[None]:
+    """If anything goes wrong inside this, nothing is left of a checkpoint; the other processes are told at its end."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        post(parts, "over")
+
+
+@contextmanager
+def _storing(target: Path) -> Iterator[None]:
+    """Whatever goes wrong inside this is told of as a checkpoint that could not be written."""
+    try:
+        with as_os_errors():
+            yield
+    except OSError as error:
         raise UserError(
             "STORAGE",
             f"the checkpoint {target} could not be written ({error})",

@@ -306,6 +306,19 @@ def _in_turn(first: Collection[int]) -> Iterator[None]:
     _wait_for(range(size), phase, _group)
 
 
+def post(topic: str, text: str) -> None:
+    """Leave a text for the other ranks, once for each topic; from any thread."""
+    if _group is not None:
+        _group.store.set(f"{topic}/{_group.world.rank}", text)
+
+
+def receive(topic: str, rank: int) -> str:
+    """Wait for what another rank posts, however long that takes, while it gives signs of life; from any thread."""
+    assert _group is not None
+    _wait_for([rank], topic, _group)
+    return _group.store.get(f"{topic}/{rank}").decode()
+
+
 def _show_life(group: _Group) -> None:
     """Count up in the store until the group is left."""
     with suppress(RuntimeError):  # of a store that is gone

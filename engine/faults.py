@@ -6,8 +6,9 @@ import signal
 import time
 from pathlib import Path
 
-# <point>=<what>, or <point>#<n>=<what> for the n-th time that it is passed: kill (SIGKILL), half (SIGKILL, after a file
-# was cut in half), wait (a minute), or the name of an errno that an OSError is raised with.
+# <point>=<what>; <point>#<n>=<what> for the n-th time that it is passed; <point>#<n>@<rank>=<what> on one rank only:
+# kill (SIGKILL), half (SIGKILL, after a file was cut in half), wait (a minute), or the name of an errno that an OSError
+# is raised with.
 ARMED = os.environ.get("TRAINER_FAULT", "")
 _passed: dict[str, int] = {}
 
@@ -17,9 +18,10 @@ def fail_point(name: str, path: Path | None = None) -> None:
     if not ARMED:
         return
     point, _, what = ARMED.partition("=")
+    point, _, rank = point.partition("@")
     point, _, count = point.partition("#")
     _passed[name] = _passed.get(name, 0) + 1
-    if point != name or _passed[name] != int(count or 1):
+    if point != name or _passed[name] != int(count or 1) or (rank and rank != os.environ.get("RANK", "0")):
         return
     if what == "wait":
         time.sleep(60)

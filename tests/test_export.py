@@ -26,6 +26,7 @@ from engine.gguf_export import plan_gguf
 from engine.meta_llama import byte_characters, load_meta
 from engine.model_card import model_card
 from engine.saved_models import RunRecord, SavedModel
+from tests.faults.processes import small_disk
 from tests.models import tiny_model
 from tests.runs import QUICK, SMALL
 from tests.tokenizer_files import TEXTS, byte_level, sentencepiece, sentencepiece_pieces
@@ -53,6 +54,21 @@ def command(monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return run
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf", "policy_pt"])
+def test_a_full_disk(command, run_dir, tmp_path, form):
+    """Wherever it is full, it is said in one line, and nothing is left."""
+    status, _, err = command(f"from={run_dir}", f"to={tmp_path / 'whole'}", f"format={form}")
+    assert status == 0, err
+    size = sum(path.stat().st_size for path in (tmp_path / "whole").iterdir())
+    with small_disk(tmp_path / "disk", 2 * size) as disk:
+        for share in (0.02, 0.3, 0.6, 0.9, 0.95):
+            (disk / "ballast").write_bytes(bytes(int((2 - share) * size)))
+            status, _, err = command(f"from={run_dir}", f"to={disk / 'model'}", f"format={form}")
+            assert (status, err.count("\n")) == (6, 1) and "cannot write" in err, (share, status, err)
+            assert [path.name for path in disk.iterdir()] == ["ballast"], share
+            (disk / "ballast").unlink()
 
 
 @torch.no_grad()

@@ -48,7 +48,8 @@ def bad_values(check: Check) -> list[str]:
     if words == "true or false":
         return [*of_any, "3", "yes", "no", "null", "[true]", "1.0", "'true'", "tru", "0"]
     if "list of" in words:
-        return ["3", "hh", "null", "[]", "[3]", "[null]", "['']", "{a: 1}", "true", "[[hh]]", "[true]"]
+        empty = [] if check.accepts([]) else ["[]"]
+        return [*empty, "3", "hh", "null", "[3]", "[null]", "['']", "{a: 1}", "true", "[[hh]]", "[true]"]
     if "existing" in words or "file" in words:
         return [*of_any, "3", "true", "/no/such/place", "''", "[x]", "'/tmp/\\x00'"]
     if words == "null or auto or a path":

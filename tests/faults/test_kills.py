@@ -3,17 +3,20 @@
 import errno
 import random
 import signal
+import time
 from pathlib import Path
 
 from tests.faults.processes import (
     POINTS,
     TWO,
     assert_equal_runs,
+    assert_whole,
     command,
     complete,
     fail_at_each_point,
     interrupt_randomly,
     saved,
+    temporaries,
 )
 
 FSDP = TWO["FSDPTrainer"]
@@ -48,6 +51,21 @@ def test_no_room_at_each_point_of_a_save(inputs: Path, whole: Path) -> None:
 def test_a_kill_at_each_point_of_a_save_on_two_ranks(inputs: Path, whole_on_two: Path) -> None:
     run_dir = whole_on_two.parent / "points-on-two"
     fail_at_each_point(inputs, run_dir, FSDP, 2, "kill", tuple(POINTS))
+    assert_equal_runs(run_dir, whole_on_two)
+
+
+def test_no_room_for_the_part_of_a_rank(inputs: Path, whole_on_two: Path) -> None:
+    """The others are told, whichever it is, and nothing is left of the parts of all."""
+    run_dir = whole_on_two.parent / "no-room-for-a-part"
+    for fault in ("half_file#3@0=ENOSPC", "before_fsync#3@1=ENOSPC"):
+        begun = time.monotonic()
+        status, _, err = complete(command(inputs, run_dir, *FSDP), inputs / "output", 2, fault=fault)
+        assert time.monotonic() - begun < 60, fault
+        assert status == 6 and err.startswith("error[STORAGE] rank "), (fault, status, err)
+        assert "[Errno 28] No space left on device)" in err, (fault, err)
+        assert temporaries(run_dir) == [], fault
+        assert_whole(run_dir)
+    assert complete(command(inputs, run_dir, *FSDP), inputs / "output", 2)[0] == 0
     assert_equal_runs(run_dir, whole_on_two)
 
 

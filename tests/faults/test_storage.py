@@ -8,13 +8,16 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine.checkpoint import WEIGHTS, CheckpointWriter, locked, tensors_of
+from engine.films import film_tokenizer
 from tests.faults.processes import (
     Process,
     assert_equal_runs,
@@ -27,6 +30,7 @@ from tests.faults.processes import (
 )
 from train import RUN_MARK
 from trainers import BasicTrainer, Batch, Step
+from utils import as_os_errors
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,24 @@ def test_too_little_room_is_said_before_anything_is_written(inputs: Path, size: 
         assert status == 6 and err.count("\n") == 1, err
         assert "/run/step-4 could not be written (it needs" in err and "MB are free)" in err
         assert not saved(disk / "run") and not list((disk / "run").glob(".*"))
+
+
+def test_libraries_on_a_full_disk(tmp_path: Path) -> None:
+    """Each has an exception of its own; all become one."""
+    tensors = {"weight": torch.ones(100_000)}
+    writers: dict[str, Callable[[Path], Any]] = {
+        "tokenizers": film_tokenizer().save_pretrained,
+        "safetensors": lambda disk: save_file(tensors, disk / "weights"),
+        "torch": lambda disk: torch.save(tensors, disk / "weights"),
+    }
+    with small_disk(tmp_path / "disk", 8192) as disk:
+        for name, write in writers.items():
+            with pytest.raises(OSError, match=r"No space left|torch could not write"), as_os_errors():
+                write(disk)
+                pytest.fail(f"{name} has found room")
+            shutil.rmtree(disk, ignore_errors=True)
+    with pytest.raises(KeyError), as_os_errors():  # nothing else does
+        raise KeyError("name")
 
 
 @pytest.mark.parametrize("num_pages", [0, 1])
