@@ -151,7 +151,7 @@ class Soak:
     def fill_disk(self, whole: Path, index: int) -> int:
         size = sum(path.stat().st_size for path in checkpoints(whole)[-1].iterdir())
         with small_disk(self.directory / f"disk-{index}", 5 * size) as disk:
-            num_free = int(size * self.chance.uniform(0.01, 2.9))
+            num_free = int(size * self.chance.uniform(0.01, 2.4))
             fail_on_a_full_disk(self.directory, disk / f"filled-{index}", num_free, whole)
         return 1
 

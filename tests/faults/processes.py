@@ -304,7 +304,10 @@ def _believe_in_room() -> None:
 
 
 def fail_on_a_full_disk(inputs: Path, run_dir: Path, num_free: int, whole: Path) -> None:
-    """A run on a small disk that has so many bytes left, which it fills; and then goes on with more room."""
+    """A run on a small disk that has so many bytes left, which it fills; and then goes on with more room.
+
+    It needs about 2.5 times what its last checkpoint takes, as two are kept, and the others have no policy.pt.
+    """
     disk, output = run_dir.parent, inputs / f"{run_dir.name}-output"
     ballast = disk / "ballast"
     ballast.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - num_free)))

@@ -44,7 +44,7 @@ def test_a_disk_that_is_full_in_a_save(inputs: Path, whole: Path, size: int, tmp
     chance = random.Random(0)
     with small_disk(tmp_path / "disk", 4 * size) as disk:
         for index in range(4):
-            fail_on_a_full_disk(inputs, disk / f"run-{index}", int(size * chance.uniform(0.1, 2.9)), whole)
+            fail_on_a_full_disk(inputs, disk / f"run-{index}", int(size * chance.uniform(0.1, 2.4)), whole)
 
 
 def test_too_little_room_is_said_before_anything_is_written(inputs: Path, size: int, tmp_path: Path) -> None:
