@@ -387,11 +387,11 @@ def load_split(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split
     """The examples of a split of all of config.datasets, in their order, and what was counted on the way.
 
     Args:
-        config: read are datasets, data_dir, format, chat_template, test_fraction, on_bad_row, max_length,
+        config: read are datasets, data_dir, format, chat_template, sft_turns, test_fraction, on_bad_row, max_length,
             max_prompt_length and cache_dir (a path).
         tokenizer: needs an EOS token.
         split: "train" or "test".
-        batch: "sft" makes one example per prompt, "pairs" one per pair.
+        batch: "sft" makes one example per prompt or demonstration, "pairs" one per pair.
 
     Raises:
         UserError: if rows cannot be read or are malformed, or if none is left to train on.
@@ -411,6 +411,7 @@ def load_split(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split
                 tokenizer,
                 form=config.format,
                 chat_template=config.chat_template,
+                sft_turns=config.sft_turns,
                 test_fraction=config.test_fraction,
                 needs_pairs=batch == "pairs",
             )

@@ -40,6 +40,7 @@ class Preference(TypedDict):
     responses: list[str]
     pairs: list[tuple[int, int]]  # (preferred, other), as indices into responses
     sft_target: str
+    demonstrations: NotRequired[bool]  # SFT learns all responses, not only sft_target
     template: NotRequired[bool]  # written by a chat template, whose special tokens are encoded as such
 
 
@@ -305,10 +306,12 @@ class Chat:
     Args:
         tokenizer: the tokenizer that the text is for.
         chat_template: null for the tokenizer's own, "hh", "llama2", or the path of a Jinja file.
+        sft_turns: which answers of a dialogue without a preference are learned: "all", or the "last".
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None, sft_turns: str = "all"):
         self.tokenizer = tokenizer
+        self.sft_turns = sft_turns
         self.mark = special_token_marker(tokenizer)
         self.is_template = chat_template != "hh"  # else all of the text is plain
         self.jinja: str | None = None
@@ -374,7 +377,8 @@ def _hh_prompt(row: Row, messages: list[Message]) -> str:
 class Parsed(NamedTuple):
     """What one row says. `key` names its prompt whatever the chat template makes of it (which may write the date).
 
-    A demonstration is an instruction with one answer: there is nothing that the answer is preferred to.
+    A demonstration is an instruction with one answer: there is nothing that the answer is preferred to. A dialogue of
+    several answers is one for each; those before the last are in `earlier`.
     """
 
     key: Any
@@ -384,6 +388,7 @@ class Parsed(NamedTuple):
     best: int = 0
     template: bool = False
     demonstration: bool = False
+    earlier: tuple["Parsed", ...] = ()
 
 
 def split_transcript(row: Row) -> tuple[str, str, str] | None:
@@ -467,12 +472,26 @@ def _instruction(row: Row, chat: Chat, *, context: str, answer: str) -> Parsed:
 
 
 def _dialogue(row: Row, chat: Chat, messages: list[Message]) -> Parsed | str:
-    """A dialogue whose last message is the answer to learn."""
-    if messages[-1]["role"] != "assistant":
+    """A dialogue whose answers, or the last of them, are to be learned, each with all that was said before it."""
+    roles = [message["role"] for message in messages]
+    if chat.sft_turns == "all" and "assistant" in roles:
+        while roles[-1] != "assistant":
+            roles.pop()
+    *before, last = range(len(roles))
+    if roles[last] != "assistant":
         return "dialogue that does not end in a message of the assistant"
-    if not any(message["role"] == "user" for message in messages):
+    if "user" not in roles:
         return "dialogue without a message of the user"
-    return _demonstrated(row, chat, messages[:-1], messages[-1]["content"])
+    earlier = [index for index in before if roles[index] == "assistant" and "user" in roles[:index]]
+    if chat.sft_turns == "last":
+        earlier = []
+    turns = [
+        _demonstrated(row, chat, messages[:index], messages[index]["content"])
+        for index in (*earlier, last)
+        if index == last or roles[index - 1] != "assistant"
+    ]
+    # One key for all, so that all are held out, or none.
+    return turns[-1]._replace(key=turns[0].key, earlier=tuple(turns[:-1]))
 
 
 def _demonstrated(row: Row, chat: Chat, messages: list[Message], answer: str) -> Parsed:
@@ -572,6 +591,7 @@ def load_file(
     *,
     form: str | None = None,
     chat_template: str | None = None,
+    sft_turns: str = "all",
     test_fraction: float = 0.05,
     needs_pairs: bool = False,
 ) -> Preferences:
@@ -586,7 +606,7 @@ def load_file(
         tally: gets the rows of this split and those dropped. Dropped rows of a file that is split count as train's.
         tokenizer: writes message lists as text.
         form: a key of FORMS; None tells it from the columns of the first row.
-        chat_template: see Chat.
+        chat_template, sft_turns: see Chat.
         test_fraction: of the prompts, at least one if there are two.
         needs_pairs: whether rows without a preference are of no use.
 
@@ -596,7 +616,7 @@ def load_file(
     if form is not None and form not in FORMS:
         raise UserError("CONFIG", f"format: '{form}' is not a form", f"use one of {', '.join(FORMS)}, or null")
     file, is_split = find_split(path, split)
-    chat = Chat(tokenizer, chat_template)
+    chat = Chat(tokenizer, chat_template, sft_turns)
     preferences: Preferences = {}
     hashes: dict[str, str] = {}
     num_rows: Counter[str] = Counter()
@@ -620,20 +640,23 @@ def load_file(
         if parsed.demonstration and needs_pairs:
             problem = f"{row.origin}: rows of the form {form} have one answer, which is preferred to no other"
             raise UserError("DATA", problem, "train on them with loss=sft; other losses need chosen and rejected")
-        target = parsed.responses[parsed.best]
-        preference = add_preference(preferences, parsed.prompt, parsed.responses, parsed.pairs, target)
-        if parsed.template:
-            preference["template"] = True
+        for turn in (*parsed.earlier, parsed):
+            target = turn.responses[turn.best]
+            preference = add_preference(preferences, turn.prompt, turn.responses, turn.pairs, target)
+            if turn.template:
+                preference["template"] = True
+            if turn.demonstration:
+                preference["demonstrations"] = True
+            hashes.setdefault(turn.prompt, content_hash([parsed.key]))
         num_rows[parsed.prompt] += 1
-        hashes.setdefault(parsed.prompt, content_hash([parsed.key]))
 
     if not is_split:
-        order = sorted(preferences, key=hashes.__getitem__)
+        order = sorted(set(hashes.values()))
         num_test = round(test_fraction * len(order))
         if test_fraction > 0 and len(order) > 1:
             num_test = min(max(num_test, 1), len(order) - 1)
         wanted = set(order[:num_test] if split == "test" else order[num_test:])
-        preferences = {prompt: preference for prompt, preference in preferences.items() if prompt in wanted}
+        preferences = {prompt: preference for prompt, preference in preferences.items() if hashes[prompt] in wanted}
     if is_split or split == "train":
         unused.rows = sum(unused.dropped.values())
         tally.add(unused)

@@ -56,7 +56,8 @@ def tokenize(
     max_prompt_length: int,
     cache_dir: Path,
 ) -> Split:
-    """Make the examples of one or more data sets: one per prompt for "sft", one per pair for "pairs".
+    """Make the examples of one or more data sets: for "sft" one per prompt, or per demonstration; for "pairs" one per
+    pair.
 
     Args:
         data: the data sets, each with the end of its prompts that stays when they are cut.
@@ -75,7 +76,11 @@ def tokenize(
         for text, preference in preferences.items():
             template, answers = preference.get("template", False), preference["responses"]
             candidates: list[tuple[str, ...]] = [(preference["sft_target"],)]
-            if batch == "pairs":
+            if batch == "sft" and preference.get("demonstrations"):
+                candidates = [(answer,) for answer in dict.fromkeys(answers)]
+                if len(candidates) < len(answers):
+                    tally.dropped["answer that the prompt has already"] += len(answers) - len(candidates)
+            elif batch == "pairs":
                 candidates = [(answers[chosen], answers[rejected]) for chosen, rejected in preference["pairs"]]
                 if not candidates:
                     tally.dropped["prompt without a pair"] += 1

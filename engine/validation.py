@@ -221,6 +221,7 @@ CHECKS: dict[str, Check] = {
             lambda value: value in ("hh", "llama2") or (is_text(value) and os.path.isfile(value)),
         )
     ),
+    "sft_turns": one_of("all", "last"),
     "test_fraction": number(at_least=0, below=1),
     "max_length": count,
     "max_prompt_length": count,

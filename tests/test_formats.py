@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -180,34 +181,65 @@ LLAMA2_PROMPT = "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST] yes? <eos><
     ],
 )
 def test_instructions_and_dialogues(tmp_path, tokenizer, row, question):
-    expected = {"responses": ["3"], "pairs": [], "sft_target": "3", "template": True}
+    expected = {"responses": ["3"], "pairs": [], "sft_target": "3", "demonstrations": True, "template": True}
     prompt = f"<s><|user|>user\n{question}<eos>\n<|user|>assistant\n"
     assert load_rows(tmp_path, [row], tokenizer) == {prompt: expected}
-    expected = {"responses": [" 3"], "pairs": [], "sft_target": " 3"}
+    expected = {"responses": [" 3"], "pairs": [], "sft_target": " 3", "demonstrations": True}
     assert load_rows(tmp_path, [row], tokenizer, chat_template="hh") == {
         f"\n\nHuman: {question}\n\nAssistant:": expected
     }
 
 
+ONE = "\n\nHuman: hi\n\nAssistant:"
+TWO = f"{ONE} yes?\n\nHuman: so\n\nAssistant:"
+TURNS = [user("hi"), assistant("yes?"), user("so"), assistant("a")]
+
+
 @pytest.mark.parametrize("column", ["messages", "conversations"])
-def test_of_a_dialogue_the_last_answer_is_learned(tmp_path, tokenizer, column):
-    turns = [user("hi"), assistant("yes?"), user("so"), assistant("a")]
+@pytest.mark.parametrize(
+    ("sft_turns", "learned", "num_open"), [("all", {ONE: [" yes?"], TWO: [" a"]}, 0), ("last", {TWO: [" a"]}, 1)]
+)
+def test_the_answers_of_a_dialogue_that_are_learned(tmp_path, tokenizer, column, sft_turns, learned, num_open):
     tally = Tally()
-    rows = [{column: turns}, {column: turns[:3]}, {column: turns[1:2]}]
-    preferences = load_rows(tmp_path, rows, tokenizer, chat_template="hh", tally=tally)
-    assert {prompt: preference["sft_target"] for prompt, preference in preferences.items()} == {
-        "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: so\n\nAssistant:": " a"
-    }
+    open_ended = [*TURNS[:2], user("so what")]
+    rows = [{column: TURNS}, {column: TURNS[1:2]}, {column: TURNS[:1]}, {column: [user("no"), *open_ended]}]
+    preferences = load_rows(tmp_path, rows, tokenizer, chat_template="hh", sft_turns=sft_turns, tally=tally)
+    if sft_turns == "all":
+        learned = learned | {f"\n\nHuman: no{ONE}": [" yes?"]}
+    assert {prompt: preference["responses"] for prompt, preference in preferences.items()} == learned
     assert tally.dropped == {
-        "dialogue that does not end in a message of the assistant": 1,
+        "dialogue that does not end in a message of the assistant": 1 + num_open,
         "dialogue without a message of the user": 1,
     }
+    assert tally.rows == 4  # each once
+
+
+def test_an_answer_needs_a_message_to_answer(tmp_path, tokenizer):
+    """A greeting is none; and of two answers in a row, the template shows where the first ends, not the second."""
+    turns = [assistant("welcome"), *TURNS[:2], assistant("yes!"), user("so"), assistant("a")]
+    preferences = load_rows(tmp_path, [{"messages": turns}], tokenizer, chat_template="hh")
+    assert [preference["sft_target"] for preference in preferences.values()] == [" yes?", " a"]
+    with pytest.raises(UserError, match="field 'messages' ends in a message of the assistant, where the answer"):
+        load_rows(tmp_path, [{"messages": turns[:4]}], tokenizer, chat_template="hh")
+
+
+def test_the_answers_of_a_dialogue_are_held_out_together(tmp_path, tokenizer):
+    rows = [{"messages": [user(f"q{i}"), assistant("a"), user("and?"), assistant(f"b{i}")]} for i in range(20)]
+    rows.append({"messages": [*rows[0]["messages"][:3], assistant("c")]})  # begins as the first does
+    splits = [
+        load_rows(tmp_path, rows, tokenizer, split=split, test_fraction=0.25, chat_template="hh")
+        for split in ("train", "test")
+    ]
+    assert list(map(len, splits)) == [30, 10]
+    for preferences in splits:
+        questions = [re.findall(r"q\d+", prompt)[0] for prompt in preferences]
+        assert all(questions.count(question) == 2 for question in questions)
 
 
 def test_the_llama2_template_by_name(tmp_path):
     turns = [{"role": "system", "content": "Be kind."}, user("hi "), assistant("yes?"), user("so"), assistant("a")]
     plain = byte_tokenizer()  # has no template of its own
-    ((prompt, preference),) = load_rows(tmp_path, [{"messages": turns}], plain, chat_template="llama2").items()
+    *_, (prompt, preference) = load_rows(tmp_path, [{"messages": turns}], plain, chat_template="llama2").items()
     assert (prompt, preference["sft_target"], preference["template"]) == (LLAMA2_PROMPT, " a ", True)
     with pytest.raises(UserError, match="the chat template refuses it: after one system message at most, user and"):
         load_rows(tmp_path, [{"messages": turns[1:3] + turns}], plain, chat_template="llama2")
@@ -216,7 +248,7 @@ def test_the_llama2_template_by_name(tmp_path):
 def test_hh_as_jinja_is_the_form_that_training_writes(tmp_path):
     turns = [{"role": "system", "content": "Be kind."}, user("hi"), assistant("yes?"), user("so"), assistant("a")]
     plain = byte_tokenizer()
-    ((prompt, _),) = load_rows(tmp_path, [{"messages": turns}], plain, chat_template="hh").items()
+    *_, (prompt, _) = load_rows(tmp_path, [{"messages": turns}], plain, chat_template="hh").items()
     assert prompt.startswith("Be kind.\n\nHuman: hi")
     rendered = plain.apply_chat_template(
         turns[:-1], chat_template=JINJA["hh"], tokenize=False, add_generation_prompt=True

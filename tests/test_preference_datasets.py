@@ -309,6 +309,7 @@ def test_without_a_network_and_cache_the_way_out_is_told_at_once(no_network, tmp
 def config(tmp_path: Path, **options):
     defaults: dict[str, Any] = {"datasets": ["hh"], "data_dir": str(tmp_path), "format": None, "chat_template": None}
     defaults |= {
+        "sft_turns": "all",
         "test_fraction": 0.25,
         "on_bad_row": "error",
         "max_length": 100,
@@ -373,6 +374,30 @@ def test_an_instruction_file_from_end_to_end(tmp_path):
     assert format_counts(split.counts) == "1 rows, 1 prompts, 1 targets"
     with pytest.raises(UserError, match="line 1: rows of the form alpaca have one answer, which is preferred"):
         load_split(config(tmp_path, **options), tokenizer, "train", "pairs")
+
+
+def test_all_demonstrations_of_a_prompt_are_learned(tmp_path, tokenizer):
+    """Once each: dialogues often begin alike."""
+    question = {"role": "user", "content": "hi"}
+    rows = [
+        {
+            "messages": [
+                question,
+                {"role": "assistant", "content": first},
+                question,
+                {"role": "assistant", "content": "b"},
+            ]
+        }
+        for first in ("yes?", "yes?", "no?")
+    ]
+    own = write(tmp_path / "own.jsonl", rows)
+    options = {"datasets": [str(own)], "test_fraction": 0, "chat_template": "hh"}
+    split = load_split(config(tmp_path, **options), tokenizer, "train", "sft")
+    answers = [tokenizer.decode(example.responses[0]) for example in split.examples]
+    assert answers == [" yes?<eos>", " no?<eos>", " b<eos>", " b<eos>"]
+    assert split.counts["rows"] == 3 and split.counts["prompts"] == 3 and split.counts["targets"] == 4
+    assert split.counts["dropped"] == {"answer that the prompt has already": 2}
+    assert split.examples[0].prompt_index == split.examples[1].prompt_index  # so that it is fed once
 
 
 def test_train_and_test_of_a_file_share_no_prompt(tmp_path, tokenizer):

@@ -65,6 +65,7 @@ def load(case: BadData, directory: Path, tokenizer, on_bad_row: str):
             "data_dir": str(data) if case.named else None,
             "format": None,
             "chat_template": "hh",
+            "sft_turns": "all",
             "test_fraction": 0.25,
             "on_bad_row": on_bad_row,
             "max_length": 64,
