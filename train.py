@@ -52,7 +52,7 @@ def run(config: DictConfig) -> int:
         status = launch.launch(config, num_processes)
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
-    if status == 128 + signal.SIGTERM:
+    if status in launch.STOPPED:
         sys.exit(status)  # not on to the next job of a sweep
     return status
 

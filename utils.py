@@ -101,8 +101,14 @@ def to_device(tensor: "Tensor", device: "torch.device") -> "Tensor":
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """What a run is stopped by: SIGTERM, SIGINT and, unless nohup keeps it away, SIGHUP, of a terminal that closes."""
+    is_kept_away = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if is_kept_away else [signal.SIGHUP])]
+
+
 class StopRequest:
-    """Inside a with block, the first SIGTERM or SIGINT is noted in signal, and the second ends the process at once.
+    """Inside a with block, the first of stop_signals() is noted in signal, and the second ends the process at once.
 
     One that follows within TOGETHER seconds is the same one: where all processes of a job are signalled, a worker gets
     it from its launcher too.
@@ -117,7 +123,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # no other can set handlers
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {number: signal.signal(number, self._note) for number in stop_signals()}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from utils import EXIT_STATUS
+from utils import EXIT_STATUS, stop_signals
 
 PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
 LINK = "TRAIN_WORKER"  # the variable with what a worker must know of its launcher
@@ -34,7 +34,7 @@ LINK = "TRAIN_WORKER"  # the variable with what a worker must know of its launch
 SETTLE_SECONDS = 6
 SETTLE_SECONDS_HANGING = 2
 KEPT_STDERR = 2**16  # bytes
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # what was reached is saved
+STOPPED = [128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]  # what was reached is saved
 PR_SET_PDEATHSIG = 1
 
 
@@ -260,7 +260,7 @@ def launch(config: DictConfig, num: int, command: Sequence[str | Path] = (sys.ex
 
 @contextmanager
 def forwarded_signals(workers: Sequence[Worker]) -> Iterator[list[int]]:
-    """Inside this, SIGINT and SIGTERM go to all workers; the second one kills them. Yields those that came."""
+    """Inside this, stop_signals() go to all workers; the second one kills them. Yields those that came."""
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -271,7 +271,7 @@ def forwarded_signals(workers: Sequence[Worker]) -> Iterator[list[int]]:
             else:
                 worker.process.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         yield received
     finally:

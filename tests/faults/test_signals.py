@@ -52,6 +52,24 @@ def test_a_signal_ends_the_run_after_its_step(
     assert_equal_runs(run_dir, whole)
 
 
+def hang_up(kept_away: bool) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if kept_away else signal.SIG_DFL)
+    signal_in_step(3, signal.SIGHUP, 0)
+
+
+@pytest.mark.parametrize("kept_away", [False, True])
+def test_a_terminal_that_closes_ends_the_run_but_not_under_nohup(
+    inputs: Path, whole: Path, tmp_path: Path, kept_away: bool
+) -> None:
+    run_dir = tmp_path / "run"
+    status, _, err = complete(command(inputs, run_dir), tmp_path / "output", prepare=partial(hang_up, kept_away))
+    assert status == (0 if kept_away else 129), err
+    if not kept_away:
+        assert saved(run_dir)[-1] == "step-12"
+        assert complete(command(inputs, run_dir), tmp_path / "output")[0] == 0
+    assert_equal_runs(run_dir, whole)
+
+
 def signal_in_evaluation(update: int, on_rank: int) -> None:
     """Have each process that this is called in get SIGTERM while it evaluates after a step, and take its time."""
     run_microbatch = BasicTrainer.run_microbatch
