@@ -163,7 +163,8 @@ def run_tests(what: Sequence[str]) -> tuple[int, str]:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", result.stdout)
     lines = [line for line in result.stdout.splitlines() if line.startswith(("E ", "FAILED"))]
-    return int(passed[1]) if passed else 0, "" if result.returncode == 0 else "\n".join(lines)[:2000]
+    problem = "\n".join(lines) or f"pytest ended with status {result.returncode}"
+    return int(passed[1]) if passed else 0, problem[:2000] if result.returncode else ""
 
 
 def facts() -> Iterator[tuple[str, Any]]:

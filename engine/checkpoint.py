@@ -11,6 +11,7 @@ removed once it was read back. Before one is used, every file is compared with t
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -41,6 +42,7 @@ STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"  # beginnings of the names of files
 # What is not whole yet: checkpoints, links, the base model of adapters, and what write_atomically() writes.
 TEMPORARY = re.compile(r"\.(step-\d+|LATEST|BEST|base|(config\.yaml|nonfinite-\d+\.json)\.\d+)\.tmp")
+_saves = itertools.count()  # of this process, which all begin together
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 # Keys that may change when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
@@ -103,7 +105,6 @@ class CheckpointWriter:
 
     def __init__(self, run_dir: Path, keep: int | None):
         self._run_dir, self._keep = run_dir, keep
-        self._num_begun = 0
         self._executor = ThreadPoolExecutor(1)
         self._running: Future[Path] | None = None
 
@@ -128,7 +129,6 @@ class CheckpointWriter:
         assert self._running is None
         target = self._run_dir / f"step-{num_examples}"
         temporary = _temporary(target)
-        self._num_begun += 1
         if rank_and_size()[0] == 0:
             with _storing(target):
                 _check_room(target, contents.num_bytes + extra_bytes)
@@ -136,7 +136,8 @@ class CheckpointWriter:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         barrier()
-        self._running = self._executor.submit(self._write, target, contents, write_rest, is_best)
+        parts = f"save-{next(_saves)}"
+        self._running = self._executor.submit(self._write, target, contents, write_rest, is_best, parts)
 
     def finished(self, wait: bool, together: bool = False) -> Path | None:
         """The checkpoint that has been written since this was last called, if there is one.
@@ -153,15 +154,23 @@ class CheckpointWriter:
             running, self._running = self._running, None
             return running.result()
 
-    def _write(self, target: Path, contents: Contents, write_rest: Callable[[Path], None], is_best: bool) -> Path:
+    def _write(
+        self, target: Path, contents: Contents, write_rest: Callable[[Path], None], is_best: bool, parts: str
+    ) -> Path:
+        """Write what falls to this process; the first one makes a checkpoint of the parts of all.
+
+        Args:
+            parts: the topic of what the processes tell each other of them.
+        """
         rank, num_ranks = rank_and_size()
-        temporary, parts = _temporary(target), f"save-{self._num_begun}"
+        temporary = _temporary(target)
         if rank > 0:
             with _storing(target):
                 try:
                     post(parts, json.dumps({"files": _write_part(temporary, contents)}))
                 except Exception as error:
-                    post(parts, json.dumps({"error": str(error)}))
+                    told = {"error": f"{type(error).__name__}: {error}", "is_storage": isinstance(error, OSError)}
+                    post(parts, json.dumps(told))
                     receive(parts, 0)  # when all of it is removed
                     raise
             return target
@@ -172,7 +181,8 @@ class CheckpointWriter:
                 others = [json.loads(receive(parts, other)) for other in range(1, num_ranks)]
             for other, part in enumerate(others, 1):
                 if "error" in part:
-                    raise OSError(f"rank {other}: {part['error']}")
+                    kind = OSError if part["is_storage"] else RuntimeError
+                    raise kind(f"rank {other}: {part['error']}")
                 described |= part["files"]
             before = _files(temporary)
             write_rest(temporary)
@@ -213,12 +223,13 @@ def _temporary(target: Path) -> Path:
 
 def _write_part(directory: Path, contents: Contents) -> dict[str, Any]:
     """Write what falls to this process; returns what the manifest has of it."""
-    for name, tensors in contents.files.items():
-        save_file(tensors, directory / name, metadata={"format": "pt"})
-        fail_point("half_file", directory / name)
-    for name, index in contents.indices.items():
-        (directory / name).write_text(json.dumps(index, indent=1))
-    return _describe(directory, (*contents.files, *contents.indices))
+    with as_os_errors():
+        for name, tensors in contents.files.items():
+            save_file(tensors, directory / name, metadata={"format": "pt"})
+            fail_point("half_file", directory / name)
+        for name, index in contents.indices.items():
+            (directory / name).write_text(json.dumps(index, indent=1))
+        return _describe(directory, (*contents.files, *contents.indices))
 
 
 @contextmanager

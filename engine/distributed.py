@@ -307,7 +307,7 @@ def _in_turn(first: Collection[int]) -> Iterator[None]:
 
 
 def post(topic: str, text: str) -> None:
-    """Leave a text for the other ranks, once for each topic; from any thread."""
+    """Leave a text for the other ranks, if there are any, once for each topic; from any thread."""
     if _group is not None:
         _group.store.set(f"{topic}/{_group.world.rank}", text)
 

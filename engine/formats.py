@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -40,7 +40,7 @@ class Preference(TypedDict):
     responses: list[str]
     pairs: list[tuple[int, int]]  # (preferred, other), as indices into responses
     sft_target: str
-    demonstrations: NotRequired[bool]  # SFT learns all responses, not only sft_target
+    demonstrations: NotRequired[list[str]]  # answers that SFT learns too
     template: NotRequired[bool]  # written by a chat template, whose special tokens are encoded as such
 
 
@@ -474,21 +474,22 @@ def _instruction(row: Row, chat: Chat, *, context: str, answer: str) -> Parsed:
 def _dialogue(row: Row, chat: Chat, messages: list[Message]) -> Parsed | str:
     """A dialogue whose answers, or the last of them, are to be learned, each with all that was said before it."""
     roles = [message["role"] for message in messages]
-    if chat.sft_turns == "all" and "assistant" in roles:
-        while roles[-1] != "assistant":
-            roles.pop()
-    *before, last = range(len(roles))
-    if roles[last] != "assistant":
-        return "dialogue that does not end in a message of the assistant"
     if "user" not in roles:
         return "dialogue without a message of the user"
-    earlier = [index for index in before if roles[index] == "assistant" and "user" in roles[:index]]
+    answers = [index for index in range(roles.index("user"), len(roles)) if roles[index] == "assistant"]
+    if not answers or (chat.sft_turns == "last" and answers[-1] != len(roles) - 1):
+        return "dialogue that does not end in a message of the assistant"
     if chat.sft_turns == "last":
-        earlier = []
+        del answers[:-1]
+    ends = accumulate(len(message["content"]) for message in messages)
+    if sum(end for index, end in enumerate(ends) if index in answers) > MAX_LINE_BYTES:
+        name = "messages" if "messages" in row.values else "conversations"
+        problem = f"has {len(answers)} answers, whose prompts are over {MAX_LINE_BYTES:,} characters together"
+        raise BadRow(f"{row.origin}: field '{name}' {problem}", "divide the dialogue, or set sft_turns=last")
     turns = [
         _demonstrated(row, chat, messages[:index], messages[index]["content"])
-        for index in (*earlier, last)
-        if index == last or roles[index - 1] != "assistant"
+        for index in answers
+        if index == answers[-1] or roles[index - 1] != "assistant"
     ]
     # One key for all, so that all are held out, or none.
     return turns[-1]._replace(key=turns[0].key, earlier=tuple(turns[:-1]))
@@ -640,14 +641,17 @@ def load_file(
         if parsed.demonstration and needs_pairs:
             problem = f"{row.origin}: rows of the form {form} have one answer, which is preferred to no other"
             raise UserError("DATA", problem, "train on them with loss=sft; other losses need chosen and rejected")
-        for turn in (*parsed.earlier, parsed):
+        turns = (*parsed.earlier, parsed)
+        known = [hashes[turn.prompt] for turn in turns if turn.prompt in hashes]  # of rows that begin alike
+        row_hash = known[0] if known else content_hash([parsed.key])
+        for turn in turns:
             target = turn.responses[turn.best]
             preference = add_preference(preferences, turn.prompt, turn.responses, turn.pairs, target)
             if turn.template:
                 preference["template"] = True
             if turn.demonstration:
-                preference["demonstrations"] = True
-            hashes.setdefault(turn.prompt, content_hash([parsed.key]))
+                preference.setdefault("demonstrations", []).append(target)
+            hashes.setdefault(turn.prompt, row_hash)
         num_rows[parsed.prompt] += 1
 
     if not is_split:

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from utils import EXIT_STATUS, stop_signals
+from utils import EXIT_STATUS, StopRequest, stop_signals
 
 PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
 LINK = "TRAIN_WORKER"  # the variable with what a worker must know of its launcher
@@ -260,10 +260,16 @@ def launch(config: DictConfig, num: int, command: Sequence[str | Path] = (sys.ex
 
 @contextmanager
 def forwarded_signals(workers: Sequence[Worker]) -> Iterator[list[int]]:
-    """Inside this, stop_signals() go to all workers; the second one kills them. Yields those that came."""
+    """Inside this, stop_signals() go to all workers; the second one kills them, as with StopRequest. Yields those
+    that came."""
     received: list[int] = []
+    received_at = 0.0
 
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal received_at
+        if received and time.monotonic() < received_at + StopRequest.TOGETHER:  # closing terminals may say it twice
+            return
+        received_at = time.monotonic()
         received.append(number)
         for worker in workers:
             if len(received) > 1:

@@ -75,12 +75,12 @@ def tokenize(
     for preferences, truncation_mode in data:
         for text, preference in preferences.items():
             template, answers = preference.get("template", False), preference["responses"]
-            candidates: list[tuple[str, ...]] = [(preference["sft_target"],)]
-            if batch == "sft" and preference.get("demonstrations"):
-                candidates = [(answer,) for answer in dict.fromkeys(answers)]
-                if len(candidates) < len(answers):
-                    tally.dropped["answer that the prompt has already"] += len(answers) - len(candidates)
-            elif batch == "pairs":
+            learned: set[tuple[str, ...]] = set()
+            demonstrations = preference.get("demonstrations", [])
+            if preference["sft_target"] not in demonstrations:
+                demonstrations = [*demonstrations, preference["sft_target"]]
+            candidates: list[tuple[str, ...]] = [(answer,) for answer in demonstrations]
+            if batch == "pairs":
                 candidates = [(answers[chosen], answers[rejected]) for chosen, rejected in preference["pairs"]]
                 if not candidates:
                     tally.dropped["prompt without a pair"] += 1
@@ -92,7 +92,10 @@ def tokenize(
                     tally.dropped["empty response"] += 1
                 elif batch == "pairs" and candidate[0] == candidate[1]:
                     tally.dropped["chosen equal to rejected"] += 1
+                elif batch == "sft" and candidate in learned:
+                    tally.dropped["answer that the prompt has already"] += 1
                 else:
+                    learned.add(candidate)
                     indices = [texts.setdefault((template, part), len(texts)) for part in (text, *candidate)]
                     rows.append((num_prompts, truncation_mode == "keep_end", indices))
             num_prompts += 1

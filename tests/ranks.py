@@ -2,9 +2,10 @@
 
 import contextlib
 import io
+import os
+import socket
 import tempfile
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.multiprocessing
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
+from engine import distributed
 from engine.sharding import full_tensor
 from tests.models import SIZES, random_examples
 
@@ -70,17 +72,23 @@ def trajectory(job: Job, run_dir: Path) -> Trajectory:
 def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What function(*arguments) returns on each of num_ranks processes of a group."""
     with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(_on_rank, (num_ranks, directory, function, arguments), nprocs=num_ranks)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        torch.multiprocessing.spawn(_on_rank, (num_ranks, port, directory, function, arguments), nprocs=num_ranks)
         return [torch.load(Path(directory, str(rank)), weights_only=False) for rank in range(num_ranks)]
 
 
-def _on_rank(rank: int, num_ranks: int, directory: str, function: Callable[..., Any], arguments: Any) -> None:
+def _on_rank(
+    rank: int, num_ranks: int, port: int, directory: str, function: Callable[..., Any], arguments: Any
+) -> None:
     import tests.conftest  # noqa: F401  the environment of all tests
 
-    store = dist.FileStore(f"{directory}/store", num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
-    torch.save(function(*arguments), Path(directory, str(rank)))
-    dist.destroy_process_group()
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    os.environ |= {name: str(value) for name, value in world.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with distributed.joined(60):
+        torch.save(function(*arguments), Path(directory, str(rank)))
 
 
 def trajectories(jobs: list[Job], directory: Path) -> list[Trajectory]:

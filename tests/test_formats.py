@@ -181,10 +181,10 @@ LLAMA2_PROMPT = "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST] yes? <eos><
     ],
 )
 def test_instructions_and_dialogues(tmp_path, tokenizer, row, question):
-    expected = {"responses": ["3"], "pairs": [], "sft_target": "3", "demonstrations": True, "template": True}
+    expected = {"responses": ["3"], "pairs": [], "sft_target": "3", "demonstrations": ["3"], "template": True}
     prompt = f"<s><|user|>user\n{question}<eos>\n<|user|>assistant\n"
     assert load_rows(tmp_path, [row], tokenizer) == {prompt: expected}
-    expected = {"responses": [" 3"], "pairs": [], "sft_target": " 3", "demonstrations": True}
+    expected = {"responses": [" 3"], "pairs": [], "sft_target": " 3", "demonstrations": [" 3"]}
     assert load_rows(tmp_path, [row], tokenizer, chat_template="hh") == {
         f"\n\nHuman: {question}\n\nAssistant:": expected
     }
@@ -223,9 +223,19 @@ def test_an_answer_needs_a_message_to_answer(tmp_path, tokenizer):
         load_rows(tmp_path, [{"messages": turns[:4]}], tokenizer, chat_template="hh")
 
 
+def test_a_dialogue_whose_prompts_would_fill_the_memory_is_refused(tmp_path, tokenizer):
+    """As each answer has all before it as its prompt, they grow with the square of its length."""
+    rows = [{"conversations": [user("x" * 40_000), assistant("a")] * 30}]
+    with pytest.raises(UserError, match="field 'conversations' has 30 answers, whose prompts are over 16,000,000"):
+        load_rows(tmp_path, rows, tokenizer, chat_template="hh")
+    assert len(load_rows(tmp_path, rows, tokenizer, chat_template="hh", sft_turns="last")) == 1
+
+
 def test_the_answers_of_a_dialogue_are_held_out_together(tmp_path, tokenizer):
     rows = [{"messages": [user(f"q{i}"), assistant("a"), user("and?"), assistant(f"b{i}")]} for i in range(20)]
     rows.append({"messages": [*rows[0]["messages"][:3], assistant("c")]})  # begins as the first does
+    start = rows[1]["messages"][:3]  # as does one with a preference, which is known by all of its prompt
+    rows.insert(0, {"messages": start, "chosen": [*start, assistant("c")], "rejected": [*start, assistant("d")]})
     splits = [
         load_rows(tmp_path, rows, tokenizer, split=split, test_fraction=0.25, chat_template="hh")
         for split in ("train", "test")

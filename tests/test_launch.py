@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 import train
 from engine import launch
 from engine.distributed import World, choose_interface, given_world, slurm_address
-from utils import UserError
+from utils import StopRequest, UserError
 
 pytestmark = pytest.mark.alone
 
@@ -189,7 +189,7 @@ def test_a_second_signal_kills(tmp_path) -> None:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)  # so that the first one has no effect
         launcher.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        time.sleep(StopRequest.TOGETHER + 0.1)
         assert all(map(is_alive, pids)) and launcher.poll() is None
         launcher.send_signal(signal.SIGINT)
         assert outcome(launcher)[0] == 128 + signal.SIGINT

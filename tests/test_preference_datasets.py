@@ -400,6 +400,18 @@ def test_all_demonstrations_of_a_prompt_are_learned(tmp_path, tokenizer):
     assert split.examples[0].prompt_index == split.examples[1].prompt_index  # so that it is fed once
 
 
+def test_a_rejected_answer_is_no_demonstration(tmp_path, tokenizer):
+    """In a file that has both."""
+    question = {"from": "human", "value": "hi"}
+    good = {"conversations": [question, {"from": "gpt", "value": "nice"}]}
+    pair = {"conversations": [question], "chosen": "good", "rejected": "bad"}
+    options = {"test_fraction": 0, "chat_template": "hh"}
+    for rows, expected in (([pair, good], ["nice"]), ([good, pair], ["nice", "good"])):
+        own = write(tmp_path / "own.jsonl", rows)
+        split = load_split(config(tmp_path, datasets=[str(own)], **options), tokenizer, "train", "sft")
+        assert [tokenizer.decode(e.responses[0]) for e in split.examples] == [f" {answer}<eos>" for answer in expected]
+
+
 def test_train_and_test_of_a_file_share_no_prompt(tmp_path, tokenizer):
     own = write(tmp_path / "own.jsonl", [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(20)])
     prompts = [

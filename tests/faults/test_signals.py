@@ -139,9 +139,10 @@ def test_a_second_signal_is_obeyed_at_once(inputs: Path, whole: Path, tmp_path: 
     assert_equal_runs(run_dir, whole)
 
 
-@pytest.mark.parametrize("to_all", [False, True])
-def test_a_launched_run_is_signalled(inputs: Path, whole_on_two: Path, tmp_path: Path, to_all: bool) -> None:
-    """As a user would see it: the command, its launcher and the workers of that, which job schedulers signal too."""
+@pytest.mark.parametrize("how", ["once", "all", "twice"])
+def test_a_launched_run_is_signalled(inputs: Path, whole_on_two: Path, tmp_path: Path, how: str) -> None:
+    """As a user would see it: the command, its launcher and the workers of that, which job schedulers signal too; a
+    terminal that closes may do it twice."""
     run_dir = tmp_path / "run"
     arguments = command(inputs, run_dir, *FSDP, "num_processes=2")
     launcher = subprocess.Popen(
@@ -153,11 +154,14 @@ def test_a_launched_run_is_signalled(inputs: Path, whole_on_two: Path, tmp_path:
     )
     while not (run_dir / "metrics.jsonl").exists() and launcher.poll() is None:
         time.sleep(0.002)
-    if to_all:
+    if how == "all":
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         for child in children:
             os.kill(int(child), signal.SIGTERM)
     launcher.send_signal(signal.SIGTERM)
+    if how == "twice":
+        time.sleep(0.05)
+        launcher.send_signal(signal.SIGINT)
     err = launcher.communicate(timeout=60)[1]
     assert launcher.returncode == 128 + signal.SIGTERM, err
     assert len(saved(run_dir)) > 0
