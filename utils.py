@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,29 +101,33 @@ def to_device(tensor: "Tensor", device: "torch.device") -> "Tensor":
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def stop_signals() -> list[signal.Signals]:
-    """What a run is stopped by: SIGTERM, SIGINT and, unless nohup keeps it away, SIGHUP, of a terminal that closes."""
-    is_kept_away = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT, *([] if is_kept_away else [signal.SIGHUP])]
-
-
 class StopRequest:
-    """Inside a with block, the first of stop_signals() is noted in signal, and the second ends the process at once.
+    """Inside a with block, the first SIGTERM, SIGINT or SIGHUP is noted in signal, and the second ends the process at
+    once. SIGHUP, of a terminal that closes, only if nohup does not keep it away.
 
     One that follows within TOGETHER seconds is the same one: where all processes of a job are signalled, a worker gets
-    it from its launcher too.
+    it from its launcher too, and a terminal that closes may say it twice.
+
+    Args:
+        first, second: called with the signal, in place of what is said of the first, and of that end.
     """
 
     TOGETHER = 1.0
 
-    def __init__(self) -> None:
+    def __init__(
+        self, first: Callable[[int], object] | None = None, second: Callable[[int], object] | None = None
+    ) -> None:
         self.signal: int | None = None
+        self._first, self._second = first or self._announce, second or self._leave
         self._noted_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # no other can set handlers
-            self._before = {number: signal.signal(number, self._note) for number in stop_signals()}
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -132,14 +136,19 @@ class StopRequest:
 
     def _note(self, number: int, frame: Any) -> None:
         now = time.monotonic()
-        if self.signal is not None:
-            if now > self._noted_at + self.TOGETHER:
-                os._exit(128 + number)
-            return
-        self.signal, self._noted_at = number, now
+        if self.signal is None:
+            self.signal, self._noted_at = number, now
+            self._first(number)
+        elif now > self._noted_at + self.TOGETHER:
+            self._second(number)
+
+    def _announce(self, number: int) -> None:
         text = f"{signal.Signals(number).name}: saving after this step; once more to leave at once\n"
         with suppress(OSError):  # the terminal may be gone
             os.write(2, text.encode())
+
+    def _leave(self, number: int) -> None:
+        os._exit(128 + number)
 
 
 class Unfailing:

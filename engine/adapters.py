@@ -27,14 +27,13 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.batching import Microbatch
 from engine.checkpoint import MANIFEST_FILE, find_checkpoint, install, named_aliases
-from engine.commands import ADAPTER_CONFIG, find_base
+from engine.commands import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_base
 from engine.models import differing_values, find_blocks, hf_config_of, load_model
 from engine.quantization import QuantizedLinear, quantize
 from engine.reference import LiveReference, weights_hash
 from engine.sharding import fill
 from utils import UserError, as_os_errors, clipped, quiet_bitsandbytes
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER = "adapter_model"  # beginning of the names of its files
 OWN, REFERENCE = "default", "reference"  # the adapter that is trained, and a frozen copy of what it started as
 BASE = "base_model.model."  # before the names of parameters in peft's files

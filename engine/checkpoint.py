@@ -42,7 +42,6 @@ STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"  # beginnings of the names of files
 # What is not whole yet: checkpoints, links, the base model of adapters, and what write_atomically() writes.
 TEMPORARY = re.compile(r"\.(step-\d+|LATEST|BEST|base|(config\.yaml|nonfinite-\d+\.json)\.\d+)\.tmp")
-_saves = itertools.count()  # of this process, which all begin together
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 # Keys that may change when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
@@ -53,6 +52,7 @@ FREE_ON_RESUME = {
     "on_nonfinite", "max_nonfinite", "plan", "plan_hardware", "trainer", "num_processes", "tensor_parallel_size",
     "tensor_parallel", "fsdp", "collective_timeout",
 }  # fmt: skip
+_saves = itertools.count()  # that this process has begun, as all have
 
 
 # ---- Writing ----

@@ -17,7 +17,7 @@ from engine.validation import Check, bracketed, did_you_mean, nearest
 from utils import UserError, is_out_of_memory, is_reachable
 
 REQUIRED = object()
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

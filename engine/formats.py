@@ -50,8 +50,9 @@ Preferences = dict[str, Preference]
 class BadRow(UserError):
     """A row that cannot be read, or is not what its data set's rows are."""
 
-    def __init__(self, what: str, fix: str = "correct this row or remove it"):
-        super().__init__("DATA", what, f"{fix}; on_bad_row=drop leaves out such rows")
+    def __init__(self, what: str, remedy: str = "correct this row or remove it"):
+        self.remedy = remedy
+        super().__init__("DATA", what, f"{remedy}; on_bad_row=drop leaves out such rows")
 
 
 @dataclass
@@ -481,8 +482,8 @@ def _dialogue(row: Row, chat: Chat, messages: list[Message]) -> Parsed | str:
         return "dialogue that does not end in a message of the assistant"
     if chat.sft_turns == "last":
         del answers[:-1]
-    ends = accumulate(len(message["content"]) for message in messages)
-    if sum(end for index, end in enumerate(ends) if index in answers) > MAX_LINE_BYTES:
+    ends = list(accumulate(len(message["content"]) for message in messages))
+    if sum(ends[index] for index in answers) > MAX_LINE_BYTES:
         name = "messages" if "messages" in row.values else "conversations"
         problem = f"has {len(answers)} answers, whose prompts are over {MAX_LINE_BYTES:,} characters together"
         raise BadRow(f"{row.origin}: field '{name}' {problem}", "divide the dialogue, or set sft_turns=last")
@@ -630,7 +631,8 @@ def load_file(
                 parsed = FORMS[row_form](row, chat)
             except BadRow as error:
                 if form is None:
-                    raise BadRow(f"{error.what} (its columns are those of format={row_form})") from error
+                    what = f"{error.what} (its columns are those of format={row_form})"
+                    raise BadRow(what, error.remedy) from error
                 raise
             form = row_form  # of all rows, as the first good one has it
         if parsed is None:

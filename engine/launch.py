@@ -16,16 +16,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from utils import EXIT_STATUS, StopRequest, stop_signals
+from utils import EXIT_STATUS, StopRequest
 
 PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
 LINK = "TRAIN_WORKER"  # the variable with what a worker must know of its launcher
@@ -238,7 +237,16 @@ def launch(config: DictConfig, num: int, command: Sequence[str | Path] = (sys.ex
     workers: list[Worker] = []
     text = OmegaConf.to_yaml(config).encode()  # what comes from the environment stays a name, as in what is written
     sys.stdout.flush()
-    with forwarded_signals(workers) as received, selectors.DefaultSelector() as selector:
+
+    def forward(number: int) -> None:
+        for worker in workers:
+            worker.process.send_signal(number)
+
+    def kill(number: int) -> None:
+        for worker in workers:
+            worker.kill()
+
+    with StopRequest(forward, kill) as stop, selectors.DefaultSelector() as selector:
         try:
             # Rank 0 gets the socket itself: a free port that is only named might be taken by the time it listens.
             with socket.create_server(("127.0.0.1", 0), backlog=num) as rendezvous:
@@ -246,43 +254,16 @@ def launch(config: DictConfig, num: int, command: Sequence[str | Path] = (sys.ex
                     worker = Worker(rank, num, command, text, rendezvous)
                     workers.append(worker)
                     worker.register(selector)
-                    if received:
-                        worker.process.send_signal(received[0])
+                    if stop.signal is not None:
+                        worker.process.send_signal(stop.signal)
             supervise(workers, selector)
         finally:
             for worker in workers:
                 worker.close()
     reported = [worker.failure() for worker in workers if worker.reported]
-    if received and not any(failure and not failure.is_consequence for failure in reported):
-        return 128 + received[0] if any(worker.process.returncode for worker in workers) else 0
+    if stop.signal is not None and not any(failure and not failure.is_consequence for failure in reported):
+        return 128 + stop.signal if any(worker.process.returncode for worker in workers) else 0
     return conclude(workers)
-
-
-@contextmanager
-def forwarded_signals(workers: Sequence[Worker]) -> Iterator[list[int]]:
-    """Inside this, stop_signals() go to all workers; the second one kills them, as with StopRequest. Yields those
-    that came."""
-    received: list[int] = []
-    received_at = 0.0
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal received_at
-        if received and time.monotonic() < received_at + StopRequest.TOGETHER:  # closing terminals may say it twice
-            return
-        received_at = time.monotonic()
-        received.append(number)
-        for worker in workers:
-            if len(received) > 1:
-                worker.kill()
-            else:
-                worker.process.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in stop_signals()}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def supervise(workers: Sequence[Worker], selector: selectors.BaseSelector) -> None:

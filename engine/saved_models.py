@@ -12,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.checkpoint import MANIFEST_FILE, STATE_FILE, checkpoints, find_checkpoint
-from engine.commands import ADAPTER_CONFIG, find_base
+from engine.commands import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_base
 from engine.models import BUFFERS, END_OF_TEXT
 from utils import UserError, is_out_of_memory, quiet_bitsandbytes
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Data sets whose loaders write "\n\nHuman: ...\n\nAssistant:".
 HH_DATASETS = {"films", "hh", "shp", "se"}
 

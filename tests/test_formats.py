@@ -226,9 +226,15 @@ def test_an_answer_needs_a_message_to_answer(tmp_path, tokenizer):
 def test_a_dialogue_whose_prompts_would_fill_the_memory_is_refused(tmp_path, tokenizer):
     """As each answer has all before it as its prompt, they grow with the square of its length."""
     rows = [{"conversations": [user("x" * 40_000), assistant("a")] * 30}]
-    with pytest.raises(UserError, match="field 'conversations' has 30 answers, whose prompts are over 16,000,000"):
+    with pytest.raises(
+        UserError, match="field 'conversations' has 30 answers, whose prompts are over 16,000,000"
+    ) as told:
         load_rows(tmp_path, rows, tokenizer, chat_template="hh")
+    assert "fix: divide the dialogue, or set sft_turns=last; on_bad_row=drop" in str(told.value)
     assert len(load_rows(tmp_path, rows, tokenizer, chat_template="hh", sft_turns="last")) == 1
+    many = [{"conversations": [user("a"), assistant("b")] * 150_000}]  # refused at once
+    with pytest.raises(UserError, match="has 150000 answers"):
+        load_rows(tmp_path, many, tokenizer, chat_template="hh")
 
 
 def test_the_answers_of_a_dialogue_are_held_out_together(tmp_path, tokenizer):
