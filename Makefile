@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test soak lint bench FORCE
+.PHONY: demo test soak lint docs bench FORCE
 
 demo: .venv/.installed  ## SFT and then DPO on the embedded model and data
 	$(BIN)/python benchmarks/demo.py
@@ -16,10 +16,14 @@ test: .venv/.installed  ## the tests that every change must pass
 soak: .venv/.installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/.installed  ## ruff and mypy
+lint: .venv/.installed  ## ruff, mypy and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+docs: .venv/.installed  ## docs/config.md, from the comments of config/
+	$(BIN)/python -m docs.make_config
 
 bench: .venv/.installed .venv-bench/.installed  ## a step beside TRL's; make bench BENCH="--data DIR --model pythia-70m"
 	$(BIN)/python benchmarks/step.py $(BENCH)

@@ -1,4 +1,4 @@
-"""Take a trained model home: python export.py from=RUN to=DIR (format=hf, gguf or policy_pt); see README.md."""
+"""Export a trained model: python export.py from=RUN to=DIR (format=hf, gguf or policy_pt); see README.md."""
 
 import math
 import os
@@ -7,73 +7,74 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from engine.chat_templates import BOS, JINJA
-from engine.commands import REQUIRED, Option, run_command, settle_network
-from engine.validation import Check, count, is_text, one_of, optional, path
-from utils import UserError, as_os_errors
+from pydantic import Field
+
+from engine.data.chat_templates import BOS, JINJA
+from engine.models.hub import settle_network
+from engine.settings.options import Options, run_command
+from engine.settings.value_types import ChatTemplate, Count, PossiblePath, Repository
+from utils import UserError, apply_umask, as_os_errors, progress
 
 if TYPE_CHECKING:  # it takes seconds to import
-    from engine.saved_models import RunRecord, SavedModel
+    from engine.export.run_record import RunRecord
+    from engine.export.saved_models import SavedModel
 
-FLOATS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-DTYPES = {"hf": tuple(FLOATS.values()), "policy_pt": tuple(FLOATS.values())}
-DTYPES["gguf"] = (*FLOATS.values(), "q8_0", "q4_0")
-
-OPTIONS = {
-    "from": Option(
-        REQUIRED, path, "a run directory, a checkpoint or adapter in it, a model's directory, or meta", True
-    ),
-    "to": Option(REQUIRED, path, "the directory to write, which must not exist (or FILE.gguf, FILE.pt)", True),
-    "format": Option("hf", one_of("hf", "gguf", "policy_pt"), "hf, gguf (llama.cpp) or policy_pt"),
-    "dtype": Option(
-        None,
-        optional(one_of(*FLOATS, *DTYPES["gguf"])),
-        "float32, float16, bfloat16, for gguf also q8_0, q4_0; null: as stored",
-    ),
-    "base": Option(None, optional(path), "the base model of an adapter, in place of the one that it names", True),
-    "path": Option(None, optional(path), "for from=meta: the directory of Meta's consolidated.*.pth", True),
-    "tokenizer": Option(None, optional(path), "for from=meta: a tokenizer in place of tokenizer.model", True),
-    "context": Option(None, optional(count), "for from=meta: positions; null: by its params.json"),
-    "chat_template": Option(
-        None,
-        optional(Check("hh, llama2 or a file", lambda value: value in JINJA or os.path.isfile(str(value)))),
-        "hh, llama2 or a Jinja file; null: what the run trained on, else the tokenizer's own",
-        True,
-    ),
-    "push_to_hub": Option(
-        None,
-        optional(Check("a name on the hub such as me/model", lambda value: is_text(value) and value.count("/") == 1)),
-        "also upload to this repository, which is made private if it is new",
-        True,
-    ),
+FloatName = Literal["float32", "float16", "bfloat16"]
+GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+FLOATS: dict[str, GGUFType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+DTYPES: dict[str, tuple[GGUFType, ...]] = {
+    "hf": tuple(FLOATS.values()),
+    "policy_pt": tuple(FLOATS.values()),
+    "gguf": get_args(GGUFType),
 }
 
 
-def export(options: dict[str, Any]) -> None:
-    """Check what can be checked, load the model, and write it whole or not at all."""
-    target, kind = Path(options["to"]).expanduser(), options["format"]
-    dtype = FLOATS.get(options["dtype"], options["dtype"])
+class ExportOptions(Options):
+    source: PossiblePath = Field(
+        alias="from", description="a run directory, a checkpoint or adapter in it, a model's directory, or meta"
+    )
+    to: PossiblePath = Field(description="the directory to write (or FILE.gguf, FILE.pt); must not exist")
+    format: Literal["hf", "gguf", "policy_pt"] = Field("hf", description="hf, gguf (llama.cpp) or policy_pt")
+    dtype: FloatName | GGUFType | None = Field(
+        None, description="float32, float16, bfloat16, for gguf also q8_0, q4_0; null: as stored"
+    )
+    base: PossiblePath | None = Field(None, description="a base model, in place of the one in the adapter's config")
+    path: PossiblePath | None = Field(None, description="for from=meta: the directory of Meta's consolidated.*.pth")
+    tokenizer: PossiblePath | None = Field(None, description="for from=meta: a tokenizer in place of tokenizer.model")
+    context: Count | None = Field(None, description="for from=meta: positions; null: by its params.json")
+    chat_template: ChatTemplate | None = Field(
+        None, description="hh, llama2 or a Jinja file; null: the run's, else the tokenizer's own"
+    )
+    push_to_hub: Repository | None = Field(
+        None, description="also upload to this repository; a new one is made private"
+    )
+
+
+def export(options: ExportOptions) -> None:
+    """Check the options, load the model, and write the export atomically."""
+    target, kind = Path(options.to).expanduser(), options.format
+    dtype = FLOATS.get(options.dtype or "", options.dtype)
     if dtype is not None and dtype not in DTYPES[kind]:
         choices = ", ".join(DTYPES[kind])
         raise UserError("CONFIG", f"dtype: {dtype} is for format=gguf, not {kind}", f"choose one of {choices}")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError("CONFIG", f"to: {target} exists", "give another directory, or remove it")
-    is_meta = options["from"] == "meta"
-    if is_meta != (options["path"] is not None):
+    is_meta = options.source == "meta"
+    if is_meta != (options.path is not None):
         problem = "from=meta needs path" if is_meta else "path is for from=meta"
         raise UserError("CONFIG", problem, "python export.py from=meta path=META_DIR to=DIR")
-    if not is_meta and (options["tokenizer"] or options["context"]):
+    if not is_meta and (options.tokenizer or options.context):
         raise UserError("CONFIG", "tokenizer and context are for from=meta", "leave them out")
-    settle_network([None if is_meta else options["from"], options["base"], options["tokenizer"]])
-    if options["push_to_hub"]:
+    settle_network([None if is_meta else options.source, options.base, options.tokenizer])
+    if options.push_to_hub:
         check_login()
 
     saved, record = load(options, dtype)
     name = target.name.removesuffix(".gguf").removesuffix(".pt")
-    template = chosen_template(options["chat_template"], saved, record)
-    with written_whole(target, {"gguf": f"{name}-{{}}.gguf", "policy_pt": "policy.pt"}.get(kind)) as path:
+    template = choose_template(options.chat_template, saved, record)
+    with atomic_target(target, {"gguf": f"{name}-{{}}.gguf", "policy_pt": "policy.pt"}.get(kind)) as path:
         if kind == "hf":
             write_hf(path, saved, record, name, template)
         elif kind == "gguf":
@@ -81,39 +82,47 @@ def export(options: dict[str, Any]) -> None:
         else:
             write_policy_pt(path, saved, record)
     print(f"exported: {target}", flush=True)
-    if options["push_to_hub"]:
-        push(target, options["push_to_hub"])
+    if options.push_to_hub:
+        push(target, options.push_to_hub)
 
 
-def load(options: dict[str, Any], dtype: str | None) -> "tuple[SavedModel, RunRecord]":
-    """The model in the dtype that is asked for (for the quantised types: as stored), and how it was trained."""
+def load(options: ExportOptions, dtype: str | None) -> "tuple[SavedModel, RunRecord]":
+    """Load the model and the record of its training.
+
+    Args:
+        dtype: of the weights; None: as stored. format=gguf ignores it, and converts each tensor when it writes it.
+    """
     import torch
     import transformers
 
-    from engine.meta_llama import load_meta
-    from engine.saved_models import RunRecord, find_saved, largest, load_saved, read_run
+    from engine.export.meta_llama import load_meta
+    from engine.export.run_record import RunRecord, read_run
+    from engine.export.saved_models import find_saved, load_saved, max_magnitude
+    from preference_datasets import chat_form
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if options["from"] == "meta":
-        path = Path(options["path"]).expanduser()
-        saved, record = load_meta(path, tokenizer=options["tokenizer"], context=options["context"]), RunRecord()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    if options.path is not None:  # from=meta
+        path = Path(options.path).expanduser()
+        saved, record = load_meta(path, tokenizer=options.tokenizer, context=options.context), RunRecord()
     else:
-        directory = find_saved(options["from"])
-        record = read_run(directory) if directory is not None else RunRecord()
-        saved = load_saved(options["from"], base=options["base"])
-    if options["format"] != "gguf" and dtype is not None:  # gguf converts each tensor from what is stored
+        directory = find_saved(options.source)
+        record = read_run(directory, chat_form) if directory is not None else RunRecord()
+        saved = load_saved(options.source, base=options.base)
+    if options.format != "gguf" and dtype is not None:
         saved.model = saved.model.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype])
-    for key, tensor in saved.model.state_dict().items():
-        if tensor.numel() and not math.isfinite(largest(tensor)):
-            fix = "dtype=bfloat16 holds larger numbers" if dtype == "f16" else "export another checkpoint"
-            raise UserError("NONFINITE", f"{key} holds a number that is not finite", fix)
+    state = saved.model.state_dict()
+    for key, tensor in progress(state.items(), description="checking weights", unit="tensors"):
+        if tensor.numel() and not math.isfinite(max_magnitude(tensor)):
+            fix = "dtype=bfloat16 has a wider range" if dtype == "f16" else "export another checkpoint"
+            raise UserError("NONFINITE", f"{key} contains NaN or Inf", fix)
     return saved, record
 
 
-def chosen_template(name: str | None, saved: "SavedModel", record: "RunRecord") -> Any:
-    """The chat template to write, as Jinja: the one named, that of the training data, or the tokenizer's own."""
-    from engine.tokenization import token_prefix
+def choose_template(name: str | None, saved: "SavedModel", record: "RunRecord") -> Any:
+    """The chat template to write, as Jinja text: of that name, else the training data's, else the tokenizer's."""
+    from engine.data.encoding import token_prefix
 
     name = name or record.chat_template
     if name is None:
@@ -123,17 +132,20 @@ def chosen_template(name: str | None, saved: "SavedModel", record: "RunRecord") 
     try:
         return JINJA[name] if name in JINJA else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        problem = f"chat_template: {name}, of which the training data are, cannot be read ({error})"
+        problem = f"chat_template: {name}, the template of the training data, cannot be read ({error})"
         raise UserError("CONFIG", problem, "give chat_template=FILE") from error
 
 
 @contextmanager
-def written_whole(target: Path, file: str | None) -> Iterator[Path]:
-    """Yield where to write: a directory, or the one file in it; once all is written, it gets its name.
+def atomic_target(target: Path, file: str | None) -> Iterator[Path]:
+    """Yield a temporary path to write to, and rename it to the target on success.
 
     Args:
-        target: the directory, or the file itself where the suffix says so.
-        file: the name of the one file, or None for a directory.
+        target: a directory, or a file if it has the suffix of `file`.
+        file: name of the only file; None for a directory with several.
+
+    Raises:
+        UserError: STORAGE; the temporary files are removed.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     is_file = file is not None and target.suffix == Path(file).suffix
@@ -141,6 +153,7 @@ def written_whole(target: Path, file: str | None) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         with as_os_errors():
             yield temporary if file is None else temporary / (target.name if is_file else file)
+        apply_umask(temporary)
         for path in temporary.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as opened:
@@ -149,7 +162,7 @@ def written_whole(target: Path, file: str | None) -> Iterator[Path]:
             os.replace(temporary / target.name, target)
         else:
             if target.is_dir():
-                target.rmdir()  # it is empty
+                target.rmdir()  # empty
             os.replace(temporary, target)
     except OSError as error:
         raise UserError("STORAGE", f"to: cannot write {target} ({error})", "make room, or write elsewhere") from error
@@ -158,8 +171,8 @@ def written_whole(target: Path, file: str | None) -> Iterator[Path]:
 
 
 def write_hf(path: Path, saved: "SavedModel", record: "RunRecord", name: str, template: Any) -> None:
-    """A directory that from_pretrained loads, with a model card."""
-    from engine.model_card import model_card
+    """Write a directory for from_pretrained, with a model card."""
+    from engine.export.model_card import model_card
 
     saved.model.save_pretrained(path)
     saved.tokenizer.chat_template = template
@@ -168,8 +181,8 @@ def write_hf(path: Path, saved: "SavedModel", record: "RunRecord", name: str, te
 
 
 def write_gguf(path: Path, saved: "SavedModel", dtype: str | None, name: str, template: Any) -> None:
-    """A file for llama.cpp; in the stored dtype if none is given."""
-    from engine.gguf_export import plan_gguf
+    """Write a file for llama.cpp; dtype None keeps the stored dtype."""
+    from engine.export.gguf import plan_gguf
 
     stored = FLOATS.get(str(saved.model.dtype).removeprefix("torch."), "f32")
     dtype = dtype or stored
@@ -180,15 +193,15 @@ def write_gguf(path: Path, saved: "SavedModel", dtype: str | None, name: str, te
 
 
 def write_policy_pt(path: Path, saved: "SavedModel", record: "RunRecord") -> None:
-    """{step_idx, state, metrics} as plain tensors, as the reference implementation reads it."""
+    """Write {step_idx, state, metrics} as plain tensors, the format of the reference implementation."""
     import torch
 
-    policy = {"step_idx": record.examples or 0, "state": dict(saved.model.state_dict()), "metrics": record.metrics}
+    policy = {"step_idx": record.num_examples or 0, "state": dict(saved.model.state_dict()), "metrics": record.metrics}
     torch.save(policy, path)
 
 
 def check_login() -> None:
-    """Fail before the work is done if nobody is logged in to the hub."""
+    """Raise a UserError without a login to the hub, before any work is done."""
     from huggingface_hub import HfApi
 
     try:
@@ -196,12 +209,12 @@ def check_login() -> None:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            "CONFIG", f"push_to_hub: the hub does not know you ({reason})", "run `hf auth login`"
+            "CONFIG", f"push_to_hub: you are not logged in to the hub ({reason})", "run `hf auth login`"
         ) from error
 
 
 def push(target: Path, repository: str) -> None:
-    """Upload what was written."""
+    """Upload an export."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -213,14 +226,14 @@ def push(target: Path, repository: str) -> None:
             api.upload_file(path_or_fileobj=target, path_in_repo=target.name, repo_id=repository)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        problem = f"push_to_hub: {repository} was not uploaded ({reason}); {target} is whole"
+        problem = f"push_to_hub: {repository} was not uploaded ({reason}); {target} is complete"
         raise UserError("STORAGE", problem, f"hf upload {repository} {target}") from error
     print(f"uploaded: https://huggingface.co/{repository}")
 
 
 def main() -> int:
     usage = "python export.py from=RUN to=DIR [key=value ...]: write a trained model in another form"
-    return run_command(export, usage, OPTIONS, sys.argv[1:])
+    return run_command(export, usage, ExportOptions, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
-"""The losses: pure functions of log-probs, and LOSSES, the table that `loss.name` picks from.
+"""Losses: pure functions of log-probs, and LOSSES, the table for `loss.name`.
 
-A loss sees one log-prob per response and no model, config or tokens, and returns one value per example, unreduced.
-To add one: a function here, a line in LOSSES, a YAML under config/loss whose other keys are its keyword arguments,
-and a test with values computed by hand.
+A loss sees one log-prob per response. It knows no model, config or tokens, and returns one value per example,
+unreduced. To add one: a function here, a line in LOSSES, a YAML under config/loss, and a test with values computed by
+hand. The function's keyword arguments are the other keys of the YAML. Their annotations give the types and ranges.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
+
+BatchKind = Literal["sft", "pairs"]
+Need = Literal["reference"]
+# Losses, and the implicit rewards of the chosen and of the rejected responses: [pairs] each.
+PairLosses = tuple[Tensor, Tensor, Tensor]
 
 
 def dpo_loss(
@@ -19,24 +25,24 @@ def dpo_loss(
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
     *,
-    beta: float,
-    label_smoothing: float = 0.0,
+    beta: Annotated[float, Gt(0)],
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0,
     reference_free: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Direct Preference Optimization, and its conservative form.
+) -> PairLosses:
+    """Direct Preference Optimization.
 
-    Rafailov et al. 2023 (arXiv 2305.18290), equation 7; with label_smoothing, equation 3 of Mitchell 2023, "A note
-    on DPO with noisy preferences & relationship to IPO" (cDPO).
+    Rafailov et al. 2023 (arXiv 2305.18290), equation 7. With label_smoothing, equation 3 of Mitchell 2023, "A note on
+    DPO with noisy preferences & relationship to IPO".
 
     Args:
         policy_chosen_logps: log-probs of the chosen responses under the policy, [pairs]; the others likewise.
-        beta: strength of the implicit KL constraint, above 0.
-        label_smoothing: share of the preferences assumed to be flipped, in [0, 0.5).
-        reference_free: a uniform reference: the reference log-probs are not used.
+        beta: strength of the implicit KL constraint.
+        label_smoothing: assumed share of flipped preferences.
+        reference_free: use a uniform reference, and ignore the reference log-probs.
 
     Returns:
         losses [pairs], and the implicit rewards beta * log(policy / reference) of the chosen and of the rejected
-        responses [pairs], detached.
+        responses, [pairs] each, detached.
     """
     chosen_logratios, rejected_logratios = policy_chosen_logps, policy_rejected_logps
     if not reference_free:
@@ -47,17 +53,40 @@ def dpo_loss(
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
+def cdpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    label_smoothing: Annotated[float, Gt(0), Lt(0.5)],
+    reference_free: bool = False,
+) -> PairLosses:
+    """Conservative DPO: dpo_loss with a label_smoothing above 0. Takes and returns the same."""
+    return dpo_loss(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        reference_free=reference_free,
+    )
+
+
 def ipo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
     *,
-    beta: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Identity Preference Optimization: Azar et al. 2023 (arXiv 2310.12036), equation 17, where beta is called tau.
+    beta: Annotated[float, Gt(0)],
+) -> PairLosses:
+    """Identity Preference Optimization.
 
-    Takes and returns what dpo_loss does; [pairs] throughout.
+    Azar et al. 2023 (arXiv 2310.12036), equation 17; beta is tau there. Takes and returns the same as dpo_loss, [pairs]
+    throughout.
     """
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
@@ -72,23 +101,24 @@ def sft_loss(policy_chosen_logps: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """What the trainer must know of a loss.
+    """A loss function, and its needs.
 
     Args:
-        function: takes log-probs in order (chosen; rejected for pairs; then both under the reference where
-            needs_reference), and as keywords the keys of its YAML.
-        batch: "sft" (one target response per prompt) or "pairs" (chosen and rejected).
-        needs_reference: whether a frozen reference model is built for it.
+        function: takes log-probs in order, [examples] each: chosen; rejected (of pairs); then the same under the
+            reference, if it needs one. Returns the losses [examples]; of pairs, a tuple of losses, chosen rewards and
+            rejected rewards. A tuple may end in a dict of further metrics, {name: [examples]}.
+        batch: "sft" (one target response per example) or "pairs" (chosen and rejected).
+        needs: "reference" builds a frozen reference model.
     """
 
-    function: Callable
-    batch: Literal["sft", "pairs"]
-    needs_reference: bool = False
+    function: Callable[..., Any]
+    batch: BatchKind
+    needs: Set[Need] = frozenset()
 
 
 LOSSES = {
     "sft": Loss(sft_loss, batch="sft"),
-    "dpo": Loss(dpo_loss, batch="pairs", needs_reference=True),
-    "cdpo": Loss(dpo_loss, batch="pairs", needs_reference=True),
-    "ipo": Loss(ipo_loss, batch="pairs", needs_reference=True),
+    "dpo": Loss(dpo_loss, batch="pairs", needs={"reference"}),
+    "cdpo": Loss(cdpo_loss, batch="pairs", needs={"reference"}),
+    "ipo": Loss(ipo_loss, batch="pairs", needs={"reference"}),
 }

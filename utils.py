@@ -1,4 +1,4 @@
-"""Stateless helpers: errors for users, content hashes, local directories, work ahead of its use, atomic files."""
+"""Stateless helpers: errors for users, content hashes, prefetching, progress, signals, atomic files."""
 
 import getpass
 import hashlib
@@ -8,10 +8,11 @@ import os
 import re
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,12 +37,12 @@ EXIT_STATUS = {
 
 
 class UserError(ValueError):
-    """What ended a run, said for its user: one line with what, where and how to fix it.
+    """An error for users, on one line: the problem, its place and the fix.
 
     Args:
         code: a key of EXIT_STATUS; it decides the exit status.
-        what: what is wrong and where (key, file, line, field).
-        fix: what to do about it.
+        what: the problem and its place (key, file, line, field).
+        fix: the remedy.
     """
 
     def __init__(self, code: str, what: str, fix: str):
@@ -54,7 +55,7 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Text on one line, in which nothing is left that a terminal would act on, or that cannot be encoded."""
+    """Text on one line, with control characters and unencodable characters escaped."""
     line = " ".join(text.split())
     if line.isprintable():
         return line
@@ -62,12 +63,12 @@ def printable(text: str) -> str:
 
 
 def clipped(text: str, length: int = 100) -> str:
-    """Text that is no longer than length, for messages."""
+    """Text cut to length, for messages."""
     return text if len(text) <= length else text[: length - 4] + " ..."
 
 
 def content_hash(parts: Iterable[Any]) -> str:
-    """A hex digest of parts, each bytes or something that JSON can write; the same parts give the same digest."""
+    """A hex digest of parts: bytes, or values with a JSON form. The same parts give the same digest."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, ensure_ascii=False).encode()
@@ -77,7 +78,7 @@ def content_hash(parts: Iterable[Any]) -> str:
 
 
 def local_dir(local_dirs: Iterable[str]) -> Path:
-    """<dir>/<user> for the first of local_dirs that exists; if none does, for the last."""
+    """<dir>/<user> for the first existing one of local_dirs; without one, for the last."""
     candidates = [Path(directory) for directory in local_dirs]
     try:
         user = getpass.getuser()
@@ -86,8 +87,8 @@ def local_dir(local_dirs: Iterable[str]) -> Path:
     return next((path for path in candidates if path.is_dir()), candidates[-1]) / user
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items, each made by a thread in the background while the one before is used."""
+def prefetch(items: Iterable[T]) -> Iterator[T]:
+    """The items. A background thread makes each while the previous one is in use."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(next, iterator, end)
@@ -96,23 +97,111 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
+class Progress:
+    """Shows the progress of a long phase.
+
+    On a terminal it is a bar, elsewhere a line on stdout every 30 seconds. Phases shorter than this print no line.
+
+    Args:
+        description: names the phase, as in "tokenizing".
+        total: number of items; None if unknown.
+        unit: an item, in the plural.
+        is_shown: False for all ranks but one.
+        clock: gives seconds.
+    """
+
+    INTERVAL = 30.0
+
+    def __init__(
+        self,
+        description: str,
+        *,
+        total: int | None = None,
+        unit: str = "items",
+        is_shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.num_done = 0
+        self._description, self._total, self._unit = description, total, unit
+        self._is_shown, self._clock = is_shown, clock
+        self._start = self._last_line = clock()
+        self._bar: Any = None
+        if is_shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=description, unit=f" {unit}")
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, num_items: int = 1) -> None:
+        """Count items as done."""
+        self.num_done += num_items
+        if self._bar is not None:
+            self._bar.update(num_items)
+        elif self._is_shown and (now := self._clock()) >= self._last_line + self.INTERVAL:
+            self._last_line = now
+            print(self._line(now - self._start), flush=True)
+
+    def _line(self, seconds: float) -> str:
+        if self._total is None or not self.num_done:
+            return f"{self._description}: {self.num_done:,} {self._unit}"
+        seconds_left = seconds / self.num_done * max(self._total - self.num_done, 0)
+        line = f"{self._description}: {self.num_done:,} of {self._total:,} {self._unit}"
+        return f"{line}, {_duration(seconds_left)} left"
+
+
+def progress(
+    items: Iterable[T],
+    *,
+    description: str,
+    total: int | None = None,
+    unit: str = "items",
+    is_shown: bool = True,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[T]:
+    """The items, with their Progress shown. By default, total is their len, if any."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with Progress(description, total=total, unit=unit, is_shown=is_shown, clock=clock) as shown:
+        for item in items:
+            yield item
+            shown.update()
+
+
+def _duration(seconds: float) -> str:
+    """Whole seconds in words: "45 s", "1 min 05 s", "2 h 05 min"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+
 def to_device(tensor: "Tensor", device: "torch.device") -> "Tensor":
-    """tensor on device; nobody waits for a copy to a GPU, nor for what the GPU has to do before it."""
+    """Copy tensor to device. A copy to a GPU returns at once."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class StopRequest:
-    """Inside a with block, the first SIGTERM, SIGINT or SIGHUP is noted in signal, and the second ends the process at
-    once. SIGHUP, of a terminal that closes, only if nohup does not keep it away.
+    """Handles SIGTERM, SIGINT and SIGHUP inside a with block: the first is noted, the second ends the process.
 
-    One that follows within TOGETHER seconds is the same one: where all processes of a job are signalled, a worker gets
-    it from its launcher too, and a terminal that closes may say it twice.
+    Under nohup, SIGHUP stays ignored. A second signal within MERGE_SECONDS counts as the first: a worker may get it
+    from the job and from its launcher, and a closing terminal may send it twice.
 
     Args:
-        first, second: called with the signal, in place of what is said of the first, and of that end.
+        first: called with the first signal; prints a message by default.
+        second: called with the second one; ends the process by default.
+
+    Attributes:
+        signal: the first signal; None before.
     """
 
-    TOGETHER = 1.0
+    MERGE_SECONDS = 1.0
 
     def __init__(
         self, first: Callable[[int], object] | None = None, second: Callable[[int], object] | None = None
@@ -123,7 +212,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # no other can set handlers
+        if threading.current_thread() is threading.main_thread():  # only it can set handlers
             numbers = [signal.SIGTERM, signal.SIGINT]
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 numbers.append(signal.SIGHUP)
@@ -139,7 +228,7 @@ class StopRequest:
         if self.signal is None:
             self.signal, self._noted_at = number, now
             self._first(number)
-        elif now > self._noted_at + self.TOGETHER:
+        elif now > self._noted_at + self.MERGE_SECONDS:
             self._second(number)
 
     def _announce(self, number: int) -> None:
@@ -151,8 +240,8 @@ class StopRequest:
         os._exit(128 + number)
 
 
-class Unfailing:
-    """A text stream to which nothing fails to be written: a run outlives its terminal, or what its output goes to."""
+class BestEffortStream:
+    """A text stream without write errors: a run outlives its terminal, or the reader of its output."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -171,7 +260,7 @@ class Unfailing:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or not; torch has an exception of its own for GPUs only."""
+    """Whether memory ran out. On a CPU, torch raises a plain RuntimeError."""
     text = str(error).lower()
     return (
         isinstance(error, MemoryError)
@@ -182,7 +271,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def as_os_errors() -> Iterator[None]:
-    """Whatever a library raises inside this where a file cannot be written is raised as an OSError."""
+    """Turn libraries' errors about unwritable files into OSErrors inside a with block."""
     try:
         yield
     except (OSError, UserError):
@@ -197,23 +286,23 @@ def as_os_errors() -> Iterator[None]:
 
 
 def quiet_bitsandbytes() -> None:
-    """Keep it from saying, when it is imported, which optional kernels it lacks."""
+    """Silence bitsandbytes' messages about missing optional kernels on import."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def is_reachable(url: str, timeout: float = 5) -> bool:
-    """Whether the server of url takes a connection within timeout seconds."""
+    """Whether the server of url accepts a connection within timeout seconds."""
     try:
         address = urlsplit(url)
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname or "", port), timeout=timeout).close()
         return True
-    except (OSError, ValueError):  # the latter if it is no url
+    except (OSError, ValueError):  # ValueError: not a url
         return False
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: a reader never sees half of it, nor does a run after a crash."""
+    """Write a file completely or not at all, even across a crash. Readers never see half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -226,8 +315,46 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def apply_umask(path: Path) -> None:
+    """Give a file, or all files below a directory, the mode 0666 minus the umask.
+
+    safetensors writes with mode 0600 whatever the umask.
+    """
+    mode = 0o666 & ~_umask()
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != mode:
+            with suppress(OSError):  # file systems without modes
+                file.chmod(mode)
+
+
+def _umask() -> int:
+    """The umask of this process. On Linux, reading changes nothing: other threads may be creating files."""
+    with suppress(OSError):
+        if found := re.search(rb"^Umask:\s*([0-7]+)$", Path("/proc/self/status").read_bytes(), re.MULTILINE):
+            return int(found[1], 8)
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def install_directory(temporary: Path, target: Path) -> None:
+    """Flush a directory's files to disk, then rename it. After a crash, target is complete or absent."""
+    for path in (*temporary.rglob("*"), temporary):
+        fsync(path)
+    temporary.rename(target)
+    fsync(target.parent)
+
+
 def flush_output() -> None:
-    """Flush what was printed; what cannot be any more is dropped, as Python would try again and make it the status."""
+    """Flush stdout and stderr; drop unwritable output. Python would retry at exit, and change the exit status."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -237,9 +364,9 @@ def flush_output() -> None:
 
 
 def end_process(status: int, patience: float = 10) -> NoReturn:
-    """End the process with status; without the exit hooks and threads of libraries if they take longer than patience.
+    """End the process with status. Exit hooks and threads of libraries have patience seconds.
 
-    wandb's, for one, would wait for a server that does not answer.
+    Those of wandb would wait for an unresponsive server.
     """
     flush_output()
     timer = threading.Timer(patience, os._exit, [status])

@@ -1,4 +1,4 @@
-"""For all tests: no network, no accounts, and one thread, which is the fastest for models of this size."""
+"""Settings of all tests: no network, no accounts, one thread (fastest for tiny models)."""
 
 import os
 
@@ -19,6 +19,6 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def program(tmp_path, cache, capsys, monkeypatch):
-    from tests.runs import Program  # after the environment was set, which libraries read when they are imported
+    from tests.runs import Program  # libraries read the environment on import
 
     return Program(tmp_path, cache, capsys, monkeypatch)

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one per architecture, and examples to run them over."""
+"""Tiny models with random weights, one per architecture, and random examples."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from engine.tokenization import Example
+from engine.data.examples import Example
 
 VOCABULARY = 61
 SIZES: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """A model whose weights are spread wide enough that its log-probs depend on everything that it attends to."""
+    """Build a model with large random weights, so log-probs depend on all attended tokens."""
     torch.manual_seed(0)
     values = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "eos_token_id": 1, "bos_token_id": 0,
               "pad_token_id": 0, "attention_dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
@@ -38,7 +38,7 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, **override
 
 
 def random_examples(lengths: list[tuple[int, ...]], seed: int = 0) -> list[Example]:
-    """Examples of random tokens; lengths are of the prompt and of each response."""
+    """Examples of random tokens; lengths: of the prompt, then of each response."""
     generator = np.random.default_rng(seed)
     return [
         Example(tokens[0], tuple(tokens[1:]), index)
@@ -48,7 +48,9 @@ def random_examples(lengths: list[tuple[int, ...]], seed: int = 0) -> list[Examp
 
 
 def pair_examples(seed: int = 0) -> list[Example]:
-    """Five pairs of many shapes: one-token prompts and responses, and two pairs on one prompt that share a response."""
+    """Five pairs of many shapes.
+
+    Some prompts and responses have one token. Two pairs share a prompt and a response."""
     examples = random_examples([(9, 4, 7), (1, 6, 2), (5, 1, 3), (12, 5, 1)], seed)
     first = examples[0]
     extra = random_examples([(1, 5)], seed + 1)[0].responses[0]
@@ -56,7 +58,7 @@ def pair_examples(seed: int = 0) -> list[Example]:
 
 
 def exact_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model with RMS norms that compute in the model's dtype: transformers' own round to fp32."""
+    """Replace RMS norms by ones in the model's dtype; those of transformers round to fp32."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child).__name__.endswith("RMSNorm"):

@@ -1,4 +1,4 @@
-"""Runs of the program inside a test: the command line as users give it, on a model that trains in a second."""
+"""Run train.py inside a test: the users' command line, on a model trained in one second."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ SMALL = (
     "model.architecture.num_attention_heads=2",
     "model.architecture.num_key_value_heads=2",
 )
-# Few examples, no samples, and a learning rate at which a few steps show.
+# Few examples, no samples, and a learning rate with a visible effect after a few steps.
 QUICK = (
     "wandb.enabled=false",
     "sample_during_eval=false",
@@ -31,7 +31,7 @@ QUICK = (
 
 @dataclass
 class Run:
-    """What a run left: its exit status, what it printed, and its files."""
+    """Exit status, output and files of a run."""
 
     status: int
     out: str
@@ -59,7 +59,7 @@ class Run:
 
 
 class Program:
-    """`python train.py` inside this process, with all its directories under one."""
+    """`python train.py` inside this process, with all its directories under one parent."""
 
     def __init__(
         self, directory: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -70,14 +70,14 @@ class Program:
         self._monkeypatch = monkeypatch
 
     def __call__(self, *overrides: str, defaults: tuple[str, ...] = SMALL + QUICK) -> Run:
-        given = {override.split("=")[0].lstrip("+") for override in overrides}
-        kept = [default for default in defaults if default.split("=")[0] not in given]
-        flags = [override for override in overrides if override.startswith("-")]  # must come first
+        override_keys = {override.split("=")[0].lstrip("+") for override in overrides}
+        kept_defaults = [default for default in defaults if default.split("=")[0] not in override_keys]
+        flags = [override for override in overrides if override.startswith("-")]  # the parser wants them first
         arguments = [
             *flags,
             f"local_dirs=[{self.directory}]",
             f"cache_dir={self._cache}",
-            *kept,
+            *kept_defaults,
             *(override for override in overrides if override not in flags),
         ]
         self._monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -87,7 +87,7 @@ class Program:
         return Run(status, captured.out, captured.err)
 
     def ok(self, *overrides: str, **kwargs: Any) -> Run:
-        """A run that must succeed."""
+        """Run the program; it must succeed."""
         run = self(*overrides, **kwargs)
         assert run.status == 0, run.err
         return run

@@ -1,4 +1,4 @@
-"""Packed attention, by blocks and by a kernel of variable lengths, against the whole mask; its indices by hand."""
+"""Packed attention: blocks and the variable-length kernel against the dense mask, indices by hand."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import engine.attention
-from engine.attention import Block, Branch, Segments, packed, packed_dense, packed_varlen
+import engine.step.attention
+from engine.step.attention import Block, Branch, Segments, packed, packed_dense, packed_varlen
 
-# One to four responses, some of one token (of which none is fed), and prompts of one token.
+# One to four responses, some of one token (0 fed tokens), and prompts of one token.
 GROUPS = [(5, 3, 2, 4, 1), (1, 2), (4, 0), (1, 0, 3, 0), (3, 8, 0, 2)]
 NUM_TOKENS = sum(map(sum, GROUPS))
 HEADS, SCALING = 4, 0.7
@@ -50,7 +50,7 @@ def plain_varlen_attn(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> Tensor:
-    """What torch's kernel promises: a sequence at a time, the mask aligned to the end of its keys."""
+    """A readable version of torch's kernel: one sequence at a time, the mask aligned to the end of its keys."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert window_size[1] == 0
     assert enable_gqa or query.shape[1] == key.shape[1]
@@ -85,13 +85,13 @@ def run(attention: Attention, tensors: list[Tensor], window: int | None) -> list
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.attention, "BLOCK", 3)
+    monkeypatch.setattr(engine.step.attention, "BLOCK", 3)
 
 
 @pytest.mark.parametrize("attention", [by_blocks, by_varlen])
 @pytest.mark.parametrize("num_key_heads", [1, 2, HEADS])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
-def test_every_way_is_the_whole_mask(attention: Attention, num_key_heads: int, window: int | None) -> None:
+def test_blocks_and_varlen_match_the_dense_mask(attention: Attention, num_key_heads: int, window: int | None) -> None:
     tensors = states(num_key_heads, torch.float64)
     for ours, truth in zip(run(attention, tensors, window), run(dense, tensors, window), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
@@ -99,7 +99,7 @@ def test_every_way_is_the_whole_mask(attention: Attention, num_key_heads: int, w
 
 @pytest.mark.parametrize("num_key_heads", [2, HEADS])
 @pytest.mark.parametrize("window", [None, 3])
-def test_blocks_round_bfloat16_once_in_the_end(num_key_heads: int, window: int | None) -> None:
+def test_blocks_round_bfloat16_once_at_the_end(num_key_heads: int, window: int | None) -> None:
     tensors = states(num_key_heads, torch.bfloat16)
     truths = run(dense, [tensor.double() for tensor in tensors], window)
     for ours, truth in zip(run(by_blocks, tensors, window), truths, strict=True):
@@ -108,7 +108,7 @@ def test_blocks_round_bfloat16_once_in_the_end(num_key_heads: int, window: int |
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_variable_lengths_in_bfloat16_are_near_the_truth_of_the_same_values(window: int | None) -> None:
+def test_varlen_in_bfloat16_is_near_the_dense_mask(window: int | None) -> None:
     tensors = states(2, torch.bfloat16)
     truths = run(dense, [tensor.double() for tensor in tensors], window)
     for ours, truth in zip(run(by_varlen, tensors, window), truths, strict=True):
@@ -116,16 +116,16 @@ def test_variable_lengths_in_bfloat16_are_near_the_truth_of_the_same_values(wind
         assert ((ours.double() - truth).norm() / truth.norm()).item() < 0.01
 
 
-@pytest.mark.parametrize("way", ["packed", "packed_dense"])
-def test_what_attention_would_not_get_is_refused(way: str) -> None:
+@pytest.mark.parametrize("function", ["packed", "packed_dense"])
+def test_unsupported_options_are_refused(function: str) -> None:
     query, key, value, _ = (tensor[None] for tensor in states(HEADS, torch.float32))
-    attention = getattr(engine.attention, way)
+    attention = getattr(engine.step.attention, function)
     with pytest.raises(ValueError, match="softcap"):
         attention(torch.nn.Module(), query, key, value, None, segments=Segments(GROUPS), softcap=30.0)
 
 
 def test_branches_by_hand() -> None:
-    """The row P P r | (nothing) | s s s | Q (nothing)."""
+    """The row P P r | (empty) | s s s | Q (empty)."""
     prompt, other = slice(0, 2), slice(6, 7)
     assert Segments([(2, 1, 0, 3), (1, 0)]).branches == [
         Branch(prompt, slice(2, 3), True, rows=slice(0, 3), num_keys=3),
@@ -136,8 +136,8 @@ def test_branches_by_hand() -> None:
 
 @pytest.mark.parametrize("window, first_keys", [(None, (0, 0)), (2, (1, 2)), (4, (0, 0))])
 def test_blocks_by_hand(window: int | None, first_keys: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three queries after a prompt of two, cut into one and two."""
-    monkeypatch.setattr(engine.attention, "BLOCK", 2)
+    """Three queries after a prompt of two, split into one and two."""
+    monkeypatch.setattr(engine.step.attention, "BLOCK", 2)
     _, (_, blocks), _ = Segments([(2, 1, 0, 3), (1, 0)]).blocks(window)
     assert blocks == [Block(slice(3, 4), slice(first_keys[0], 3)), Block(slice(4, 6), slice(first_keys[1], 5))]
 

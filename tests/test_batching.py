@@ -1,4 +1,4 @@
-"""Layouts, cuts and plans of batches, by hand."""
+"""Layouts, splits and plans of batches, by hand."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import engine.batching
-from engine.batching import cut, lay_out, num_fed_tokens, num_planned, plan_batches
-from engine.tokenization import Example
+import engine.step.sources
+from engine.data.examples import Example
+from engine.step.layout import lay_out, num_fed_tokens
+from engine.step.sources import num_planned, plan_batches
+from engine.step.splitting import split_batch
 from tests.models import pair_examples, random_examples
 
 
@@ -68,25 +70,25 @@ def test_sft_has_no_rejected() -> None:
     assert batch.chosen.tolist() == [0]
 
 
-def assert_cut_in_order(microbatches: list[list[Example]], examples: list[Example]) -> None:
-    """Every example once; prompts in the order of their first examples, in a microbatch and from one to the next."""
+def assert_split_in_order(microbatches: list[list[Example]], examples: list[Example]) -> None:
+    """Every example once, prompts in the order of their first examples, within and across microbatches."""
     first: dict[bytes, int] = {}
     for index, example in enumerate(examples):
         first.setdefault(example.prompt.tobytes(), index)
     assert sorted(id(example) for part in microbatches for example in part) == sorted(map(id, examples))
-    orders = [[first[example.prompt.tobytes()] for example in part] for part in microbatches]
-    assert all(order == sorted(order) for order in orders)
-    starts = [order[0] for order in orders]
+    positions = [[first[example.prompt.tobytes()] for example in part] for part in microbatches]
+    assert all(each == sorted(each) for each in positions)
+    starts = [each[0] for each in positions]
     assert starts == sorted(starts)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("budget", [1, 20, 27, 40, 10**6])
-def test_cut_keeps_every_example_the_order_and_the_budget(parts: int, budget: int) -> None:
+def test_splits_keep_all_examples_their_order_and_the_budget(parts: int, budget: int) -> None:
     examples = pair_examples()
     shared = [examples[0], examples[4]]  # one prompt: 22 tokens together, 18 and 17 alone
-    microbatches = cut(examples, parts, budget)
-    assert_cut_in_order(microbatches, examples)
+    microbatches = split_batch(examples, parts, budget)
+    assert_split_in_order(microbatches, examples)
     assert all(len(part) == 1 or lay_out(part).num_tokens <= budget for part in microbatches)
     assert len(microbatches) >= min(parts, 4)
     together = any(all(any(e is s for e in part) for s in shared) for part in microbatches)
@@ -96,43 +98,43 @@ def test_cut_keeps_every_example_the_order_and_the_budget(parts: int, budget: in
 
 
 def sized(*sizes: int) -> list[Example]:
-    """Examples of as many fed tokens, each with a prompt of its own: the responses are of one token."""
+    """Examples with sizes fed tokens, each with another prompt. Responses have one token."""
     return [Example(np.full(n, 2 + i, np.int32), (array(0), array(1)), i) for i, n in enumerate(sizes)]
 
 
-def cut_sizes(sizes: Sequence[int], parts: int, budget: int = 10**6) -> list[list[int]]:
-    return [[num_fed_tokens(example) for example in part] for part in cut(sized(*sizes), parts, budget)]
+def split_sizes(sizes: Sequence[int], parts: int, budget: int = 10**6) -> list[list[int]]:
+    return [[num_fed_tokens(example) for example in part] for part in split_batch(sized(*sizes), parts, budget)]
 
 
-def test_the_longest_go_where_they_leave_the_fullest_emptiest() -> None:
-    assert cut_sizes([5, 4, 3, 3, 3], 2) == [[5, 3], [4, 3, 3]]
-    assert cut_sizes([1, 1, 1, 9], 2) == [[1, 1, 1], [9]]
-    assert cut_sizes([2, 7, 1, 6, 3], 2) == [[2, 7, 1], [6, 3]]
+def test_the_longest_go_where_they_leave_the_largest_smallest() -> None:
+    assert split_sizes([5, 4, 3, 3, 3], 2) == [[5, 3], [4, 3, 3]]
+    assert split_sizes([1, 1, 1, 9], 2) == [[1, 1, 1], [9]]
+    assert split_sizes([2, 7, 1, 6, 3], 2) == [[2, 7, 1], [6, 3]]
 
 
-def test_a_budget_takes_as_few_more_microbatches_as_it_can() -> None:
-    assert cut_sizes([6, 5, 5, 4], 1, budget=10) == [[6, 4], [5, 5]]
-    assert cut_sizes([6, 5, 5, 4], 1, budget=9) == [[6], [5, 4], [5]]
-    assert cut_sizes([5, 4, 3, 3, 3], 1, budget=10) == [[5, 3], [4, 3, 3]]
-    assert cut_sizes([5, 4, 3, 3, 3], 1, budget=9) == [[5], [4, 3], [3, 3]]  # [5, 4] and [3, 3, 3] are not found
-    assert cut_sizes([30, 40], 1, budget=9) == [[30], [40]]
+def test_a_budget_adds_as_few_microbatches_as_possible() -> None:
+    assert split_sizes([6, 5, 5, 4], 1, budget=10) == [[6, 4], [5, 5]]
+    assert split_sizes([6, 5, 5, 4], 1, budget=9) == [[6], [5, 4], [5]]
+    assert split_sizes([5, 4, 3, 3, 3], 1, budget=10) == [[5, 3], [4, 3, 3]]
+    assert split_sizes([5, 4, 3, 3, 3], 1, budget=9) == [[5], [4, 3], [3, 3]]  # [5, 4] and [3, 3, 3] are not found
+    assert split_sizes([30, 40], 1, budget=9) == [[30], [40]]
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_one_example_over_the_budget_does_not_scatter_the_others(layout: str) -> None:
-    microbatches = cut(sized(3, 300, 3, 3), 1, 30, layout)
+    microbatches = split_batch(sized(3, 300, 3, 3), 1, 30, layout)
     assert [len(part) for part in microbatches] == [3, 1]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_fullest_microbatch_is_near_the_least_possible(seed: int) -> None:
+def test_the_largest_microbatch_is_near_the_optimum(seed: int) -> None:
     sizes = np.random.default_rng(seed).integers(1, 40, 7)
     for parts in (2, 3):
         best = min(
             max(sum(size for size, where in zip(sizes, places, strict=True) if where == part) for part in range(parts))
             for places in itertools.product(range(parts), repeat=len(sizes))
         )
-        assert max(map(sum, cut_sizes(sizes.tolist(), parts))) <= best * (4 / 3 - 1 / (3 * parts)) + 1e-9
+        assert max(map(sum, split_sizes(sizes.tolist(), parts))) <= best * (4 / 3 - 1 / (3 * parts)) + 1e-9
 
 
 def examples_of(*pairs_per_prompt: int) -> list[Example]:
@@ -154,7 +156,7 @@ def test_plan_covers_each_epoch_once_and_runs_on() -> None:
     assert order[where : where + 3] == [1, 2, 3]  # the pairs of a prompt stay together
 
 
-def test_plan_ends_at_whichever_comes_first_with_a_short_batch() -> None:
+def test_plan_ends_at_the_first_limit_with_a_short_batch() -> None:
     def sizes(n_epochs: int | None, n_examples: int | None) -> list[int]:
         plan = plan_batches(examples_of(*[1] * 10), 4, seed=0, n_epochs=n_epochs, n_examples=n_examples)
         return [len(batch) for batch in plan]
@@ -183,8 +185,8 @@ def test_to_moves_every_tensor() -> None:
 @pytest.mark.parametrize("budget", [1, 30, 100, 10**6])
 def test_the_budget_of_padded_rows_counts_their_padding(budget: int) -> None:
     examples = pair_examples()
-    microbatches = cut(examples, 1, budget, "padded")
-    assert_cut_in_order(microbatches, examples)
+    microbatches = split_batch(examples, 1, budget, "padded")
+    assert_split_in_order(microbatches, examples)
     assert all(len(part) == 1 or lay_out(part, "padded").input_ids.numel() <= budget for part in microbatches)
     assert (len(microbatches) == 1) == (budget == 10**6)
 
@@ -196,14 +198,14 @@ def grouped_plan(
 
 
 def spread(plan: list[list[int]], examples: Sequence[Example]) -> float:
-    """The mean difference of the longest and the shortest of a batch."""
+    """The mean difference between the longest and shortest example of a batch."""
     lengths = [[num_fed_tokens(examples[index]) for index in batch] for batch in plan]
     return float(np.mean([max(batch) - min(batch) for batch in lengths]))
 
 
 @pytest.fixture
 def few_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.batching, "GROUPED_BATCHES", 10)
+    monkeypatch.setattr(engine.step.sources, "GROUPED_BATCHES", 10)
 
 
 def test_length_grouping_makes_batches_of_similar_lengths_in_random_order(few_grouped: None) -> None:
@@ -215,7 +217,7 @@ def test_length_grouping_makes_batches_of_similar_lengths_in_random_order(few_gr
 
 
 def test_length_grouping_keeps_the_epochs_the_seed_and_the_end(few_grouped: None) -> None:
-    examples = sized(*np.random.default_rng(0).integers(1, 100, 150))  # no whole number of batches
+    examples = sized(*np.random.default_rng(0).integers(1, 100, 150))  # not a multiple of the batch size
     batches = grouped_plan(examples, n_epochs=2)
     assert [len(batch) for batch in batches] == [8] * 37 + [4]
     order = [index for batch in batches for index in batch]

@@ -1,4 +1,4 @@
-"""Dialogues by script and at the terminal: what the model is given, where answers end, and how they are stopped."""
+"""chat.py by script and at the terminal: prompts, ends of responses, stopping."""
 
 import io
 import signal
@@ -12,10 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import chat
-from chat import Speaker, until_next_turn
-from engine.chat_templates import JINJA
-from engine.formats import Tally, load_file
-from engine.tokenization import tokenize
+from chat import ChatModel, ChatOptions, until_next_turn
+from engine.data.chat_templates import JINJA
+from engine.data.examples import tokenize
+from engine.data.files import load_file
+from engine.data.rows import RowCounts
 from tests.models import tiny_model
 from tests.tokenizer_files import byte_level
 
@@ -23,7 +24,7 @@ HH_PROMPT = "\n\nHuman: hi\n\nAssistant:"
 
 
 def save(path: Path, chat_template: str | None = None, **config: Any) -> Path:
-    """A model that says the same token for ever: one that is easy to recognise."""
+    """Save a model with equal logits for all tokens, so greedy decoding repeats one token."""
     model = tiny_model("llama", vocab_size=400, **config)
     tokenizer = byte_level()
     with torch.no_grad():
@@ -41,7 +42,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """python chat.py: exit status and what it printed; stdin is a pipe, or a terminal at which lines are typed."""
+    """Run chat.py with a pipe, or with lines typed at a terminal; returns (exit status, stdout, stderr)."""
 
     def run(*arguments: str, pipe: str = "", typed: list[Any] | None = None) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["chat.py", *arguments])
@@ -67,11 +68,11 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def echo(monkeypatch):
-    """Models that answer with the names of what was said to them; and their speakers, for a look at them."""
-    speakers: list[Speaker] = []
+    """Let models repeat the question; the models of all responses, in order."""
+    models: list[ChatModel] = []
 
-    def answer(self, question, stop):
-        speakers.append(self)
+    def respond(self, question, stop):
+        models.append(self)
         self.messages.append({"role": "user", "content": question})
         said = ""
         for piece in [f"you said {question}", "!", "!"]:
@@ -81,20 +82,19 @@ def echo(monkeypatch):
             yield piece
         self.messages.append({"role": "assistant", "content": said})
 
-    monkeypatch.setattr(Speaker, "answer", answer)
-    return speakers
+    monkeypatch.setattr(ChatModel, "respond", respond)
+    return models
 
 
-def speaker(path: Path, **options: Any) -> Speaker:
-    defaults = {key: option.default for key, option in chat.OPTIONS.items()}
-    return Speaker(str(path), defaults | options)
+def load(path: Path, **options: Any) -> ChatModel:
+    return ChatModel(str(path), ChatOptions(model=str(path), **options))
 
 
-# ---- What the model is given ----
+# ---- Prompts ----
 
 
 @pytest.mark.parametrize(
-    ("own", "given", "expected"),
+    ("tokenizer_template", "option", "expected"),
     [
         (None, None, "Be kind." + HH_PROMPT),
         (JINJA["llama2"], None, "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]"),
@@ -102,66 +102,68 @@ def speaker(path: Path, **options: Any) -> Speaker:
         (None, "llama2", "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]"),
     ],
 )
-def test_the_prompt_is_encoded_as_in_training(tmp_path, own, given, expected):
-    talker = speaker(save(tmp_path / "model", own), system="Be kind.", chat_template=given)
-    talker.messages.append({"role": "user", "content": "hi"})
-    ids = talker.prompt_ids()
-    assert talker.tokenizer.decode(ids) == expected
+def test_the_prompt_is_encoded_as_in_training(tmp_path, tokenizer_template, option, expected):
+    model = load(save(tmp_path / "model", tokenizer_template), system="Be kind.", chat_template=option)
+    model.messages.append({"role": "user", "content": "hi"})
+    ids = model.prompt_ids()
+    assert model.tokenizer.decode(ids) == expected
 
     row = '{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}, '
     (tmp_path / "x.jsonl").write_text(row + '{"role": "assistant", "content": "yes"}]}')
-    template = given or ("hh" if own is None else None)
-    data = load_file(tmp_path / "x.jsonl", "train", Tally(), talker.tokenizer, chat_template=template, test_fraction=0)
+    template = option or ("hh" if tokenizer_template is None else None)
+    data = load_file(
+        tmp_path / "x.jsonl", "train", RowCounts(), model.tokenizer, chat_template=template, test_fraction=0
+    )
     limits = {"max_length": 512, "max_prompt_length": 256, "cache_dir": tmp_path}
-    (example,) = tokenize([(data, "keep_end")], talker.tokenizer, "sft", Tally(), **limits).examples
+    (example,) = tokenize([(data, "keep_end")], model.tokenizer, "sft", RowCounts(), **limits).examples
     assert ids == example.prompt.tolist()
 
 
-def test_special_tokens_in_what_is_said_are_text(directory):
-    talker = speaker(directory)
-    talker.messages.append({"role": "user", "content": "<|endoftext|>"})
-    assert talker.tokenizer.eos_token_id not in talker.prompt_ids()
+def test_special_tokens_in_questions_are_text(directory):
+    model = load(directory)
+    model.messages.append({"role": "user", "content": "<|endoftext|>"})
+    assert model.tokenizer.eos_token_id not in model.prompt_ids()
 
 
-def test_the_form_of_the_training_data_goes_before_the_tokenizers_template(tmp_path):
+def test_the_training_datas_template_takes_precedence_over_the_tokenizers(tmp_path):
     run = save(tmp_path / "run" / "step-4", chat_template="{{ messages }}").parent
     (run / "step-4" / "training_state.json").write_text('{"counters": {"examples": 4}}')
     (run / "config.yaml").write_text("datasets: [hh]\nchat_template: null\n")
-    assert speaker(run).is_hh
+    assert load(run).is_hh
     (run / "config.yaml").write_text("datasets: [x.jsonl]\nchat_template: llama2\n")
-    assert speaker(run).jinja == JINJA["llama2"]
+    assert load(run).jinja == JINJA["llama2"]
     (run / "config.yaml").write_text("datasets: [x.jsonl]\nchat_template: null\n")
-    assert (speaker(run).is_hh, speaker(run).jinja) == (False, None)
+    assert (load(run).is_hh, load(run).jinja) == (False, None)
 
 
-def test_a_long_dialogue_loses_its_oldest_turns(directory):
-    talker = speaker(directory, system="Be kind.", max_new_tokens=28)
+def test_a_long_dialogue_drops_its_oldest_turns(directory):
+    model = load(directory, system="Be kind.", max_new_tokens=28)
     for turn in range(8):
-        talker.messages += [{"role": "user", "content": f"question {turn}"}, {"role": "assistant", "content": "no"}]
-    talker.messages.append({"role": "user", "content": "last"})
-    text = talker.tokenizer.decode(talker.prompt_ids())
+        model.messages += [{"role": "user", "content": f"question {turn}"}, {"role": "assistant", "content": "no"}]
+    model.messages.append({"role": "user", "content": "last"})
+    text = model.tokenizer.decode(model.prompt_ids())
     assert text.startswith("Be kind.\n\nHuman: question ") and "question 0" not in text
     assert text.endswith("question 7\n\nAssistant: no\n\nHuman: last\n\nAssistant:")
-    assert len(talker.messages) == 18  # nothing is forgotten
-    talker.reset()
-    talker.messages.append({"role": "user", "content": "x " * 100})
+    assert len(model.messages) == 18  # dropped from the prompt only
+    model.reset()
+    model.messages.append({"role": "user", "content": "x " * 100})
     with pytest.raises(chat.UserError, match="and the model 128 positions; fix: shorten it"):
-        talker.prompt_ids()
+        model.prompt_ids()
 
 
-def test_an_adapter_answers_with_its_base(directory, tmp_path):
-    base = speaker(directory).model
+def test_an_adapter_runs_on_its_base(directory, tmp_path):
+    base = load(directory).model
     adapted = get_peft_model(base, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
     adapted.peft_config["default"].base_model_name_or_path = "/gone"
     adapted.save_pretrained(tmp_path / "adapter")
-    talker = speaker(tmp_path / "adapter", base=str(directory))
-    assert talker.is_adapter
+    model = load(tmp_path / "adapter", base=str(directory))
+    assert model.is_adapter
     tokens = torch.arange(3, 20).unsqueeze(0)
     with torch.no_grad():
-        torch.testing.assert_close(talker.model(tokens).logits, adapted(tokens).logits)
+        torch.testing.assert_close(model.model(tokens).logits, adapted(tokens).logits)
 
 
-# ---- Answers ----
+# ---- Responses ----
 
 
 @pytest.mark.parametrize(
@@ -175,48 +177,48 @@ def test_an_adapter_answers_with_its_base(directory, tmp_path):
         ([], ""),
     ],
 )
-def test_an_answer_ends_where_the_human_would_speak(pieces, expected):
+def test_a_response_ends_before_the_next_human_turn(pieces, expected):
     assert "".join(until_next_turn(iter(pieces))) == expected
 
 
-def test_an_answer_of_a_real_model_is_streamed_and_remembered(directory):
-    talker = speaker(directory, max_new_tokens=12, temperature=1.0, top_p=1.0, seed=3)
-    before = talker.model.generation_config
-    pieces = list(talker.answer("hi", threading.Event()))
-    assert talker.messages == [
+def test_a_response_is_streamed_and_kept_in_the_dialogue(directory):
+    model = load(directory, max_new_tokens=12, temperature=1.0, top_p=1.0, seed=3)
+    before = model.model.generation_config
+    pieces = list(model.respond("hi", threading.Event()))
+    assert model.messages == [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "".join(pieces).strip()},
     ]
-    assert talker.model.generation_config is before
-    talker.reset()
-    assert "".join(talker.answer("hi", threading.Event())) == "".join(pieces)  # the same seed
+    assert model.model.generation_config is before
+    model.reset()
+    assert "".join(model.respond("hi", threading.Event())) == "".join(pieces)  # the same seed
 
 
-def test_stopping_an_answer_ends_generation(directory):
-    talker = speaker(directory, max_new_tokens=20, temperature=0)
-    with torch.no_grad():  # else it would end its answer at once
-        ends = talker.model.generation_config.eos_token_id
-        talker.model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))[ends] = 0
+def test_stopping_a_response_ends_generation(directory):
+    model = load(directory, max_new_tokens=20, temperature=0)
+    with torch.no_grad():  # otherwise the end token comes at once
+        ends = model.model.generation_config.eos_token_id
+        model.model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))[ends] = 0
     steps = 0
 
     def count(*args):
         nonlocal steps
         steps += 1
 
-    talker.model.register_forward_hook(count)
-    assert "".join(talker.answer("hi", threading.Event())) and steps == 20
+    model.model.register_forward_hook(count)
+    assert "".join(model.respond("hi", threading.Event())) and steps == 20
     stop = threading.Event()
     stop.set()
-    said = "".join(talker.answer("hi", stop))
+    said = "".join(model.respond("hi", stop))
     assert steps == 21
-    assert talker.messages[-1] == {"role": "assistant", "content": said.strip()}
+    assert model.messages[-1] == {"role": "assistant", "content": said.strip()}
 
 
 def test_an_error_while_generating_reaches_the_caller(directory, monkeypatch):
-    talker = speaker(directory)
-    monkeypatch.setattr(type(talker.model), "generate", lambda self, *args, **kwargs: 1 / 0)
+    model = load(directory)
+    monkeypatch.setattr(type(model.model), "generate", lambda self, *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(talker.answer("hi", threading.Event()))
+        list(model.respond("hi", threading.Event()))
 
 
 # ---- Scripts ----
@@ -233,12 +235,12 @@ def test_a_pipe(directory, command, echo):
     assert command(f"model={directory}", "stdin=whole", pipe="one\ntwo\n")[1] == "you said one\ntwo!!\n"
 
 
-def test_bytes_that_are_no_text_are_refused(directory, command):
+def test_bytes_other_than_utf8_are_refused(directory, command):
     status, _, err = command(f"model={directory}", "prompt=caf\udce9")
     assert status == 2 and err.startswith("error[CONFIG] prompt: must be ") and err.count("\n") == 1
 
 
-def test_two_models(directory, command, echo):
+def test_two_models_respond_one_after_the_other(directory, command, echo):
     for compare in ([f"--compare={directory}"], ["--compare", str(directory)]):
         _, out, _ = command(f"model={directory}", *compare, "prompt=hi")
         assert out == f"== {directory}\nyou said hi!!\n" * 2
@@ -255,10 +257,14 @@ def test_two_models(directory, command, echo):
             "temperature: must be a number of at least 0",
         ),
         (["model={0}", "base=x"], 2, "is no adapter, so it has no base"),
-        (["model={0}/none"], 4, "there is no {0}/none"),
+        (["model={0}/none"], 4, "{0}/none does not exist"),
         (["model=" + 300 * "x"], 2, "(a name in it is too long)"),
-        (["model={0}", "chat_template=" + 300 * "x"], 2, "chat_template: must be null or hh, llama2 or a file"),
-        (["model={0}", "chat_template=none"], 2, "chat_template: must be null or hh, llama2 or a file"),
+        (
+            ["model={0}", "chat_template=" + 300 * "x"],
+            2,
+            "chat_template: must be null or hh, llama2 or an existing file",
+        ),
+        (["model={0}", "chat_template=none"], 2, "chat_template: must be null or hh, llama2 or an existing file"),
         (["model={0}", "hello"], 2, "hello: not of the form key=value"),
         (["model={0}", "prompt=hi", "--compare"], 2, "--compare: not of the form key=value"),
         (["model={0}", "--hello", "you"], 2, "--hello: not of the form key=value; you: not of the form"),
@@ -277,8 +283,8 @@ def test_a_dialogue(directory, command, echo):
     typed = ["one", "", "two", "/help", KeyboardInterrupt(), "/reset", "three", "/quit", "four"]
     status, out, err = command(f"model={directory}", typed=typed)
     assert (status, err) == (0, "")
-    answers = [line for line in out.splitlines() if line.startswith("you said")]
-    assert answers == ["you said one!!", "you said two!!", "you said three!!"]
+    responses = [line for line in out.splitlines() if line.startswith("you said")]
+    assert responses == ["you said one!!", "you said two!!", "you said three!!"]
     assert out.count(chat.COMMANDS) == 2
     assert [message["content"] for message in echo[0].messages] == ["three", "you said three!!"]
 
@@ -287,8 +293,8 @@ def test_end_of_file_leaves(directory, command, echo):
     assert command(f"model={directory}", typed=["one"])[0] == 0
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_dialogue(directory, command, echo, monkeypatch):
-    complete, before = Speaker.answer, signal.getsignal(signal.SIGINT)
+def test_ctrl_c_stops_the_response_and_not_the_dialogue(directory, command, echo, monkeypatch):
+    complete, before = ChatModel.respond, signal.getsignal(signal.SIGINT)
 
     def interrupted(self, question, stop):
         for number, piece in enumerate(complete(self, question, stop)):
@@ -296,7 +302,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_dialogue(directory, command, echo, 
             if question == "one" and number == 0:
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Speaker, "answer", interrupted)
+    monkeypatch.setattr(ChatModel, "respond", interrupted)
     status, out, _ = command(f"model={directory}", typed=["one", "two"])
     assert status == 0
     assert [line for line in out.splitlines() if line.startswith("you")] == ["you said one", "you said two!!"]
@@ -305,7 +311,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_dialogue(directory, command, echo, 
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_what_goes_wrong_with_a_question_does_not_end_the_dialogue(directory, command):
+def test_an_error_about_a_question_does_not_end_the_dialogue(directory, command):
     status, _, err = command(f"model={directory}", "max_new_tokens=1", typed=["x " * 200, "hi"])
     assert status == 0
     assert "and the model 128 positions" in err

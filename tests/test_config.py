@@ -1,21 +1,26 @@
-"""Every YAML composes and validates; every rule refuses what it should; every error is one line with its key."""
+"""Every YAML composes and validates; every rule refuses bad values; every error is one line with its key."""
 
 import contextlib
 import re
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from engine import validation
-from engine.validation import CHECKS, explain_hydra_error, loss_checks, nearest, validate_config
+from engine.settings.hydra_errors import explain_hydra_error
+from engine.settings.keys import key_types
+from engine.settings.messages import nearest
+from engine.settings.presets import CONFIG_DIR
+from engine.settings.reading import read_settings
+from engine.settings.schema import Settings
 from losses import LOSSES, Loss
+from preference_datasets import DATASETS
 from utils import UserError
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
-PRESETS = sorted(f"{path.parent.name}={path.stem}" for path in CONFIG_DIR.glob("*/*.yaml"))
-# What a preset leaves to be given.
+PRESETS = sorted(
+    f"{'+' * (path.parent.name == 'experiment')}{path.parent.name}={path.stem}" for path in CONFIG_DIR.glob("*/*.yaml")
+)
+# Preset -> overrides for its mandatory keys.
 MANDATORY = {
     "model=blank_model": ["model.name_or_path=gpt2"],
     **{f"loss={name}": ["loss.beta=0.1"] for name in ("dpo", "cdpo", "ipo")},
@@ -28,15 +33,19 @@ def composed(*overrides: str) -> DictConfig:
         return compose("config", overrides=list(overrides))
 
 
+def read(config: DictConfig) -> Settings:
+    return read_settings(config, DATASETS)
+
+
 def refused(*overrides: str) -> str:
-    """The error that refuses what overrides compose to."""
+    """The error message for these overrides."""
     with pytest.raises(UserError) as raised:
-        validate_config(composed(*overrides))
+        read(composed(*overrides))
     return check_error(raised.value)
 
 
 def explained(*overrides: str) -> str:
-    """The error that explains why overrides do not compose."""
+    """The error message for overrides Hydra cannot compose."""
     with pytest.raises(Exception) as raised:
         composed(*overrides)
     return check_error(explain_hydra_error(raised.value))
@@ -51,10 +60,10 @@ def check_error(error: UserError) -> str:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_composes_and_validates(preset):
-    validate_config(composed(preset, *MANDATORY.get(preset, [])))
+    read(composed(preset, *MANDATORY.get(preset, [])))
 
 
-def test_reference_and_current_models_are_there():
+def test_reference_and_current_models_have_presets():
     models = {path.stem for path in (CONFIG_DIR / "model").glob("*.yaml")}
     assert models >= {"blank_model", "gpt2-large", "gpt2-xl", "gptj", "llama7b", "pythia28", "pythia69", "tiny"}
     assert models >= {"pythia-70m", "pythia-12b", "llama3-8b", "qwen2.5-0.5b", "qwen3-8b", "mistral-7b", "smollm2-135m"}
@@ -72,10 +81,11 @@ def test_presets_build_on_blank_model():
 def test_every_key_is_checked(name):
     def keys(node, prefix=""):
         for key, value in node.items_ex(resolve=False):
-            opened = isinstance(value, DictConfig) and prefix + key not in CHECKS
+            opened = isinstance(value, DictConfig) and prefix + key not in key_types()
             yield from keys(value, f"{prefix}{key}.") if opened else [prefix + key]
 
-    assert set(keys(composed(f"loss={name}"))) == {*CHECKS, *loss_checks(name)}
+    for peft in ("none", "lora", "qlora"):
+        assert set(keys(composed(f"loss={name}", f"peft={peft}"))) == set(key_types(name, peft))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +101,7 @@ def test_every_key_has_a_comment_above(path):
             assert above.strip().startswith("#") or below.strip().startswith("#"), f"{path.name}: {line}"
 
 
-def test_every_model_preset_says_what_it_is():
+def test_every_model_preset_begins_with_a_comment():
     for path in (CONFIG_DIR / "model").glob("*.yaml"):
         assert path.read_text().startswith("# "), path.name
 
@@ -114,6 +124,8 @@ def test_every_model_preset_says_what_it_is():
         *([f"matmul_precision={value}"] for value in ("highest", "high", "medium")),
         ["length_grouping=true", "batching=padded"],
         ["token_budget=1", "keep_checkpoints=null"],
+        ["datasets=hh"],
+        [f"datasets={CONFIG_DIR}"],
         ["datasets=[hh,shp,se,stack-exchange-paired,films]"],
         [f"datasets=[{CONFIG_DIR}]", f"data_dir={CONFIG_DIR}", f"chat_template={CONFIG_DIR}/config.yaml"],
         ["chat_template=hh", "format=sharegpt"],
@@ -127,7 +139,7 @@ def test_every_model_preset_says_what_it_is():
     ids=" ".join,
 )
 def test_accepted(overrides):
-    validate_config(composed(*overrides))
+    read(composed(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -156,8 +168,8 @@ def test_accepted(overrides):
         ("seed=-1", "seed: must be an integer of at least 0"),
         ("seed=4294967296", "seed: must be an integer"),
         ("test_fraction=1", "test_fraction: must be a number of at least 0 and below 1, not 1"),
-        ("activation_checkpointing=-1", "must be auto, true, false or a number of blocks, not -1"),
-        ("activation_checkpointing=1.5", "activation_checkpointing: must be auto, true, false or a number of blocks"),
+        ("activation_checkpointing=-1", "must be auto, true, false or a number of layers, not -1"),
+        ("activation_checkpointing=1.5", "activation_checkpointing: must be auto, true, false or a number of layers"),
         ("activation_checkpointing=some", "activation_checkpointing: must be auto, true"),
         ("activation_checkpointing=null", "activation_checkpointing: must be auto, true"),
         ("matmul_precision=low", "matmul_precision: must be highest, high or medium"),
@@ -186,13 +198,14 @@ def test_accepted(overrides):
         ("local_dirs=[]", "local_dirs: must be a list"),
         ("data_dir=/no/such", "data_dir: must be null or an existing directory"),
         ("chat_template=/no/such", "chat_template: must be null or hh, llama2 or an existing file"),
-        ("datasets=hh", "datasets: must be a list"),
+        ("datasets=", "datasets: must be a list"),
+        ("datasets=3", "datasets: must be a list"),
         ("datasets=[]", "datasets: must be a list"),
         ("datasets=null", "datasets: must be a list"),
         ("datasets=[hh,3]", "datasets: must be a list"),
         ("datasets=[hh,hh]", "each once"),
         ("datasets=[stack-exchange]", "did you mean stack-exchange-paired?"),
-        ("datasets=[/no/such.jsonl]", "/no/such.jsonl is no existing path and not one of"),
+        ("datasets=[/no/such.jsonl]", "datasets: /no/such.jsonl does not exist and is not one of films, hh"),
         ("model.policy_dtype=float16", "would need loss scaling"),
         ("model.policy_dtype=bf16", "model.policy_dtype: must be float32, bfloat16 or float64"),
         ("mixed_precision=float16", "would need loss scaling"),
@@ -233,17 +246,17 @@ def test_accepted(overrides):
         ("num_processes=2", "num_processes: must be null or 1 with trainer=BasicTrainer"),
         ("resume=auto", "resume: auto needs local_run_dir"),
         ("peft=lora peft.alpha=8 peft.scaling=1", "peft.alpha: 8 and peft.scaling=1 say the same"),
-        ("peft=lora peft.rslora=true peft.scaling=1", "peft.rslora: true changes what alpha means"),
+        ("peft=lora peft.rslora=true peft.scaling=1", "peft.rslora: true changes the meaning of alpha"),
         ("peft=lora peft.target_modules=all", "peft.target_modules: must be attention_qv, attention, all_linear or"),
         ("peft=qlora peft.quant_type=nf8", "peft.quant_type: must be nf4, fp4 or int8"),
         ("peft=qlora peft.compute_dtype=float16", "float16 would need loss scaling"),
-        ("peft=qlora trainer=TensorParallelTrainer", 'peft.name: "qlora" is for trainer=BasicTrainer'),
+        ("peft=qlora trainer=TensorParallelTrainer", "peft.name: qlora is for trainer=BasicTrainer"),
         ("peft=lora trainer=FSDPTrainer tensor_parallel_size=2", "tensor_parallel_size: must be null or 1 with peft"),
         (
             "peft=lora trainer=TensorParallelTrainer tensor_parallel.backend=package tensor_parallel_size=2",
             "peft.name: ",
         ),
-        ("peft=lora trainer=FSDPTrainer peft.dora=true", "peft.dora: true needs whole weights"),
+        ("peft=lora trainer=FSDPTrainer peft.dora=true", "peft.dora: true needs full weights"),
         ("peft=lora trainer=FSDPTrainer peft.bias=all model.policy_dtype=bfloat16", "peft.bias: "),
         (
             "peft=qlora trainer=FSDPTrainer mixed_precision=bfloat16 peft.storage_dtype=float16",
@@ -251,16 +264,16 @@ def test_accepted(overrides):
         ),
         (
             "peft=qlora trainer=FSDPTrainer model.fsdp_policy_mp=bfloat16 peft.storage_dtype=float32",
-            'cast to mixed_precision="bfloat16", and lose: uint8 or "bfloat16"',
+            "would cast them to mixed_precision=bfloat16, and lose them: uint8 or bfloat16",
         ),
         ("peft=lora freeze.first_n_layers=1", "freeze.first_n_layers: 1 is for peft=none"),
         ("peft=lora freeze.patterns=[x]", "freeze.patterns: is for peft=none"),
         ("freeze.patterns=['(']", "freeze.patterns: must be a list of regular expressions"),
-        ("optimizer=AdamW8bit trainer=FSDPTrainer", 'optimizer: "AdamW8bit" cannot share its state'),
+        ("optimizer=AdamW8bit trainer=FSDPTrainer", "optimizer: AdamW8bit cannot share its state"),
         ("optimizer=SGD8bit", "optimizer: must be"),
         ("keep_best=loss/train", "keep_best: must be null or loss/eval"),
         ("keep_best=loss/eval save_every=8", "keep_best: "),
-        ("keep_best=rewards_eval/margins", 'keep_best: "rewards_eval/margins" is of preference losses'),
+        ("keep_best=rewards_eval/margins", "keep_best: rewards_eval/margins is of preference losses"),
         ("keep_best=ground_truth/policy sample_during_eval=false", "keep_best: "),
         ("loss=dpo loss.beta=1 keep_best=kl_eval", "keep_best: "),
         ("model.name_or_path=gpt2", "add model=blank_model"),
@@ -289,15 +302,15 @@ def test_nothing_is_rewritten(overrides):
     config = composed(*overrides)
     before = OmegaConf.to_yaml(config)
     with contextlib.suppress(UserError):
-        validate_config(config)
+        read(config)
     assert OmegaConf.to_yaml(config) == before
 
 
-def test_newline_in_a_value_stays_on_the_line():
+def test_newline_in_a_value_is_escaped():
     config = composed()
     config.optimizer = "Adam\nW"
     with pytest.raises(UserError) as raised:
-        validate_config(config)
+        read(config)
     check_error(raised.value)
 
 
@@ -305,16 +318,15 @@ def test_a_new_loss_is_checked_by_its_signature(monkeypatch):
     def margin_loss(chosen, rejected, *, beta: float, steps: int = 1, kind: str = "a"): ...
 
     monkeypatch.setitem(LOSSES, "margin", Loss(margin_loss, batch="pairs"))
-    monkeypatch.setitem(CHECKS, "loss.name", validation.one_of(*LOSSES))
 
     def with_loss(**keys):
         config = composed()
         config.loss = {"name": "margin", "average_log_prob": False, "sft_weight": 0, **keys}
         return config
 
-    validate_config(with_loss(beta=-1, steps=2, kind="b"))
+    read(with_loss(beta=-1, steps=2, kind="b"))
     with pytest.raises(UserError) as raised:
-        validate_config(with_loss(beta="x", steps=1.5, kind=3, step=1))
+        read(with_loss(beta="x", steps=1.5, kind=3, step=1))
     message = check_error(raised.value)
     assert "loss.beta: must be a number," in message
     assert "loss.steps: must be an integer," in message
@@ -338,6 +350,7 @@ def test_a_new_loss_is_checked_by_its_signature(monkeypatch):
         (["loss=dppo"], "loss=dppo: no such preset (did you mean dpo?); fix: choose one of cdpo, dpo, ipo, sft"),
         (["model=pythia27"], "model=pythia27: no such preset (did you mean pythia28?)"),
         (["peft=zzz"], "peft=zzz: no such preset"),
+        (["experiment=demo_sft"], "experiment: has no default to override; fix: add one: +experiment=NAME"),
         (["loss.beta=["], "cannot read 'loss.beta=[' on the command line; fix: write key=value"),
         (["lr"], "cannot read 'lr' on the command line"),
         (["lr=1,2"], "To sweep over it, add --multirun"),
@@ -361,6 +374,6 @@ def test_omegaconf_errors_are_explained():
     assert "ValueError" in check_error(explain_hydra_error(ValueError()))
 
 
-def test_nearest():
+def test_the_nearest_name_is_suggested():
     assert nearest("adam", ["Adam", "AdamW"]) == "Adam"
     assert nearest("zzz", ["Adam"]) is None

@@ -1,9 +1,10 @@
-"""Exported models give the logits of the trained one, in every form; what goes wrong leaves nothing behind."""
+"""Exports have the logits of the trained model in every format; failures leave no files."""
 
 import base64
 import json
 import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import export
 import train
-from engine import commands
-from engine.chat_templates import JINJA
-from engine.films import film_tokenizer
-from engine.gguf_export import plan_gguf
-from engine.meta_llama import byte_characters, load_meta
-from engine.model_card import model_card
-from engine.saved_models import RunRecord, SavedModel
+from engine.data.chat_templates import JINJA
+from engine.data.films import film_tokenizer
+from engine.export.gguf import plan_gguf
+from engine.export.meta_llama import byte_characters, load_meta
+from engine.export.model_card import model_card
+from engine.export.run_record import RunRecord, read_run
+from engine.export.saved_models import SavedModel
+from engine.models import hub
+from engine.settings.options import keys_of
 from tests.faults.processes import small_disk
 from tests.models import tiny_model
 from tests.runs import QUICK, SMALL
 from tests.tokenizer_files import TEXTS, byte_level, sentencepiece, sentencepiece_pieces
+from utils import UserError
+
+FORMATS = ("hf", "gguf", "policy_pt")
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run of SFT on the films."""
+    """An SFT run on the films."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         arguments = [*SMALL, *QUICK, f"local_dirs=[{directory}]", f"local_run_dir={directory}/films", "loss=sft"]
@@ -45,7 +51,7 @@ def run_dir(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """python export.py: exit status, what it printed."""
+    """Run export.py; returns (exit status, stdout, stderr)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
@@ -56,19 +62,50 @@ def command(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("form", ["hf", "gguf", "policy_pt"])
-def test_a_full_disk(command, run_dir, tmp_path, form):
-    """Wherever it is full, it is said in one line, and nothing is left."""
-    status, _, err = command(f"from={run_dir}", f"to={tmp_path / 'whole'}", f"format={form}")
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_full_disk_gives_one_line_and_leaves_no_files(command, run_dir, tmp_path, form):
+    status, _, err = command(f"from={run_dir}", f"to={tmp_path / 'complete'}", f"format={form}")
     assert status == 0, err
-    size = sum(path.stat().st_size for path in (tmp_path / "whole").iterdir())
+    size = sum(path.stat().st_size for path in (tmp_path / "complete").iterdir())
     with small_disk(tmp_path / "disk", 2 * size) as disk:
-        for share in (0.02, 0.3, 0.6, 0.9, 0.95):
-            (disk / "ballast").write_bytes(bytes(int((2 - share) * size)))
+        for room in (0.02, 0.3, 0.6, 0.9, 0.95):
+            (disk / "ballast").write_bytes(bytes(int((2 - room) * size)))
             status, _, err = command(f"from={run_dir}", f"to={disk / 'model'}", f"format={form}")
-            assert (status, err.count("\n")) == (6, 1) and "cannot write" in err, (share, status, err)
-            assert [path.name for path in disk.iterdir()] == ["ballast"], share
+            assert (status, err.count("\n")) == (6, 1) and "cannot write" in err, (room, status, err)
+            assert [path.name for path in disk.iterdir()] == ["ballast"], room
             (disk / "ballast").unlink()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_mode_of_the_umask(command, run_dir, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        for form in FORMATS:
+            assert command(f"from={run_dir}", f"to={tmp_path / form}", f"format={form}")[0] == 0
+            assert modes(tmp_path / form) == {0o666 & ~umask}
+        assert command(f"from={run_dir}", f"to={tmp_path / 'x.gguf'}", "format=gguf")[0] == 0
+        assert modes(tmp_path) == {0o666 & ~umask}
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_checkpoints_have_the_mode_of_the_umask(program, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        full = program.ok("loss=sft", f"local_run_dir={tmp_path / 'full'}").dir / "LATEST"
+        adapter = program.ok("loss=sft", "peft=lora", f"local_run_dir={tmp_path / 'lora'}").dir / "LATEST"
+    finally:
+        os.umask(before)
+    assert {"model.safetensors", "optimizer.safetensors", "policy.pt"} <= {path.name for path in full.iterdir()}
+    assert (adapter / "adapter_model.safetensors").exists() and (adapter.parent / "base" / "model.safetensors").exists()
+    for directory in (full, adapter, adapter.parent / "base"):
+        assert modes(directory) == {0o666 & ~umask}
+
+
+def modes(directory: Path) -> set[int]:
+    """The permission bits of the files in a directory."""
+    return {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir() if path.is_file()}
 
 
 @torch.no_grad()
@@ -80,7 +117,7 @@ def loaded(path: Path, **options: Any):
     return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
-# ---- Forms ----
+# ---- Formats ----
 
 
 def test_hf(run_dir, tmp_path, command):
@@ -93,7 +130,7 @@ def test_hf(run_dir, tmp_path, command):
     assert model.generation_config.eos_token_id == 0
     tokenizer = AutoTokenizer.from_pretrained(target)
     assert tokenizer("Hello there")["input_ids"] == film_tokenizer()("Hello there")["input_ids"]
-    assert tokenizer.chat_template == JINJA["hh"]  # the form of the films
+    assert tokenizer.chat_template == JINJA["hh"]  # the template of the films
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
     assert {"README.md", "model.safetensors", "generation_config.json"} <= {path.name for path in target.iterdir()}
     assert not {"optimizer.safetensors", "training_state.json"} & {path.name for path in target.iterdir()}
@@ -108,15 +145,32 @@ def test_hf(run_dir, tmp_path, command):
         f"| loss/eval | {last['loss/eval']:.6g} |",
     ):
         assert part in card
-    assert str(run_dir.parent) not in card  # no path of this machine
+    assert str(run_dir.parent) not in card  # no local path
 
 
-def test_a_card_has_no_paths_of_this_machine():
+def test_a_card_has_no_local_paths():
     model = {"name_or_path": "models/llama", "archive": "runs/secret/sft", "tokenizer_name_or_path": "/home/me/tok"}
     config = {"chat_template": "/home/me/mine.jinja", "datasets": ["/home/me/x.jsonl"], "model": model}
     card = model_card("mine", SavedModel(tiny_model("llama"), byte_level()), RunRecord(config, 4))
     assert "mine.jinja" in card and "x.jsonl" in card and "weights of sft" in card
-    assert not any(part in card for part in ("/home", "secret", "base_model"))  # which could be a path
+    assert not any(part in card for part in ("/home", "secret", "base_model"))
+
+
+def test_a_record_takes_the_template_of_the_config_or_of_the_data_sets(tmp_path):
+    (tmp_path / "step-4").mkdir()
+    (tmp_path / "step-4" / "training_state.json").write_text('{"counters": {"examples": 4}}')
+    for config, expected in (
+        ("{datasets: [a, b], chat_template: null}", "form of a, b"),
+        ("{datasets: [a, b], chat_template: llama2}", "llama2"),
+        ("{}", "form of "),
+    ):
+        (tmp_path / "config.yaml").write_text(config)
+        record = read_run(tmp_path / "step-4", lambda names: f"form of {', '.join(names)}")
+        assert (record.chat_template, record.num_examples) == (expected, 4)
+    (tmp_path / "config.yaml").write_text("[no mapping]")
+    with pytest.raises(UserError, match="cannot be read") as error:
+        read_run(tmp_path / "step-4", lambda names: None)
+    assert error.value.code == "CHECKPOINT"
 
 
 def test_dtypes(run_dir, tmp_path, command):
@@ -127,7 +181,7 @@ def test_dtypes(run_dir, tmp_path, command):
     torch.testing.assert_close(logits(model.float()), logits(trained), atol=0.02, rtol=0.02)
 
 
-def test_policy_pt_is_read_by_the_next_run(run_dir, tmp_path, command, program):
+def test_policy_pt_is_an_archive_for_later_runs(run_dir, tmp_path, command, program):
     assert command(f"from={run_dir}", f"to={tmp_path}/x.pt", "format=policy_pt")[0] == 0
     policy = torch.load(tmp_path / "x.pt", weights_only=True)
     assert policy["step_idx"] == 16 and policy["metrics"]["loss/eval"] > 0
@@ -152,9 +206,9 @@ def test_gguf(run_dir, tmp_path, command, to):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_tokenizers_own_template_stays_unless_another_is_given(run_dir, tmp_path, command):
+def test_the_tokenizers_template_stays_unless_another_is_given(run_dir, tmp_path, command):
     plain = tmp_path / "plain"
-    shutil.copytree(run_dir / "LATEST", plain)  # with no run around it
+    shutil.copytree(run_dir / "LATEST", plain)  # without a run directory
     (plain / "chat_template.jinja").write_text("{{ messages }}")
     for arguments, expected in (((), "{{ messages }}"), (("chat_template=llama2",), JINJA["llama2"])):
         target = tmp_path / f"to{len(arguments)}"
@@ -182,7 +236,7 @@ def test_push_to_hub(run_dir, tmp_path, command, monkeypatch):
     assert calls == ["whoami", ("me/tiny", {"private": True, "exist_ok": True}), ["policy.pt"]]
     monkeypatch.setattr(FakeApi, "whoami", lambda self: 1 / 0)
     status, _, err = command(f"from={run_dir}", f"to={tmp_path}/y", "push_to_hub=me/tiny")
-    assert status == 2 and "push_to_hub: the hub does not know you" in err
+    assert status == 2 and "push_to_hub: you are not logged in to the hub" in err
     assert not (tmp_path / "y").exists()
 
 
@@ -197,7 +251,7 @@ def save_base(path: Path, architecture: str, dtype: torch.dtype = torch.float32)
 
 
 def save_adapter(path: Path, model, base: str, **options: Any):
-    """An adapter with random weights, so that it changes what the model says."""
+    """Save an adapter with random weights, so it changes the logits."""
     torch.manual_seed(1)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **options))
     adapted.peft_config["default"].base_model_name_or_path = base
@@ -231,7 +285,7 @@ def test_adapters_are_merged_into_their_base(tmp_path, command, architecture, op
     assert "Adapters were merged into base." in (tmp_path / "merged" / "README.md").read_text()
 
 
-def test_an_adapter_on_an_adapter_and_a_base_elsewhere(tmp_path, command):
+def test_an_adapter_on_an_adapter_and_a_moved_base(tmp_path, command):
     base = save_base(tmp_path / "base", "llama")
     first = save_adapter(tmp_path / "first", base, "../base", target_modules=["q_proj"])  # relative to the adapter
     second = save_adapter(tmp_path / "second", first.merge_and_unload(), "/gone", target_modules=["v_proj"])
@@ -242,7 +296,21 @@ def test_an_adapter_on_an_adapter_and_a_base_elsewhere(tmp_path, command):
     torch.testing.assert_close(logits(loaded(tmp_path / "merged")), logits(second), atol=1e-4, rtol=1e-5)
 
 
-def test_merging_rounds_once(tmp_path, command):
+def test_long_phases_show_progress_without_a_terminal(tmp_path, command, monkeypatch):
+    monkeypatch.setattr("utils.Progress.INTERVAL", 0.0)
+    base = save_base(tmp_path / "base", "llama")
+    save_adapter(tmp_path / "adapter", base, str(tmp_path / "base"), target_modules=["q_proj"])
+    _, out, err = command(f"from={tmp_path}/adapter", f"to={tmp_path}/x.gguf", "format=gguf")
+    assert err == ""
+    for line in (
+        "merging adapters: 2 of 2 layers",
+        "checking weights: 1 of 21 tensors",
+        "writing GGUF: 21 of 21 tensors",
+    ):
+        assert line in out
+
+
+def test_merged_weights_are_rounded_once(tmp_path, command):
     base = save_base(tmp_path / "base", "llama", torch.bfloat16)
     adapted = save_adapter(tmp_path / "adapter", base, str(tmp_path / "base"), target_modules=["q_proj"])
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
@@ -255,7 +323,7 @@ def test_merging_rounds_once(tmp_path, command):
     assert torch.equal(merged.model.layers[0].self_attn.q_proj.weight, exact.bfloat16())
 
 
-def test_adapters_that_do_not_fit_are_refused(tmp_path, command):
+def test_mismatching_adapters_are_refused(tmp_path, command):
     base = save_base(tmp_path / "base", "llama")
     save_adapter(tmp_path / "adapter", base, str(tmp_path / "base"), target_modules=["q_proj"])
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -286,8 +354,8 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, command):
         (["from=a", "to={0}/x", "dtype=q8_0"], 2, "dtype: q8_0 is for format=gguf, not hf; fix: choose one of f32"),
         (["from=a", "to={0}"], 2, "exists; fix: give another directory"),
         (["from=meta", "to={0}/x"], 2, "from=meta needs path"),
-        (["from={0}", "to={0}/x"], 4, "there is no model in {0}"),
-        (["from={0}/none", "to={0}/x"], 4, "there is no {0}/none; fix: correct the path"),
+        (["from={0}", "to={0}/x"], 4, "{0} contains no model"),
+        (["from={0}/none", "to={0}/x"], 4, "{0}/none does not exist; fix: correct the path"),
         (["from=" + 300 * "x", "to={0}/x"], 2, "(a name in it is too long)"),
         (["from=no-such-model", "to={0}/x"], 4, "no model can be loaded from no-such-model"),
         (["from={0}", "to={0}/x", "tokenizer=a"], 2, "tokenizer and context are for from=meta"),
@@ -301,7 +369,7 @@ def test_errors_are_one_line(tmp_path, command, arguments, status, problem):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_nothing_is_left_of_a_write_that_failed(run_dir, tmp_path, command, monkeypatch):
+def test_a_failed_write_leaves_no_files(run_dir, tmp_path, command, monkeypatch):
     def fail(self, path, **options):
         (Path(path) / "half").touch()
         raise OSError(28, "No space left on device")
@@ -312,25 +380,25 @@ def test_nothing_is_left_of_a_write_that_failed(run_dir, tmp_path, command, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_base_model_on_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path, monkeypatch):
+def test_an_unreachable_hub_for_a_base_model_is_found_before_loading(tmp_path, monkeypatch):
     (tmp_path / "run" / "LATEST").mkdir(parents=True)
     (tmp_path / "run" / "LATEST" / "adapter_config.json").write_text('{"base_model_name_or_path": "me/model"}')
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(commands, "is_reachable", lambda url: False)
-    monkeypatch.setattr(commands, "getproxies", dict)
-    commands.settle_network([str(tmp_path)])
+    monkeypatch.setattr(hub, "is_reachable", lambda url: False)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    hub.settle_network([str(tmp_path)])
     assert "HF_HUB_OFFLINE" not in os.environ
-    commands.settle_network([str(tmp_path / "run")])
+    hub.settle_network([str(tmp_path / "run")])
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-def test_numbers_that_are_not_finite_are_refused(tmp_path, command):
+def test_nan_and_inf_are_refused(tmp_path, command):
     model = save_base(tmp_path / "base", "llama")
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 1e5
     model.save_pretrained(tmp_path / "base")
     status, _, err = command(f"from={tmp_path}/base", f"to={tmp_path}/x", "dtype=float16")
-    assert status == 5 and "lm_head.weight holds a number that is not finite; fix: dtype=bfloat16" in err
+    assert status == 5 and "lm_head.weight contains NaN or Inf; fix: dtype=bfloat16" in err
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "base")
@@ -338,16 +406,16 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, command):
     assert not (tmp_path / "x").exists()
 
 
-def test_help_names_every_option(command):
+def test_help_lists_every_option(command):
     status, out, _ = command("--help")
-    assert status == 0 and all(f"  {key}=" in out for key in export.OPTIONS)
+    assert status == 0 and all(f"  {key}=" in out for key in keys_of(export.ExportOptions))
 
 
 # ---- Meta's checkpoints ----
 
 
 def save_meta(path: Path, model, num_shards: int, *, splits_vocabulary: bool = False, **params: Any) -> None:
-    """A model of ours in Meta's files, as the inverse of what turns them into ours."""
+    """Write a model as Meta's files: the inverse of load_meta."""
     config, head_dim = model.config, model.config.head_dim
     state = model.state_dict()
     names = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj"}
@@ -398,21 +466,21 @@ def write_sentencepiece(path: Path) -> None:
 def test_meta(tmp_path, command, num_shards):
     model = tiny_model("llama", vocab_size=400, rope_parameters={"rope_theta": 10000.0})
     save_meta(tmp_path / "meta", model, num_shards)
-    write_sentencepiece(tmp_path / "tokenizer.model")  # above it, as in Meta's downloads of LLaMA 1
+    write_sentencepiece(tmp_path / "tokenizer.model")  # in the parent, as in Meta's downloads of LLaMA 1
     status, out, err = command("from=meta", f"path={tmp_path}/meta", f"to={tmp_path}/hf")
     assert (status, err) == (0, "")
-    assert out.splitlines()[0] == "context: 2048 positions, by its params.json; context=N sets another"
+    assert out.splitlines()[0] == "context: 2048 positions, inferred from params.json; context=N overrides"
     converted = loaded(tmp_path / "hf")
     assert torch.equal(logits(converted), logits(model))
     assert (converted.config.max_position_embeddings, converted.config.bos_token_id) == (2048, 1)
     tokenizer, expected = AutoTokenizer.from_pretrained(tmp_path / "hf"), sentencepiece()
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == expected(text)["input_ids"]
-    plan_gguf(converted, tokenizer, "f32", name="tiny")  # and on to llama.cpp
+    plan_gguf(converted, tokenizer, "f32", name="tiny")
 
 
 def test_meta_llama3(tmp_path, command):
-    """With scaled rotary embedding, a vocabulary split among shards, key heads in several, and a tiktoken file."""
+    """Scaled rotary embedding, a vocabulary split among shards, key heads in several shards, a tiktoken file."""
     rope = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
     reference = byte_level("llama-bpe")
@@ -440,7 +508,7 @@ def test_more_shards_than_key_heads(tmp_path):
     save_meta(tmp_path / "meta", model, 1)
     whole = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
     split = {"wq": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1, "output": 0, "tok_embeddings": 1}
-    for shard in range(2):  # the one key head is in both
+    for shard in range(2):  # both have the only key head
         dims = {name: split.get(name.split(".")[-2]) for name in whole}
         part = {name: w if dims[name] is None else w.chunk(2, dims[name])[shard].clone() for name, w in whole.items()}
         torch.save(part, tmp_path / "meta" / f"consolidated.0{shard}.pth")
@@ -454,28 +522,28 @@ class Malicious:
         return os.system, ("touch touched",)
 
 
-def test_meta_files_that_are_not_whole_or_not_safe(tmp_path, command, monkeypatch):
+def test_incomplete_and_unsafe_meta_files_are_refused(tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_model("llama", vocab_size=400)
     save_meta(tmp_path / "meta", model, 2)
     arguments = ("from=meta", f"path={tmp_path}/meta", f"to={tmp_path}/hf")
-    assert "there is no tokenizer.model" in command(*arguments)[2]
+    assert "tokenizer.model is missing" in command(*arguments)[2]
     write_sentencepiece(tmp_path / "meta" / "tokenizer.model")
     first = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
     torch.save({"x": Malicious()}, tmp_path / "meta" / "consolidated.00.pth")
     status, _, err = command(*arguments)
-    assert status == 4 and "is no LLaMA checkpoint of Meta's" in err
+    assert status == 4 and "is not a complete LLaMA checkpoint of Meta's" in err
     assert not (tmp_path / "touched").exists()
     torch.save(
         {name: tensor for name, tensor in first.items() if "ffn_norm" not in name},
         tmp_path / "meta" / "consolidated.00.pth",
     )
-    assert "consolidated.01.pth does not hold the weights that consolidated.00.pth does" in command(*arguments)[2]
+    assert "consolidated.01.pth has other weights than consolidated.00.pth" in command(*arguments)[2]
     torch.save(first, tmp_path / "meta" / "consolidated.00.pth")
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
     for wrong in ({"n_heads": None}, {"n_layers": 9}, {"dim": 48}):
         (tmp_path / "meta" / "params.json").write_text(json.dumps(params | wrong))
         assert command(*arguments)[0] == 4
     (tmp_path / "meta" / "consolidated.00.pth").unlink()
-    assert "some are missing" in command(*arguments)[2]
+    assert "are missing" in command(*arguments)[2]
     assert not (tmp_path / "hf").exists()

@@ -1,4 +1,4 @@
-"""GGUF files read back: weights, logits by transformers' own reader, texts as llama.cpp splits them; refusals."""
+"""GGUF files read back: weights, logits in transformers, tokens as in llama.cpp; unsupported models."""
 
 import json
 from itertools import pairwise
@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from engine.gguf_export import OUTTYPES, plan_gguf
+from engine.export.gguf import OUTTYPES, plan_gguf
 from tests.models import SIZES, tiny_model
 from tests.tokenizer_files import PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
 from utils import UserError
@@ -30,7 +30,6 @@ TYPES = gguf.GGMLQuantizationType
 
 def make(architecture: str, **overrides: Any):
     if architecture == "qwen3":
-        architecture, overrides = "llama", overrides  # sizes
         torch.manual_seed(0)
         config = AutoConfig.for_model(
             "qwen3", **{"vocab_size": 330, "max_position_embeddings": 128, **QWEN3, **overrides}
@@ -81,17 +80,17 @@ def logits(model) -> torch.Tensor:
         ("gpt2", {}),
     ],
 )
-def test_transformers_reads_the_same_logits(tmp_path, architecture, overrides, tokenizer):
+def test_logits_are_the_same_in_transformers(tmp_path, architecture, overrides, tokenizer):
     model = make(architecture, **overrides)
     write(tmp_path, model, tokenizer)
-    # Its reader overlooks the head size of Qwen3 and the positions of GPT-2.
+    # transformers ignores a GGUF file's head size of Qwen3 and positions of GPT-2.
     options = {"config": model.config} if architecture in ("qwen3", "gpt2") else {}
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32, **options)
     torch.testing.assert_close(logits(read), logits(model), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}])
-def test_gpt_neox_weights_by_their_meaning(tmp_path, tokenizer, overrides):
+def test_gpt_neox_weights_are_reordered(tmp_path, tokenizer, overrides):
     model = make("gpt_neox", **overrides)
     tensors = tensors_of(write(tmp_path, model, tokenizer))
     layer, head_dim = model.gpt_neox.layers[1].attention, 8
@@ -108,7 +107,7 @@ def test_gpt_neox_weights_by_their_meaning(tmp_path, tokenizer, overrides):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"])
-def test_every_type_holds_the_weights_within_its_error(tmp_path, architecture, tokenizer):
+def test_weights_of_every_type_are_within_its_rounding_error(tmp_path, architecture, tokenizer):
     model = make(architecture)
     exact = tensors_of(write(tmp_path, model, tokenizer))
     for outtype in ("f16", "bf16", "q8_0", "q4_0"):
@@ -130,19 +129,21 @@ def test_every_type_holds_the_weights_within_its_error(tmp_path, architecture, t
                 assert types[name] is TYPES.F32
 
 
-def test_rows_that_do_not_divide_stay_in_f16_and_the_head_in_q8_0(tmp_path, tokenizer):
+def test_indivisible_rows_stay_in_f16_and_the_head_in_q8_0(tmp_path, tokenizer):
     plan = plan_gguf(make("llama"), tokenizer, "q4_0", name="tiny")  # intermediate_size is 48
     types = {tensor.name: tensor.type for tensor in plan.tensors}
     assert types["blk.0.ffn_down.weight"] is TYPES.F16
     assert types["blk.0.ffn_up.weight"] is types["token_embd.weight"] is TYPES.Q4_0
     assert types["output.weight"] is TYPES.Q8_0
-    note = "2 tensors stay in f16, as their rows do not divide into blocks of 32: blk.0.ffn_down.weight, blk.1.ffn_down"
+    note = (
+        "2 tensors stay in f16, as their row length is no multiple of 32: blk.0.ffn_down.weight, blk.1.ffn_down.weight"
+    )
     assert plan.notes[0].startswith(note)
     tied = plan_gguf(make("qwen2"), tokenizer, "q4_0", name="tiny")
     assert {tensor.name: tensor.type for tensor in tied.tensors}["token_embd.weight"] is TYPES.Q8_0
 
 
-def test_llama3_frequencies_are_those_of_transformers(tmp_path, tokenizer):
+def test_llama3_frequencies_equal_transformers(tmp_path, tokenizer):
     model = make("llama", head_dim=16, rope_parameters=LLAMA3_ROPE)
     factors = tensors_of(write(tmp_path, model, tokenizer))["rope_freqs.weight"]
     frequencies = ROPE["rope_theta"] ** (-np.arange(0, 16, 2) / 16) / factors
@@ -197,9 +198,9 @@ def test_metadata(tmp_path, tokenizer):
     assert {key: value(reader, key) for key in expected} == expected
 
 
-def test_a_sliding_window_bounds_the_context(tmp_path, tokenizer):
+def test_a_sliding_window_limits_the_context(tmp_path, tokenizer):
     plan = plan_gguf(make("mistral", sliding_window=64), tokenizer, "f32", name="tiny")
-    assert plan.notes == ["context_length is 64, the sliding window: within it llama.cpp's full attention is the same"]
+    assert plan.notes == ["context_length is 64, the sliding window: llama.cpp's full attention equals it so far"]
     assert plan.writer.kv_data[0]["llama.context_length"].value == 64
 
 
@@ -223,7 +224,7 @@ def test_byte_level_tokenizers(tmp_path, kind):
         assert again.encode(text).ids == tokenizer(text)["input_ids"]
 
 
-def test_sentencepiece_tokenizers_as_llama_cpp_reads_them(tmp_path):
+def test_sentencepiece_tokenizers_merge_as_in_llama_cpp(tmp_path):
     tokenizer = sentencepiece()
     reader = write(tmp_path, make("llama", vocab_size=420), tokenizer)
     assert value(reader, "tokenizer.ggml.model") == "llama"
@@ -234,7 +235,7 @@ def test_sentencepiece_tokenizers_as_llama_cpp_reads_them(tmp_path):
     ids = {token: index for index, token in enumerate(tokens)}
     for text in TEXTS:
         symbols = list("▁" + text.replace(" ", "▁"))
-        while True:  # the pair that makes the piece of the highest score, the first of them
+        while True:  # the first pair with the highest-scored piece
             pairs = [(scores[ids[a + b]], -i) for i, (a, b) in enumerate(pairwise(symbols)) if a + b in ids]
             if not pairs:
                 break
@@ -245,7 +246,7 @@ def test_sentencepiece_tokenizers_as_llama_cpp_reads_them(tmp_path):
         assert [1, *flat] == tokenizer(text)["input_ids"]
 
 
-# ---- Refusals ----
+# ---- Unsupported models ----
 
 
 def other_split():
@@ -276,30 +277,30 @@ def ignoring_merges():
 @pytest.mark.parametrize(
     ("model", "tokenizer", "outtype", "problem"),
     [
-        (("llama", {}), other_split, "f32", "splits text by Whitespace, which is no way that llama.cpp knows"),
+        (("llama", {}), other_split, "f32", "splits text by Whitespace, unknown to llama.cpp"),
         (("llama", {"vocab_size": 420}), missing_merge, "f32", "does not merge"),
-        (("llama", {}), unigram, "f32", "its tokenizer is of the kind Unigram, not BPE"),
-        (("llama", {}), ignoring_merges, "f32", "ignore_merges=True"),
+        (("llama", {}), unigram, "f32", "its tokenizer is of type Unigram, not BPE"),
+        (("llama", {}), ignoring_merges, "f32", "has ignore_merges=True; llama.cpp's gpt-2 has False"),
         (("llama", {"vocab_size": 60}), byte_level, "f32", "tokens, the model 60"),
-        (("llama", {"hidden_size": 24, "num_attention_heads": 2}), byte_level, "q8_0", r"rows \(of 24, 48\)"),
+        (("llama", {"hidden_size": 24, "num_attention_heads": 2}), byte_level, "q8_0", r"row length \(24, 48\) is"),
         (("llama", {"hidden_act": "gelu"}), byte_level, "f32", "its activation is gelu, not silu"),
         (("llama", {"rope_parameters": DYNAMIC_ROPE}), byte_level, "f32", "rotary embedding is scaled by 'dynamic'"),
         (("qwen3", {"attention_bias": True}), byte_level, "f32", "its attention has biases"),
         (("gpt2", {"scale_attn_by_inverse_layer_idx": True}), byte_level, "f32", "scaled by the layer"),
     ],
 )  # fmt: skip
-def test_what_llama_cpp_cannot_represent_is_refused(model, tokenizer, outtype, problem):
+def test_unsupported_models_are_refused(model, tokenizer, outtype, problem):
     with pytest.raises(UserError, match=problem) as error:
         plan_gguf(make(model[0], **model[1]), tokenizer(), outtype, name="tiny")
     assert str(error.value).startswith(f"error[CONFIG] format=gguf dtype={outtype} cannot represent this model: ")
 
 
-def test_values_beyond_float16_and_other_architectures_are_refused(tokenizer):
+def test_values_above_float16_and_other_architectures_are_refused(tokenizer):
     model = make("llama")
     with torch.no_grad():
         model.lm_head.weight[3, 4] = 1e5
     with pytest.raises(
-        UserError, match=r"lm_head.weight holds 1e\+05, more than float16 can: dtype=bf16 or f32 would do"
+        UserError, match=r"lm_head.weight contains 1e\+05, above float16's maximum: set dtype=bf16 or f32"
     ):
         plan_gguf(model, tokenizer, "f16", name="tiny")
     plan_gguf(model, tokenizer, "bf16", name="tiny")

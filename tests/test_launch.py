@@ -1,4 +1,4 @@
-"""Workers on this machine: what a run of them prints and returns when all goes well, and when one is lost."""
+"""Workers on this machine: output and exit status of good runs and of lost ranks."""
 
 import os
 import signal
@@ -14,8 +14,10 @@ import pytest
 from omegaconf import OmegaConf
 
 import train
-from engine import launch
-from engine.distributed import World, choose_interface, given_world, slurm_address
+from engine.placement import launcher
+from engine.placement.rendezvous import choose_interface
+from engine.placement.worker import process_state
+from engine.placement.world import World, slurm_address, world_from_environment
 from utils import StopRequest, UserError
 
 pytestmark = pytest.mark.alone
@@ -42,34 +44,34 @@ def outcome(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out waiting"
         time.sleep(0.05)
 
 
 def workers(directory: Path) -> list[int]:
-    """The processes of the ranks, once each is at its work."""
+    """Process ids of the ranks, after each has begun."""
     files = [directory / f"{rank}.pid" for rank in range(2)]
     wait_until(lambda: all(file.exists() and file.read_text() for file in files))
     return [int(file.read_text()) for file in files]
 
 
 def is_alive(pid: int) -> bool:
-    return launch.process_state(pid) not in ("", "Z", "X")
+    return process_state(pid) not in ("", "Z", "X")
 
 
 @contextmanager
-def at_work(directory: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A launcher and its workers, in the midst of a run."""
-    launcher = toy(directory, "act=wait", f"exp_name={SECRET}")
+def running(directory: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A launcher and its workers during a run."""
+    process = toy(directory, "act=wait", f"exp_name={SECRET}")
     try:
-        yield launcher, workers(directory)
+        yield process, workers(directory)
     finally:
-        launcher.kill()
-        launcher.communicate()
+        process.kill()
+        process.communicate()
 
 
 def listening(pids: list[int]) -> list[str]:
-    """The addresses, in the hexadecimal form of proc(5), that processes listen on."""
+    """Listening addresses of processes, in the hexadecimal form of proc(5)."""
     inodes = {
         link.removeprefix("socket:[").removesuffix("]")
         for pid in pids
@@ -85,10 +87,10 @@ def listening(pids: list[int]) -> list[str]:
     return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
-def test_a_run_of_two(tmp_path) -> None:
+def test_a_run_of_two_workers(tmp_path) -> None:
     status, out, err = outcome(toy(tmp_path))
     assert (status, err) == (0, "")
-    assert out == f"rank 0 of 2 has 3\nrun_dir: {tmp_path}\n"  # of rank 0 only
+    assert out == f"rank 0 of 2 has 3\nrun_dir: {tmp_path}\n"  # rank 0 only
     assert (tmp_path / "order").read_text() == "0\n1\n"
     assert not any(map(is_alive, workers(tmp_path)))
 
@@ -99,62 +101,61 @@ def test_a_run_of_two(tmp_path) -> None:
         ("killed", 7, "error[DISTRIBUTED] rank 1 was killed by SIGKILL; fix: ", True),
         ("exception", 1, "error[INTERNAL] rank 1: ZeroDivisionError: a bug; traceback in {}/crash-rank1.log", True),
         ("user error", 3, "error[DATA] rank 1: row 7 is bad; fix: mend it", False),
-        ("no directory", 6, "error[STORAGE] no room; fix: make some", False),  # the same on all ranks: of none
+        ("no directory", 6, "error[STORAGE] no room; fix: make some", False),  # the same on all ranks, so none is named
     ],
 )
-def test_the_first_rank_that_fails_is_named(act: str, status: int, message: str, shown: bool, tmp_path) -> None:
+def test_the_first_failed_rank_is_named(act: str, status: int, message: str, shown: bool, tmp_path) -> None:
     found, _, err = outcome(toy(tmp_path, f"act={act}"))
     lines = err.splitlines()
     assert found == status
     assert lines[-1].startswith(message.format(tmp_path))
-    assert lines[:-1] == ["rank 1 is about to act"] * shown  # what rank 1 had said
+    assert lines[:-1] == ["rank 1 is about to act"] * shown  # stderr of rank 1
 
 
 def test_a_stopped_rank_ends_the_run(tmp_path) -> None:
-    launcher = toy(tmp_path, "act=stopped", "collective_timeout=3")
+    process = toy(tmp_path, "act=stopped", "collective_timeout=3")
     pids = workers(tmp_path)
-    wait_until(lambda: launch.process_state(pids[1]) == "T")
+    wait_until(lambda: process_state(pids[1]) == "T")
     start = time.monotonic()
-    status, _, err = outcome(launcher)
+    status, _, err = outcome(process)
     assert time.monotonic() - start < 3 + 5
     assert status == 7 and err.count("\n") == 1
-    assert err.startswith("error[DISTRIBUTED] rank 1 is stopped, and rank 0 has waited in vain; fix: ")
+    assert err.startswith("error[DISTRIBUTED] rank 1 is stopped, and rank 0 timed out waiting; fix: ")
     assert not any(map(is_alive, pids))
 
 
-# ---- Workers that need no torch ----
+# ---- Workers without torch ----
 
 PLAIN = f"""
 import os, sys, time
 sys.path.insert(0, {str(TOY.parent.parent)!r})
-from engine.launch import Failure, attach, report
-config, rank = attach(), int(os.environ["RANK"])
+from engine.placement.worker_link import Failure, attach, report
+text, rank = attach(), int(os.environ["RANK"])
 lost = Failure("error[DISTRIBUTED] lost", 7, is_consequence=True)
 """
 
 
-def launched(script: str, config: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    status = launch.launch(OmegaConf.create(config), 2, [sys.executable, "-c", PLAIN + script])
+def launched(script: str, text: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = launcher.launch(text, 2, [sys.executable, "-c", PLAIN + script])
     return status, *capfd.readouterr()
 
 
-def test_a_worker_gets_its_config_as_it_is(capfd) -> None:
-    config = {"lr": 5e-7, "name": "1e-3", "none": None, "text": "null", "yes": "yes", "of": {"é": [True, 1.0, 1]}}
-    config["long"] = ["x" * 1000] * 200  # more than a pipe holds
-    assert launched("print(config)", config, capfd) == (0, f"{config}\n", "")
+def test_a_worker_gets_its_text_unchanged(capfd) -> None:
+    text = "lr: 5e-7\nof: {é: [true]}\n" + "x" * 200_000  # more than a pipe holds
+    assert launched("print(text)", text, capfd) == (0, f"{text}\n", "")
 
 
 @pytest.mark.parametrize(
     "script, status, message",
     [
-        ("report(lost) if rank == 0 else time.sleep(60)", 7, "error[DISTRIBUTED] rank 1 does not answer, and rank 0 "),
+        ("report(lost) if rank == 0 else time.sleep(60)", 7, "error[DISTRIBUTED] rank 1 does not respond, and rank 0 "),
         ("time.sleep(rank); report(Failure('error[DATA] x', 3, False) if rank else lost)", 3, "error[DATA] rank 1: x"),
         ("os.write(2, b'oh\\n'); os._exit(3 * rank)", 1, "oh\noh\nerror[INTERNAL] rank 1 ended with status 3 and no"),
         ("report(lost)", 7, "error[DISTRIBUTED] lost"),
     ],
 )
-def test_the_cause_is_told_from_what_follows(script: str, status: int, message: str, capfd) -> None:
-    found, _, err = launched(script, {}, capfd)
+def test_the_first_cause_is_reported(script: str, status: int, message: str, capfd) -> None:
+    found, _, err = launched(script, "", capfd)
     assert (found, err[: len(message)]) == (status, message)
 
 
@@ -162,15 +163,15 @@ def test_the_cause_is_told_from_what_follows(script: str, status: int, message: 
 
 
 def test_no_worker_outlives_a_killed_launcher(tmp_path) -> None:
-    with at_work(tmp_path) as (launcher, pids):
+    with running(tmp_path) as (process, pids):
         os.kill(pids[1], signal.SIGSTOP)
-        launcher.kill()
-        launcher.wait()
+        process.kill()
+        process.wait()
         wait_until(lambda: not any(map(is_alive, pids)), seconds=5)
 
 
 def test_workers_listen_on_loopback_only_get_signals_and_show_no_secrets(tmp_path) -> None:
-    with at_work(tmp_path) as (launcher, pids):
+    with running(tmp_path) as (process, pids):
         addresses = listening(pids)
         assert len(addresses) >= 3  # the rendezvous, and the peers
         assert set(addresses) == {"0100007F"}  # 127.0.0.1
@@ -178,26 +179,26 @@ def test_workers_listen_on_loopback_only_get_signals_and_show_no_secrets(tmp_pat
             for file in ("cmdline", "environ"):
                 content = Path(f"/proc/{pid}/{file}").read_bytes()
                 assert content and SECRET.encode() not in content
-        launcher.send_signal(signal.SIGTERM)
-        assert outcome(launcher) == (128 + signal.SIGTERM, "", "")
+        process.send_signal(signal.SIGTERM)
+        assert outcome(process) == (128 + signal.SIGTERM, "", "")
         assert not any(map(is_alive, pids))
 
 
 @pytest.mark.slow
 def test_a_second_signal_kills(tmp_path) -> None:
-    with at_work(tmp_path) as (launcher, pids):
+    with running(tmp_path) as (process, pids):
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)  # so that the first one has no effect
-        launcher.send_signal(signal.SIGINT)
-        time.sleep(StopRequest.TOGETHER + 0.1)
-        assert all(map(is_alive, pids)) and launcher.poll() is None
-        launcher.send_signal(signal.SIGINT)
-        assert outcome(launcher)[0] == 128 + signal.SIGINT
+            os.kill(pid, signal.SIGSTOP)  # the first signal has no effect
+        process.send_signal(signal.SIGINT)
+        time.sleep(StopRequest.MERGE_SECONDS + 0.1)
+        assert all(map(is_alive, pids)) and process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert outcome(process)[0] == 128 + signal.SIGINT
         assert not any(map(is_alive, pids))
 
 
 @pytest.mark.slow
-def test_torchrun_starts_workers_anew(tmp_path) -> None:
+def test_torchrun_restarts_workers(tmp_path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
     status, out, err = outcome(toy(tmp_path, "act=killed once", by=torchrun))
     assert status == 0, err
@@ -205,7 +206,7 @@ def test_torchrun_starts_workers_anew(tmp_path) -> None:
     assert (tmp_path / "order").read_text() == "0\n1\n0\n1\n"
 
 
-# ---- Who has started this process ----
+# ---- The launcher of this process ----
 
 SLURM = {
     "SLURM_JOB_ID": "1234567",
@@ -234,8 +235,8 @@ SLURM = {
         ({key: value for key, value in SLURM.items() if "STEP" not in key}, None),  # a batch script
     ],
 )
-def test_the_world_of_an_environment(environment: dict[str, str], expected: World | None) -> None:
-    assert given_world(environment) == expected
+def test_the_world_is_read_from_the_environment(environment: dict[str, str], expected: World | None) -> None:
+    assert world_from_environment(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -254,16 +255,16 @@ def test_tasks_of_slurm_meet_on_the_first_node(nodes: str, first: str) -> None:
     assert slurm_address(environment | {"MASTER_ADDR": "x", "MASTER_PORT": "99"}) == ("x", 99)
 
 
-def test_one_machine_talks_over_loopback_unless_told_otherwise(monkeypatch) -> None:
+def test_one_machine_uses_loopback_by_default(monkeypatch) -> None:
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, "")  # so that it is put back at the end
+        monkeypatch.setenv(name, "")  # restored at the end
         monkeypatch.delenv(name)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "mine")
     choose_interface(is_single_machine=True)
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "mine")
 
 
-# ---- How many processes ----
+# ---- The number of processes ----
 
 
 def config(**values: Any) -> Any:
@@ -289,7 +290,7 @@ def config(**values: Any) -> Any:
     ],
 )
 def test_the_number_of_processes(values: dict[str, Any], num_gpus: int, expected: int, monkeypatch) -> None:
-    monkeypatch.setattr(launch, "count_gpus", lambda: num_gpus)
+    monkeypatch.setattr(launcher, "count_gpus", lambda: num_gpus)
     assert train.choose_num_processes(config(**values)) == expected
     train.check_processes(config(**values), expected, is_given=False)
 
@@ -303,13 +304,13 @@ def test_the_number_of_processes(values: dict[str, Any], num_gpus: int, expected
         ({"tensor_parallel_size": 2}, 3, "tensor_parallel_size"),
     ],
 )
-def test_a_number_that_does_not_fit_is_refused(values: dict[str, Any], num: int, key: str) -> None:
+def test_an_unfit_number_of_processes_is_refused(values: dict[str, Any], num: int, key: str) -> None:
     with pytest.raises(UserError, match=rf"^error\[CONFIG\] {key}") as error:
         train.check_processes(config(**values), num, is_given=True)
     assert str(num) in error.value.what
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr(launch, "count_gpus", lambda: 1)
+    monkeypatch.setattr(launcher, "count_gpus", lambda: 1)
     with pytest.raises(UserError, match="there are 1"):
         train.choose_num_processes(config(num_processes=2))

@@ -1,4 +1,4 @@
-"""Loggers: what they write, and that none of them can end a run."""
+"""Loggers: their output; their failures never end a run."""
 
 import errno
 import json
@@ -9,59 +9,63 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine.metrics
-from engine.metrics import Loggers, Moment, Sums, fetched, format_metrics
+import engine.run.loggers
+import engine.step.metrics
+from engine.run.loggers import Loggers, format_metrics
+from engine.step.metrics import DeviceTimestamp, MetricAccumulator, to_floats
+from tests.configs import make_settings
 from tests.runs import Program
 
 DPO = ("loss=dpo", "loss.beta=0.1")
 
 
-def alone(totals: torch.Tensor) -> None:
-    """No other process has anything to add."""
+def single_process_sum(totals: torch.Tensor) -> None:
+    """All-reduce of a single process."""
 
 
 def test_sums_are_means_over_examples() -> None:
-    sums = Sums()
+    sums = MetricAccumulator()
     sums.add(loss=torch.tensor([1.0, 2.0, 3.0]), other=torch.tensor([1.0, 1.0, 0.0]))
     sums.add(loss=torch.tensor([6.0]), other=torch.tensor([1.0]))
-    sums.counts["tokens"] = 7
-    means, counts = sums.means(alone)
-    assert fetched(means | counts) == {"loss": 3.0, "other": 0.75, "tokens": 7, "stop": 0}
+    sums.num_tokens = 7
+    means, num_tokens, stop = sums.reduce(single_process_sum, stop=True)
+    assert to_floats(means) == {"loss": 3.0, "other": 0.75}
+    assert (num_tokens.item(), stop.item()) == (7, 1)
 
 
 def test_means_are_exact_over_many_examples() -> None:
-    sums = Sums()
-    for value in (2.0**25, 1.0, 1.0, 2.0):  # 2**25 + 1 is none of fp32's numbers
+    sums = MetricAccumulator()
+    for value in (2.0**25, 1.0, 1.0, 2.0):  # fp32 cannot represent 2**25 + 1
         sums.add(loss=torch.tensor([value]))
-    (mean,) = sums.means(alone)[0].values()
+    (mean,) = sums.reduce(single_process_sum).means.values()
     assert mean.dtype == torch.float64 and mean.item() == 2.0**23 + 1
 
 
 def test_means_are_over_the_examples_of_all_processes() -> None:
-    sums, others = Sums(), Sums()
+    sums, others = MetricAccumulator(), MetricAccumulator()
     sums.add(loss=torch.tensor([1.0, 2.0, 3.0]))
-    others.add(loss=torch.zeros(0))  # of a microbatch without examples
+    others.add(loss=torch.zeros(0))  # a microbatch without examples
     others.add(loss=torch.tensor([6.0]))
     totals: list[torch.Tensor] = []
-    others.means(totals.append)
+    others.reduce(totals.append)
 
-    def add_others(own: torch.Tensor) -> None:
-        own += totals[0]
+    def all_reduce_sum(tensor: torch.Tensor) -> None:
+        tensor += totals[0]
 
-    assert fetched(sums.means(add_others)[0]) == {"loss": 3.0}
+    assert to_floats(sums.reduce(all_reduce_sum).means) == {"loss": 3.0}
 
 
-def test_fetched_are_the_numbers_whatever_their_dtype() -> None:
+def test_to_floats_accepts_any_dtype() -> None:
     scalars = {"b": torch.tensor(0.1, dtype=torch.float64), "a": torch.tensor(3), "c": torch.tensor(0.5).bfloat16()}
-    numbers = fetched(scalars)
+    numbers = to_floats(scalars)
     assert list(numbers.items()) == [("b", 0.1), ("a", 3.0), ("c", 0.5)]
     assert all(type(number) is float for number in numbers.values())
 
 
-def test_moments_on_a_cpu_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timestamps_on_a_cpu_use_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 12.5])
-    monkeypatch.setattr(engine.metrics.time, "monotonic", lambda: next(clock))
-    earlier, later = Moment(torch.device("cpu")), Moment(torch.device("cpu"))
+    monkeypatch.setattr(engine.step.metrics.time, "monotonic", lambda: next(clock))
+    earlier, later = DeviceTimestamp(torch.device("cpu")), DeviceTimestamp(torch.device("cpu"))
     assert later.seconds_since(earlier) == 2.5
 
 
@@ -70,7 +74,7 @@ def test_format_leaves_counters_out() -> None:
 
 
 class Broken:
-    """A logger that raises whatever it is asked."""
+    """A logger: every call raises."""
 
     def __init__(self, *arguments) -> None:
         pass
@@ -85,14 +89,14 @@ class Broken:
         raise OSError
 
 
-def test_a_logger_that_fails_is_left_out(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.metrics, "Wandb", Broken)
+def test_a_failed_logger_is_dropped(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.run.loggers, "Wandb", Broken)
     run = program.ok("wandb.enabled=true", "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=1")
-    assert run.out.count("wandb: logging stopped, the run goes on (ConnectionError: the server is gone)") == 1
+    assert run.out.count("wandb: logging stopped, the run continues (ConnectionError: the server is gone)") == 1
     assert len(run.steps) == 2
 
 
-def test_wandb_without_an_account_logs_offline_and_says_so(
+def test_wandb_without_an_account_logs_offline_with_a_notice(
     program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
     monkeypatch.delenv("WANDB_MODE")
@@ -113,7 +117,7 @@ def test_wandb_without_a_network_logs_offline(program: Program, monkeypatch: pyt
     assert "http://127.0.0.1:9 cannot be reached, so the run is logged offline" in run.out
 
 
-def test_what_loggers_say_holds_no_secret(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_of_loggers_hold_no_secret(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://me:swordfish-0815@127.0.0.1:9")
@@ -124,19 +128,19 @@ def test_what_loggers_say_holds_no_secret(program: Program, monkeypatch: pytest.
         raise ConnectionError("no project swordfish-4711")
 
     monkeypatch.setenv("BLAND", "swordfish-4711")
-    monkeypatch.setattr(engine.metrics, "Wandb", type("Failing", (Broken,), {"__init__": fail}))
+    monkeypatch.setattr(engine.run.loggers, "Wandb", type("Failing", (Broken,), {"__init__": fail}))
     run = program.ok("wandb.enabled=true", "wandb.project=${oc.env:BLAND}", "n_examples=8")
     assert "(ConnectionError: no project <redacted>)" in run.out and "swordfish" not in run.out
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.EACCES, errno.ENOSPC])
-def test_a_log_that_cannot_be_written_ends_the_run(number: int, program: Program, monkeypatch) -> None:
+def test_a_log_write_error_ends_the_run(number: int, program: Program, monkeypatch) -> None:
     def failing(file, mode: str = "r", *arguments, **keywords):
         if mode == "a" and str(file).endswith("metrics.jsonl") and Path(file).exists():
             raise OSError(number, os.strerror(number), str(file))
         return open(file, mode, *arguments, **keywords)
 
-    monkeypatch.setattr(engine.metrics, "open", failing, raising=False)
+    monkeypatch.setattr(engine.run.loggers, "open", failing, raising=False)
     run = program("n_examples=8")
     assert run.status == 6 and run.err.count("\n") == 1
     assert re.match(rf"error\[STORAGE\] \S+metrics.jsonl cannot be written \({os.strerror(number)}\); fix: ", run.err)
@@ -152,20 +156,15 @@ def test_tensorboard_holds_metrics_and_samples(program: Program) -> None:
     assert "samples/text_summary" in events.Tags()["tensors"]
 
 
-def test_plain_lines_are_no_more_frequent_than_asked(program: Program) -> None:
+def test_printed_lines_respect_their_interval(program: Program) -> None:
     often = program.ok("minimum_log_interval_secs=0")
     seldom = program.ok("minimum_log_interval_secs=1000")
     assert often.out.count("train after") == len(often.steps) == 4
     assert seldom.out.count("train after") == 1 and len(seldom.steps) == 4
 
 
-def test_rows_are_json_whatever_the_text(tmp_path) -> None:
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.create(
-        {"minimum_log_interval_secs": 1, "wandb": {"enabled": False}, "debug": False, "tensorboard": False}
-    )
-    loggers = Loggers(config, tmp_path, 4)
+def test_rows_with_any_text_are_json(tmp_path) -> None:
+    loggers = Loggers(make_settings("wandb.enabled=false"), tmp_path, 4)
     loggers.samples([{"examples": 0, "prompt": 'a "b"\n\u2028\ud7ff'}])
     loggers.close()
     (line,) = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]

@@ -1,31 +1,30 @@
-"""Building models and tokenizers, and the check that packed attention is the model's own."""
+"""Building models and tokenizers, and the check of packed attention against the model's own."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from engine.batching import lay_out
-from engine.logprobs import response_logps
-from engine.models import find_blocks, load_model, load_tokenizer, use_packed_attention
+from engine.models.layers import find_layers
+from engine.models.loading import load_model
+from engine.models.tokenizers import load_tokenizer
+from engine.settings.schema import Settings
+from engine.step.heads import response_logps
+from engine.step.layout import lay_out
+from engine.step.packing_check import use_packed_attention
+from tests.configs import make_settings, with_model
 from tests.models import SIZES, pair_examples, tiny_model
 from utils import UserError
 
 CPU = torch.device("cpu")
 
 
-def config(**model) -> DictConfig:
-    defaults = {
-        "name_or_path": "tiny",
-        "tokenizer_name_or_path": None,
-        "archive": None,
-        "architecture": None,
-        "trust_remote_code": False,
-    }
-    return OmegaConf.create({"seed": 0, "max_length": 64, "model": {**defaults, **model}})
+def config(**model: Any) -> Settings:
+    values = {"tokenizer_name_or_path": None, "architecture": None} | model
+    return with_model(make_settings("max_length=64", "max_prompt_length=32"), **values)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +52,9 @@ def odd_model(kind: str):
         "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 64},
         "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
         "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
-        # Attention scores that are capped.
+        # Capped attention scores.
         "gemma2": {**SIZES["llama"], "head_dim": 8, "final_logit_softcapping": None, "attn_logit_softcapping": 50.0},
-        # Logits that are scaled after the head.
+        # Logits scaled after the head.
         "granite": {**SIZES["llama"], "logits_scaling": 3.0},
     }
     torch.manual_seed(0)
@@ -68,10 +67,10 @@ def odd_model(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["gptj", "mamba", "bloom", "granite", "gemma2"])
-def test_models_that_cannot_be_packed_are_refused_and_run_padded(kind: str) -> None:
+def test_models_without_packing_are_refused_and_run_padded(kind: str) -> None:
     model = odd_model(kind)
     examples = pair_examples()
-    _, padded = response_logps(model, lay_out(examples, "padded"))
+    padded = response_logps(model, lay_out(examples, "padded"))
     tokens = torch.tensor([*examples[1].prompt.tolist(), *examples[1].responses[0].tolist()])
     alone = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None]).sum().item()
     chosen = int(lay_out(examples, "padded").chosen[2])  # the second group's first response
@@ -81,13 +80,13 @@ def test_models_that_cannot_be_packed_are_refused_and_run_padded(kind: str) -> N
     assert caught.value.exit_status == 2
 
 
-def test_blocks_are_found() -> None:
+def test_layers_are_found() -> None:
     for architecture in SIZES:
-        assert len(find_blocks(tiny_model(architecture), None)) == 2
+        assert len(find_layers(tiny_model(architecture), None)) == 2
     model = tiny_model("llama")
-    assert find_blocks(model, "LlamaDecoderLayer") == find_blocks(model, None)
+    assert find_layers(model, "LlamaDecoderLayer") == find_layers(model, None)
     with pytest.raises(UserError, match="one of LlamaDecoderLayer"):
-        find_blocks(model, "GPT2Block")
+        find_layers(model, "GPT2Block")
 
 
 def test_a_model_from_an_architecture_is_the_same_each_time(tokenizer) -> None:
@@ -106,11 +105,11 @@ def test_dropout_is_off_everywhere(tokenizer) -> None:
     assert torch.equal(model(tokens).logits, model(tokens).logits)
 
 
-def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(tokenizer, tmp_path) -> None:
+def test_a_model_is_loaded_in_the_requested_dtype(tokenizer, tmp_path) -> None:
     tiny_model("llama", torch.bfloat16, vocab_size=8).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     settings = config(name_or_path=str(tmp_path))
-    assert load_model(settings, load_tokenizer(settings), torch.float32, CPU).dtype == torch.float32
+    assert load_model(settings, load_tokenizer(settings.model), torch.float32, CPU).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -121,7 +120,7 @@ def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(tokenizer, tmp_path) -
         ({"architecture": {"model_type": "llama", **SIZES["llama"], "vocab_size": 3}}, "has 4 tokens, the model 3"),
     ],
 )
-def test_what_cannot_be_loaded_is_told_in_one_line(model: dict, message: str, tokenizer) -> None:
+def test_load_errors_are_one_line(model: dict, message: str, tokenizer) -> None:
     with pytest.raises(UserError, match="fix:") as caught:
         load_model(config(**model), tokenizer, torch.float32, CPU)
     assert message in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_status == 2
@@ -130,27 +129,27 @@ def test_what_cannot_be_loaded_is_told_in_one_line(model: dict, message: str, to
 def test_a_bare_tokenizer_json_gets_its_end_of_text(tmp_path, capsys) -> None:
     backend = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
     backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(config(tokenizer_name_or_path=str(tmp_path)))
+    tokenizer = load_tokenizer(config(tokenizer_name_or_path=str(tmp_path)).model)
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
-    assert "<|endoftext|> is taken" in capsys.readouterr().out
+    assert "using <|endoftext|>" in capsys.readouterr().out
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="no end-of-text token"):
-        load_tokenizer(config(tokenizer_name_or_path=str(tmp_path)))
+        load_tokenizer(config(tokenizer_name_or_path=str(tmp_path)).model)
 
 
-def test_settings_that_could_not_be_saved_are_repaired(tokenizer, tmp_path) -> None:
+def test_invalid_generation_settings_are_repaired(tokenizer, tmp_path) -> None:
     model = tiny_model("llama", vocab_size=8)
     model.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
     load_model(config(name_or_path=str(tmp_path)), tokenizer, torch.float32, CPU).save_pretrained(tmp_path / "again")
 
 
-def test_buffers_that_older_versions_saved_are_passed_over(tokenizer, tmp_path) -> None:
+def test_buffers_of_older_versions_are_ignored(tokenizer, tmp_path) -> None:
     settings = config(architecture={"model_type": "gpt2", **SIZES["gpt2"]})
     state = load_model(settings, tokenizer, torch.float32, CPU).state_dict()
     state["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     torch.save({"state": state}, tmp_path / "policy.pt")
-    settings.model.archive = str(tmp_path / "policy.pt")
+    settings = with_model(settings, archive=str(tmp_path / "policy.pt"))
     load_model(settings, tokenizer, torch.float32, CPU)
     state["transformer.h.0.other"] = torch.tensor(0.0)
     torch.save({"state": state}, tmp_path / "policy.pt")
@@ -158,17 +157,17 @@ def test_buffers_that_older_versions_saved_are_passed_over(tokenizer, tmp_path) 
         load_model(settings, tokenizer, torch.float32, CPU)
 
 
-def test_weights_of_a_model_that_computes_something_else_are_refused(tokenizer, tmp_path) -> None:
-    """Their shapes fit, so nothing else would notice."""
+def test_weights_of_a_model_with_other_settings_are_refused(tokenizer, tmp_path) -> None:
+    """Their shapes fit, so no other check would fail."""
     values = {"model_type": "llama", **SIZES["llama"], "attention_dropout": 0.1}
     settings = config(architecture=values)
     load_model(settings, tokenizer, torch.float32, CPU).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(stored | {"pad_token_id": 3, "transformers_version": "5.0.0"}))
-    settings.model.archive = str(tmp_path)
+    settings = with_model(settings, archive=str(tmp_path))
     load_model(settings, tokenizer, torch.bfloat16, CPU)
     for changed in ({"rope_parameters": {"rope_theta": 500.0}}, {"rms_norm_eps": 1e-3}, {"num_attention_heads": 2}):
-        settings.model.architecture = values | changed
+        settings = with_model(settings, architecture=values | changed)
         with pytest.raises(UserError, match="does not fit the model") as caught:
             load_model(settings, tokenizer, torch.float32, CPU)
         assert f"{next(iter(changed))} is " in str(caught.value) and caught.value.exit_status == 4

@@ -1,4 +1,4 @@
-"""HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE as every command sees them: a missing network is told in seconds."""
+"""HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE in every command; a missing network is reported within seconds."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.films import film_tokenizer
+from engine.data.films import film_tokenizer
 from tests.models import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -16,11 +16,11 @@ NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
 def process(script: str, *arguments: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python <script> <arguments>` without what tests set for the hub."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    own |= {"HF_HOME": str(directory / "hub"), "OMP_NUM_THREADS": "1"} | environment
+    """`python <script> <arguments>`, without the hub settings of the tests."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    inherited |= {"HF_HOME": str(directory / "hub"), "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(command, cwd=directory, env=own, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=directory, env=inherited, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def process(script: str, *arguments: str, directory: Path, **environment: str) -
         ("chat.py", ("model=me/model", "prompt=hello"), {"HF_HUB_OFFLINE": "1"}),
     ],
 )
-def test_a_missing_network_is_told_in_seconds(script, arguments, environment, tmp_path: Path) -> None:
+def test_a_missing_network_is_reported_within_seconds(script, arguments, environment, tmp_path: Path) -> None:
     begun = time.monotonic()
     result = process(script, *arguments, directory=tmp_path, **environment)
     assert result.returncode == 4 and time.monotonic() - begun < 30
@@ -56,7 +56,7 @@ def test_models_in_the_cache_of_HF_HOME_are_found_without_a_network(tmp_path: Pa
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "the Hugging Face hub cannot be reached" in result.stdout
-    assert not (tmp_path / "run" / "base").exists()  # it has a name by which others find it
+    assert not (tmp_path / "run" / "base").exists()  # a hub name replaces the copy
     exported = process("export.py", "from=run", "to=out", directory=tmp_path, **NOWHERE)
     assert exported.returncode == 0 and (tmp_path / "out" / "model.safetensors").exists(), exported.stderr
     assert "base_model: me/model" in (tmp_path / "out" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA through the command line: exact references, small checkpoints, exact resumption, merging."""
+"""LoRA and QLoRA on the command line: exact references, small checkpoints, exact resume, merging."""
 
 import json
 import math
@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import export
-from engine.adapters import num_weights
-from engine.models import find_blocks
-from engine.saved_models import load_saved
+from engine.export.saved_models import load_saved
+from engine.models.layers import find_layers
+from engine.models.parameters import num_weights
 from tests.ranks import make_trainer, trajectory
 from tests.runs import QUICK, Program, Run
 
@@ -42,7 +42,7 @@ def run(program: Program, *overrides: str) -> Run:
 
 
 def refused(program: Program, *overrides: str) -> str:
-    """The one line that a run ends with."""
+    """Run the program; returns its one-line error."""
     result = program(*overrides, defaults=SHORT)
     assert result.status in (2, 4) and result.err.count("\n") == 1, result.err
     return result.err
@@ -93,15 +93,15 @@ COMBINATIONS = {
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_dtypes_fit_together(program: Program, name: str) -> None:
+def test_combinations_of_dtypes_train(program: Program, name: str) -> None:
     sampled = ("sample_during_eval=true", "n_eval_model_samples=2", "max_length=270") if "padded" not in name else ()
     result = run(program, *DPO, *MODEL["qwen2" if "bias" in name else "llama"], *COMBINATIONS[name], *sampled)
     if "other" not in name:
         assert_starts_at_zero(result)
 
 
-def test_frozen_weights_have_the_dtype_that_they_run_in(tmp_path: Path) -> None:
-    """All but the head, and what shares its weight or is trained."""
+def test_frozen_weights_have_their_compute_dtype(tmp_path: Path) -> None:
+    """Exceptions: the head, weights tied to it, and trained weights."""
     for model, more, wide in (
         ("llama", (), {"lm_head.weight"}),
         ("llama", ("peft.full_modules=[embed_tokens]",), {"lm_head.weight", "model.embed_tokens.weight"}),
@@ -114,9 +114,28 @@ def test_frozen_weights_have_the_dtype_that_they_run_in(tmp_path: Path) -> None:
 
 
 def test_an_unquantised_base_shares_the_reference_of_the_full_model(program: Program) -> None:
-    run(program, *DPO, *LLAMA)
-    assert "all log-probs are in" in run(program, *DPO, *LLAMA, *LORA).out
-    assert "all log-probs are in" not in run(program, *DPO, *LLAMA, *QLORA, "peft.quant_type=fp4").out
+    archive = f"model.archive={run(program, 'loss=sft', *LLAMA, 'seed=11').dir}"
+    assert "all log-probs are in" not in run(program, *DPO, *LLAMA, archive).out
+    assert "all log-probs are in" in run(program, *DPO, *LLAMA, archive, *LORA).out
+    assert "all log-probs are in" not in run(program, *DPO, *LLAMA, archive, *QLORA, "peft.quant_type=fp4").out
+
+
+@pytest.mark.parametrize("reference", ["cached", "live"])
+def test_a_run_resumes_in_place_on_the_base_that_it_saved(program: Program, reference: str) -> None:
+    run_dir = program.directory / "in-place"
+    common = (
+        *DPO,
+        *LORA,
+        f"reference={reference}",
+        "save_every=4",
+        "keep_checkpoints=null",
+        f"local_run_dir={run_dir}",
+    )
+    before = adapter(run(program, *common))
+    shutil.rmtree(run_dir / "step-8")
+    resumed = run(program, *common, "resume=auto")
+    assert "resumed from" in resumed.out and (run_dir / "base").exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter(resumed).items())
 
 
 def test_cached_and_live_references_give_the_same_run(program: Program) -> None:
@@ -128,7 +147,7 @@ def test_cached_and_live_references_give_the_same_run(program: Program) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peft", [LORA, (*QLORA, "activation_checkpointing=true")])
-def test_compiled_blocks_train_as_plain_ones(peft: tuple[str, ...], tmp_path: Path) -> None:
+def test_compiled_layers_train_as_plain_ones(peft: tuple[str, ...], tmp_path: Path) -> None:
     losses, norms, weights = zip(
         *(
             trajectory(
@@ -152,17 +171,17 @@ def test_compiled_blocks_train_as_plain_ones(peft: tuple[str, ...], tmp_path: Pa
 def test_a_resumed_run_is_the_uninterrupted_one(program: Program, peft: str) -> None:
     optimizer = "PagedAdamW8bit" if peft == "qlora" else "AdamW"
     command = (*DPO, *LLAMA, f"peft={peft}", "peft.dropout=0.1", "save_every=4", f"optimizer={optimizer}")
-    whole = run(program, *command, f"local_run_dir={program.directory / 'whole'}")
-    again = run(program, *command, f"resume={whole.dir}/step-4", f"local_run_dir={program.directory / 'again'}")
-    assert all(torch.equal(adapter(again)[name], value) for name, value in adapter(whole).items())
-    assert again.steps[-1]["loss/train"] == whole.steps[-1]["loss/train"]
-    other = program(*command, f"resume={whole.dir}/step-4", "peft.rank=2", defaults=SHORT)
+    uninterrupted = run(program, *command, f"local_run_dir={program.directory / 'uninterrupted'}")
+    again = run(program, *command, f"resume={uninterrupted.dir}/step-4", f"local_run_dir={program.directory / 'again'}")
+    assert all(torch.equal(adapter(again)[name], value) for name, value in adapter(uninterrupted).items())
+    assert again.steps[-1]["loss/train"] == uninterrupted.steps[-1]["loss/train"]
+    other = program(*command, f"resume={uninterrupted.dir}/step-4", "peft.rank=2", defaults=SHORT)
     assert other.status == 2 and "peft.rank was 16 and is 2" in other.err
 
 
 @pytest.mark.parametrize("peft", ["lora", "qlora"])
 def test_another_base_under_the_same_name_is_refused(program: Program, peft: str) -> None:
-    """Also where nothing is compared with a reference."""
+    """Also for SFT, without a reference."""
     sft, start = run(program, "loss=sft", *LLAMA), program.directory / "start"
     start.mkdir()
     for path in (sft.dir / "LATEST").iterdir():
@@ -180,7 +199,7 @@ def test_another_base_under_the_same_name_is_refused(program: Program, peft: str
 
 
 def test_an_sft_adapter_becomes_a_dpo_adapter(program: Program) -> None:
-    """The reference is the base with the SFT adapter, never the bare base, whatever the seed of this run is."""
+    """The reference is the base with the SFT adapter, never the bare base, for any seed."""
     sft = run(program, "loss=sft", *LLAMA, *QLORA)
     archive = f"model.archive={sft.dir}"
     bare = run(program, *DPO, *LLAMA, *QLORA, "n_eval_examples=64", "eval_batch_size=64")
@@ -197,7 +216,7 @@ def test_an_sft_adapter_becomes_a_dpo_adapter(program: Program) -> None:
     )
     assert "peft.rank is 4 there, not 8" in refused(program, *DPO, *LLAMA, *QLORA, archive, "peft.rank=8")
     assert "is an adapter" in refused(program, *DPO, *LLAMA, archive)
-    assert "does not fit the model" in refused(program, *DPO, *MODEL["gpt2"], *QLORA, archive)
+    assert "does not match the model" in refused(program, *DPO, *MODEL["gpt2"], *QLORA, archive)
     other = run(program, *DPO, *LLAMA, *QLORA, archive, "save_every=4", "keep_checkpoints=null")
     message = refused(
         program, *DPO, *LLAMA, *QLORA, f"model.archive={bare.dir}", f"resume={other.dir}/step-4",
@@ -206,7 +225,7 @@ def test_an_sft_adapter_becomes_a_dpo_adapter(program: Program) -> None:
     assert "the reference of the run" in message
 
 
-def test_adapters_on_a_checkpoint_of_all_weights_name_it_as_their_base(program: Program) -> None:
+def test_adapters_on_a_full_checkpoint_name_it_as_their_base(program: Program) -> None:
     sft = run(program, "loss=sft", *LLAMA)
     dpo = run(program, *DPO, *LLAMA, *LORA, f"model.archive={sft.dir}/LATEST/policy.pt")
     assert_starts_at_zero(dpo)
@@ -215,17 +234,17 @@ def test_adapters_on_a_checkpoint_of_all_weights_name_it_as_their_base(program: 
     assert config["base_model_name_or_path"] == str(sft.dir / "step-8")
 
 
-def test_a_run_that_was_moved_finds_its_base(program: Program) -> None:
+def test_a_moved_run_finds_its_base(program: Program) -> None:
     sft = run(program, "loss=sft", *LLAMA, *LORA)
     moved = Path(shutil.move(sft.dir, program.directory / "moved"))
     assert run(program, *DPO, *LLAMA, *LORA, f"model.archive={moved}").evals
     load_saved(str(moved))
     shutil.rmtree(moved / "base")
-    assert "is not there" in refused(program, *DPO, *LLAMA, *LORA, f"model.archive={moved}")
+    assert "does not exist" in refused(program, *DPO, *LLAMA, *LORA, f"model.archive={moved}")
 
 
 def published(run: Run, directory: Path, **changed: Any) -> str:
-    """An adapter as others publish it: the files of peft's form alone, with some values changed."""
+    """Copy the peft files of an adapter, as published by others, with changed settings."""
     directory.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(run.dir / "LATEST" / name, directory)
@@ -234,8 +253,8 @@ def published(run: Run, directory: Path, **changed: Any) -> str:
     return f"model.archive={directory}"
 
 
-def test_an_adapter_stays_on_the_model_that_it_was_trained_on(program: Program) -> None:
-    """Its base decides the config too: the weights of one model would run with the rotary embedding of the other."""
+def test_an_adapter_stays_on_its_base_model(program: Program) -> None:
+    """Its base decides the config too, including the rotary embedding."""
     sft = run(program, "loss=sft", *LLAMA, *LORA)
     other = f"model.architecture={{model_type: llama, {SIZES}, rope_parameters: {{rope_theta: 100.0}}}}"
     message = refused(program, *DPO, *TINY, other, *LORA, f"model.archive={sft.dir}")
@@ -258,26 +277,26 @@ def test_adapters_of_other_kinds_are_refused(program: Program) -> None:
     run(program, "loss=sft", *LLAMA, *LORA, published(sft, program.directory / "plain", **plain))
 
 
-def test_an_adapter_that_names_no_base_takes_the_model_of_the_config(program: Program) -> None:
+def test_an_adapter_without_a_base_takes_the_model_of_the_config(program: Program) -> None:
     sft = run(program, "loss=sft", *LLAMA, *LORA)
     archive = published(sft, program.directory / "adapter", base_model_name_or_path=None)
     assert "names no base model; fix: " in refused(program, "loss=sft", *LLAMA, *LORA, archive)
-    named = ("model=blank_model", f"model.name_or_path={sft.dir}/base")
-    result = run(program, "loss=sft", *named, *LORA, archive)
-    assert f"names no base model, so {sft.dir}/base is taken" in result.out
+    base_model = ("model=blank_model", f"model.name_or_path={sft.dir}/base")
+    result = run(program, "loss=sft", *base_model, *LORA, archive)
+    assert f"names no base model; using model.name_or_path={sft.dir}/base" in result.out
     written = json.loads((result.dir / "LATEST" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == f"{sft.dir}/base"
 
 
-def test_a_start_with_another_model_has_another_base(program: Program) -> None:
+def test_a_run_with_another_model_has_another_base(program: Program) -> None:
     run_dir = program.directory / "run"
     command = ("loss=sft", *LLAMA, *LORA, f"local_run_dir={run_dir}", "resume=auto")
     for seed in (0, 1):
         result = run(program, *command, f"seed={seed}", "n_examples=4")
-        whole = run(program, "loss=sft", *LLAMA, f"seed={seed}", "lr=0", "n_examples=4")
-        base, expected = (load_file(path / "model.safetensors") for path in (run_dir / "base", whole.dir / "LATEST"))
+        full = run(program, "loss=sft", *LLAMA, f"seed={seed}", "lr=0", "n_examples=4")
+        base, expected = (load_file(path / "model.safetensors") for path in (run_dir / "base", full.dir / "LATEST"))
         assert all(torch.equal(base[name], value) for name, value in expected.items())
-        for path in result.dir.glob("step-*"):  # as if it had been killed before
+        for path in result.dir.glob("step-*"):  # as if killed before the first save
             shutil.rmtree(path)
         (run_dir / "LATEST").unlink()
 
@@ -323,7 +342,7 @@ def test_a_checkpoint_is_an_adapter_for_peft_and_merges(variant: str, architectu
     torch.testing.assert_close(logits(load_saved(str(tmp_path)).model), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_qlora_is_merged_into_the_base_as_it_was_before(tmp_path: Path) -> None:
+def test_qlora_is_merged_into_the_unquantised_base(tmp_path: Path) -> None:
     trainer = make_trainer(("llama", "sft", ("peft=qlora", "peft.rank=4", "n_epochs=1", "lr=1e-2")), tmp_path)
     trainer.train()
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").model
@@ -336,7 +355,7 @@ def test_qlora_is_merged_into_the_base_as_it_was_before(tmp_path: Path) -> None:
         assert torch.equal(layer.input_layernorm.weight, start.input_layernorm.weight)
 
 
-def test_what_is_exported_of_adapters_is_the_merged_model(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exports_of_adapters_are_the_merged_model(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     head = ("peft.full_modules=[lm_head]", "lr=1e-2")
     sft = run(program, "loss=sft", *LLAMA, *QLORA, *head)
     expected = load_saved(str(sft.dir)).model.state_dict()
@@ -355,7 +374,7 @@ def test_what_is_exported_of_adapters_is_the_merged_model(program: Program, monk
     assert all(torch.equal(saved[name], value) for name, value in expected.items())
 
 
-# ---- What is trained ----
+# ---- Trained parameters ----
 
 
 @pytest.mark.parametrize(
@@ -371,11 +390,11 @@ def test_what_is_exported_of_adapters_is_the_merged_model(program: Program, monk
         ("gpt2", "all_linear", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
     ],
 )
-def test_presets_of_layers(architecture: str, preset: str, expected: set[str], tmp_path: Path) -> None:
+def test_presets_of_target_modules(architecture: str, preset: str, expected: set[str], tmp_path: Path) -> None:
     job = (architecture, "sft", ("peft=lora", "peft.rank=2", f"peft.target_modules={preset}"))
     policy = make_trainer(job, tmp_path).policy
-    block = find_blocks(policy, None)[0]
-    found = {name.removesuffix(".lora_A") for name, _ in block.named_modules() if name.endswith(".lora_A")}
+    layer = find_layers(policy, None)[0]
+    found = {name.removesuffix(".lora_A") for name, _ in layer.named_modules() if name.endswith(".lora_A")}
     assert found == expected
     lora = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert lora == {name for name, _ in policy.named_parameters() if ".lora_" in name}
@@ -392,10 +411,11 @@ def test_self_attention_is_attention(architecture: str, program: Program) -> Non
 
 
 @pytest.mark.parametrize("peft", [LORA, QLORA])
-def test_what_is_in_no_linear_layer_is_told(peft: tuple[str, ...], program: Program) -> None:
+def test_weights_outside_linear_layers_are_reported(peft: tuple[str, ...], program: Program) -> None:
     mixtral = f"model.architecture={{model_type: mixtral, {SIZES}, num_local_experts: 4, num_key_value_heads: 2}}"
     result = run(program, *TINY, mixtral, *peft, "n_examples=4", "batching=padded", "debug=true")
-    assert "peft: 89% of the blocks' weights are in no linear layer (mlp.experts.down_proj, mlp" in result.out
+    notice = "peft: 89% of the transformer layers' weights are in no linear layer (mlp.experts.down_proj, mlp"
+    assert notice in result.out
     assert "in no linear layer" not in run(program, *LLAMA, *peft, "n_examples=4", "debug=true").out
 
 
@@ -403,16 +423,16 @@ def test_what_is_in_no_linear_layer_is_told(peft: tuple[str, ...], program: Prog
     "bias, model, needs_copy",
     [("all", "llama", False), ("lora_only", "llama", False), ("lora_only", "qwen2", True), ("none", "qwen2", False)],
 )
-def test_a_second_model_is_held_only_where_the_base_is_trained(
+def test_a_second_model_is_loaded_only_if_the_base_is_trained(
     bias: str, model: str, needs_copy: bool, tmp_path: Path
 ) -> None:
     overrides = ("peft=lora", "peft.rank=2", "reference=live", f"peft.bias={bias}")
     trainer = make_trainer((model, "dpo", overrides), tmp_path)
-    assert (trainer.reference.model is not trainer.policy) == needs_copy
+    assert (trainer.runner.reference.model is not trainer.policy) == needs_copy
     assert any(name.endswith("bias") for name in trainable(trainer.policy)) == needs_copy
 
 
-def test_shards_of_several_dtypes_are_refused_before_they_are_made(program: Program) -> None:
+def test_shards_of_several_dtypes_are_refused_before_sharding(program: Program) -> None:
     command = (
         *LLAMA,
         "plan=true",
@@ -431,27 +451,27 @@ def trainable(model: torch.nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def test_only_what_is_trained_reaches_the_optimizer(tmp_path: Path) -> None:
+def test_only_trained_parameters_reach_the_optimizer(tmp_path: Path) -> None:
     overrides = ("peft=lora", "peft.rank=2", "peft.full_modules=[lm_head]", "peft.target_modules=attention_qv")
     trainer = make_trainer(("qwen2", "sft", overrides), tmp_path)
     names = {id(parameter): name for name, parameter in trainer.policy.named_parameters()}
-    given = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
-    updated = {names[id(parameter)] for parameter in given}
-    assert {name for name in updated if ".lora_" not in name} == {"model.embed_tokens.weight"}  # which the head shares
+    optimized = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    updated = {names[id(parameter)] for parameter in optimized}
+    assert {name for name in updated if ".lora_" not in name} == {"model.embed_tokens.weight"}  # tied to the head
     assert num_weights(trainer.policy)[0] == sum(
         p.numel() for group in trainer.optimizer.param_groups for p in group["params"]
     )
 
 
-def test_names_that_mean_nothing_are_refused(program: Program) -> None:
-    assert "lm_head is no linear layer inside the blocks" in refused(
+def test_unknown_module_names_are_refused(program: Program) -> None:
+    assert "lm_head is not a linear layer inside the transformer layers" in refused(
         program, *LLAMA, *LORA, "peft.target_modules=[lm_head]"
     )
     assert "has no module lm_hat" in refused(program, *LLAMA, *LORA, "peft.full_modules=[lm_hat]")
     assert "is quantised or has an adapter" in refused(program, *LLAMA, *QLORA, "peft.full_modules=[mlp]")
 
 
-def test_a_part_of_the_model_is_trained_in_full(program: Program) -> None:
+def test_freezing_trains_the_other_parameters(program: Program) -> None:
     result = run(program, *DPO, *LLAMA, "freeze.first_n_layers=1", "freeze.patterns=[embed,norm]", "reference=live")
     assert_starts_at_zero(result)
     weights = load_file(result.dir / "LATEST" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""A plan against what is measured: state byte by byte, peaks as the operating system sees them."""
+"""Plans against measurements: state byte by byte, peaks as seen by the operating system."""
 
 import ctypes
 import gc
@@ -6,24 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from engine.batching import lay_out
-from engine.films import film_tokenizer
-from engine.metrics import Sums
-from engine.plan import HARDWARE, Plan, Work, make_plan
-from engine.sharding import own
-from engine.tokenization import Split
-from engine.validation import CHECKS, validate_config
+from engine.data.examples import Split
+from engine.data.films import film_tokenizer
+from engine.models.shards import local_shard
+from engine.run.plan import Plan, make_plan
+from engine.run.workload import Work
+from engine.settings.schema import Settings
+from engine.step.layout import lay_out
+from engine.step.metrics import MetricAccumulator
+from tests.configs import make_settings
 from tests.models import pair_examples, random_examples
-from tests.ranks import CONFIG, on_ranks
+from tests.ranks import on_ranks
 from tests.runs import Program
-from trainers import trainer_class
+from trainers import TRAINERS
 
-# A few million parameters, so that what is measured is more than noise.
+# A few million parameters, so the measured memory exceeds the noise.
 MODELS = {
     "llama": "hidden_size: 256, intermediate_size: 688, num_hidden_layers: 4, num_attention_heads: 4,"
     " num_key_value_heads: 2, tie_word_embeddings: false",
@@ -34,57 +34,54 @@ FSDP, TENSOR = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer"
 EXAMPLES = Split(random_examples([(150 + 10 * i, 60, 70) for i in range(8)]))
 
 
-def configured(architecture: str, *overrides: str) -> DictConfig:
-    described = (
+def configured(architecture: str, *overrides: str) -> Settings:
+    architecture_text = (
         f"{{model_type: {architecture}, vocab_size: 8192, max_position_embeddings: 512, {MODELS[architecture]}}}"
     )
     settings = [
         *("model=blank_model", "model.name_or_path=tiny", "model.tokenizer_name_or_path=films", "loss=dpo"),
         *("loss.beta=0.1", "n_epochs=1", "batch_size=8", "token_budget=3000", "wandb.enabled=false"),
-        *("sample_during_eval=false", f"model.architecture={described}"),
+        *("sample_during_eval=false", f"model.architecture={architecture_text}"),
     ]
-    with initialize_config_dir(CONFIG, version_base=None):
-        config = compose("config", [*settings, *overrides])
-    validate_config(config)
-    return config
+    return make_settings(*settings, *overrides)
 
 
-def planned(config: DictConfig, num_processes: int = 1) -> Plan:
-    return make_plan(config, trainer_class(config), with_padding(), EXAMPLES, Split([]), num_processes)
+def planned(settings: Settings, num_processes: int = 1) -> Plan:
+    return make_plan(settings, TRAINERS[settings.trainer], padding_tokenizer(), EXAMPLES, Split([]), num_processes)
 
 
-def with_padding() -> Any:
+def padding_tokenizer() -> Any:
     tokenizer = film_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def measured(config: DictConfig, directory: Path) -> dict[str, int]:
-    """Bytes of a real trainer's state, and what a step takes above what is held before."""
-    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)  # large tensors are given back when they are freed
-    config.cache_dir = str(directory)
-    trainer = trainer_class(config)(config, directory, with_padding(), EXAMPLES, Split([]))
-    (batch,) = trainer.prepared(trainer.train_batches())
+def measured(settings: Settings, directory: Path) -> dict[str, int]:
+    """Measure the state of a real trainer, and the peak of a step above it, in bytes."""
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)  # freed large tensors return to the system
+    settings = settings.named(exp_name="measured", cache_dir=str(directory), local_run_dir=str(directory))
+    trainer = TRAINERS[settings.trainer](settings, directory, padding_tokenizer(), EXAMPLES, Split([]))
+    (batch,) = map(trainer.prepare, trainer.train_batches())
     trainer.step(batch)
     trainer.step(batch)
     found = {"parameters": size(trainer.policy.parameters()), "optimizer": size(trainer.optimizer.state.values())}
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    idle = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    idle = process_bytes("VmRSS")
     trainer.step(batch)
-    found["step"] = resident("VmHWM") - idle
-    trainer.add_gradients(batch, Sums())
+    found["step"] = process_bytes("VmHWM") - idle
+    trainer.accumulate_gradients(batch, MetricAccumulator())
     found["gradients"] = size(parameter.grad for parameter in trainer.policy.parameters())
     return found
 
 
-def resident(field: str) -> int:
+def process_bytes(field: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
 
 
 def size(values: Any) -> int:
-    return sum(own(value).nbytes for value in tree_leaves([*values]) if isinstance(value, Tensor))
+    return sum(local_shard(value).nbytes for value in tree_leaves([*values]) if isinstance(value, Tensor))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +100,7 @@ def size(values: Any) -> int:
         ("llama", 2, (FSDP, "peft=qlora", "mixed_precision=bfloat16")),
     ],
 )
-def test_a_plan_is_what_is_measured(
+def test_a_plan_matches_the_measurement(
     architecture: str, num_ranks: int, overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     config = configured(architecture, *overrides)
@@ -115,7 +112,7 @@ def test_a_plan_is_what_is_measured(
     assert memory.peak - memory.state == pytest.approx(found["step"], rel=0.2)
 
 
-def test_work_is_that_of_the_laid_out_row() -> None:
+def test_work_counts_the_tokens_of_the_row() -> None:
     examples = pair_examples()
     batch, work = lay_out(examples), Work.of(examples, "packed")
     assert (work.tokens, work.targets) == (batch.num_tokens, len(batch.targets))
@@ -131,11 +128,6 @@ def test_more_processes_need_less_and_are_faster() -> None:
     assert seconds == sorted(seconds, reverse=True) and len(set(seconds)) == 3
 
 
-def test_every_hardware_can_be_asked_for() -> None:
-    assert all(CHECKS["plan_hardware"].accepts(name) for name in (*HARDWARE, None))
-    assert not CHECKS["plan_hardware"].accepts("abacus")
-
-
 def test_the_program_plans_and_leaves_no_run(program: Program) -> None:
     run = program.ok("plan=true", FSDP, "num_processes=64", "plan_hardware=a100", "loss=dpo", "loss.beta=0.1")
     assert "plan of FSDPTrainer on 64 GPUs" in run.out and "\nfits" in run.out
@@ -148,7 +140,7 @@ def test_a_model_that_is_too_large_does_not_fit(program: Program) -> None:
     assert "does not fit" in run.out
 
 
-def test_a_live_reference_is_held_beside_the_policy() -> None:
+def test_a_live_reference_takes_memory_beside_the_policy() -> None:
     cached, live = (planned(configured("llama", f"reference={kind}")).memory for kind in ("cached", "live"))
     assert (cached.reference, live.reference) == (0, live.parameters)
     assert live.state - cached.state == pytest.approx(live.parameters, rel=0.01)

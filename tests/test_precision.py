@@ -1,4 +1,4 @@
-"""Parameters in another dtype for a while: who is cast, what comes back, and where gradients go."""
+"""Temporary casts of parameters: the cast ones, their restoration, and the gradients."""
 
 import copy
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.batching import lay_out
-from engine.logprobs import response_logps
-from engine.precision import model_in, parameters_in
+from engine.models.precision import parameters_in, run_in_dtype
+from engine.step.heads import response_logps, run_head
+from engine.step.layout import lay_out
 from tests.models import pair_examples, tiny_model
 
 TOKENS = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 4, 5, 1])]
 
 
 class Tied(nn.Module):
-    """A language model of sorts: embedding and head share a weight, and there are frozen integers."""
+    """A toy language model with tied embedding and head, and frozen integers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_all_but_integers_have_the_dtype_inside_and_their_own_after() -> None:
+def test_floats_are_cast_inside_and_restored_after() -> None:
     model = Tied()
     before = dict(model.named_parameters())
     with parameters_in(model, torch.bfloat16):
@@ -55,7 +55,7 @@ def test_all_but_integers_have_the_dtype_inside_and_their_own_after() -> None:
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
 
 
-def test_the_originals_are_back_after_an_exception() -> None:
+def test_originals_are_restored_after_an_exception() -> None:
     model = Tied()
     before = list(model.parameters())
     with pytest.raises(KeyError), parameters_in(model, torch.bfloat16):
@@ -69,7 +69,7 @@ def test_a_tied_weight_is_copied_once() -> None:
         assert model.head.weight is model.embedding.weight
 
 
-def test_gradients_are_those_of_a_model_cast_by_hand_added_in_fp32() -> None:
+def test_gradients_equal_a_model_cast_by_hand_summed_in_fp32() -> None:
     model = Tied()
     with parameters_in(model, torch.bfloat16):
         for tokens in TOKENS:
@@ -89,7 +89,7 @@ def test_gradients_are_those_of_a_model_cast_by_hand_added_in_fp32() -> None:
         assert torch.equal(gradient, expected[name])
 
 
-def test_what_is_kept_stays_though_its_tied_twin_is_cast() -> None:
+def test_kept_modules_are_not_cast_even_when_tied() -> None:
     model = Tied()
     weight = model.head.weight
     with parameters_in(model, torch.bfloat16, keep=[model.head]):
@@ -98,10 +98,10 @@ def test_what_is_kept_stays_though_its_tied_twin_is_cast() -> None:
         model(TOKENS[0]).backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32
     rows = weight.grad.ne(0).any(1)
-    assert rows.all()  # of the head all, of the embedding four
+    assert rows.all()  # the head reaches all rows, the embedding four
 
 
-def test_their_own_dtype_leaves_the_parameters() -> None:
+def test_the_same_dtype_changes_nothing() -> None:
     model = Tied()
     before = list(model.parameters())
     with parameters_in(model, torch.float32):
@@ -117,17 +117,17 @@ def test_without_gradients_copies_have_none() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])  # qwen2 and gpt2 with tied embeddings
-def test_a_model_runs_in_a_dtype_between_embeddings_and_head_that_keep_theirs(architecture: str) -> None:
+def test_layers_run_in_the_dtype_embeddings_and_head_do_not(architecture: str) -> None:
     model = tiny_model(architecture)
     dtypes = []
     model.base_model.register_forward_hook(lambda module, args, output: dtypes.append(output.last_hidden_state.dtype))
     batch = lay_out(pair_examples(), "padded")
-    with model_in(model, torch.bfloat16):
+    with run_in_dtype(model, torch.bfloat16):
         assert model.get_input_embeddings().weight.dtype == torch.float32
-        loss, logps = response_logps(model, batch, lambda logps, part: logps.sum())
+        loss, logps = run_head(model, batch, lambda logps, span: logps.sum())
         loss.backward()
     assert dtypes == [torch.bfloat16] and logps.dtype == torch.float32
     assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in model.parameters())
-    with model_in(model, None):
+    with run_in_dtype(model, None):
         response_logps(model, batch)
     assert dtypes[1] == torch.float32

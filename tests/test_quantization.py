@@ -1,4 +1,4 @@
-"""Quantised layers against their dequantised weights; what a model in 4 bits keeps when it is cast, moved or copied."""
+"""Quantised layers against their dequantised weights, also after a cast, move or copy."""
 
 import copy
 
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.models import find_blocks
-from engine.precision import parameters_in
-from engine.quantization import QuantizedLinear, quantize
+from engine.models.layers import find_layers
+from engine.models.precision import parameters_in
+from engine.models.quantization import QuantizedLinear, quantize
 from tests.models import tiny_model
 from utils import UserError
 
@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 KINDS = ("nf4", "fp4", "int8")
 
 
-def quantized(layer: nn.Linear | Conv1D, kind: str = "nf4", **how: object) -> QuantizedLinear:
-    settings = {"double_quant": True, "compute_dtype": None, "storage_dtype": torch.uint8, "device": CPU, **how}
+def quantized(layer: nn.Linear | Conv1D, kind: str = "nf4", **options: object) -> QuantizedLinear:
+    settings = {"double_quant": True, "compute_dtype": None, "storage_dtype": torch.uint8, "device": CPU, **options}
     return QuantizedLinear(layer, quant_type=kind, **settings)  # type: ignore[arg-type]
 
 
@@ -27,10 +27,12 @@ def linear(inputs: int = 64, outputs: int = 48) -> nn.Linear:
     return nn.Linear(inputs, outputs)
 
 
-@pytest.mark.parametrize("sizes", [(64, 48), (32, 33), (7, 5)])  # rows that blocks divide, and others
+@pytest.mark.parametrize("sizes", [(64, 48), (32, 33), (7, 5)])  # rows of full blocks, and others
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_product_with_the_dequantised_weight(kind: str, double_quant: bool, sizes: tuple[int, int]) -> None:
+def test_output_is_the_product_with_the_dequantised_weight(
+    kind: str, double_quant: bool, sizes: tuple[int, int]
+) -> None:
     layer = linear(*sizes)
     weight = layer.weight.detach().clone()
     packed = quantized(layer, kind, double_quant=double_quant)
@@ -55,7 +57,7 @@ def test_training_and_evaluation_give_the_same_bits(kind: str) -> None:
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_any_storage_holds_the_same_numbers_and_is_not_cast(kind: str, storage: torch.dtype) -> None:
+def test_storage_dtypes_hold_the_same_numbers_and_are_not_cast(kind: str, storage: torch.dtype) -> None:
     expected = quantized(linear(), kind).dequantize()
     packed = quantized(linear(), kind, storage_dtype=storage)
     assert packed.weight.dtype == storage and torch.equal(packed.dequantize(), expected)
@@ -66,7 +68,7 @@ def test_any_storage_holds_the_same_numbers_and_is_not_cast(kind: str, storage: 
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_weights_that_are_no_whole_number_of_the_storage_are_refused(device: str) -> None:
+def test_weights_must_fill_whole_numbers_of_the_storage_dtype(device: str) -> None:
     quantized(nn.Linear(30, 3, device=device), storage_dtype=torch.uint8)
     with pytest.raises(UserError, match="a layer of 3 x 30 weights in 4 bits"):
         quantized(nn.Linear(30, 3, device=device), storage_dtype=torch.bfloat16)
@@ -75,7 +77,7 @@ def test_weights_that_are_no_whole_number_of_the_storage_are_refused(device: str
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("compute", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_dtype_goes_in_and_comes_out(kind: str, compute: torch.dtype | None, dtype: torch.dtype) -> None:
+def test_outputs_have_the_dtype_of_inputs(kind: str, compute: torch.dtype | None, dtype: torch.dtype) -> None:
     packed = quantized(linear(), kind, compute_dtype=compute)
     inputs = torch.randn(3, 64, dtype=dtype, requires_grad=True)
     output: Tensor = packed(inputs)
@@ -86,7 +88,7 @@ def test_any_dtype_goes_in_and_comes_out(kind: str, compute: torch.dtype | None,
     torch.testing.assert_close(output.double(), expected, rtol=0.02, atol=0.03 if low else 1e-5)
 
 
-def test_layers_of_gpt2_are_the_other_way_round() -> None:
+def test_weights_of_gpt2_are_transposed() -> None:
     layer = Conv1D(48, 64)
     weight = layer.weight.detach().T.clone()
     packed = quantized(layer, "int8")
@@ -95,10 +97,10 @@ def test_layers_of_gpt2_are_the_other_way_round() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_and_state_dicts_have_all_of_it(kind: str) -> None:
+def test_copies_and_state_dicts_are_complete(kind: str) -> None:
     packed = quantized(linear(), kind)
-    again = copy.deepcopy(packed)
-    assert torch.equal(again.dequantize(), packed.dequantize())
+    copied = copy.deepcopy(packed)
+    assert torch.equal(copied.dequantize(), packed.dequantize())
     other = quantized(nn.Linear(64, 48), kind)
     other.load_state_dict(packed.state_dict())
     assert torch.equal(other.dequantize(), packed.dequantize())
@@ -108,7 +110,7 @@ def test_copies_and_state_dicts_have_all_of_it(kind: str) -> None:
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(64, 48), (520, 256)])
-def test_a_layer_without_contents_has_its_sizes(sizes, kind, double_quant: bool, storage: torch.dtype) -> None:
+def test_a_layer_on_meta_has_the_same_shapes(sizes, kind, double_quant: bool, storage: torch.dtype) -> None:
     full, empty = (
         quantized(nn.Linear(sizes[0], sizes[1], device=device), kind, double_quant=double_quant, storage_dtype=storage)
         for device in ("cpu", "meta")
@@ -121,15 +123,15 @@ def test_a_layer_without_contents_has_its_sizes(sizes, kind, double_quant: bool,
 def test_a_model_keeps_its_head_embeddings_and_norms(architecture: str) -> None:
     model = tiny_model(architecture)
     kept = {name: value.clone() for name, value in model.named_parameters() if value.ndim == 1}
-    before = sum(parameter.nbytes for block in find_blocks(model, None) for parameter in block.parameters())
-    blocks = find_blocks(model, None)
+    before = sum(parameter.nbytes for layer in find_layers(model, None) for parameter in layer.parameters())
+    layers = find_layers(model, None)
     quantize(
-        model, blocks, device=CPU, quant_type="nf4", double_quant=True, compute_dtype=None, storage_dtype=torch.uint8
+        model, layers, device=CPU, quant_type="nf4", double_quant=True, compute_dtype=None, storage_dtype=torch.uint8
     )
-    after = sum(tensor.nbytes for block in find_blocks(model, None) for tensor in block.state_dict().values())
-    assert after < before / 2  # of tiny layers; each has a code of a kilobyte
+    after = sum(tensor.nbytes for layer in find_layers(model, None) for tensor in layer.state_dict().values())
+    assert after < before / 2  # layers are tiny, and each has a code of 1 KB
     assert not isinstance(model.get_output_embeddings(), QuantizedLinear)
-    now = dict(model.named_parameters())
-    assert all(torch.equal(now[name], value) for name, value in kept.items())
-    linears = [m for block in find_blocks(model, None) for m in block.modules() if isinstance(m, nn.Linear | Conv1D)]
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in kept.items())
+    linears = [m for layer in find_layers(model, None) for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)]
     assert linears and all(isinstance(module, QuantizedLinear) for module in linears)

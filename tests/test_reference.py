@@ -1,4 +1,4 @@
-"""The cache of reference log-probs on disk."""
+"""Reference log-probs and their cache on disk."""
 
 import json
 import multiprocessing
@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 
-from engine.batching import lay_out
-from engine.logprobs import response_logps
-from engine.models import use_packed_attention
-from engine.reference import CachedReference, LiveReference, reference_key, weights_hash
+from engine.models.hashing import weights_hash
+from engine.step.heads import response_logps
+from engine.step.layout import lay_out
+from engine.step.packing_check import use_packed_attention
+from engine.step.reference import LiveReference, reference_key
+from engine.step.reference_cache import CachedReference
 from tests.models import pair_examples, random_examples, tiny_model
 from tests.runs import Program
 from trainers import BasicTrainer
@@ -26,7 +28,7 @@ def model():
     return model
 
 
-def test_what_is_added_is_there_in_the_next_process(tmp_path, model) -> None:
+def test_added_values_are_read_by_the_next_process(tmp_path, model) -> None:
     batch = lay_out(pair_examples())
     logps = LiveReference(model).logps(batch)
     cache = CachedReference(tmp_path / "key.sqlite")
@@ -37,7 +39,7 @@ def test_what_is_added_is_there_in_the_next_process(tmp_path, model) -> None:
     assert torch.equal(again.logps(batch).float(), logps)
 
 
-def test_values_do_not_depend_on_the_batch_that_asks(tmp_path, model) -> None:
+def test_values_do_not_depend_on_the_batch(tmp_path, model) -> None:
     examples = pair_examples()
     cache = CachedReference(tmp_path / "key.sqlite")
     cache.add(lay_out(examples), LiveReference(model).logps(lay_out(examples)))
@@ -46,7 +48,7 @@ def test_values_do_not_depend_on_the_batch_that_asks(tmp_path, model) -> None:
         torch.testing.assert_close(cache.logps(batch).float(), LiveReference(model).logps(batch), rtol=1e-5, atol=1e-5)
 
 
-def test_a_prompt_and_response_are_told_apart_by_where_they_meet(tmp_path, model) -> None:
+def test_the_boundary_of_prompt_and_response_matters(tmp_path, model) -> None:
     (example,) = random_examples([(4, 3)])
     cache = CachedReference(tmp_path / "key.sqlite")
     batch = lay_out([example])
@@ -65,7 +67,7 @@ def test_two_processes_may_fill_one_cache(tmp_path, model) -> None:
     assert torch.equal(CachedReference(tmp_path / "key.sqlite").logps(batch).float(), logps)
 
 
-def test_processes_that_start_at_once_do_not_shut_each_other_out(tmp_path) -> None:
+def test_simultaneous_processes_do_not_lock_each_other_out(tmp_path) -> None:
     context = multiprocessing.get_context("fork")
     for attempt in range(10):
         barrier = context.Barrier(4)
@@ -83,7 +85,7 @@ def open_at_once(path, barrier) -> None:
     CachedReference(path)
 
 
-def test_a_cache_that_is_no_database_is_named(tmp_path) -> None:
+def test_a_corrupt_cache_is_named(tmp_path) -> None:
     (tmp_path / "key.sqlite").write_text("not a database" * 100)
     with pytest.raises(UserError, match=r"key\.sqlite") as caught:
         CachedReference(tmp_path / "key.sqlite")
@@ -91,7 +93,7 @@ def test_a_cache_that_is_no_database_is_named(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("what", ["logp", "response"])
-def test_a_flipped_bit_is_noticed_and_made_good(tmp_path, model, capsys, what: str) -> None:
+def test_a_flipped_bit_is_found_and_repaired(tmp_path, model, capsys, what: str) -> None:
     batch = lay_out(pair_examples())
     logps = LiveReference(model).logps(batch)
     path = tmp_path / "key.sqlite"
@@ -109,7 +111,7 @@ def test_a_flipped_bit_is_noticed_and_made_good(tmp_path, model, capsys, what: s
     assert torch.equal(CachedReference(path).logps(batch).float(), logps)
 
 
-def test_the_key_follows_all_that_decides_the_numbers() -> None:
+def test_the_key_depends_on_everything_affecting_the_values() -> None:
     def key(model, *settings: str) -> str:
         return reference_key(weights_hash(model, {}), settings, model.device)
 
@@ -135,37 +137,38 @@ def test_another_version_of_transformers_has_the_same_weights(monkeypatch: pytes
     assert weights_hash(tiny_model("llama"), {}) == before
 
 
-def test_one_epoch_has_all_that_is_to_be_computed(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many follow it."""
+def test_one_epoch_computes_the_whole_cache(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any number of epochs."""
     path = program.directory / "rows.jsonl"
     rows = ({"prompt": f"q{n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(14))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    num_cuts = 0
+    num_splits = 0
 
-    def cut(self: BasicTrainer, *arguments):
-        nonlocal num_cuts
-        num_cuts += 1
-        if num_cuts > 20:
+    def split_batch(self: BasicTrainer, *arguments):
+        nonlocal num_splits
+        num_splits += 1
+        if num_splits > 20:
             raise UserError("DATA", "too many", "look at an epoch")
-        return plain_cut(self, *arguments)
+        return plain_split(self, *arguments)
 
     def prepare_policy(self: BasicTrainer) -> None:
-        assert isinstance(self.reference, CachedReference)
-        assert len(self.reference) == 2 * (len(self.train_examples) + len(self.eval_examples)) == 28
+        reference = self.runner.reference
+        assert isinstance(reference, CachedReference)
+        assert len(reference) == 2 * (len(self.train_examples) + len(self.evaluator.examples)) == 28
         raise UserError("DATA", "all there", "")
 
-    plain_cut = BasicTrainer.cut
-    monkeypatch.setattr(BasicTrainer, "cut", cut)
+    plain_split = BasicTrainer.split_batch
+    monkeypatch.setattr(BasicTrainer, "split_batch", split_batch)
     monkeypatch.setattr(BasicTrainer, "prepare_policy", prepare_policy)
     given = (f"datasets=[{path}]", "test_fraction=0.2", "n_epochs=null", "n_examples=100000000")
     for batch_size in (1, 4, 64):
         cache_dir = program.directory / f"cache-{batch_size}"
         run = program(*given, "loss=dpo", "loss.beta=0.1", f"batch_size={batch_size}", f"cache_dir={cache_dir}")
         assert "all there" in run.err
-        num_cuts = 0
+        num_splits = 0
 
 
 def test_reference_log_probs_have_no_gradient(model) -> None:
     batch = lay_out(pair_examples())
     assert not LiveReference(model).logps(batch).requires_grad
-    assert torch.equal(LiveReference(model).logps(batch), response_logps(model, batch)[1])
+    assert torch.equal(LiveReference(model).logps(batch), response_logps(model, batch))

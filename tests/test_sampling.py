@@ -1,11 +1,11 @@
-"""Sampling with a KV cache in left-padded batches, beside the distribution that it should draw from."""
+"""Sampling with a KV cache in left-padded batches, against the distribution of the model."""
 
 import numpy as np
 import torch
 
-from engine.attention import attention_of
-from engine.models import use_packed_attention
-from engine.sampling import sample_responses
+from engine.models.attention_switch import attention_of
+from engine.models.generation import sample_responses
+from engine.step.packing_check import use_packed_attention
 from tests.models import VOCABULARY, random_examples, tiny_model
 
 
@@ -35,26 +35,28 @@ def test_samples_follow_the_seed_and_leave_the_generator_alone() -> None:
     first = sample(model, prompts)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.training and model.config._attn_implementation == "packed"
-    assert [answer.tolist() for answer in sample(model, prompts)] == [answer.tolist() for answer in first]
-    assert [answer.tolist() for answer in sample(model, prompts, seed=1)] != [answer.tolist() for answer in first]
-    for answer in first:
-        assert 1 <= len(answer) <= 6 and answer.dtype == np.int32
-        assert 1 not in answer[:-1]  # nothing after the end of the text
+    assert [response.tolist() for response in sample(model, prompts)] == [response.tolist() for response in first]
+    assert [response.tolist() for response in sample(model, prompts, seed=1)] != [
+        response.tolist() for response in first
+    ]
+    for response in first:
+        assert 1 <= len(response) <= 6 and response.dtype == np.int32
+        assert 1 not in response[:-1]  # no token after the end of text
 
 
 def test_samples_are_drawn_from_the_model() -> None:
-    """First tokens of many answers against the model's probabilities, prompts of two lengths in each batch."""
+    """First tokens of many responses match the model's probabilities, with two prompt lengths a batch."""
     model = tiny_model("gpt_neox")
     prompts = [example.prompt for example in random_examples([(3, 1), (8, 1)])]
-    answers = sample(model, prompts * 1500, batch_size=1000, max_new_tokens=1)
+    responses = sample(model, prompts * 1500, batch_size=1000, max_new_tokens=1)
     for index, prompt in enumerate(prompts):
         with torch.no_grad():
             logits = model(torch.from_numpy(prompt.astype(np.int64))[None]).logits[0, -1]
-        counts = np.bincount([answer[0] for answer in answers[index::2]], minlength=VOCABULARY) / 1500
+        counts = np.bincount([response[0] for response in responses[index::2]], minlength=VOCABULARY) / 1500
         assert np.abs(counts - logits.softmax(-1).numpy()).sum() < 0.2
 
 
-def test_attention_of_restores_what_was() -> None:
+def test_attention_of_restores_the_attention() -> None:
     model = tiny_model("llama")
     use_packed_attention(model)
     with attention_of(model, "sdpa"):
@@ -62,12 +64,12 @@ def test_attention_of_restores_what_was() -> None:
     assert model.config._attn_implementation == "packed"
 
 
-def test_the_models_own_generation_settings_are_left_out() -> None:
-    """A repetition penalty, as some published models have, would not sample from the policy."""
+def test_generation_settings_of_the_model_are_ignored() -> None:
+    """Some published models set a repetition penalty; with it, samples would not be from the policy."""
     model = tiny_model("llama")
     prompts = [example.prompt for example in random_examples([(4, 1), (9, 1)])]
-    plain = [answer.tolist() for answer in sample(model, prompts, max_new_tokens=20)]
+    plain = [response.tolist() for response in sample(model, prompts, max_new_tokens=20)]
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.min_p = 0.5
-    assert [answer.tolist() for answer in sample(model, prompts, max_new_tokens=20)] == plain
+    assert [response.tolist() for response in sample(model, prompts, max_new_tokens=20)] == plain
     assert model.generation_config.min_p == 0.5

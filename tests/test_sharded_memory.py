@@ -1,4 +1,4 @@
-"""Memory of a process falls with the number of processes: parameters and optimizer state."""
+"""Parameters and optimizer state of a rank shrink with the world size."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import pytest
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from engine.sharding import own
+from engine.models.shards import local_shard
 from tests.ranks import Job, make_trainer, on_ranks
 
 pytestmark = pytest.mark.alone
 
-# So wide that norms, which tensor parallelism does not split, and the rests of uneven shards are next to nothing.
+# Wide enough to make two costs negligible: norms, unsplit under tensor parallelism, and uneven shards.
 WIDE = tuple(
     f"model.architecture.{key}={value}"
     for key, value in {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}.items()
@@ -20,13 +20,13 @@ TRAINERS = ("FSDPTrainer", "TensorParallelTrainer")
 
 
 def state_bytes(jobs: list[Job], directory: Path) -> list[int]:
-    """Of each job, what this process has of parameters and optimizer state after a step."""
+    """Local bytes of parameters and optimizer state after one step of each job."""
     found = []
     for job in jobs:
         trainer = make_trainer(job, directory)
-        trainer.step(next(iter(trainer.prepared(trainer.train_batches()))))
+        trainer.step(trainer.prepare(next(trainer.train_batches())))
         state = tree_leaves([[*trainer.policy.parameters()], [*trainer.optimizer.state.values()]])
-        found.append(sum(own(value).nbytes for value in state if isinstance(value, Tensor)))
+        found.append(sum(local_shard(value).nbytes for value in state if isinstance(value, Tensor)))
     return found
 
 
@@ -40,7 +40,7 @@ def on_one(tmp_path_factory) -> int:
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_state_is_shared_equally(num_ranks: int, on_one: int, tmp_path: Path) -> None:
+def test_state_is_split_equally(num_ranks: int, on_one: int, tmp_path: Path) -> None:
     for of_rank in on_ranks(num_ranks, state_bytes, jobs(*TRAINERS), tmp_path):
         for trainer, held in zip(TRAINERS, of_rank, strict=True):
             assert held == pytest.approx(on_one / num_ranks, rel=0.1), trainer

@@ -1,4 +1,4 @@
-"""Adapters under FSDP: the trajectory of one process, with whole and with quantised base models."""
+"""Adapters under FSDP equal one process, on full and on quantised base models."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from engine.saved_models import load_saved
+from engine.export.saved_models import load_saved
 from tests.ranks import Job, Trajectory, make_trainer, on_ranks, trajectories
 
 pytestmark = pytest.mark.alone
@@ -35,7 +35,7 @@ SETTINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "freeze-tensor": ("llama", "dpo", ("freeze.first_n_layers=1", "freeze.patterns=[embed_tokens]")),
     "freeze-tensor-gpt2": ("gpt2", "dpo", ("freeze.patterns=[ln_]", "reference=live")),
 }
-# What two processes have where that is not FSDP alone.
+# Overrides on two processes; the default is FSDP alone.
 SHARDED = {
     "qlora-offloaded": (FSDP, "fsdp.cpu_offload=true"),
     "freeze-tensor": (TENSOR,),
@@ -73,8 +73,8 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(tokens, use_cache=False).logits
 
 
-def whole_run(job: Job, run_dir: Path, checkpoint: Path | None = None) -> torch.Tensor:
-    """Train as job says, in a directory that all ranks share; returns what the trained model says of some tokens."""
+def train_job(job: Job, run_dir: Path, checkpoint: Path | None = None) -> torch.Tensor:
+    """Train a job in a directory common to all ranks; returns logits of the trained model."""
     trainer = make_trainer(job, run_dir)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train(checkpoint)
@@ -84,16 +84,16 @@ def whole_run(job: Job, run_dir: Path, checkpoint: Path | None = None) -> torch.
 
 def sharded_runs(directory: Path) -> torch.Tensor:
     job = (*RUN[:2], (*RUN[2], "trainer=FSDPTrainer", "sample_during_eval=true", "max_length=80"))
-    whole_run(job, directory / "fsdp")
-    whole_run(job, directory / "again", directory / "fsdp" / "step-20")
-    whole_run(job, directory / "from-basic", directory / "basic" / "step-20")
+    train_job(job, directory / "fsdp")
+    train_job(job, directory / "again", directory / "fsdp" / "step-20")
+    train_job(job, directory / "from-basic", directory / "basic" / "step-20")
     lora = ("peft=lora", "peft.rank=4", "peft.bias=all", "peft.full_modules=[lm_head]", "n_epochs=1", "lr=1e-2", FSDP)
-    return whole_run(("qwen2", "sft", lora), directory / "lora")
+    return train_job(("qwen2", "sft", lora), directory / "lora")
 
 
-def test_a_sharded_run_saves_what_any_run_goes_on_from(tmp_path: Path) -> None:
+def test_any_trainer_resumes_from_a_sharded_checkpoint(tmp_path: Path) -> None:
     job = (*RUN[:2], (*RUN[2], "keep_checkpoints=null"))
-    whole_run(job, tmp_path / "basic")
+    train_job(job, tmp_path / "basic")
     expected = on_ranks(2, sharded_runs, tmp_path)[0]
     saved = {name: tmp_path / name / "LATEST" for name in ("basic", "fsdp", "again", "from-basic")}
     weights = {name: load_file(path / "adapter_model.safetensors") for name, path in saved.items()}

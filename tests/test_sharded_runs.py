@@ -1,4 +1,4 @@
-"""Whole runs in several processes: what they log, save and resume is what one process would."""
+"""Complete runs on several processes log, save and resume as one process does."""
 
 import contextlib
 import io
@@ -14,15 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
 import train
-from engine import launch
-from engine.checkpoint import tensors_of
-from engine.tensor_parallel import check_divides
+from engine.models.weight_files import tensors_of
+from engine.placement import launcher
+from engine.placement.tensor_parallel import check_divides
 from tests.invariants.test_runs import ARCHITECTURES, numbers
 from tests.runs import Run
 from tests.sharded_worker import run as run_here
@@ -38,8 +37,8 @@ TENSOR = ("trainer=TensorParallelTrainer",)
 BOTH = (*FSDP, "tensor_parallel_size=2")
 PACKAGE = (*TENSOR, "tensor_parallel.backend=package", "tensor_parallel_size=2")
 DPO = ("loss=dpo", "loss.beta=0.1")
-# The last batch and the last evaluation batch hold one example; of the prompts that are sampled for, some processes
-# have more than others, and more than are run at a time.
+# The last batch and the last evaluation batch hold one example. Ranks sample for unequal numbers of prompts; some need
+# several batches for them.
 COMMON = (
     "model=blank_model", "model.name_or_path=tiny", "model.tokenizer_name_or_path=films", "wandb.enabled=false",
     "optimizer=AdamW", "lr=1e-3", "warmup_steps=2", "max_grad_norm=1.0", "batch_size=4",
@@ -49,34 +48,34 @@ COMMON = (
 )  # fmt: skip
 MODEL = {name: (f"model.architecture={value}",) for name, value in ARCHITECTURES.items()}
 LLAMA = MODEL["llama"]
-# Not of training: what is sampled differs with the arrangement.
-OF_SAMPLES = ("ground_truth/", "kl_eval")
+# Samples differ between placements, so these metrics do too.
+SAMPLE_METRICS = ("ground_truth/", "kl_eval")
 
 
 def command(directory: Path, name: str, overrides: tuple[str, ...]) -> list[str]:
-    given = {override.partition("=")[0] for override in overrides}
+    override_keys = {override.partition("=")[0] for override in overrides}
     defaults = (*COMMON, *LLAMA, f"cache_dir={directory / 'cache'}", f"local_run_dir={directory / name}")
-    return [*(default for default in defaults if default.partition("=")[0] not in given), *overrides]
+    return [*(default for default in defaults if default.partition("=")[0] not in override_keys), *overrides]
 
 
-def runs_on(num: int, directory: Path, runs: Commands) -> Runs:
-    """Several runs, one after another, each on num processes, which are started once for all."""
+def runs_on(num_ranks: int, directory: Path, runs: Commands) -> Runs:
+    """Execute runs in turn on num_ranks processes, started once for all runs."""
     commands = {name: command(directory, name, overrides) for name, overrides in runs.items()}
     outs = {name: directory / f"{name}.out" for name in runs}
-    if num == 1:
+    if num_ranks == 1:
         for name in runs:
             run_here(commands[name], outs[name])
     else:
-        config = OmegaConf.create({"runs": [[commands[name], str(outs[name])] for name in runs]})
+        text = json.dumps([[commands[name], str(outs[name])] for name in runs])
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = launch.launch(config, num, [sys.executable, WORKER])
+            status = launcher.launch(text, num_ranks, [sys.executable, WORKER])
         assert status == 0, err.getvalue()
     return {name: Run(0, path.read_text(), "") for name, path in outs.items()}
 
 
 def program(*arguments: str) -> Run:
-    """`python train.py *arguments`, which starts its own workers."""
+    """`python train.py *arguments`, including its launcher."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["train.py", *arguments])
@@ -102,15 +101,15 @@ def assert_equal_weights(ours: Run, theirs: Run) -> None:
 
 
 def assert_same(ours: Run, theirs: Run, rel: float = 1e-5, after: int = -1) -> None:
-    """Both have the same rows, of theirs those after so many examples, and the same weights."""
+    """Check for equal weights and rows; of theirs, rows after `after` examples."""
     found, expected = numbers(ours), [row for row in numbers(theirs) if row["counters/examples"] > after]
     assert len(found) == len(expected) > 0
     for row, other in zip(found, expected, strict=True):
-        row, other = ({key: each[key] for key in each if not key.startswith(OF_SAMPLES)} for each in (row, other))
+        row, other = ({key: each[key] for key in each if not key.startswith(SAMPLE_METRICS)} for each in (row, other))
         assert row.keys() == other.keys()
         for key, value in other.items():
             if "accuracies" in key and abs(other[key.replace("accuracies", "margins")]) < 1e-4:
-                continue  # before the first step, which of two is larger is chance
+                continue  # near a tie, the larger of two is chance
             scale = 1 if "rewards" in key else 0.1  # rewards are differences of log-probs of about 100
             assert row[key] == pytest.approx(value, rel=rel, abs=scale * rel), (key, row, other)
     assert_same_weights(ours, theirs, rel)
@@ -118,10 +117,10 @@ def assert_same(ours: Run, theirs: Run, rel: float = 1e-5, after: int = -1) -> N
 
 # ---- The runs ----
 
-# Whose weights can be shared evenly by no number of processes.
+# Sizes no world size divides evenly.
 SIZES = "hidden_size: 34, intermediate_size: 46, num_hidden_layers: 2, num_attention_heads: 2, head_dim: 16"
 ODD = f"model.architecture={{model_type: llama, vocab_size: 835, {SIZES}}}"
-OTHERS: Commands = {  # each under BasicTrainer, FSDPTrainer and TensorParallelTrainer
+OTHERS: Commands = {  # run by BasicTrainer, FSDPTrainer and TensorParallelTrainer
     "live": (*DPO, "reference=live", "n_eval_examples=1", "n_eval_model_samples=1", "n_examples=9", ODD),
     "padded": (*DPO, "batching=padded", "optimizer=SGD", "sample_during_eval=false", "n_examples=9"),
     "sft": (
@@ -144,7 +143,7 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def launched(directory: Path) -> Run:
-    """A run of FSDPTrainer on two processes as a user starts it."""
+    """A run of FSDPTrainer on two processes, by the users' command line."""
     run = program(*command(directory, "launched", (*DPO, *FSDP, "num_processes=2")))
     assert run.status == 0, run.err
     return run
@@ -152,7 +151,7 @@ def launched(directory: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def basic(directory: Path, launched: Run) -> Runs:
-    """Runs of BasicTrainer; the first one finds the reference that was launched has kept."""
+    """Runs of BasicTrainer; the first reads the cached reference of `launched`."""
     runs = {name: (*DPO, *MODEL[name]) for name in BY_PACKAGE} | OTHERS | {"in-order": IN_ORDER}
     found = runs_on(1, directory, {f"basic-{name}": overrides for name, overrides in runs.items()})
     return {name.removeprefix("basic-"): run for name, run in found.items()}
@@ -197,10 +196,10 @@ def packaged(directory: Path) -> Runs:
     return runs_on(1, directory, runs)
 
 
-# ---- What they must be ----
+# ---- Equivalences ----
 
 
-def test_a_launched_run_logs_what_one_process_does(launched: Run, basic: Runs) -> None:
+def test_a_launched_run_logs_like_one_process(launched: Run, basic: Runs) -> None:
     assert_same(launched, basic["llama"])
     assert [row["counters/examples"] for row in launched.steps] == [4, 8, 12, 16, 20, 21]
     assert [row["counters/examples"] for row in launched.evals] == [0, 8, 16, 21]
@@ -210,24 +209,24 @@ def test_a_launched_run_logs_what_one_process_does(launched: Run, basic: Runs) -
     assert launched.err == "" and launched.out.count("run directory: ") == 1
 
 
-def test_a_launched_run_saves_what_one_process_does(launched: Run, basic: Runs, directory: Path) -> None:
+def test_a_launched_run_saves_like_one_process(launched: Run, basic: Runs, directory: Path) -> None:
     checkpoint, other = launched.dir / "LATEST", basic["llama"].dir / "LATEST"
     parts = {f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "optimizer") for rank in (1, 2)}
     indices = {f"{kind}.safetensors.index.json" for kind in ("model", "optimizer")}
-    wholes = {f"{kind}.safetensors" for kind in ("model", "optimizer")}
+    unsplit_files = {f"{kind}.safetensors" for kind in ("model", "optimizer")}
     files, expected = ({path.name for path in where.iterdir()} for where in (checkpoint, other))
-    assert files - parts - indices == expected - wholes
+    assert files - parts - indices == expected - unsplit_files
     assert {path.name for path in launched.dir.iterdir()} == {path.name for path in basic["llama"].dir.iterdir()}
     for kind in ("model", "optimizer"):
-        found, whole = dict(tensors_of(checkpoint, kind)), dict(tensors_of(other, kind))
-        assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in whole.items()}
+        found, unsplit = dict(tensors_of(checkpoint, kind)), dict(tensors_of(other, kind))
+        assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in unsplit.items()}
         index = json.loads((checkpoint / f"{kind}.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
         for name, file in index["weight_map"].items():
             with safe_open(checkpoint / file, framework="pt") as part:
                 assert torch.equal(part.get_tensor(name), found[name])
         for name, value in found.items():
-            torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(value, unsplit[name], rtol=1e-3, atol=1e-5)
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in weights(launched).items())
     assert AutoTokenizer.from_pretrained(checkpoint)("film").input_ids
@@ -248,9 +247,7 @@ def assert_margin_is_0(runs: Runs) -> None:
             assert row[f"loss/{split}"] == pytest.approx(math.log(2), abs=1e-7), name
 
 
-def test_a_reference_that_was_computed_in_several_processes_is_complete(
-    launched: Run, basic: Runs, on_two: Runs
-) -> None:
+def test_a_reference_computed_on_several_ranks_is_complete(launched: Run, basic: Runs, on_two: Runs) -> None:
     assert "log-probs computed" in launched.out
     others = (basic["llama"], on_two["fsdp-resumed"], on_two["tensor-from-fsdp"])
     assert all("all log-probs are in" in run.out for run in others)
@@ -258,12 +255,12 @@ def test_a_reference_that_was_computed_in_several_processes_is_complete(
 
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("name", ["fsdp", "tensor"])
-def test_two_processes_train_what_one_does(name: str, other: str, on_two: Runs, basic: Runs) -> None:
+def test_two_processes_train_like_one(name: str, other: str, on_two: Runs, basic: Runs) -> None:
     assert_same(on_two[f"{name}-{other}"], basic[other], rel=1e-2 if other == "bf16" else 1e-5)
     assert len(on_two[f"{name}-{other}"].steps) == 3
 
 
-def test_sums_in_order_give_the_bits_of_one_process(on_two: Runs, basic: Runs) -> None:
+def test_ordered_sums_equal_one_process_bitwise(on_two: Runs, basic: Runs) -> None:
     assert numbers(on_two["fsdp-in-order"]) == numbers(basic["in-order"])
     assert_equal_weights(on_two["fsdp-in-order"], basic["in-order"])
     assert "resumed from" in on_two["fsdp-in-order-from-basic"].out
@@ -271,7 +268,7 @@ def test_sums_in_order_give_the_bits_of_one_process(on_two: Runs, basic: Runs) -
 
 
 @pytest.mark.slow
-def test_replicas_and_offloading_train_what_one_process_does(on_four: Runs, basic: Runs) -> None:
+def test_replicas_and_offloading_train_like_one_process(on_four: Runs, basic: Runs) -> None:
     assert_margin_is_0({"replicas-live": on_four["replicas-live"]})
     assert "all log-probs are in" in on_four["replicas"].out
     assert_same(on_four["replicas"], basic["llama"])
@@ -281,27 +278,27 @@ def test_replicas_and_offloading_train_what_one_process_does(on_four: Runs, basi
 
 
 @pytest.mark.parametrize("name", BY_PACKAGE)
-def test_the_package_trains_what_one_process_does(name: str, packaged: Runs, basic: Runs) -> None:
+def test_the_package_trains_like_one_process(name: str, packaged: Runs, basic: Runs) -> None:
     assert_same(packaged[f"package-{name}"], basic[name])
     assert len(packaged[f"package-{name}"].samples) == 4 * 5
 
 
-def test_products_that_are_fused_are_saved_in_their_own_order(on_two: Runs, basic: Runs) -> None:
+def test_fused_projections_are_saved_in_their_original_order(on_two: Runs, basic: Runs) -> None:
     assert_same(on_two["tensor-gpt2"], basic["gpt2"])
     assert len(on_two["tensor-gpt2"].samples) == 4 * 5
 
 
-# ---- Going on, in the same and other arrangements ----
+# ---- Resume, under the same and other placements ----
 
 
-def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(launched: Run, on_two: Runs) -> None:
-    for resumed, whole in (("fsdp-resumed", launched), ("tensor-gpt2-resumed", on_two["tensor-gpt2"])):
+def test_a_resumed_run_equals_the_uninterrupted_run_bitwise(launched: Run, on_two: Runs) -> None:
+    for resumed, uninterrupted in (("fsdp-resumed", launched), ("tensor-gpt2-resumed", on_two["tensor-gpt2"])):
         assert "resumed from" in on_two[resumed].out
-        assert numbers(on_two[resumed]) == [row for row in numbers(whole) if row["counters/examples"] > 8]
-        assert_equal_weights(on_two[resumed], whole)
+        assert numbers(on_two[resumed]) == [row for row in numbers(uninterrupted) if row["counters/examples"] > 8]
+        assert_equal_weights(on_two[resumed], uninterrupted)
 
 
-def test_a_run_goes_on_under_another_trainer(
+def test_a_run_resumes_under_another_trainer(
     launched: Run, on_two: Runs, packaged: Runs, basic: Runs, directory: Path
 ) -> None:
     gpt2 = (*DPO, *MODEL["gpt2"])
@@ -322,9 +319,9 @@ def test_a_run_goes_on_under_another_trainer(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_a_grid(on_four: Runs, basic: Runs) -> None:
+def test_a_run_resumes_on_a_grid(on_four: Runs, basic: Runs) -> None:
     for name, expected in (("grid-from-fsdp", basic["llama"]), ("grid-gpt2-from-tensor", basic["gpt2"])):
-        grid = on_four[name]  # it evaluates on less
+        grid = on_four[name]  # it evaluates fewer examples
         last = [row["loss/train"] for row in expected.steps][-len(grid.steps) :]
         assert [row["loss/train"] for row in grid.steps] == pytest.approx(last, rel=1e-5)
         assert_same_weights(grid, expected)
@@ -339,7 +336,7 @@ def test_other_settings_are_still_refused_on_resume(launched: Run, directory: Pa
 
 # ---- Refusals ----
 
-# More than any machine could hold, so that what refuses it has not loaded it.
+# Larger than any machine, so a refusal proves it was never loaded.
 HUGE = "hidden_size: 98304, intermediate_size: 393216, num_hidden_layers: 400"
 
 
@@ -359,7 +356,7 @@ HUGE = "hidden_size: 98304, intermediate_size: 393216, num_hidden_layers: 400"
         (PACKAGE, f"{{model_type: qwen2, {HUGE}}}", "it can split llama, gpt_neox, gpt2, not"),
     ],
 )
-def test_what_cannot_be_split_is_refused_before_it_is_loaded(
+def test_an_unsplittable_model_is_refused_before_loading(
     trainer: tuple[str, ...], model: str, message: str, directory: Path
 ) -> None:
     run = program(*command(directory, "refused", (*DPO, *trainer, f"model.architecture={model}")))
@@ -375,7 +372,7 @@ def test_what_cannot_be_split_is_refused_before_it_is_loaded(
         (LlamaConfig(num_attention_heads=1), "fix: trainer=FSDPTrainer splits any model"),
     ],
 )
-def test_a_plan_must_fit(config: PretrainedConfig, message: str) -> None:
+def test_the_world_size_must_divide_the_model(config: PretrainedConfig, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         check_divides(config, 2)
 
@@ -395,7 +392,7 @@ def machines(tmp_path) -> Iterator[list[str]]:
         try:
             for name in names:
                 ip(f"netns add {name}")
-                stack.callback(ip, f"netns delete {name}")  # its end of the cable goes with it, and so the other
+                stack.callback(ip, f"netns delete {name}")  # removes both ends of the cable
             ip(f"link add one netns {names[0]} type veth peer name two netns {names[1]}")
             for index, (name, link) in enumerate(zip(names, ("one", "two"), strict=True), start=1):
                 ip(f"-n {name} address add 10.99.7.{index}/24 dev {link}")
@@ -406,7 +403,7 @@ def machines(tmp_path) -> Iterator[list[str]]:
         yield names
 
 
-def test_two_machines_train_what_one_does(machines: list[str], directory: Path, basic: Runs) -> None:
+def test_two_machines_train_like_one(machines: list[str], directory: Path, basic: Runs) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
                 "--master-addr=10.99.7.1", "--master-port=29400")  # fmt: skip
     arguments = command(directory, "machines", (*DPO, *FSDP, "sample_during_eval=false"))

@@ -1,4 +1,4 @@
-"""One trajectory, whatever the trainer and however many processes: losses, gradient norms and weights."""
+"""Every trainer and world size gives the same losses, gradient norms and weights."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.alone
 ARCHITECTURES = ("llama", "qwen2", "gpt_neox", "gpt2")
 LOSSES = ("sft", "dpo")
 FSDP, TENSOR = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer"
-ARRANGEMENTS = {
+PLACEMENTS = {
     "fsdp-2": (2, (FSDP,)),
     "tensor-2": (2, (TENSOR,)),
     "fsdp-4": (4, (FSDP,)),
@@ -22,13 +22,13 @@ IN_ORDER = ("deterministic=true", "gradient_accumulation_steps=4", "optimizer=RM
 
 
 def is_slow(name: str, architecture: str, loss: str) -> bool:
-    """Whether a case is left to `make soak`: one that is unusual in more than one way."""
-    return (ARRANGEMENTS[name][0] == 4) + (loss == "sft") + (architecture not in ("llama", "gpt2")) > 1
+    """Whether a case belongs to `make soak`: it is unusual in more than one way."""
+    return (PLACEMENTS[name][0] == 4) + (loss == "sft") + (architecture not in ("llama", "gpt2")) > 1
 
 
 CASES = [
     pytest.param(name, architecture, loss, marks=[pytest.mark.slow] if is_slow(name, architecture, loss) else [])
-    for name in ARRANGEMENTS
+    for name in PLACEMENTS
     for architecture in ARCHITECTURES
     for loss in LOSSES
 ]
@@ -36,20 +36,20 @@ Results = dict[tuple[str, Job], Trajectory]
 
 
 def run_all(directory: Path, num_ranks: int, slow: bool) -> Results:
-    """The trajectories of all jobs on a number of ranks, one after another in the same processes."""
-    todo: list[tuple[str, Job]] = []
+    """Trajectories of all jobs on num_ranks ranks, in the same processes."""
+    run_jobs: list[tuple[str, Job]] = []
     for loss in LOSSES:
         for architecture in ARCHITECTURES:
             if num_ranks == 1:
-                todo.append(("basic", (architecture, loss, ())))
-            for name, (size, how) in ARRANGEMENTS.items():
+                run_jobs.append(("basic", (architecture, loss, ())))
+            for name, (size, overrides) in PLACEMENTS.items():
                 if size == num_ranks and is_slow(name, architecture, loss) == slow:
-                    todo.append((name, (architecture, loss, how)))
+                    run_jobs.append((name, (architecture, loss, overrides)))
     if not slow:
-        todo.append((f"in-order-{num_ranks}", ("llama", "dpo", (*IN_ORDER, *([FSDP] if num_ranks > 1 else [])))))
-    arguments = ([job for _, job in todo], directory)
+        run_jobs.append((f"in-order-{num_ranks}", ("llama", "dpo", (*IN_ORDER, *([FSDP] if num_ranks > 1 else [])))))
+    arguments = ([job for _, job in run_jobs], directory)
     run = trajectories(*arguments) if num_ranks == 1 else on_ranks(num_ranks, trajectories, *arguments)[0]
-    return dict(zip(todo, run, strict=True))
+    return dict(zip(run_jobs, run, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,11 @@ def slow_results(tmp_path_factory) -> Results:
 
 
 @pytest.mark.parametrize("name, architecture, loss", CASES)
-def test_all_arrangements_train_the_same(name: str, architecture: str, loss: str, results, request) -> None:
+def test_all_placements_train_the_same(name: str, architecture: str, loss: str, results, request) -> None:
     found = request.getfixturevalue("slow_results") if is_slow(name, architecture, loss) else results
-    losses, norms, weights = found[name, (architecture, loss, ARRANGEMENTS[name][1])]
+    losses, norms, weights = found[name, (architecture, loss, PLACEMENTS[name][1])]
     expected_losses, expected_norms, expected_weights = results["basic", (architecture, loss, ())]
-    assert len(losses) == 20 and norms.max() > 1.0  # so that clipping takes part
+    assert len(losses) == 20 and norms.max() > 1.0  # clipping takes part
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=1e-6)
     assert weights.keys() == expected_weights.keys()
@@ -81,11 +81,11 @@ def test_all_arrangements_train_the_same(name: str, architecture: str, loss: str
     assert difference.sqrt() / sum(value.square().sum() for value in expected_weights.values()).sqrt() < 1e-5
 
 
-def test_sums_in_order_give_the_same_bits(results) -> None:
-    how = ("llama", "dpo", (*IN_ORDER, FSDP))
+def test_ordered_sums_are_bitwise_equal(results) -> None:
+    overrides = ("llama", "dpo", (*IN_ORDER, FSDP))
     losses, norms, weights = results["in-order-1", ("llama", "dpo", IN_ORDER)]
     for num_ranks in (2, 4):
-        others = results[f"in-order-{num_ranks}", how]
+        others = results[f"in-order-{num_ranks}", overrides]
         assert torch.equal(others[1], norms)
         torch.testing.assert_close(others[0], losses, rtol=1e-12, atol=0)
         assert all(torch.equal(others[2][name], value) for name, value in weights.items())

@@ -1,4 +1,4 @@
-"""A model split by the tensor_parallel package beside the same model unsplit: all that is seen of it must be equal."""
+"""A model split by the tensor_parallel package behaves like the same model unsplit."""
 
 import copy
 import importlib.util
@@ -11,15 +11,12 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import engine.tensor_parallel_package
-from engine.attention import attention_of
-from engine.batching import lay_out
-from engine.logprobs import response_logps
-from engine.memory import saved_bytes
-from engine.models import use_packed_attention
-from engine.precision import model_in
-from engine.sampling import sample_responses
-from engine.tensor_parallel_package import (
+import engine.placement.tensor_parallel_package
+from engine.models.attention_switch import attention_of
+from engine.models.generation import sample_responses
+from engine.models.precision import run_in_dtype
+from engine.placement.memory import saved_bytes
+from engine.placement.tensor_parallel_package import (
     LAYERS,
     load_merged,
     load_merged_optimizer_state,
@@ -27,11 +24,15 @@ from engine.tensor_parallel_package import (
     merged_state_dict,
     split_model,
 )
+from engine.step.heads import response_logps, run_head
+from engine.step.layout import GroupSpan, lay_out
+from engine.step.logprobs import sum_by_response
+from engine.step.packing_check import use_packed_attention
 from tests.models import exact_norms, pair_examples, random_examples, tiny_model
 from utils import UserError
 
 CPU = torch.device("cpu")
-# Biases where an architecture may have them, heads of another size than hidden_size / heads, widths that do not divide.
+# Optional biases, heads with a size other than hidden_size / heads, indivisible widths.
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt_neox": {},
@@ -48,10 +49,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def both(
+def model_and_split(
     variant: str, layout: str = "packed", dtype: torch.dtype = torch.float32, num_devices: int = 2
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A model, and the same one split."""
+    """A model, and a split copy of it."""
     model = tiny_model(variant.split()[0], dtype, **VARIANTS[variant])
     if dtype == torch.float64:
         model = exact_norms(model)
@@ -61,16 +62,21 @@ def both(
 
 
 def run(model: PreTrainedModel, layout: str = "packed") -> torch.Tensor:
-    """Log-probs of pairs; their squares' gradients are added to those of the parameters."""
-    loss, logps = response_logps(model, lay_out(pair_examples(), layout), lambda logps, part: (logps**2).mean())
+    """Log-probs of pairs; adds the gradients of their squares to the parameters."""
+    batch = lay_out(pair_examples(), layout)
+
+    def span_loss(token_logps: torch.Tensor, span: GroupSpan) -> torch.Tensor:
+        return (sum_by_response(token_logps, batch.response_lengths[span.responses]) ** 2).mean()
+
+    loss, token_logps = run_head(model, batch, span_loss)
     loss.backward()
-    return logps
+    return sum_by_response(token_logps, batch.response_lengths)
 
 
 def gradients(split: PreTrainedModel) -> dict[str, torch.Tensor]:
     body, prefix = split.base_model, split.base_model_prefix + "."
-    whole = {prefix + name: body.merged(name, lambda parameter: parameter.grad) for name in body.weights}
-    return whole | {name: weight.grad for name, weight in split.named_parameters() if not name.startswith(prefix)}
+    merged = {prefix + name: body.merged(name, lambda parameter: parameter.grad) for name in body.weights}
+    return merged | {name: weight.grad for name, weight in split.named_parameters() if not name.startswith(prefix)}
 
 
 def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -82,8 +88,8 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_log_probs_and_gradients_are_those_of_the_unsplit_model(variant: str, layout: str) -> None:
-    model, split = both(variant, layout)
+def test_log_probs_and_gradients_equal_the_unsplit_model(variant: str, layout: str) -> None:
+    model, split = model_and_split(variant, layout)
     expected = run(model, layout)
     torch.testing.assert_close(run(split, layout), expected, rtol=1e-5, atol=0)
     assert_close(gradients(split), {name: weight.grad for name, weight in model.named_parameters()})
@@ -95,16 +101,14 @@ def test_log_probs_and_gradients_are_those_of_the_unsplit_model(variant: str, la
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("architecture", LAYERS)
-def test_training_ends_with_the_weights_of_the_unsplit_model(
-    architecture: str, layout: str, dtype: torch.dtype
-) -> None:
-    """An evaluation before each step must leave nothing behind that the step would take.
+def test_training_gives_the_weights_of_the_unsplit_model(architecture: str, layout: str, dtype: torch.dtype) -> None:
+    """An evaluation before each step must not affect the step.
 
-    Attention does not depend on the bias of its keys (where they are not rotated). The gradient is a rounding error,
-    of which AdamW makes a step like any other unless it is far below its eps: in fp32 those weights are left out.
+    Without rotation, attention does not depend on the bias of its keys, so their gradient is a rounding error. AdamW
+    turns it into a normal step unless it is far below eps. In fp32 those weights are left out.
     """
     weights = []
-    for model in both(architecture, layout, dtype):
+    for model in model_and_split(architecture, layout, dtype):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for _ in range(5):
             with torch.no_grad():
@@ -120,8 +124,8 @@ def test_training_ends_with_the_weights_of_the_unsplit_model(
     assert all((value - start[name]).abs().max() > 1e-3 for name, value in weights[0].items())
 
 
-def test_four_devices_give_the_same_bits_each_time() -> None:
-    model, split = both("gpt_neox", num_devices=4)
+def test_four_devices_are_bitwise_repeatable() -> None:
+    model, split = model_and_split("gpt_neox", num_devices=4)
     torch.testing.assert_close(run(split), run(model), rtol=1e-5, atol=0)
     first = gradients(split)
     assert_close(first, {name: weight.grad for name, weight in model.named_parameters()})
@@ -132,18 +136,18 @@ def test_four_devices_give_the_same_bits_each_time() -> None:
 
 
 @pytest.mark.parametrize("architecture", LAYERS)
-def test_samples_are_those_of_the_unsplit_model(architecture: str) -> None:
-    model, split = both(architecture)
+def test_samples_equal_the_unsplit_model(architecture: str) -> None:
+    model, split = model_and_split(architecture)
     prompts = [example.prompt for example in random_examples([(4, 1), (9, 1), (1, 1), (6, 1)])]
 
     class Tokens:
         pad_token_id, eos_token_id = 0, 1
 
-    answers = [
+    responses = [
         sample_responses(each, Tokens(), prompts, max_new_tokens=12, max_length=100, batch_size=3, seed=0)
         for each in (model, split)
     ]
-    assert [answer.tolist() for answer in answers[0]] == [answer.tolist() for answer in answers[1]]
+    assert [response.tolist() for response in responses[0]] == [response.tolist() for response in responses[1]]
     ids = torch.from_numpy(prompts[1]).long()[None]
     with attention_of(split, "sdpa"), torch.no_grad():
         plain, cached = (split.generate(ids, do_sample=False, max_new_tokens=8, use_cache=use) for use in (False, True))
@@ -153,8 +157,8 @@ def test_samples_are_those_of_the_unsplit_model(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_checkpoints_are_those_of_the_unsplit_model(variant: str, tmp_path) -> None:
-    model, split = both(variant)
+def test_checkpoints_equal_the_unsplit_model(variant: str, tmp_path) -> None:
+    model, split = model_and_split(variant)
     expected = model.state_dict()
     weights = merged_state_dict(split)
     assert list(weights) == list(expected)
@@ -171,9 +175,9 @@ def test_checkpoints_are_those_of_the_unsplit_model(variant: str, tmp_path) -> N
 
 
 @pytest.mark.parametrize("name", ["AdamW", "RMSprop", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam"])
-def test_training_goes_on_split_or_unsplit(name: str) -> None:
-    """Two steps unsplit, two split, two unsplit, the optimizer's state handed on, are six unsplit."""
-    model, split = both("gpt2", dtype=torch.float64)
+def test_training_resumes_split_or_unsplit(name: str) -> None:
+    """Two steps unsplit, two split, two unsplit, with one optimizer state, equal six unsplit."""
+    model, split = model_and_split("gpt2", dtype=torch.float64)
     uninterrupted = copy.deepcopy(model)
     names = [name for name, _ in model.named_parameters()]
 
@@ -205,7 +209,7 @@ def test_training_goes_on_split_or_unsplit(name: str) -> None:
 
 
 def test_optimizer_state_round_trip_is_exact() -> None:
-    _, split = both("gpt2")
+    _, split = model_and_split("gpt2")
     optimizer = torch.optim.AdamW(split.parameters())
     run(split)
     optimizer.step()
@@ -216,13 +220,13 @@ def test_optimizer_state_round_trip_is_exact() -> None:
         assert all(torch.equal(value, before["state"][index][key]) for key, value in state.items())
     factored = torch.optim.Adafactor(split.parameters())
     factored.step()
-    with pytest.raises(UserError, match="Adafactor looks at whole matrices"):
+    with pytest.raises(UserError, match="Adafactor needs full matrices"):
         merged_optimizer_state(split, factored)
 
 
-def test_what_is_done_with_a_model_is_done_with_a_split_one() -> None:
-    """Packing after the split, mixed precision, a copy as the reference, train and eval, the properties used."""
-    model, split = both("llama", "padded")
+def test_a_split_model_has_the_methods_of_a_model() -> None:
+    """Packing after the split, mixed precision, a copy as reference, train and eval, properties."""
+    model, split = model_and_split("llama", "padded")
     use_packed_attention(split)
     use_packed_attention(model)
     assert split.train().training and all(module.training for module in split.modules())
@@ -235,22 +239,22 @@ def test_what_is_done_with_a_model_is_done_with_a_split_one() -> None:
         for weight in split.parameters():
             weight.zero_()
     batch = lay_out(pair_examples())
-    assert torch.equal(response_logps(reference, batch)[1], before)
+    assert torch.equal(response_logps(reference, batch), before)
 
-    model, split = both("llama with biases")
-    with model_in(model, torch.bfloat16), model_in(split, torch.bfloat16):
+    model, split = model_and_split("llama with biases")
+    with run_in_dtype(model, torch.bfloat16), run_in_dtype(split, torch.bfloat16):
         torch.testing.assert_close(run(split), run(model), rtol=0.02, atol=0)
     assert_close(gradients(split), {name: weight.grad for name, weight in model.named_parameters()}, tolerance=0.05)
 
     def forward(each: PreTrainedModel) -> torch.Tensor:
-        return response_logps(each, batch, lambda logps, part: logps.sum())[0]
+        return run_head(each, batch, lambda logps, span: logps.sum())[0]
 
-    whole, of_first_device = saved_bytes(lambda: forward(model)), saved_bytes(lambda: forward(split))
-    assert 0.4 * whole < of_first_device < whole
+    unsplit_bytes, first_device_bytes = saved_bytes(lambda: forward(model)), saved_bytes(lambda: forward(split))
+    assert 0.4 * unsplit_bytes < first_device_bytes < unsplit_bytes
 
 
-def test_an_evaluation_keeps_nothing_for_a_backward_pass() -> None:
-    _, split = both("gpt2")
+def test_an_evaluation_keeps_no_graph() -> None:
+    _, split = model_and_split("gpt2")
     graphs = []
     for shard in split.base_model.shards:
         shard.h[1].mlp.c_fc.register_forward_hook(lambda module, inputs, output: graphs.append(output.grad_fn))
@@ -259,8 +263,8 @@ def test_an_evaluation_keeps_nothing_for_a_backward_pass() -> None:
     assert graphs == [None, None]
 
 
-def test_a_device_that_fails_ends_the_pass() -> None:
-    _, split = both("gpt_neox")
+def test_a_failed_device_ends_the_pass() -> None:
+    _, split = model_and_split("gpt_neox")
     expected = run(split)
 
     def fail(*_: object) -> None:
@@ -284,16 +288,16 @@ def test_a_device_that_fails_ends_the_pass() -> None:
         ("llama", {"attention_dropout": 0.1}, 2, "dropout"),
     ],
 )
-def test_what_would_come_out_wrong_is_refused(architecture, overrides, num_devices, message) -> None:
+def test_unsupported_models_are_refused(architecture, overrides, num_devices, message) -> None:
     model = tiny_model(architecture, **overrides)
     with pytest.raises(UserError, match=message) as error:
         split_model(model, [CPU] * num_devices)
     assert error.value.code == "CONFIG"
-    run(model, "padded")  # nothing was taken from it
+    run(model, "padded")  # the model is intact
 
 
 def test_other_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, split = both("llama")
+    model, split = model_and_split("llama")
     with pytest.raises(ValueError, match="does not support activation checkpointing"):
         split.activation_checkpointing_enable()
 
@@ -305,7 +309,7 @@ def test_other_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         split_model(model, [CPU] * 2)
 
     monkeypatch.setitem(sys.modules, "tensor_parallel.shard", None)
-    spec = importlib.util.spec_from_file_location("again", engine.tensor_parallel_package.__file__)
+    spec = importlib.util.spec_from_file_location("again", engine.placement.tensor_parallel_package.__file__)
     assert spec is not None and spec.loader is not None
     with pytest.raises(UserError, match="pip install tensor_parallel"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

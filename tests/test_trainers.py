@@ -9,18 +9,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import engine.memory
-import trainers
-from engine.batching import Microbatch
-from engine.models import find_blocks
-from engine.tokenization import Example
+import engine.placement.memory
+from engine.data.examples import Example
+from engine.models.layers import find_layers
+from engine.placement import single
+from engine.step.layout import Microbatch
+from engine.step.microbatches import MicrobatchRunner
 from tests.runs import QUICK, Program
 from trainers import BasicTrainer
 
 DPO = ("loss=dpo", "loss.beta=0.1")
 
 
-def test_a_run_counts_what_its_keys_say(program: Program) -> None:
+def test_a_run_follows_its_counts(program: Program) -> None:
     run = program.ok("batch_size=6", "n_examples=20", "eval_every=12", "save_every=6", "keep_checkpoints=2")
     assert [row["counters/examples"] for row in run.steps] == [6, 12, 18, 20]
     assert [row["counters/updates"] for row in run.steps] == [1, 2, 3, 4]
@@ -92,7 +93,7 @@ def test_samples_are_logged_as_a_growing_table(program: Program) -> None:
     )
     assert [row["examples"] for row in run.samples] == [0, 0, 0, 8, 8, 8, 16, 16, 16]
     assert set(run.samples[0]) == {"examples", "prompt", "policy", "reference", "policy_reward", "reference_reward"}
-    # Before the first step the two models are the same, and so are their answers.
+    # Before the first step both models are equal, and so are their responses.
     assert all(row["policy"] == row["reference"] for row in run.samples[:3])
     assert run.evals[0]["kl_eval"] == 0
     assert run.evals[0]["ground_truth/win_rate"] == 0.5
@@ -121,7 +122,7 @@ def test_model_archive_starts_policy_and_reference(program: Program, archive: st
     assert dpo.evals[0]["logps_eval/chosen"] != fresh.evals[0]["logps_eval/chosen"]
 
 
-def test_an_archive_that_does_not_fit_is_refused(program: Program) -> None:
+def test_a_mismatching_archive_is_refused(program: Program) -> None:
     sft = program.ok("n_examples=4")
     for archive in ("LATEST", "LATEST/policy.pt"):
         run = program(f"model.archive={sft.dir / archive}", "model.architecture.num_hidden_layers=3")
@@ -137,7 +138,7 @@ def test_debug_saves_nothing(program: Program) -> None:
     assert not list(run.dir.glob("step-*")) and not (run.dir / "LATEST").exists()
 
 
-def test_a_run_directory_is_never_written_over(program: Program) -> None:
+def test_a_run_directory_is_never_overwritten(program: Program) -> None:
     run = program.ok("n_examples=4")
     before = (run.dir / "metrics.jsonl").read_text()
     again = program("n_examples=4", f"local_run_dir={run.dir}")
@@ -177,20 +178,20 @@ def test_mixed_precision_stays_near_fp32(program: Program, batching: str) -> Non
 def test_activation_checkpointing_changes_nothing(
     program: Program, monkeypatch: pytest.MonkeyPatch, memory: int, value: str, recomputed: list[int]
 ) -> None:
-    """Blocks that recompute their activations run twice in a step, the others once."""
+    """Layers with recomputed activations run twice in a step, others once."""
     calls: list[int] = []
     prepare_policy = BasicTrainer.prepare_policy
 
     def counting(trainer: BasicTrainer) -> None:
         prepare_policy(trainer)
-        for index, block in enumerate(find_blocks(trainer.policy, None)):
-            inner = block.get_submodule("self_attn.q_proj")  # a block's own hooks do not see it recomputed
+        for index, layer in enumerate(find_layers(trainer.policy, None)):
+            inner = layer.get_submodule("self_attn.q_proj")  # hooks of the layer itself miss its recomputation
             inner.register_forward_pre_hook(
                 lambda module, inputs, index=index: calls.append(index) if module.training else None
             )
 
     monkeypatch.setattr(BasicTrainer, "prepare_policy", counting)
-    monkeypatch.setattr(trainers, "total_memory", lambda device: memory)
+    monkeypatch.setattr(single, "total_memory", lambda device: memory)
     common = (*DPO, "model.architecture.num_hidden_layers=3", "n_examples=8", "token_budget=512")
     plain = program.ok(*common, "activation_checkpointing=false")
     once = [calls.count(index) for index in range(3)]
@@ -200,7 +201,7 @@ def test_activation_checkpointing_changes_nothing(
     assert [calls.count(index) for index in range(3)] == [n * (1 + (i in recomputed)) for i, n in enumerate(once)]
     for name in ("loss/train", "grad_norm", "logps_train/rejected"):
         assert [row[name] for row in checkpointed.steps] == [row[name] for row in plain.steps]
-    assert (f"activation_checkpointing: {len(recomputed)} of 3 blocks" in checkpointed.out) == (
+    assert (f"activation_checkpointing: {len(recomputed)} of 3 layers" in checkpointed.out) == (
         value == "auto" and bool(recomputed)
     )
 
@@ -227,29 +228,29 @@ def test_tied_weights_stay_tied_in_mixed_precision(program: Program) -> None:
 
 @pytest.fixture
 def laid_out(monkeypatch: pytest.MonkeyPatch) -> list[Microbatch]:
-    """All microbatches of the runs of a test."""
+    """The microbatches of all runs in a test."""
     batches: list[Microbatch] = []
-    lay_out = BasicTrainer.lay_out
+    lay_out = MicrobatchRunner.lay_out
 
-    def recording(trainer: BasicTrainer, examples: Sequence[Example]) -> Microbatch:
-        batches.append(lay_out(trainer, examples))
+    def recording(runner: MicrobatchRunner, examples: Sequence[Example]) -> Microbatch:
+        batches.append(lay_out(runner, examples))
         return batches[-1]
 
-    monkeypatch.setattr(BasicTrainer, "lay_out", recording)
+    monkeypatch.setattr(MicrobatchRunner, "lay_out", recording)
     return batches
 
 
 def test_the_budget_follows_the_memory(
     program: Program, monkeypatch: pytest.MonkeyPatch, laid_out: list[Microbatch]
 ) -> None:
-    """Little memory makes more microbatches, and the same update."""
+    """Less memory gives more microbatches and the same update."""
     runs, longest = [], []
     for memory in (2**40, 2**20):
-        monkeypatch.setattr(trainers, "total_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr(single, "total_memory", lambda device, memory=memory: memory)
         runs.append(program.ok("batch_size=16", "do_first_eval=false"))
         longest.append(max(batch.num_tokens for batch in laid_out))
         laid_out.clear()
-    assert longest[1] <= engine.memory.FEWEST_TOKENS < longest[0]
+    assert longest[1] <= engine.placement.memory.FEWEST_TOKENS < longest[0]
     assert runs[1].steps[0]["loss/train"] == pytest.approx(runs[0].steps[0]["loss/train"], rel=1e-6)
     assert runs[1].steps[0]["grad_norm"] == pytest.approx(runs[0].steps[0]["grad_norm"], rel=1e-5)
 
@@ -289,7 +290,7 @@ def test_sft_weight_adds_the_mean_nll_of_the_chosen(program: Program) -> None:
     assert difference == pytest.approx(0.5 * average.evals[0]["loss/eval"], rel=1e-5)
 
 
-def test_average_log_prob_divides_by_the_tokens(program: Program) -> None:
+def test_average_log_prob_divides_by_the_number_of_tokens(program: Program) -> None:
     total = program.ok("loss=ipo", "loss.beta=0.1", "n_examples=4")
     average = program.ok("loss=ipo", "loss.beta=0.1", "n_examples=4", "loss.average_log_prob=true")
     assert total.evals[0]["loss/eval"] == average.evals[0]["loss/eval"] == pytest.approx(25)  # (0 - 1/(2 beta))^2
@@ -304,7 +305,7 @@ def test_tensorboard(program: Program) -> None:
 
 
 def test_a_diverged_model_is_not_saved(program: Program) -> None:
-    """The last update makes the weights too large to evaluate: what would be saved is not a model."""
+    """After the last update the evaluation has loss NaN, so no checkpoint is saved."""
     directory = program.directory / "x"
     run = program("lr=1e30", "optimizer=SGD", "warmup_steps=0", "n_examples=4", f"local_run_dir={directory}")
     assert run.status == 5 and "error[NONFINITE] the evaluation has loss nan" in run.err
@@ -314,7 +315,7 @@ def test_a_diverged_model_is_not_saved(program: Program) -> None:
 
 @pytest.mark.parametrize("prompt_words", [40, 400])
 def test_prompts_of_any_length_are_sampled_within_the_context(program: Program, prompt_words: int) -> None:
-    """A learned position table has no room beyond it."""
+    """A learned position table has no rows beyond it."""
     path = program.directory / "long.jsonl"
     rows = [{"prompt": f"{n} " * prompt_words, "chosen": " a", "rejected": " b"} for n in range(1, 9)]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -326,27 +327,27 @@ def test_prompts_of_any_length_are_sampled_within_the_context(program: Program, 
     assert len(run.samples) == 4
 
 
-def test_a_context_that_is_too_short_is_refused(program: Program) -> None:
+def test_a_short_context_is_refused(program: Program) -> None:
     run = program("model.architecture.max_position_embeddings=256")
     assert run.status == 2 and "max_length: 512 is more than the 256 positions of the model" in run.err
 
 
-def test_no_samples_where_none_are_asked_for(program: Program) -> None:
+def test_no_samples_without_a_request(program: Program) -> None:
     run = program.ok(*DPO, "sample_during_eval=true", "n_eval_model_samples=0", "reference=live", "n_examples=4")
     assert not (run.dir / "samples.jsonl").exists() and "kl_eval" not in run.evals[0]
 
 
-def test_tokens_per_second_counts_what_is_fed(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four pairs on one prompt feed it once when packed."""
+def test_tokens_per_second_counts_fed_tokens(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed, four pairs on one prompt feed it once."""
     path = program.directory / "ranked.jsonl"
     row = {"prompt": "one two three four five six seven eight", "responses": [" a", " b", " c", " d"]}
     path.write_text(json.dumps(row))
     clock = iter(range(10**6))
-    monkeypatch.setattr("trainers.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("engine.step.metrics.time.monotonic", lambda: next(clock))
     counts = {}
     for batching in ("packed", "padded"):
         common = (f"datasets=[{path}]", "test_fraction=0", "batch_size=6", f"batching={batching}", "n_examples=6")
-        counts[batching] = program.ok(*DPO, *common).steps[0]["tokens_per_second"]  # a second by this clock
+        counts[batching] = program.ok(*DPO, *common).steps[0]["tokens_per_second"]  # one second by this clock
     assert counts["packed"] < counts["padded"] / 2
 
 
@@ -360,7 +361,7 @@ def test_the_reference_is_computed_once_for_all_epochs(program: Program) -> None
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_the_same(program: Program) -> None:
+def test_compiled_layers_train_the_same(program: Program) -> None:
     common = (*DPO, "n_examples=12", "reference=live", "n_eval_examples=4")
     plain, compiled = (program.ok(*common, f"compile={on}") for on in ("false", "true"))
     for row, other in zip(compiled.steps, plain.steps, strict=True):

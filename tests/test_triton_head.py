@@ -1,7 +1,7 @@
 """The kernels of the head and their readable twin, softmax_, against each other and against autograd in fp64.
 
-Without a GPU the kernels run under triton's interpreter. It is chosen when triton is first imported, which by now
-transformers may have done, and must not be chosen for other tests of this process: hence a process of its own.
+Without a GPU the kernels run under Triton's interpreter, in another process. The first import of triton chooses the
+interpreter. In this process transformers may have imported it, and other tests need the compiler.
 """
 
 import importlib.util
@@ -15,28 +15,27 @@ import pytest
 import torch
 from torch import Tensor
 
-import engine.logprobs
-from engine import triton_head
-from engine.batching import lay_out
-from engine.logprobs import chunked_head, softmax_
-from engine.triton_head import gradient_of_logits, has_triton, normalize
+import engine.step.logprobs
+from engine.step import head_kernels
+from engine.step.head_kernels import gradient_of_logits, has_triton, normalize
+from engine.step.layout import lay_out
+from engine.step.logprobs import chunked_head, softmax_
 from tests.models import VOCABULARY, pair_examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of the narrowing of the gradient to its dtype: half a unit in the last place, and one more where the kernel's last
-# bits in fp32 tip it over.
+# Of the gradient's cast to its dtype: half a unit in the last place, and one more where last bits in fp32 differ.
 ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 class Kernels:
-    """Calls functions on tensors of a device, where the kernels can run."""
+    """Runs functions on a device, in a process with working kernels."""
 
     def __init__(self, device: str, pool: ProcessPoolExecutor | None = None):
         self.device = torch.device(device)
         self.pool = pool
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        # Torch hands tensors to another process as shared memory: what is written to `out` there is seen here.
+        # Torch shares the memory of tensors with the other process. Writes to `out` there are visible here.
         return function(*arguments) if self.pool is None else self.pool.submit(function, *arguments).result(60)
 
 
@@ -51,7 +50,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(int).result(60)  # the process starts with the first call, and keeps this environment
+            pool.submit(int).result(60)  # the first call starts the process, with this environment
         yield Kernels("cpu", pool)
 
 
@@ -78,7 +77,7 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float, absolute: fl
 
 @pytest.mark.parametrize("vocabulary", [7, 1000, 50257])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_the_twin_is_log_softmax_and_its_derivative(vocabulary: int, dtype: torch.dtype) -> None:
+def test_the_twin_matches_log_softmax_and_its_gradient(vocabulary: int, dtype: torch.dtype) -> None:
     tolerance = 1e-12 if dtype == torch.float64 else 3e-6
     logits, targets = random_case(3, vocabulary, dtype)
     truth, gradient = exact(logits, targets)
@@ -92,7 +91,9 @@ def test_the_twin_is_log_softmax_and_its_derivative(vocabulary: int, dtype: torc
 
 @pytest.mark.parametrize("rows, vocabulary", [(1, 7), (5, 7), (2, 1000), (3, 8192), (2, 50257)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernels_are_their_twin_and_autograd(kernels: Kernels, rows: int, vocabulary: int, dtype: torch.dtype) -> None:
+def test_kernels_match_their_twin_and_autograd(
+    kernels: Kernels, rows: int, vocabulary: int, dtype: torch.dtype
+) -> None:
     logits, targets = (tensor.to(kernels.device) for tensor in random_case(rows, vocabulary, dtype))
     truth, gradient = exact(logits, targets)
     twin_logps, twin_gradient = softmax_(logits.to(torch.float32, copy=True), targets)
@@ -111,7 +112,7 @@ def test_kernels_are_their_twin_and_autograd(kernels: Kernels, rows: int, vocabu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_that_lie_apart_are_overwritten_in_place_and_nothing_else(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_strided_rows_are_overwritten_in_place(kernels: Kernels, dtype: torch.dtype) -> None:
     logits, targets = (tensor.to(kernels.device) for tensor in random_case(4, 1000, dtype))
     buffer = torch.full((4, 1003), 9.0, dtype=dtype, device=kernels.device)
     view = buffer[:, 1:1001]
@@ -119,7 +120,7 @@ def test_rows_that_lie_apart_are_overwritten_in_place_and_nothing_else(kernels: 
     normalizer, target_logits = kernels(normalize, view, targets)
     assert_close(normalizer, logits.double().logsumexp(-1), 1e-6, 1e-6)
     assert torch.equal(target_logits, logits.gather(-1, targets[:, None]).squeeze(-1).float())
-    packed = torch.empty_like(logits)  # its rows lie closer than those of the view
+    packed = torch.empty_like(logits)  # another row stride than the view
     kernels(gradient_of_logits, view, normalizer, targets, packed)
     kernels(gradient_of_logits, view, normalizer, targets, view)
     assert_close(view, exact(logits, targets)[1], 3e-6 + ROUNDING[dtype], 1e-6)
@@ -130,12 +131,12 @@ def test_rows_that_lie_apart_are_overwritten_in_place_and_nothing_else(kernels: 
 def test_extreme_logits(kernels: Kernels) -> None:
     vocabulary = 20000
     logits = torch.zeros(7, vocabulary, device=kernels.device)
-    logits[0, 3] = 1e4  # the maximum in the first block, in the last one, and nowhere
+    logits[0, 3] = 1e4  # the maximum in the first block, in the last, everywhere
     logits[1, -1] = 1e4
     logits[2] = -1e4
-    logits[3] = torch.linspace(-1e4, 1e4, vocabulary)  # ever higher
+    logits[3] = torch.linspace(-1e4, 1e4, vocabulary)  # rising
     logits[4, 0] = 3e38
-    logits[5, :-5] = -torch.inf  # whole blocks of it, from the first on
+    logits[5, :-5] = -torch.inf  # in full blocks, from the first on
     logits[6, 17] = torch.nan
     targets = torch.tensor([3, 5, 7, 19990, 0, 19999, 1], device=kernels.device)
     normalizer, target_logits = kernels(normalize, logits, targets)
@@ -150,10 +151,10 @@ def test_extreme_logits(kernels: Kernels) -> None:
 
 
 def far_rows(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Normalizers and gradients, in place, of rows of which the last is past 2**31 logits."""
+    """Normalizers and in-place gradients of three rows. The last row starts past 2**31 logits."""
     logits, targets = (tensor.to(device) for tensor in random_case(3, 1000, torch.bfloat16))
     stride = 2**30 + 8
-    storage = torch.empty(2 * stride + 1000, dtype=logits.dtype, device=device)  # memory is taken where it is written
+    storage = torch.empty(2 * stride + 1000, dtype=logits.dtype, device=device)  # only written pages take memory
     far = storage.as_strided((3, 1000), (stride, 1))
     far.copy_(logits)
     normalizer, _ = normalize(far, targets)
@@ -170,7 +171,7 @@ def test_offsets_past_32_bits(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_kernels_compile_for_a_gpu(dtype: str, tmp_path, monkeypatch) -> None:
-    """The interpreter takes more than the compiler does, which needs no GPU."""
+    """The compiler is stricter than the interpreter, and needs no GPU."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -178,8 +179,8 @@ def test_kernels_compile_for_a_gpu(dtype: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"logits": f"*{dtype}", "targets": "*i64", "out": "*bf16"}
     for kernel, block, warps in [
-        (triton_head._normalize_kernel, triton_head.NORMALIZE_BLOCK, triton_head.NORMALIZE_WARPS),
-        (triton_head._gradient_kernel, triton_head.GRADIENT_BLOCK, triton_head.GRADIENT_WARPS),
+        (head_kernels._normalize_kernel, head_kernels.NORMALIZE_BLOCK, head_kernels.NORMALIZE_WARPS),
+        (head_kernels._gradient_kernel, head_kernels.GRADIENT_BLOCK, head_kernels.GRADIENT_WARPS),
     ]:
         signature = {
             name: "i32" if name in ("vocabulary", "row_stride", "out_stride") else pointers.get(name, "*fp32")
@@ -190,9 +191,9 @@ def test_kernels_compile_for_a_gpu(dtype: str, tmp_path, monkeypatch) -> None:
         assert compiled.asm["cubin"]
 
 
-def test_without_triton_the_head_does_without_kernels(monkeypatch) -> None:
+def test_without_triton_there_are_no_kernels(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    spec = importlib.util.spec_from_file_location("triton_head_alone", triton_head.__file__)
+    spec = importlib.util.spec_from_file_location("triton_head_alone", head_kernels.__file__)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -205,7 +206,7 @@ def test_kernels_are_for_gpus_only() -> None:
 
 
 def head_results(device: torch.device, has_kernels: bool) -> list[Tensor]:
-    """Loss, log-probs and gradients of the head, with the kernels or without."""
+    """Loss, log-probs and gradients of the head, with or without the kernels."""
     batch = lay_out(pair_examples()).to(device)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = leaves = [
@@ -213,13 +214,13 @@ def head_results(device: torch.device, has_kernels: bool) -> list[Tensor]:
         for count in (batch.num_tokens, VOCABULARY)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.logprobs, "has_triton", lambda device: has_kernels)
-        loss, logps = chunked_head(hidden, weight, None, batch, lambda logps, part: (0.1 * logps).sigmoid().sum())
+        patch.setattr(engine.step.logprobs, "has_triton", lambda device: has_kernels)
+        loss, logps = chunked_head(hidden, weight, None, batch, lambda logps, span: (0.1 * logps).sigmoid().sum())
     loss.backward()
     return [loss.detach(), logps, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def test_the_head_with_kernels_is_the_head_without(kernels: Kernels) -> None:
+def test_the_head_is_the_same_with_and_without_kernels(kernels: Kernels) -> None:
     ours = kernels(head_results, kernels.device, True)
     plain = head_results(kernels.device, False)
     assert len(ours) == 4

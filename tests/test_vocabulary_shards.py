@@ -1,4 +1,4 @@
-"""An LM head whose vocabulary is split among processes gives what the whole one gives."""
+"""An LM head with its vocabulary split among ranks equals the full head."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -10,15 +10,17 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor
 
-import engine.logprobs
-from engine.batching import Microbatch, Part, lay_out, lay_out_nothing
-from engine.distributed import choose_interface
-from engine.logprobs import VocabularyShard, chunked_head
+import engine.step.logprobs
+from engine.placement.rendezvous import choose_interface
+from engine.step.layout import GroupSpan, Microbatch, empty_microbatch, lay_out
+from engine.step.logprobs import VocabularyShard, chunked_head, sum_by_response
 from tests.models import VOCABULARY, pair_examples
 
 SHARDS = [2, 3]  # of 31 and 30 tokens, and of 21, 21 and 19
-# Targets whose logits are held at a time, of groups of 16, 8, 4 and 6: all at once; those of the first group twice, as
-# 12 + 4, and then chunks of 8 + 4 and of 6; those of all groups twice.
+# Targets per chunk, for groups of 16, 8, 4 and 6 targets:
+# - 10**6: one chunk.
+# - 12: the first group needs two slices, 12 + 4, so its logits are recomputed. Then chunks of 8 + 4 and of 6.
+# - 2: all groups need several slices.
 CHUNKS = [10**6, 12, 2]
 CASES = [(bias, chunk) for bias in (False, True) for chunk in CHUNKS]
 HIDDEN = 16
@@ -26,25 +28,26 @@ Results = dict[str, Tensor]
 
 
 def head_results(
-    batch: Microbatch, bias: bool, own: slice = slice(None), shard: VocabularyShard | None = None
+    batch: Microbatch, bias: bool, rows: slice = slice(None), shard: VocabularyShard | None = None
 ) -> Results:
-    """Loss, log-probs and gradients of a head, or of the part of it that is own."""
+    """Loss, log-probs and gradients of a head, or of some rows of it."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"hidden": (batch.input_ids.numel(), HIDDEN), "weight": (VOCABULARY, HIDDEN), "bias": (VOCABULARY,)}
     full = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
     if not bias:
         del full["bias"]
-    leaves = {name: (x if name == "hidden" else x[own]).clone().requires_grad_() for name, x in full.items()}
+    leaves = {name: (x if name == "hidden" else x[rows]).clone().requires_grad_() for name, x in full.items()}
 
-    def objective(logps: Tensor, part: Part) -> Tensor:
+    def span_loss(token_logps: Tensor, span: GroupSpan) -> Tensor:
         assert batch.rejected is not None
+        logps = sum_by_response(token_logps, batch.response_lengths[span.responses])
         chosen, rejected = (
-            logps[role[part.examples] - part.responses.start] for role in (batch.chosen, batch.rejected)
+            logps[role[span.examples] - span.responses.start] for role in (batch.chosen, batch.rejected)
         )
         return -F.logsigmoid(0.1 * (chosen - rejected)).sum() / 5
 
     arguments = (leaves["hidden"], leaves["weight"], leaves.get("bias"), batch)
-    loss, logps = chunked_head(*arguments, objective, shard)
+    loss, logps = chunked_head(*arguments, span_loss, shard)
     gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     with torch.no_grad():
         _, logps_alone = chunked_head(*arguments, shard=shard)
@@ -52,13 +55,13 @@ def head_results(
 
 
 def run_rank(rank: int, directory: Path) -> None:
-    """Compute and save what rank has of all cases; a process calls this."""
+    """Compute and save the results of one rank. Runs in a process of its own."""
     torch.set_num_threads(1)
     choose_interface(is_single_machine=True)
     dist.init_process_group(
         "gloo", f"file://{directory}/store", timedelta(seconds=30), world_size=max(SHARDS), rank=rank
     )
-    engine.logprobs.CHUNK_TOKENS = 1
+    engine.step.logprobs.CHUNK_TOKENS = 1
     results: dict[tuple, Results] = {}
     for num_shards in SHARDS:
         group = dist.new_group(list(range(num_shards)))
@@ -66,21 +69,21 @@ def run_rank(rank: int, directory: Path) -> None:
             continue
         largest = -(-VOCABULARY // num_shards)
         shard = VocabularyShard(group, largest * rank, largest)
-        own = slice(shard.first, shard.first + largest)
+        rows = slice(shard.first, shard.first + largest)
         for bias, chunk in CASES:
-            # The last process, with fewer logits of each target, must take as many targets at a time as the others.
-            engine.logprobs.CHUNK_LOGITS = {"cpu": chunk * largest}
-            results[num_shards, bias, chunk] = head_results(lay_out(pair_examples()), bias, own, shard)
-        results[num_shards, "nothing"] = head_results(lay_out_nothing(2), True, own, shard)
+            # The last rank has fewer logits per target, but must use the same chunks as the others.
+            engine.step.logprobs.CHUNK_LOGITS = {"cpu": chunk * largest}
+            results[num_shards, bias, chunk] = head_results(lay_out(pair_examples()), bias, rows, shard)
+        results[num_shards, "nothing"] = head_results(empty_microbatch(2), True, rows, shard)
     torch.save(results, directory / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple, Results]]:
-    """What each process has of each case."""
+    """Results by case, for each rank."""
     directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.set_forkserver_preload([__name__])  # the imports, of seconds, are made once for all
+    torch.multiprocessing.set_forkserver_preload([__name__])  # slow imports run once for all ranks
     torch.multiprocessing.start_processes(run_rank, (directory,), nprocs=max(SHARDS), start_method="forkserver")
     return [torch.load(directory / f"{rank}.pt") for rank in range(max(SHARDS))]
 
@@ -92,10 +95,10 @@ def assert_same(ours: Tensor, truth: Tensor) -> None:
 
 @pytest.mark.parametrize("bias, chunk", CASES)
 @pytest.mark.parametrize("num_shards", SHARDS)
-def test_a_split_vocabulary_is_the_whole_one(by_rank, num_shards: int, bias: bool, chunk: int) -> None:
+def test_a_split_vocabulary_equals_the_full_one(by_rank, num_shards: int, bias: bool, chunk: int) -> None:
     results = [results[num_shards, bias, chunk] for results in by_rank[:num_shards]]
     truth = head_results(lay_out(pair_examples()), bias)
-    for name in ("loss", "logps", "logps_alone", "hidden"):  # which all processes have
+    for name in ("loss", "logps", "logps_alone", "hidden"):  # the same on all ranks
         for result in results:
             assert_same(result[name], truth[name])
     for name in ("weight", "bias") if bias else ("weight",):
@@ -104,8 +107,8 @@ def test_a_split_vocabulary_is_the_whole_one(by_rank, num_shards: int, bias: boo
 
 
 @pytest.mark.parametrize("num_shards", SHARDS)
-def test_nothing_is_split_too(by_rank, num_shards: int) -> None:
-    """A process without examples meets the others of its group all the same."""
+def test_an_empty_microbatch_runs_on_shards(by_rank, num_shards: int) -> None:
+    """A rank without examples still joins the collectives of its group."""
     for results in by_rank[:num_shards]:
         result = results[num_shards, "nothing"]
         assert result["loss"] == 0 and result["logps"].shape == (0,)

@@ -1,9 +1,9 @@
-"""Tokenizers of the kinds that published models have, trained in a moment on a few sentences."""
+"""Tokenizers like those of published models, trained quickly on a few sentences."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from engine.meta_llama import LLAMA3_SPLIT, merges_of
+from engine.export.meta_llama import LLAMA3_SPLIT, find_merges
 
 TEXTS = [
     "the cat sat on the mat and the dog sat on the cat",
@@ -30,7 +30,11 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def byte_level(kind: str = "gpt-2", num_merges: int = 60) -> PreTrainedTokenizerBase:
-    """A byte-level BPE that splits text as the models of this kind do, with <|endoftext|> and a token <|user|>."""
+    """A byte-level BPE with <|endoftext|> and <|user|>.
+
+    Args:
+        kind: a key of PRE_TOKENIZERS.
+    """
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[kind]()
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,7 +53,7 @@ def byte_level(kind: str = "gpt-2", num_merges: int = 60) -> PreTrainedTokenizer
 
 
 def sentencepiece_pieces(num_merges: int = 60) -> list[tuple[str, float, str]]:
-    """What a SentencePiece BPE model holds: each piece, its score and its kind."""
+    """The content of a SentencePiece BPE model: (piece, score, type)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     characters = sorted({character for text in TEXTS for character in text.replace(" ", "▁") if character > " "})
@@ -66,8 +70,8 @@ def sentencepiece_pieces(num_merges: int = 60) -> list[tuple[str, float, str]]:
 
 
 def sentencepiece() -> PreTrainedTokenizerBase:
-    """Such a model as transformers holds it, with merges."""
+    """The same model in transformers' form, with merges."""
     pieces = sentencepiece_pieces()
     vocabulary = {piece: index for index, (piece, *_) in enumerate(pieces)}
     ranks = {piece: -score for piece, score, kind in pieces if kind == "NORMAL"}
-    return LlamaTokenizer(vocab=vocabulary, merges=merges_of(ranks, vocabulary), add_bos_token=True)
+    return LlamaTokenizer(vocab=vocabulary, merges=find_merges(ranks, vocabulary), add_bos_token=True)

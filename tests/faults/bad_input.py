@@ -1,4 +1,4 @@
-"""A generator of bad configs and bad data, and what must be said of each; the same ones for the same seed."""
+"""Generate bad configs and bad data, and parts of their error messages; deterministic for a seed."""
 
 import gzip
 import io
@@ -11,22 +11,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.validation import CHECKS, Check, loss_checks
+from engine.settings.annotations import accepts, describe
+from engine.settings.keys import key_types, loss_types
 
 # ---- Configs ----
 
 
 @dataclass(frozen=True)
 class BadConfig:
-    """Overrides that must be refused with status 2, in a line that holds all of says."""
+    """Overrides with an error of status 2; its line must contain every text of `says`."""
 
     kind: str
     overrides: tuple[str, ...]
     says: tuple[str, ...] = ()
 
 
-def mistyped(name: str, rng: random.Random) -> str:
-    """A name with one mistake of typing in it: a letter is left out, doubled, exchanged with the next, or another."""
+def make_typo(name: str, rng: random.Random) -> str:
+    """Make one typo in a name: a letter is omitted, doubled, swapped with the next, or replaced."""
     position = rng.randrange(1, len(name) - 1)
     before, letter, after = name[:position], name[position], name[position + 1 :]
     wrong = rng.choice(
@@ -35,30 +36,31 @@ def mistyped(name: str, rng: random.Random) -> str:
     return wrong if wrong != name else before + after
 
 
-def bad_values(check: Check) -> list[str]:
-    """Values, as the command line has them, that a key with this check cannot have."""
-    words = check.expected
-    of_any = ["{a: 1}", "[[1]]", "{x: null}"]
+def bad_values(annotation: Any) -> list[str]:
+    """Invalid command-line values for a key with this annotation."""
+    words = describe(annotation)
+    for_any_type = ["{a: 1}", "[[1]]", "{x: null}"]
     if "integer" in words:
-        return [*of_any, "abc", "1.5", "-7", "true", "'3'", "''", "nan", "1e400", "[1]", "1,5'" + "'"]
-    if "a number of blocks" in words:
-        return [*of_any, "some", "-1", "1.5", "null", "''"]
+        return [*for_any_type, "abc", "1.5", "-7", "true", "'3'", "''", "nan", "1e400", "[1]", "1,5'" + "'"]
+    if "a number of layers" in words:
+        return [*for_any_type, "some", "-1", "1.5", "null", "''"]
     if "a number" in words:
-        return [*of_any, "abc", "nan", "inf", "-inf", "-1", "true", "'1'", "[0.1]", "''", "1e-6x", "0..1"]
+        return [*for_any_type, "abc", "nan", "inf", "-inf", "-1", "true", "'1'", "[0.1]", "''", "1e-6x", "0..1"]
     if words == "true or false":
-        return [*of_any, "3", "yes", "no", "null", "[true]", "1.0", "'true'", "tru", "0"]
+        return [*for_any_type, "3", "yes", "no", "null", "[true]", "1.0", "'true'", "tru", "0"]
     if "list of" in words:
-        empty = [] if check.accepts([]) else ["[]"]
-        return [*empty, "3", "hh", "null", "[3]", "[null]", "['']", "{a: 1}", "true", "[[hh]]", "[true]"]
+        empty = [] if accepts(annotation, []) else ["[]"]
+        single = [] if accepts(annotation, "hh") else ["hh"]
+        return [*empty, *single, "3", "null", "[3]", "[null]", "['']", "{a: 1}", "true", "[[hh]]", "[true]"]
     if "existing" in words or "file" in words:
-        return [*of_any, "3", "true", "/no/such/place", "''", "[x]", "'/tmp/\\x00'"]
+        return [*for_any_type, "3", "true", "/no/such/place", "''", "[x]", "'/tmp/\\x00'"]
     if words == "null or auto or a path":
-        return [*of_any, "3", "true", "1.5", "''", "[x]"]
+        return [*for_any_type, "3", "true", "1.5", "''", "[x]"]
     if words.startswith(("null or", "text", "auto", "a name", "a model", "a tokenizer")) and " or " not in words[8:]:
-        return [*of_any, "3", "true", "1.5", "''", "[x]"]
+        return [*for_any_type, "3", "true", "1.5", "''", "[x]"]
     if words == "anything":
         return []
-    return [*of_any, "3", "true", "1.5", "''", "[x]", "no_such_choice", "-1"]
+    return [*for_any_type, "3", "true", "1.5", "''", "[x]", "no_such_choice", "-1"]
 
 
 PATHS = (
@@ -189,30 +191,30 @@ CONSTANT_CONFIGS = [
 
 
 def bad_configs(rng: random.Random, count: int) -> Iterator[BadConfig]:
-    """count bad configs, of all kinds."""
-    losses = {name: loss_checks(name) for name in ("sft", "dpo", "cdpo", "ipo")}
-    every = [(("loss=dpo", "loss.beta=0.1"), key, check) for key, check in (CHECKS | losses["dpo"]).items()]
-    every += [
-        ((f"loss={name}", "loss.beta=0.1"), key, check)
+    """Yield `count` bad configs of all kinds."""
+    losses = {name: loss_types(name) for name in ("sft", "dpo", "cdpo", "ipo")}
+    cases = [(("loss=dpo", "loss.beta=0.1"), key, annotation) for key, annotation in key_types("dpo").items()]
+    cases += [
+        ((f"loss={name}", "loss.beta=0.1"), key, annotation)
         for name in ("cdpo", "ipo")
-        for key, check in losses[name].items()
+        for key, annotation in losses[name].items()
     ]
-    wrong = [(base, key, value) for base, key, check in every for value in bad_values(check)]
+    wrong = [(base, key, value) for base, key, annotation in cases for value in bad_values(annotation)]
     rng.shuffle(wrong)
-    # What Hydra composes, so that all problems are told at once.
+    # Hydra composes these, so one message reports all their problems.
     simple = [case for case in wrong if "loss.beta=0.1" in case[0] and "loss=dpo" in case[0] and case[1] != "loss.name"]
     simple = [case for case in simple if not set(case[2]) & set("'[{,")]
     constants = list(CONSTANT_CONFIGS)
     rng.shuffle(constants)
-    long_keys = [key for key in CHECKS if len(key.rpartition(".")[2]) > 6]
+    long_keys = [key for key in key_types() if len(key.rpartition(".")[2]) > 6]
     for number in range(count):
         if number % 8 == 0 and constants:
-            overrides, says = constants.pop()
-            yield BadConfig("constant", tuple(overrides.split(" ") if "'" not in overrides else [overrides]), (says,))
+            text, says = constants.pop()
+            yield BadConfig("constant", tuple(text.split(" ") if "'" not in text else [text]), (says,))
         elif number % 8 in (1, 2):
             key = rng.choice(long_keys)
             prefix, dot, name = key.rpartition(".")
-            typo = prefix + dot + mistyped(name, rng)
+            typo = prefix + dot + make_typo(name, rng)
             yield BadConfig(
                 "unknown key",
                 (f"{rng.choice(['', '+', '++'])}{typo}=1",),
@@ -222,10 +224,10 @@ def bad_configs(rng: random.Random, count: int) -> Iterator[BadConfig]:
             one, other = rng.sample(simple, 2)
             while one[1] == other[1]:
                 other = rng.choice(simple)
-            given = (*one[0], f"{one[1]}={one[2]}", f"{other[1]}={other[2]}")
-            yield BadConfig("two problems", given, (f"{one[1]}: ", f"{other[1]}: "))
+            overrides = (*one[0], f"{one[1]}={one[2]}", f"{other[1]}={other[2]}")
+            yield BadConfig("two problems", overrides, (f"{one[1]}: ", f"{other[1]}: "))
         else:
-            base, key, value = wrong.pop() if wrong else (*rng.choice(every)[:2], "{a: 1}")
+            base, key, value = wrong.pop() if wrong else (*rng.choice(cases)[:2], "{a: 1}")
             yield BadConfig("value", (*base, f"{key}={value}"), (key,))
 
 
@@ -234,14 +236,14 @@ def bad_configs(rng: random.Random, count: int) -> Iterator[BadConfig]:
 
 @dataclass(frozen=True)
 class BadData:
-    """Files of a data set, and what must be said of them.
+    """Files of a data set, and the expected error or counts.
 
     Args:
-        files: by name; the folder that they are put into is the data set if there are several.
-        where: how the error names the place: "line 3", "row 2"; empty for the file as a whole.
-        name: of the field; empty if it is not one.
-        counted: instead of an error, what the counts must hold.
-        named: the name of a data set in data_dir; empty for a file of the user's.
+        files: name -> content. Of several files, the folder is the data set.
+        where: the place in the error, like "line 3" or "row 2"; empty for the whole file.
+        name: of the bad field; empty if there is none.
+        counted: expected counts, in place of an error.
+        data_set: its name in data_dir; empty for a user's file.
     """
 
     kind: str
@@ -249,7 +251,7 @@ class BadData:
     where: str = ""
     name: str = ""
     counted: dict[str, Any] = field(default_factory=dict)
-    named: str = ""
+    data_set: str = ""
     can_drop: bool = True
 
 
@@ -287,16 +289,16 @@ BAD_HTML = ("<div>" * 1000 + "x", "<b>" * 500 + "<p>x", "<a " * 20_000, "<a/" * 
 NOT_NUMBERS: tuple[Any, ...] = (None, "3", True, [], {}, float("nan"), float("inf"), -float("inf"), 10**400)
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every value in a row, and the way to it."""
+def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the path and value of everything in a row."""
     if path:
         yield path, value
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(item, (*path, key))
+        yield from paths_of(item, (*path, key))
 
 
-def changed(value: Any, path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
-    """A copy of a row in which change(container, key) was done at a place."""
+def with_change(value: Any, path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
+    """Copy a row, and call change(container, key) at a path of the copy."""
     value = json.loads(json.dumps(value))
     inner = value
     for key in path[:-1]:
@@ -306,15 +308,15 @@ def changed(value: Any, path: tuple[Any, ...], change: Callable[[Any, Any], None
 
 
 def bad_row(form: str, rng: random.Random) -> tuple[str, Any, str]:
-    """What is wrong, the row, and the outermost field that must be named."""
+    """Make a bad row; returns (kind of error, row, outermost bad field)."""
     row = good_row(form, 99)
     if rng.random() < 0.1:
         return "not an object", rng.choice([None, 3, "text", [], [row], True]), ""
-    path, value = rng.choice([(path, value) for path, value in places(row)])
+    path, value = rng.choice([(path, value) for path, value in paths_of(row)])
     optional = path[0] == "scores" and len(path) == 1
     if isinstance(path[-1], str) and not optional and rng.random() < 0.3:
-        # Without chosen or rejected, prompt or responses, a file of one's own has no form: then all columns are named.
-        return "missing", changed(row, path, lambda inner, key: inner.pop(key)), str(path[0])
+        # Without a required column a user's file has no known form. The error then lists all columns.
+        return "missing", with_change(row, path, lambda inner, key: inner.pop(key)), str(path[0])
     if isinstance(value, str):
         wrong = rng.choice(NOT_TEXT + BAD_HTML if form == "se" else NOT_TEXT)
     elif isinstance(value, list):
@@ -324,10 +326,10 @@ def bad_row(form: str, rng: random.Random) -> tuple[str, Any, str]:
     else:
         wrong = rng.choice(NOT_NUMBERS)
     kind = f"{type(value).__name__} is {type(wrong).__name__}"
-    return kind, changed(row, path, lambda inner, key: inner.__setitem__(key, wrong)), str(path[0])
+    return kind, with_change(row, path, lambda inner, key: inner.__setitem__(key, wrong)), str(path[0])
 
 
-def written(rows: list[Any], suffix: str) -> bytes:
+def encode_rows(rows: list[Any], suffix: str) -> bytes:
     if suffix == ".parquet":
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows), buffer)
@@ -360,7 +362,7 @@ BAD_LINES: dict[str, bytes] = {
 
 
 def bad_data(rng: random.Random, count: int, *, large: bool = True) -> Iterator[BadData]:
-    """count bad data sets, of all kinds; with some rows of 50 MB if large."""
+    """Yield `count` bad data sets of all kinds; if large, some with rows of 50 MB."""
     for number in range(count):
         kind = number % 10
         position = rng.randrange(6)
@@ -373,19 +375,19 @@ def bad_data(rng: random.Random, count: int, *, large: bool = True) -> Iterator[
             )
             what, row, name = bad_row(form, rng)
             if isinstance(row, list) and position == 0 and "jsonl" in suffix:
-                position = 1  # a file that begins with a list is one list
+                position = 1  # a list in the first line would be the whole file
             rows = [good_row(form, n) for n in range(6)]
             rows[position] = row
             where = f"line {position + 1}" if "jsonl" in suffix else f"row {position}"
             is_named = form in NAMED
-            data = written(rows, suffix)
+            data = encode_rows(rows, suffix)
             files = (
                 {f"{form}/{split}{suffix}": data for split in ("train", "test")}
                 if is_named
                 else {f"my data{suffix}": data}
             )
-            yield BadData(f"{form}: {what}", files, where, name, named=form if is_named else "")
-        elif kind == 5:  # a line that is no row
+            yield BadData(f"{form}: {what}", files, where, name, data_set=form if is_named else "")
+        elif kind == 5:  # a line without a row
             what, line = rng.choice(list(BAD_LINES.items()))
             good = [json.dumps(good_row("strings", n)).encode() for n in range(6)]
             good[position] = line
@@ -436,16 +438,18 @@ def bad_column(rng: random.Random) -> BadData:
     for row in rows if wrong is not None else rows[position : position + 1]:
         row[column] = wrong
     where = f"row {0 if wrong is not None else position}"
-    return BadData("parquet column", {"p.parquet": written(rows, ".parquet")}, where, column, can_drop=wrong is None)
+    return BadData(
+        "parquet column", {"p.parquet": encode_rows(rows, ".parquet")}, where, column, can_drop=wrong is None
+    )
 
 
 def bad_file(rng: random.Random) -> BadData:
     good = [good_row("strings", n) for n in range(50)]
     text, array, zipped, parquet = (
         lines(good).encode(),
-        written(good, ".json"),
-        written(good, ".jsonl.gz"),
-        written(good, ".parquet"),
+        encode_rows(good, ".json"),
+        encode_rows(good, ".jsonl.gz"),
+        encode_rows(good, ".parquet"),
     )
     cut = rng.randrange(30, len(zipped) - 30)
     noise = rng.randbytes(200)

@@ -1,4 +1,4 @@
-"""Runs that nothing happened to, for tests of those to which something does."""
+"""Uninterrupted runs: the expected results of runs with faults."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with what runs read, and their caches."""
+    """A directory with the data, tokenizer and caches of runs."""
     from tests.faults.processes import make_inputs
 
     directory = tmp_path_factory.mktemp("inputs")
@@ -15,21 +15,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run_whole(inputs: Path, name: str, num: int, *overrides: str) -> Path:
+def run_to_end(inputs: Path, name: str, num_ranks: int, *overrides: str) -> Path:
     from tests.faults.processes import command, complete
 
-    status, _, err = complete(command(inputs, inputs / name, *overrides), inputs / "output", num)
+    status, _, err = complete(command(inputs, inputs / name, *overrides), inputs / "output", num_ranks)
     assert status == 0, err
     return inputs / name
 
 
 @pytest.fixture(scope="session")
-def whole(inputs: Path) -> Path:
-    """The directory of a run."""
-    return run_whole(inputs, "whole", 1)
+def uninterrupted_run(inputs: Path) -> Path:
+    """Directory of a run on one process."""
+    return run_to_end(inputs, "uninterrupted", 1)
 
 
 @pytest.fixture(scope="session")
-def whole_on_two(inputs: Path) -> Path:
-    """The directory of a run of FSDPTrainer on two ranks."""
-    return run_whole(inputs, "whole-on-two", 2, "trainer=FSDPTrainer")
+def uninterrupted_run_on_two(inputs: Path) -> Path:
+    """Directory of a run of FSDPTrainer on two ranks."""
+    return run_to_end(inputs, "uninterrupted-on-two", 2, "trainer=FSDPTrainer")

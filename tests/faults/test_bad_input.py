@@ -1,4 +1,4 @@
-"""Bad configs and bad data each end in one line that says what is wrong, where, and what to do; soon, and alike."""
+"""Bad configs and bad data end in one line within seconds: the problem, the place, the fix."""
 
 import json
 import os
@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from engine.films import film_tokenizer
-from engine.models import load_model, load_tokenizer
+from engine.data.films import film_tokenizer
+from engine.models.loading import load_model
+from engine.models.tokenizers import load_tokenizer
 from preference_datasets import format_counts, load_split, num_shared_prompts
+from tests.configs import make_settings, with_model
 from tests.faults.bad_input import BadConfig, BadData, bad_configs, bad_data
 from tests.runs import QUICK, SMALL, Program
 from utils import UserError
 
-SECONDS = 10  # at most, for any of them
+SECONDS = 10  # time limit of each case
+
+
+SETTINGS = make_settings("chat_template=hh", "test_fraction=0.25", "max_length=64", "max_prompt_length=32")
 
 
 def check_line(message: str, status: int, code: int) -> None:
@@ -38,44 +42,36 @@ def check_config(case: BadConfig, program: Program) -> None:
     lines = run.err.splitlines()
     for line in lines:
         check_line(line, run.status, 2)
-    assert len(lines) == max(
-        1, len(re.findall(r"^job \d+: ", run.out, re.MULTILINE))
-    )  # each job of a sweep has its own
+    assert len(lines) == max(1, len(re.findall(r"^job \d+: ", run.out, re.MULTILINE)))  # one line per job of a sweep
     assert "Traceback" not in run.out + run.err
     for text in case.says:
         assert text in run.err
     assert seconds < SECONDS
 
 
-def put(case: BadData, directory: Path) -> Path:
-    """Writes the files of a case; returns what to name as the data set (for a named one, its data_dir)."""
+def write_files(case: BadData, directory: Path) -> Path:
+    """Write the files of a case; returns the path of the data set (or the data_dir of a named one)."""
     shutil.rmtree(directory, ignore_errors=True)
     for name, data in case.files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    return directory if len(case.files) > 1 or case.named else path
+    return directory if len(case.files) > 1 or case.data_set else path
 
 
 def load(case: BadData, directory: Path, tokenizer, on_bad_row: str):
-    data = put(case, directory / "data")
-    config = OmegaConf.create(
-        {
-            "datasets": [case.named or str(data)],
-            "data_dir": str(data) if case.named else None,
-            "format": None,
-            "chat_template": "hh",
-            "sft_turns": "all",
-            "test_fraction": 0.25,
+    data = write_files(case, directory / "data")
+    settings = SETTINGS.model_copy(
+        update={
+            "datasets": [case.data_set or str(data)],
+            "data_dir": str(data) if case.data_set else None,
             "on_bad_row": on_bad_row,
-            "max_length": 64,
-            "max_prompt_length": 32,
             "cache_dir": str(directory / "cache"),
         }
     )
     start = time.monotonic()
     try:
-        return [load_split(config, tokenizer, split, "pairs") for split in ("train", "test")]
+        return [load_split(settings, tokenizer, split, "pairs") for split in ("train", "test")]
     finally:
         assert time.monotonic() - start < SECONDS
 
@@ -99,7 +95,7 @@ def check_data(case: BadData, directory: Path, tokenizer) -> None:
         load(case, directory, tokenizer, "error")
     line = str(raised.value)
     check_line(line, raised.value.exit_status, 3)
-    assert case.named or str(directory / "data") in line
+    assert case.data_set or str(directory / "data") in line
     assert case.where in line
     if case.name and "are of no known form" not in line and "its columns are those of format=" not in line:
         assert re.search(rf"field '{case.name}\b", line), line
@@ -131,7 +127,7 @@ def rows_file(path: Path, *extra: str, count: int = 12) -> Path:
     return path
 
 
-def test_bad_rows_of_a_run_end_it_or_are_dropped(program: Program) -> None:
+def test_bad_rows_end_the_run_or_are_dropped(program: Program) -> None:
     path = rows_file(program.directory / "rows.jsonl", '{"prompt": "q", "chosen": 3, "rejected": "b"}', "{broken")
     run = program(f"datasets=[{path}]", defaults=SMALL + QUICK)
     assert run.status == 3 and run.err == (
@@ -146,7 +142,7 @@ def test_bad_rows_of_a_run_end_it_or_are_dropped(program: Program) -> None:
     assert run.status == 3 and "dropped: 1 malformed; the first malformed row: " in run.err and "line 1" in run.err
 
 
-def test_test_prompts_in_train_are_told(program: Program) -> None:
+def test_test_prompts_in_train_are_reported(program: Program) -> None:
     folder = program.directory / "data"
     folder.mkdir()
     rows_file(folder / "train.jsonl"), rows_file(folder / "test.jsonl", count=4)
@@ -155,14 +151,14 @@ def test_test_prompts_in_train_are_told(program: Program) -> None:
     assert "warning" not in program.ok("n_examples=4").out
 
 
-def test_a_pipe_is_not_waited_for(program: Program) -> None:
+def test_a_pipe_is_refused_at_once(program: Program) -> None:
     os.mkfifo(program.directory / "pipe.jsonl")
     run = program(f"datasets=[{program.directory / 'pipe.jsonl'}]")
     check_line(run.err, run.status, 3)
     assert "is not a file" in run.err
 
 
-def test_messages_hold_nothing_that_a_terminal_acts_on(program: Program) -> None:
+def test_messages_escape_control_characters(program: Program) -> None:
     talk = {"conversations": [{"from": "\x1b[2J\u202e", "value": "q"}], "chosen": "a", "rejected": "b"}
     (program.directory / "rows.jsonl").write_text(json.dumps(talk) + "\n")
     run = program(f"datasets=[{program.directory / 'rows.jsonl'}]", "chat_template=hh")
@@ -180,13 +176,13 @@ def test_a_damaged_model_directory(name: str, damage: str, tmp_path, saved_model
     path.write_bytes({"cut": data[: len(data) // 2], "noise": bytes(range(256)), "list": b"[1]"}.get(damage, b""))
     if damage == "removed":
         path.unlink()
-    model = {"name_or_path": str(directory), "tokenizer_name_or_path": None, "archive": None, "architecture": None}
-    config = OmegaConf.create({"seed": 0, "max_length": 64, "model": {**model, "trust_remote_code": False}})
-    if name == "tokenizer_config.json" and damage == "removed":  # tokenizer.json has what is needed
-        load_tokenizer(config)
+    values = {"name_or_path": str(directory), "tokenizer_name_or_path": None, "architecture": None}
+    settings = with_model(SETTINGS, **values)
+    if name == "tokenizer_config.json" and damage == "removed":  # tokenizer.json suffices
+        load_tokenizer(settings.model)
         return
     with pytest.raises(UserError) as raised:
-        load_model(config, load_tokenizer(config), torch.float32, torch.device("cpu"))
+        load_model(settings, load_tokenizer(settings.model), torch.float32, torch.device("cpu"))
     check_line(str(raised.value), raised.value.exit_status, 2)
     assert "model.name_or_path" in str(raised.value) or "model.tokenizer_name_or_path" in str(raised.value)
 
@@ -203,7 +199,7 @@ def saved_model(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.mark.slow
 def test_two_thousand(program: Program, tokenizer, tmp_path) -> None:
-    """All of them, and every case that fails at once."""
+    """Check 2,000 cases; one message lists all failures."""
     failed: list[str] = []
     kinds: Counter[str] = Counter()
     cases: list[BadConfig | BadData] = [*bad_configs(random.Random(5), 1000), *bad_data(random.Random(5), 1000)]

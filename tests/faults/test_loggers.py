@@ -1,4 +1,4 @@
-"""wandb that refuses, raises or blocks changes neither the steps nor the exit status, nor holds the run up."""
+"""A failing or blocking wandb changes neither steps nor exit status, and delays nothing."""
 
 import os
 import subprocess
@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-import engine.metrics
-from engine.metrics import Background
+import engine.run.background_logger
+from engine.run.background_logger import BackgroundLogger
 from tests.runs import QUICK, SMALL, Program, Run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -28,7 +28,7 @@ OVERRIDES = (
 
 
 class FakeWandb:
-    """A module like wandb that notes its calls; one of them refuses or blocks."""
+    """A fake wandb module: records its calls; one of them raises or blocks."""
 
     def __init__(self, refuses: str = "", blocks: str = ""):
         self.refuses, self.blocks = refuses, blocks
@@ -53,7 +53,7 @@ class FakeWandb:
 
 
 @pytest.fixture
-def faked(monkeypatch: pytest.MonkeyPatch):
+def fake_wandb(monkeypatch: pytest.MonkeyPatch):
     fakes = []
 
     def fake(**kwargs: str) -> FakeWandb:
@@ -66,29 +66,29 @@ def faked(monkeypatch: pytest.MonkeyPatch):
         one.end.set()
 
 
-def learned(run: Run) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl, without times and memory."""
+def metrics_without_timings(run: Run) -> list[dict[str, float]]:
+    """Rows of metrics.jsonl without times and memory."""
     names = ("_per_second", "peak_memory_gb")
     return [{name: value for name, value in row.items() if not name.endswith(names)} for row in run.metrics]
 
 
 @pytest.fixture(scope="module")
-def without(tmp_path_factory, cache):
-    """Metrics of the run without wandb."""
+def metrics_without_wandb(tmp_path_factory, cache):
+    """Metrics of a run without wandb."""
     monkeypatch = pytest.MonkeyPatch()
     try:
         capture = SimpleNamespace(readouterr=lambda: SimpleNamespace(out="", err=""))
         directory = tmp_path_factory.mktemp("without")
         Program(directory, cache, capture, monkeypatch)(*OVERRIDES, f"local_run_dir={directory / 'run'}")  # type: ignore[arg-type]
-        return learned(Run(0, f"run_dir: {directory / 'run'}", ""))
+        return metrics_without_timings(Run(0, f"run_dir: {directory / 'run'}", ""))
     finally:
         monkeypatch.undo()
 
 
-def test_all_is_logged_in_order(program: Program, faked, without) -> None:
-    fake = faked()
+def test_all_is_logged_in_order(program: Program, fake_wandb, metrics_without_wandb) -> None:
+    fake = fake_wandb()
     run = program.ok("wandb.enabled=true", *OVERRIDES)
-    assert learned(run) == without
+    assert metrics_without_timings(run) == metrics_without_wandb
     names = [name for name, _ in fake.calls]
     assert names == ["init", *["log"] * (len(names) - 2), "finish"] and fake.calls[-1] == ("finish", 0)
     logged = [(step, values) for name, (step, values) in fake.calls[1:-1] if "samples" not in values]
@@ -101,64 +101,66 @@ def test_all_is_logged_in_order(program: Program, faked, without) -> None:
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
-def test_refused(where: str, program: Program, faked, without) -> None:
-    faked(refuses=where)
+def test_a_failing_logger_is_dropped(where: str, program: Program, fake_wandb, metrics_without_wandb) -> None:
+    fake_wandb(refuses=where)
     run = program.ok("wandb.enabled=true", *OVERRIDES)
-    assert learned(run) == without and run.err == ""
-    told = f"wandb: logging stopped, the run goes on (ConnectionError: {where} is refused, alas: <redacted>)"
-    assert run.out.splitlines().count(told) == 1
+    assert metrics_without_timings(run) == metrics_without_wandb and run.err == ""
+    notice = f"wandb: logging stopped, the run continues (ConnectionError: {where} is refused, alas: <redacted>)"
+    assert run.out.splitlines().count(notice) == 1
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
-def test_blocked(where: str, program: Program, faked, without, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.metrics, "PATIENCE", 0.3)
-    monkeypatch.setattr(engine.metrics, "MAX_WAITING", 3)
-    faked(blocks=where)
+def test_a_blocking_logger_is_abandoned(
+    where: str, program: Program, fake_wandb, metrics_without_wandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.run.background_logger, "CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr(engine.run.background_logger, "MAX_QUEUED", 3)
+    fake_wandb(blocks=where)
     start = time.monotonic()
     run = program.ok("wandb.enabled=true", *OVERRIDES)
     assert time.monotonic() - start < 20
-    assert learned(run) == without and run.err == ""
+    assert metrics_without_timings(run) == metrics_without_wandb and run.err == ""
     assert run.out.splitlines()[-1].startswith("run_dir: ")
-    assert "wandb: not finished in 0.3 s, so it is left behind; metrics.jsonl has it all" in run.out
+    assert "wandb: not finished in 0.3 s, abandoned; metrics.jsonl is complete" in run.out
     if where != "finish":
-        assert run.out.count("wandb: does not keep up; what it has no room for is dropped, the run goes on") == 1
+        assert run.out.count("wandb: too slow; entries beyond its queue are dropped, the run continues") == 1
         assert "entries were dropped; metrics.jsonl has them" in run.out
 
 
-def test_a_run_that_fails_keeps_its_status(program: Program, faked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.metrics, "PATIENCE", 0.3)
-    fake = faked(blocks="finish")
+def test_a_run_that_fails_keeps_its_status(program: Program, fake_wandb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.run.background_logger, "CLOSE_SECONDS", 0.3)
+    fake = fake_wandb(blocks="finish")
     run = program("wandb.enabled=true", "lr=1e30", "warmup_steps=0", "n_examples=64", "max_grad_norm=1e30")
     assert run.status == 5 and run.err.count("\n") == 1
     assert fake.calls[-1] == ("finish", 1)
 
 
-def test_both_loggers_run_side_by_side(program: Program, faked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.metrics, "PATIENCE", 5.0)
-    faked(refuses="init")
+def test_both_loggers_run_side_by_side(program: Program, fake_wandb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.run.background_logger, "CLOSE_SECONDS", 5.0)
+    fake_wandb(refuses="init")
     run = program.ok("wandb.enabled=true", "tensorboard=true", *OVERRIDES)
     assert list((run.dir / "tensorboard").glob("events.*"))
 
 
-def test_what_was_left_behind_stays_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.metrics, "PATIENCE", 0.05)
-    said: list[str] = []
-    go_on = threading.Event()
+def test_an_abandoned_logger_stays_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.run.background_logger, "CLOSE_SECONDS", 0.05)
+    messages: list[str] = []
+    release = threading.Event()
 
     def build(say: Any) -> Any:
-        go_on.wait(10)
+        release.wait(10)
         say("too late")
         raise OSError
 
-    logger = Background("slow", build, said.append)
+    logger = BackgroundLogger("slow", build, messages.append)
     logger.close(True)
-    assert len(said) == 1 and said[0].startswith("slow: not finished")
-    go_on.set()
+    assert len(messages) == 1 and messages[0].startswith("slow: not finished")
+    release.set()
     logger._thread.join(10)
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
-def test_the_process_ends_with_its_status_though_exit_hooks_block(tmp_path) -> None:
+def test_blocking_exit_hooks_do_not_change_the_exit_status(tmp_path) -> None:
     (tmp_path / "wandb.py").write_text(
         textwrap.dedent("""
         import atexit, threading, time
@@ -169,7 +171,8 @@ def test_the_process_ends_with_its_status_though_exit_hooks_block(tmp_path) -> N
             time.sleep(100)
         """)
     )
-    script = "import train, utils, engine.metrics; engine.metrics.PATIENCE = 0.5; utils.end_process(train.main(), 0.5)"
+    script = "import train, utils; from engine.run import background_logger as loggers; loggers.CLOSE_SECONDS = 0.5;"
+    script += " utils.end_process(train.main(), 0.5)"
     start = time.monotonic()
     result = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""Batches whose loss is not a number never reach the optimizer; nor do those that memory has no room for cost a run."""
+"""Batches with a NaN or Inf loss never reach the optimizer; out of memory does not end a run."""
 
 import json
 import math
@@ -13,16 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import tensors_of
-from engine.metrics import Sums
-from engine.sharding import own
-from engine.tokenization import Example
-from tests.faults.processes import TIMINGS, TWO, assert_whole, command, complete, saved
-from tests.faults.processes import rows as written
+from engine.data.examples import Example
+from engine.models.shards import local_shard
+from engine.models.weight_files import tensors_of
+from engine.placement.single import SingleProcess
+from engine.step.metrics import MetricAccumulator
+from engine.step.microbatches import MicrobatchRunner, Prepared
+from tests.faults.processes import TIMINGS, TWO_RANK_TRAINERS, assert_checkpoints_intact, command, complete, saved
+from tests.faults.processes import rows as rows_of
 from tests.runs import Program, Run
-from trainers import BasicTrainer, Batch, Prepared, Step
+from trainers import BasicTrainer, Batch, Step
 
-# Eight updates, a checkpoint after each second one.
+# Eight updates, a checkpoint after every second one.
 COMMON = ("optimizer=AdamW", "n_examples=32", "save_every=8", "keep_checkpoints=null", "eval_every=16")
 
 
@@ -40,40 +42,40 @@ def equal(ours: Path, theirs: Path) -> bool:
 
 
 @pytest.fixture
-def breaking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make the loss of updates not a number, or their gradient alone."""
+def make_nonfinite(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set the loss, or only the gradient, of given updates to NaN or Inf."""
 
-    def set_up(*updates: int, what: str = "loss", value: float = math.inf) -> None:
-        add_gradients = BasicTrainer.add_gradients
+    def set_up(*updates: int, target: str = "loss", value: float = math.inf) -> None:
+        accumulate_gradients = BasicTrainer.accumulate_gradients
 
-        def broken(trainer: BasicTrainer, batch: Batch, sums: Sums) -> None:
-            add_gradients(trainer, batch, sums)
+        def broken(trainer: BasicTrainer, batch: Batch, sums: MetricAccumulator) -> None:
+            accumulate_gradients(trainer, batch, sums)
             if trainer.counters["updates"] + 1 in updates:
-                if what == "loss":
+                if target == "loss":
                     sums.add(loss=torch.tensor([value]))
                 else:
                     next(p for p in trainer.policy.parameters() if p.grad is not None).grad.view(-1)[3] = value
 
-        monkeypatch.setattr(BasicTrainer, "add_gradients", broken)
+        monkeypatch.setattr(BasicTrainer, "accumulate_gradients", broken)
 
     return set_up
 
 
 @pytest.fixture
-def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: a step is logged when the next one has been started, and the optimizer looks at what is finite."""
-    monkeypatch.setattr(BasicTrainer, "runs_ahead", property(lambda self: self.config.on_nonfinite != "rollback"))
+def deferred_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a step is logged after the next one has begun; the optimizer checks for NaN and Inf."""
+    monkeypatch.setattr(BasicTrainer, "runs_ahead", property(lambda self: self.settings.on_nonfinite != "rollback"))
 
 
-@pytest.mark.parametrize("what, value", [("loss", math.inf), ("loss", math.nan), ("gradient", math.nan)])
-def test_the_run_ends_and_leaves_what_it_takes_to_find_out(
-    program: Program, breaking: Callable[..., None], what: str, value: float
+@pytest.mark.parametrize("target, value", [("loss", math.inf), ("loss", math.nan), ("gradient", math.nan)])
+def test_the_run_aborts_and_leaves_a_dump(
+    program: Program, make_nonfinite: Callable[..., None], target: str, value: float
 ) -> None:
-    breaking(4, what=what, value=value)
+    make_nonfinite(4, target=target, value=value)
     run_dir = program.directory / "run"
     run = program(*COMMON, f"local_run_dir={run_dir}")
     assert run.status == 5 and run.err.count("\n") == 1
-    assert run.err.startswith("error[NONFINITE] update 4 had ") and "nonfinite-4.json" in run.err
+    assert run.err.startswith("error[NONFINITE] update 4 has ") and "nonfinite-4.json" in run.err
     dump = json.loads((run_dir / "nonfinite-4.json").read_text())
     assert dump["update"] == 4 and len(dump["examples"]) == 4
     assert str(sorted({example["prompt_index"] for example in dump["examples"]})) in run.err
@@ -83,8 +85,8 @@ def test_the_run_ends_and_leaves_what_it_takes_to_find_out(
     assert logged[-1]["counters/updates"] == 3
 
 
-def test_the_dump_has_the_batch(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss that is infinite for one answer: all of its batch is in the dump, so that it can be had again."""
+def test_the_dump_holds_the_batch(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is infinite for one response; the dump holds the whole batch, to reproduce it."""
     batches: list[list[Example]] = []
     step = BasicTrainer.step
 
@@ -95,15 +97,15 @@ def test_the_dump_has_the_batch(program: Program, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(BasicTrainer, "step", noting)
     program.ok(*COMMON)
     bad = batches[2][1].responses[0]
-    run_microbatch = BasicTrainer.run_microbatch
+    run_microbatch = MicrobatchRunner.loss
 
-    def overflowing(trainer: BasicTrainer, prepared: Prepared, num_examples: int, sums: Sums) -> Tensor:
+    def overflowing(runner: MicrobatchRunner, prepared: Prepared, num_examples: int, sums: MetricAccumulator) -> Tensor:
         found = any(np.array_equal(response, bad) for _, response in prepared[0].responses)
         if found and torch.is_grad_enabled():
             sums.add(loss=torch.tensor([math.inf]))
-        return run_microbatch(trainer, prepared, num_examples, sums)
+        return run_microbatch(runner, prepared, num_examples, sums)
 
-    monkeypatch.setattr(BasicTrainer, "run_microbatch", overflowing)
+    monkeypatch.setattr(MicrobatchRunner, "loss", overflowing)
     run_dir = program.directory / "run"
     assert program(*COMMON, f"local_run_dir={run_dir}").status == 5
     (path,) = run_dir.glob("nonfinite-*.json")
@@ -115,8 +117,8 @@ def test_the_dump_has_the_batch(program: Program, monkeypatch: pytest.MonkeyPatc
     ]
 
 
-def test_skipped_batches_are_counted(program: Program, breaking: Callable[..., None]) -> None:
-    breaking(2, 5)
+def test_skipped_batches_are_counted(program: Program, make_nonfinite: Callable[..., None]) -> None:
+    make_nonfinite(2, 5)
     run = program.ok(*COMMON, "on_nonfinite=skip")
     assert [row["counters/updates"] for row in run.steps] == [1, 3, 4, 6, 7, 8]
     assert [row.get("counters/skipped") for row in run.steps] == [None, 1, 1, 2, 2, 2]
@@ -127,38 +129,38 @@ def test_skipped_batches_are_counted(program: Program, breaking: Callable[..., N
     assert counters == {"examples": 32, "updates": 8, "skipped": 2}
 
 
-def test_a_skipped_batch_changes_no_weight(program: Program, breaking: Callable[..., None]) -> None:
-    breaking(3, 4)
+def test_a_skipped_batch_changes_no_weight(program: Program, make_nonfinite: Callable[..., None]) -> None:
+    make_nonfinite(3, 4)
     run = program.ok(*COMMON, "on_nonfinite=skip", "n_examples=16")
     assert equal(run.dir / "step-8", run.dir / "step-16")
 
 
-def test_skipping_has_an_end(program: Program, breaking: Callable[..., None]) -> None:
-    breaking(2, 4, 6)
+def test_too_many_skipped_batches_abort_the_run(program: Program, make_nonfinite: Callable[..., None]) -> None:
+    make_nonfinite(2, 4, 6)
     run = program(*COMMON, "on_nonfinite=skip", "max_nonfinite=2", f"local_run_dir={program.directory / 'run'}")
     assert run.status == 5 and "more than max_nonfinite=2 batches" in run.err and "update 6" in run.err
 
 
-def test_rolling_back_takes_the_weights_of_the_last_checkpoint(program: Program, breaking: Callable[..., None]) -> None:
-    breaking(4)
+def test_a_rollback_restores_the_last_checkpoint(program: Program, make_nonfinite: Callable[..., None]) -> None:
+    make_nonfinite(4)
     run = program.ok(*COMMON, "on_nonfinite=rollback", "n_examples=16")
-    assert "back to the weights of step-8, on with the next batch" in run.out
+    assert "rolled back to step-8, training continues with the next batch" in run.out
     assert equal(run.dir / "step-8", run.dir / "step-16")
     assert [row["counters/updates"] for row in run.steps] == [1, 2, 3]
-    breaking(1)
+    make_nonfinite(1)
     first = program(*COMMON, "on_nonfinite=rollback", f"local_run_dir={program.directory / 'first'}")
     assert first.status == 5 and "no checkpoint to roll back to" in first.err
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "RMSprop"])
-def test_a_step_that_is_logged_late_is_the_same(
-    program: Program, breaking: Callable[..., None], request: pytest.FixtureRequest, optimizer: str
+def test_deferred_logging_does_not_change_a_step(
+    program: Program, make_nonfinite: Callable[..., None], request: pytest.FixtureRequest, optimizer: str
 ) -> None:
-    """Fused optimizers decide by themselves whether to step; others are told. Also in a run that goes on."""
-    breaking(2, 5, 8)
+    """Fused optimizers skip by themselves, others by request; also after a resume."""
+    make_nonfinite(2, 5, 8)
     common = (*COMMON, f"optimizer={optimizer}", "on_nonfinite=skip", "save_every=12", "eval_every=12")
     plain = program.ok(*common)
-    request.getfixturevalue("ahead")
+    request.getfixturevalue("deferred_logging")
     late = program.ok(*common)
     assert rows(late) == rows(plain)
     assert equal(late.dir / "LATEST", plain.dir / "LATEST")
@@ -167,27 +169,25 @@ def test_a_step_that_is_logged_late_is_the_same(
     assert equal(resumed.dir / "LATEST", plain.dir / "LATEST")
 
 
-@pytest.mark.usefixtures("ahead")
-def test_a_step_that_is_logged_late_aborts_the_run_all_the_same(
-    program: Program, breaking: Callable[..., None]
-) -> None:
-    breaking(4)
+@pytest.mark.usefixtures("deferred_logging")
+def test_deferred_logging_still_aborts_the_run(program: Program, make_nonfinite: Callable[..., None]) -> None:
+    make_nonfinite(4)
     run_dir = program.directory / "run"
     run = program(*COMMON, f"local_run_dir={run_dir}")
-    assert run.status == 5 and run.err.startswith("error[NONFINITE] update 4 had loss inf")
+    assert run.status == 5 and run.err.startswith("error[NONFINITE] update 4 has loss inf")
     assert [path.name for path in run_dir.glob("step-*")] == ["step-8"]
 
 
 def test_parameters_without_a_gradient_are_named(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    place_model = BasicTrainer.place_model
+    place_model = SingleProcess.place_model
 
-    def with_more(trainer: BasicTrainer, dtype: torch.dtype) -> Any:
-        model = place_model(trainer, dtype)
+    def with_more(placement: SingleProcess, dtype: torch.dtype) -> Any:
+        model = place_model(placement, dtype)
         model.idle = nn.Linear(2, 2)
         model.frozen = nn.Linear(2, 2).requires_grad_(False)
         return model
 
-    monkeypatch.setattr(BasicTrainer, "place_model", with_more)
+    monkeypatch.setattr(SingleProcess, "place_model", with_more)
     run = program()
     assert run.status == 2 and run.err.count("\n") == 1
     assert "2 parameters received no gradient: idle.weight, idle.bias;" in run.err
@@ -196,17 +196,17 @@ def test_parameters_without_a_gradient_are_named(program: Program, monkeypatch: 
 # ---- Memory ----
 
 
-def short_of_memory(monkeypatch: pytest.MonkeyPatch, most_tokens: int) -> None:
-    """Let memory run out in microbatches of more tokens than that, half-way through the forward pass."""
-    run_microbatch = BasicTrainer.run_microbatch
+def limit_memory(monkeypatch: pytest.MonkeyPatch, max_tokens: int) -> None:
+    """Raise out of memory after the forward pass of microbatches above max_tokens."""
+    run_microbatch = MicrobatchRunner.loss
 
-    def running(trainer: BasicTrainer, prepared: Prepared, num_examples: int, sums: Sums) -> Tensor:
-        loss = run_microbatch(trainer, prepared, num_examples, sums)
-        if torch.is_grad_enabled() and prepared[0].num_tokens > most_tokens:
+    def running(runner: MicrobatchRunner, prepared: Prepared, num_examples: int, sums: MetricAccumulator) -> Tensor:
+        loss = run_microbatch(runner, prepared, num_examples, sums)
+        if torch.is_grad_enabled() and prepared[0].num_tokens > max_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore of it")
         return loss
 
-    monkeypatch.setattr(BasicTrainer, "run_microbatch", running)
+    monkeypatch.setattr(MicrobatchRunner, "loss", running)
 
 
 def test_out_of_memory_halves_the_budget_and_changes_no_gradient(
@@ -214,10 +214,10 @@ def test_out_of_memory_halves_the_budget_and_changes_no_gradient(
 ) -> None:
     common = ("loss=dpo", "loss.beta=0.1", *COMMON, "batch_size=8", "model.policy_dtype=float64", "token_budget=4096")
     plain = program.ok(*common)
-    short_of_memory(monkeypatch, 300)
+    limit_memory(monkeypatch, 300)
     short = program.ok(*common)
-    said = [line for line in short.out.splitlines() if line.startswith("out of memory (CUDA out of memory.")]
-    budgets = [int(line.split("token_budget is ")[1].split()[0].replace(",", "")) for line in said]
+    messages = [line for line in short.out.splitlines() if line.startswith("out of memory (CUDA out of memory.")]
+    budgets = [int(line.split("token_budget is ")[1].split()[0].replace(",", "")) for line in messages]
     assert budgets and budgets[-1] >= 100 and all(b <= a / 2 for a, b in pairwise(budgets))
     for row, other in zip(short.metrics, plain.metrics, strict=True):
         assert row["counters/examples"] == other["counters/examples"]
@@ -230,45 +230,46 @@ def test_out_of_memory_halves_the_budget_and_changes_no_gradient(
 
 
 def test_out_of_memory_with_one_example(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    short_of_memory(monkeypatch, 20)
+    limit_memory(monkeypatch, 20)
     run = program(*COMMON)
     assert run.status == 8 and run.err.count("\n") == 1
     assert run.err.startswith("error[MEMORY] out of memory with one example at a time (CUDA out of memory.")
     assert "activation_checkpointing=true" in run.err and "max_length" in run.err
 
 
-# ---- On several ranks ----
+# ---- Several ranks ----
 
 
-def poison(what: str, rank: int) -> None:
-    """Have a rank of those that this is called in find the loss of update 3, or its own share of the gradient, not a
-    number."""
-    fitted_gradients = BasicTrainer.fitted_gradients
+def poison(target: str, rank: int) -> None:
+    """Set the loss of update 3, or the local gradient, to NaN on one rank."""
+    accumulate = BasicTrainer.accumulate_with_oom_retry
 
-    def broken(trainer: BasicTrainer, batch: Batch) -> tuple[Batch, Sums]:
-        batch, sums = fitted_gradients(trainer, batch)
-        if trainer.counters["updates"] == 2 and trainer.rank == rank:
-            if what == "loss":
+    def broken(trainer: BasicTrainer, batch: Batch) -> tuple[Batch, MetricAccumulator]:
+        batch, sums = accumulate(trainer, batch)
+        if trainer.counters["updates"] == 2 and trainer.placement.rank == rank:
+            if target == "loss":
                 sums.add(loss=torch.tensor([math.nan]))
             else:
-                gradients = [own(p.grad) for p in trainer.policy.parameters() if p.grad is not None]
+                gradients = [local_shard(p.grad) for p in trainer.policy.parameters() if p.grad is not None]
                 next(gradient for gradient in gradients if gradient.numel()).view(-1)[0] = math.nan
         return batch, sums
 
-    BasicTrainer.fitted_gradients = broken  # type: ignore[method-assign, assignment]
+    BasicTrainer.accumulate_with_oom_retry = broken  # type: ignore[method-assign, assignment]
 
 
-@pytest.mark.parametrize("what, trainer", [("gradient", "FSDPTrainer"), ("loss", "TensorParallelTrainer")])
-def test_ranks_skip_alike(inputs: Path, tmp_path: Path, what: str, trainer: str) -> None:
-    """Though only one of them has seen it, and as one process would."""
+@pytest.mark.parametrize("target, trainer", [("gradient", "FSDPTrainer"), ("loss", "TensorParallelTrainer")])
+def test_ranks_skip_alike(inputs: Path, tmp_path: Path, target: str, trainer: str) -> None:
+    """Only one rank has the NaN; the result equals one process."""
     settings = ("on_nonfinite=skip", "n_examples=24", "save_every=24", "sample_during_eval=false")
     found = []
-    for num, overrides in ((1, ()), (2, TWO[trainer])):
-        run_dir = tmp_path / f"on-{num}"
+    for num_ranks, overrides in ((1, ()), (2, TWO_RANK_TRAINERS[trainer])):
+        run_dir = tmp_path / f"on-{num_ranks}"
         arguments = command(inputs, run_dir, *settings, *overrides)
-        status, out, err = complete(arguments, tmp_path / "output", num, prepare=partial(poison, what, num - 1))
+        status, out, err = complete(
+            arguments, tmp_path / "output", num_ranks, prepare=partial(poison, target, num_ranks - 1)
+        )
         assert status == 0 and out.count(": skipped") == 1, err
-        steps = [row for row in written(run_dir) if "loss/train" in row]
+        steps = [row for row in rows_of(run_dir) if "loss/train" in row]
         assert [row["counters/updates"] for row in steps] == [1, 2, 4, 5, 6] and steps[-1]["counters/skipped"] == 1
         found.append((steps, weights(run_dir / "LATEST")))
     (steps, theirs), (expected_steps, expected) = found
@@ -278,20 +279,25 @@ def test_ranks_skip_alike(inputs: Path, tmp_path: Path, what: str, trainer: str)
         assert torch.allclose(theirs[name], value, rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_ranks_abort_or_roll_back_alike(inputs: Path, tmp_path: Path, what: str) -> None:
-    prepare = partial(poison, what, 1)
+@pytest.mark.parametrize("target", ["loss", "gradient"])
+def test_ranks_abort_or_roll_back_alike(inputs: Path, tmp_path: Path, target: str) -> None:
+    prepare = partial(poison, target, 1)
     abort, rollback = (
         command(
-            inputs, tmp_path / how, *TWO["FSDPTrainer"], f"on_nonfinite={how}", "n_examples=16", "keep_checkpoints=null"
+            inputs,
+            tmp_path / how,
+            *TWO_RANK_TRAINERS["FSDPTrainer"],
+            f"on_nonfinite={how}",
+            "n_examples=16",
+            "keep_checkpoints=null",
         )
         for how in ("abort", "rollback")
     )
     status, _, err = complete(abort, tmp_path / "output", 2, prepare=prepare)
-    assert status == 5 and err.startswith("error[NONFINITE] rank 0: update 3 had ") and err.count("\n") == 1
+    assert status == 5 and err.startswith("error[NONFINITE] rank 0: update 3 has ") and err.count("\n") == 1
     assert saved(tmp_path / "abort")[-1] == "step-8" and (tmp_path / "abort" / "nonfinite-3.json").exists()
-    assert_whole(tmp_path / "abort")
+    assert_checkpoints_intact(tmp_path / "abort")
     status, out, err = complete(rollback, tmp_path / "output", 2, prepare=prepare)
-    assert status == 0 and "back to the weights of step-8, on with the next batch" in out, err
+    assert status == 0 and "rolled back to step-8, training continues with the next batch" in out, err
     assert equal(tmp_path / "rollback" / "step-8", tmp_path / "rollback" / "step-12")
     assert not equal(tmp_path / "rollback" / "step-12", tmp_path / "rollback" / "step-16")

@@ -1,4 +1,4 @@
-"""A checkpoint of several processes is whole, or not there; and each is told which, by those that know."""
+"""A sharded checkpoint is complete or absent, and every rank learns the outcome."""
 
 import time
 from pathlib import Path
@@ -8,18 +8,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine import checkpoint
-from engine.checkpoint import CheckpointWriter, Contents, damage
+from engine.models.archives import STATE_FILE, find_corruption
+from engine.run import checkpoint_writer
+from engine.run.checkpoint_writer import CheckpointWriter, Contents
 from tests.ranks import on_ranks
 from utils import UserError
 
 
 def write_state(directory: Path) -> None:
-    (directory / checkpoint.STATE_FILE).write_text("{}")
+    (directory / STATE_FILE).write_text("{}")
 
 
 def save(run_dir: Path, number: int) -> str:
-    """What one process is told of a save."""
+    """Save once; returns the outcome as one rank sees it."""
     writer, contents = CheckpointWriter(run_dir, keep=None), Contents()
     contents.add("model", {"one": torch.ones(50), "two": torch.ones(50)}, {})
     writer.start(number, contents, write_state)
@@ -32,28 +33,28 @@ def save(run_dir: Path, number: int) -> str:
 
 
 def saves(run_dir: Path) -> list[str]:
-    """Of a process whose second save fails on rank 1, and whose third is slow there."""
-    told, write = [save(run_dir, 1)], checkpoint.save_file
+    """Outcomes of three saves; on rank 1 the second fails and the third is slow."""
+    outcomes, write = [save(run_dir, 1)], checkpoint_writer.save_file
     is_second = dist.get_rank() == 1
-    with patch.object(checkpoint, "save_file", side_effect=MemoryError("no room") if is_second else write):
-        told.append(save(run_dir, 2))
+    with patch.object(checkpoint_writer, "save_file", side_effect=MemoryError("no room") if is_second else write):
+        outcomes.append(save(run_dir, 2))
     dist.barrier()
-    told.append(str(sorted(path.name for path in run_dir.iterdir())))
+    outcomes.append(str(sorted(path.name for path in run_dir.iterdir())))
     dist.barrier()
 
     def slowly(*arguments: object, **options: object) -> None:
         time.sleep(0.5)
         write(*arguments, **options)  # type: ignore[arg-type]
 
-    with patch.object(checkpoint, "save_file", slowly if is_second else write):
-        told.append(save(run_dir, 3))
-    return told
+    with patch.object(checkpoint_writer, "save_file", slowly if is_second else write):
+        outcomes.append(save(run_dir, 3))
+    return outcomes
 
 
 @pytest.mark.alone
-def test_what_processes_are_told_of_their_saves(tmp_path: Path) -> None:
+def test_every_rank_learns_the_outcome_of_a_save(tmp_path: Path) -> None:
     first, second = on_ranks(2, saves, tmp_path)
     left = "['LATEST', 'step-1']"
     assert first == [f"{tmp_path}/step-1", "RuntimeError: rank 1: MemoryError: no room", left, f"{tmp_path}/step-3"]
     assert second == [f"{tmp_path}/step-1", "MemoryError: no room", left, f"{tmp_path}/step-3"]
-    assert damage(tmp_path / "step-3") is None
+    assert find_corruption(tmp_path / "step-3") is None

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step is finished and saved, and a second one is obeyed at once."""
+"""SIGTERM and SIGINT: the step is finished and saved; a second signal ends the run at once."""
 
 import os
 import signal
@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.faults.processes import Process, assert_equal_runs, assert_whole, command, complete, rows, saved
+from engine.step.microbatches import MicrobatchRunner
+from tests.faults.processes import Process, assert_checkpoints_intact, assert_equal_runs, command, complete, rows, saved
 from trainers import BasicTrainer, Batch, Step
 from utils import StopRequest
 
@@ -23,91 +24,106 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT]
 step = BasicTrainer.step
 
 
-def signal_in_step(update: int, number: int, on_rank: int) -> None:
-    """Have each process that this is called in get a signal while it takes a step."""
+def signal_in_step(update: int, signal_number: int, on_rank: int) -> None:
+    """Send this process a signal during a step."""
 
     def signalled(trainer: BasicTrainer, batch: Batch) -> Step:
-        if trainer.counters["updates"] == update - 1 and trainer.rank == on_rank:
-            os.kill(os.getpid(), number)
+        if trainer.counters["updates"] == update - 1 and trainer.placement.rank == on_rank:
+            os.kill(os.getpid(), signal_number)
         return step(trainer, batch)
 
     BasicTrainer.step = signalled  # type: ignore[method-assign, assignment]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("update", [3, 4])  # an evaluation is due after the fourth
+@pytest.mark.parametrize("signal_number", SIGNALS)
+@pytest.mark.parametrize("update", [3, 4])  # the fourth is followed by an evaluation
 def test_a_signal_ends_the_run_after_its_step(
-    inputs: Path, whole: Path, tmp_path: Path, number: int, update: int
+    inputs: Path, uninterrupted_run: Path, tmp_path: Path, signal_number: int, update: int
 ) -> None:
     run_dir = tmp_path / "run"
-    prepare = partial(signal_in_step, update, number, 0)
+    prepare = partial(signal_in_step, update, signal_number, 0)
     arguments = command(inputs, run_dir, "save_every=1000")
     status, out, err = complete(arguments, tmp_path / "output", prepare=prepare)
-    assert status == 128 + number, err
-    assert f"{signal.Signals(number).name}: saving after this step" in err
+    assert status == 128 + signal_number, err
+    assert f"{signal.Signals(signal_number).name}: saving after this step" in err
     assert saved(run_dir) == [f"step-{4 * update}"] and rows(run_dir)[-1]["counters/updates"] == update
-    assert_whole(run_dir)
+    assert_checkpoints_intact(run_dir)
     status, out, err = complete(arguments, tmp_path / "output")
     assert status == 0 and f"resumed from {run_dir}/step-{4 * update}" in out, err
-    assert_equal_runs(run_dir, whole)
+    assert_equal_runs(run_dir, uninterrupted_run)
 
 
-def hang_up(kept_away: bool) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN if kept_away else signal.SIG_DFL)
+def close_terminal(is_ignored: bool) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
     signal_in_step(3, signal.SIGHUP, 0)
 
 
-@pytest.mark.parametrize("kept_away", [False, True])
+@pytest.mark.parametrize("is_ignored", [False, True])
 def test_a_terminal_that_closes_ends_the_run_but_not_under_nohup(
-    inputs: Path, whole: Path, tmp_path: Path, kept_away: bool
+    inputs: Path, uninterrupted_run: Path, tmp_path: Path, is_ignored: bool
 ) -> None:
     run_dir = tmp_path / "run"
-    status, _, err = complete(command(inputs, run_dir), tmp_path / "output", prepare=partial(hang_up, kept_away))
-    assert status == (0 if kept_away else 129), err
-    if not kept_away:
+    status, _, err = complete(
+        command(inputs, run_dir), tmp_path / "output", prepare=partial(close_terminal, is_ignored)
+    )
+    assert status == (0 if is_ignored else 129), err
+    if not is_ignored:
         assert saved(run_dir)[-1] == "step-12"
         assert complete(command(inputs, run_dir), tmp_path / "output")[0] == 0
-    assert_equal_runs(run_dir, whole)
+    assert_equal_runs(run_dir, uninterrupted_run)
 
 
 def signal_in_evaluation(update: int, on_rank: int) -> None:
-    """Have each process that this is called in get SIGTERM while it evaluates after a step, and take its time."""
-    run_microbatch = BasicTrainer.run_microbatch
+    """Send this process SIGTERM during the evaluation after a step."""
+    evaluate, run_microbatch = BasicTrainer.evaluate, MicrobatchRunner.loss
+    evaluating: list[BasicTrainer] = []
 
-    def signalled(trainer: BasicTrainer, *arguments: Any) -> Tensor:
-        if not torch.is_grad_enabled() and trainer.counters["updates"] == update and trainer.rank == on_rank:
-            if trainer.stop.signal is None:
-                os.kill(os.getpid(), signal.SIGTERM)
-            else:
-                raise AssertionError("it goes on evaluating")
-        return run_microbatch(trainer, *arguments)
+    def noting(trainer: BasicTrainer) -> bool:
+        evaluating[:] = [trainer]
+        return evaluate(trainer)
 
-    BasicTrainer.run_microbatch = signalled  # type: ignore[method-assign, assignment]
+    def signalled(runner: MicrobatchRunner, *arguments: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            (trainer,) = evaluating
+            if trainer.counters["updates"] == update and trainer.placement.rank == on_rank:
+                if trainer.stop.signal is None:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                else:
+                    raise AssertionError("it continues the evaluation")
+        return run_microbatch(runner, *arguments)
+
+    BasicTrainer.evaluate = noting  # type: ignore[method-assign, assignment]
+    MicrobatchRunner.loss = signalled  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.parametrize(
-    "num, update",
+    "num_ranks, update",
     [(1, 0), (1, 8), (1, 15), (2, 8)],  # before the first step, between steps, after the last
 )
-def test_a_signal_ends_an_evaluation(tmp_path: Path, request: pytest.FixtureRequest, num: int, update: int) -> None:
-    """It is made up for when the run goes on."""
-    inputs, whole = (request.getfixturevalue(name) for name in ("inputs", "whole" if num == 1 else "whole_on_two"))
-    run_dir, overrides = tmp_path / "run", () if num == 1 else FSDP
+def test_a_signal_ends_an_evaluation(
+    tmp_path: Path, request: pytest.FixtureRequest, num_ranks: int, update: int
+) -> None:
+    """An aborted evaluation is rerun on resume."""
+    inputs, uninterrupted_run = (
+        request.getfixturevalue(name)
+        for name in ("inputs", "uninterrupted_run" if num_ranks == 1 else "uninterrupted_run_on_two")
+    )
+    run_dir, overrides = tmp_path / "run", () if num_ranks == 1 else FSDP
     arguments = command(inputs, run_dir, *overrides, "eval_batch_size=1")
-    prepare = partial(signal_in_evaluation, update, num - 1)
-    status, _, err = complete(arguments, tmp_path / "output", num, prepare=prepare)
+    prepare = partial(signal_in_evaluation, update, num_ranks - 1)
+    status, _, err = complete(arguments, tmp_path / "output", num_ranks, prepare=prepare)
     assert status == 128 + signal.SIGTERM, err
     assert saved(run_dir)[-1] == f"step-{4 * update}"
     logged = rows(run_dir) if update else []
     assert not any("loss/eval" in row for row in logged if row["counters/updates"] == update)
-    assert_whole(run_dir)
+    assert_checkpoints_intact(run_dir)
     arguments = command(inputs, run_dir, *overrides)
-    status, out, err = complete(arguments, tmp_path / "output", num)
+    status, out, err = complete(arguments, tmp_path / "output", num_ranks)
     assert status == 0 and f"resumed from {run_dir}/step-{4 * update}" in out, err
-    assert_equal_runs(run_dir, whole)
+    assert_equal_runs(run_dir, uninterrupted_run)
 
 
-def test_a_signal_to_one_rank_stops_all(inputs: Path, whole_on_two: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all(inputs: Path, uninterrupted_run_on_two: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = command(inputs, run_dir, *FSDP)
     status, _, err = complete(arguments, tmp_path / "output", 2, prepare=partial(signal_in_step, 5, signal.SIGTERM, 1))
@@ -115,34 +131,37 @@ def test_a_signal_to_one_rank_stops_all(inputs: Path, whole_on_two: Path, tmp_pa
     assert saved(run_dir)[-1] == "step-20"
     status, _, err = complete(arguments, tmp_path / "output", 2)
     assert status == 0, err
-    assert_equal_runs(run_dir, whole_on_two)
+    assert_equal_runs(run_dir, uninterrupted_run_on_two)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_second_signal_is_obeyed_at_once(inputs: Path, whole: Path, tmp_path: Path, number: int) -> None:
-    """While the checkpoint that the first one has begun is being written, which takes a minute."""
+@pytest.mark.parametrize("signal_number", SIGNALS)
+def test_a_second_signal_ends_the_run_at_once(
+    inputs: Path, uninterrupted_run: Path, tmp_path: Path, signal_number: int
+) -> None:
+    """It comes during the save of the first signal, delayed by a minute."""
     run_dir = tmp_path / "run"
-    prepare = partial(signal_in_step, 3, number, 0)
+    prepare = partial(signal_in_step, 3, signal_number, 0)
     with Process(
         command(inputs, run_dir), tmp_path / "output", fault="before_rename#3=wait", prepare=prepare
     ) as process:
         process.wait_until((run_dir / ".step-12.tmp" / "manifest.json").exists)
-        time.sleep(StopRequest.TOGETHER + 0.1)
-        process.send(number)
+        time.sleep(StopRequest.MERGE_SECONDS + 0.1)
+        process.send(signal_number)
         begun = time.monotonic()
-        assert process.wait() == 128 + number, process.err
+        assert process.wait() == 128 + signal_number, process.err
         assert time.monotonic() - begun < 2
     assert saved(run_dir) == ["step-4", "step-8"] and (run_dir / "LATEST").resolve().name == "step-8"
-    assert_whole(run_dir)
+    assert_checkpoints_intact(run_dir)
     status, _, err = complete(command(inputs, run_dir), tmp_path / "output")
     assert status == 0, err
-    assert_equal_runs(run_dir, whole)
+    assert_equal_runs(run_dir, uninterrupted_run)
 
 
 @pytest.mark.parametrize("how", ["once", "all", "twice"])
-def test_a_launched_run_is_signalled(inputs: Path, whole_on_two: Path, tmp_path: Path, how: str) -> None:
-    """As a user would see it: the command, its launcher and the workers of that, which job schedulers signal too; a
-    terminal that closes may do it twice."""
+def test_a_launched_run_is_signalled(inputs: Path, uninterrupted_run_on_two: Path, tmp_path: Path, how: str) -> None:
+    """A real command with launcher and workers.
+
+    Job schedulers signal the workers too. A closed terminal may signal twice."""
     run_dir = tmp_path / "run"
     arguments = command(inputs, run_dir, *FSDP, "num_processes=2")
     launcher = subprocess.Popen(
@@ -165,15 +184,15 @@ def test_a_launched_run_is_signalled(inputs: Path, whole_on_two: Path, tmp_path:
     err = launcher.communicate(timeout=60)[1]
     assert launcher.returncode == 128 + signal.SIGTERM, err
     assert len(saved(run_dir)) > 0
-    assert_whole(run_dir)
+    assert_checkpoints_intact(run_dir)
     assert saved(run_dir)[-1] == f"step-{rows(run_dir)[-1]['counters/examples']}"
     status, _, err = complete(command(inputs, run_dir, *FSDP), tmp_path / "output", 2)
     assert status == 0, err
-    assert_equal_runs(run_dir, whole_on_two)
+    assert_equal_runs(run_dir, uninterrupted_run_on_two)
 
 
-def test_a_terminal_that_is_gone_costs_no_step(inputs: Path, whole: Path, tmp_path: Path) -> None:
-    """As with `| tee`, which Ctrl-C ends too: nobody reads any more what the run prints, nor what the signal says."""
+def test_a_lost_terminal_loses_no_step(inputs: Path, uninterrupted_run: Path, tmp_path: Path) -> None:
+    """As with `| tee`: Ctrl-C ends tee too, and nobody reads the output."""
     run_dir = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *command(inputs, run_dir)],
@@ -189,7 +208,7 @@ def test_a_terminal_that_is_gone_costs_no_step(inputs: Path, whole: Path, tmp_pa
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT
     assert len(saved(run_dir)) > 0
-    assert_whole(run_dir)
+    assert_checkpoints_intact(run_dir)
     status, _, err = complete(command(inputs, run_dir), tmp_path / "output")
     assert status == 0, err
-    assert_equal_runs(run_dir, whole)
+    assert_equal_runs(run_dir, uninterrupted_run)

@@ -1,4 +1,4 @@
-"""The long form of the tests beside it."""
+"""The long form of tests/faults."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from benchmarks import soak
 
 @pytest.mark.slow
 def test_soak() -> None:
-    """What it does and how much of it: benchmarks/soak.py."""
+    """See benchmarks/soak.py for its faults and their number."""
     assert soak.main([]) == 0

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and directories that are somebody else's."""
+"""Full disks, read-only disks, and directories with other files."""
 
 import errno
 import os
@@ -16,38 +16,41 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.checkpoint import WEIGHTS, CheckpointWriter, locked, tensors_of
-from engine.films import film_tokenizer
+from engine.data.films import film_tokenizer
+from engine.models.archives import WEIGHTS
+from engine.models.weight_files import tensors_of
+from engine.run.checkpoint_writer import CheckpointWriter
+from engine.run.run_dir import RUN_MARK
+from engine.run.run_files import locked
 from tests.faults.processes import (
     Process,
+    assert_checkpoints_intact,
     assert_equal_runs,
-    assert_whole,
     command,
     complete,
     fail_on_a_full_disk,
     saved,
     small_disk,
 )
-from train import RUN_MARK
 from trainers import BasicTrainer, Batch, Step
 from utils import as_os_errors
 
 
 @pytest.fixture(scope="module")
-def size(whole: Path) -> int:
-    """Bytes of a checkpoint, the last one, which has a policy.pt."""
-    return sum(path.stat().st_size for path in (whole / "LATEST").iterdir())
+def size(uninterrupted_run: Path) -> int:
+    """Bytes of the last checkpoint, including its policy.pt."""
+    return sum(path.stat().st_size for path in (uninterrupted_run / "LATEST").iterdir())
 
 
-def test_a_disk_that_is_full_in_a_save(inputs: Path, whole: Path, size: int, tmp_path: Path) -> None:
-    """Anywhere in it: the last good checkpoint is whole, and with more room the run goes on."""
+def test_a_full_disk_during_a_save(inputs: Path, uninterrupted_run: Path, size: int, tmp_path: Path) -> None:
+    """The last good checkpoint stays intact, and with more room the run resumes."""
     chance = random.Random(0)
     with small_disk(tmp_path / "disk", 4 * size) as disk:
         for index in range(4):
-            fail_on_a_full_disk(inputs, disk / f"run-{index}", int(size * chance.uniform(0.1, 2.4)), whole)
+            fail_on_a_full_disk(inputs, disk / f"run-{index}", int(size * chance.uniform(0.1, 2.4)), uninterrupted_run)
 
 
-def test_too_little_room_is_said_before_anything_is_written(inputs: Path, size: int, tmp_path: Path) -> None:
+def test_too_little_room_is_reported_before_writing(inputs: Path, size: int, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2 * size) as disk:
         (disk / "ballast").write_bytes(bytes(int(1.5 * size)))
         status, _, err = complete(command(inputs, disk / "run"), tmp_path / "output")
@@ -57,7 +60,7 @@ def test_too_little_room_is_said_before_anything_is_written(inputs: Path, size: 
 
 
 def test_libraries_on_a_full_disk(tmp_path: Path) -> None:
-    """Each has an exception of its own; all become one."""
+    """Each library raises another exception; all become OSError."""
     tensors = {"weight": torch.ones(100_000)}
     writers: dict[str, Callable[[Path], Any]] = {
         "tokenizers": film_tokenizer().save_pretrained,
@@ -70,13 +73,13 @@ def test_libraries_on_a_full_disk(tmp_path: Path) -> None:
                 write(disk)
                 pytest.fail(f"{name} has found room")
             shutil.rmtree(disk, ignore_errors=True)
-    with pytest.raises(KeyError), as_os_errors():  # nothing else does
+    with pytest.raises(KeyError), as_os_errors():  # other exceptions stay as they are
         raise KeyError("name")
 
 
 @pytest.mark.parametrize("num_pages", [0, 1])
 def test_a_full_disk_before_the_first_step(inputs: Path, tmp_path: Path, num_pages: int) -> None:
-    """Without room for config.yaml; or for a page, which has that and nothing else."""
+    """No room for config.yaml; or one page, enough for config.yaml alone."""
     with small_disk(tmp_path / "disk", 2**20) as disk:
         (disk / "run").mkdir()
         (disk / "ballast").write_bytes(bytes(2**20 - num_pages * 4096))
@@ -94,7 +97,7 @@ def test_a_full_disk_under_the_caches(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has_run", [False, True])
 def test_a_read_only_directory(inputs: Path, tmp_path: Path, has_run: bool) -> None:
-    """It is refused before a model is loaded; also where a run is to go on that has no checkpoint yet."""
+    """Refused before a model is loaded, also for a run without a checkpoint."""
     with small_disk(tmp_path / "disk", 2**20) as disk:
         run_dir = disk / "run"
         if has_run:
@@ -122,7 +125,7 @@ def test_a_directory_with_other_files(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_a_directory_with_files_of_the_same_names(inputs: Path, tmp_path: Path) -> None:
-    """Of which config.yaml, metrics.jsonl and step-8 are no rare ones; and a run's directory may have others too."""
+    """config.yaml, metrics.jsonl and step-8 are common names; a run directory may hold more files."""
     run_dir = tmp_path / "project"
     (run_dir / "step-8").mkdir(parents=True)
     mine = [run_dir / name for name in ("config.yaml", "metrics.jsonl", ".draft.tmp", "step-8/letter.txt")]
@@ -138,17 +141,17 @@ def test_a_directory_with_files_of_the_same_names(inputs: Path, tmp_path: Path) 
     assert status == 0 and draft.read_text() == "mine", err
 
 
-def test_a_run_of_which_only_checkpoints_are_left(inputs: Path, whole: Path, tmp_path: Path) -> None:
-    run_dir = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+def test_a_run_directory_with_checkpoints_only(inputs: Path, uninterrupted_run: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(uninterrupted_run, tmp_path / "run", symlinks=True))
     for name in ("metrics.jsonl", "config.yaml", "LATEST"):
         (run_dir / name).unlink()
     status, _, err = complete(command(inputs, run_dir, "resume=null", "keep_checkpoints=1"), tmp_path / "output")
     assert status == 2 and f"{run_dir} holds a run; fix: resume=auto" in err, err
-    assert saved(run_dir) == saved(whole)
+    assert saved(run_dir) == saved(uninterrupted_run)
     assert complete(command(inputs, run_dir), tmp_path / "output")[0] == 0
 
 
-def test_a_file_in_the_place_of_the_directory(inputs: Path, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_directory(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
         status, _, err = complete(command(inputs, run_dir), tmp_path / "output")
@@ -165,36 +168,36 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert f"warning: {tmp_path}/run cannot be locked (No locks available)" in out and out.count("\n") == 1
 
 
-def test_a_directory_in_use(inputs: Path, whole: Path, tmp_path: Path) -> None:
-    """By a run that is alive; when that is killed, the directory is free."""
+def test_a_directory_in_use(inputs: Path, uninterrupted_run: Path, tmp_path: Path) -> None:
+    """A live run locks its directory; a kill frees it."""
     run_dir = tmp_path / "run"
     with Process(command(inputs, run_dir), tmp_path / "first", fault="before_manifest#2=wait") as process:
         process.wait_until((run_dir / ".step-8.tmp" / "training_state.json").exists)
         status, out, err = complete(command(inputs, run_dir), tmp_path / "second")
         assert status == 6 and err.count("\n") == 1, err
         assert f"{run_dir} is in use by another process" in err and "training on" not in out
-        assert (run_dir / ".step-8.tmp" / "training_state.json").exists()  # it was not tidied away
+        assert (run_dir / ".step-8.tmp" / "training_state.json").exists()  # the second run removed nothing
         process.send(signal.SIGKILL)
-    assert_whole(run_dir)
+    assert_checkpoints_intact(run_dir)
     status, _, err = complete(command(inputs, run_dir), tmp_path / "second")
     assert status == 0, err
-    assert_equal_runs(run_dir, whole)
+    assert_equal_runs(run_dir, uninterrupted_run)
 
 
 def write_until_a_later_step() -> None:
-    """Have the save after update 10 come to its end when update 13 has been made, if that does not wait for it."""
-    write, step, is_made = CheckpointWriter._write, BasicTrainer.step, threading.Event()
+    """Delay the save after update 10 until update 13; fails if training waits for the save."""
+    write, step, is_step_done = CheckpointWriter._write, BasicTrainer.step, threading.Event()
 
     def writing(*arguments: Any) -> Path:
-        if not is_made.wait(30):
+        if not is_step_done.wait(30):
             raise OSError("training waits for the disk")
         return write(*arguments)
 
     def stepping(trainer: BasicTrainer, batch: Batch) -> Step:
-        made = step(trainer, batch)
+        result = step(trainer, batch)
         if trainer.counters["updates"] == 13:
-            is_made.set()
-        return made
+            is_step_done.set()
+        return result
 
     CheckpointWriter._write, BasicTrainer.step = writing, stepping  # type: ignore[method-assign, assignment]
 
@@ -204,7 +207,7 @@ def test_training_does_not_wait_for_the_disk(inputs: Path, tmp_path: Path) -> No
     arguments = command(inputs, run_dir, "save_every=40", "keep_checkpoints=null")
     status, _, err = complete(arguments, tmp_path / "output", prepare=write_until_a_later_step)
     assert status == 0 and saved(run_dir) == ["step-40", "step-60"], err
-    # What was saved is the state of that time, not that of the steps which were made while it was written.
+    # The checkpoint holds the state at update 10, not the state of later steps.
     saved_state = dict(tensors_of(run_dir / "step-40", WEIGHTS))
     other = tmp_path / "other"
     assert complete(command(inputs, other, "save_every=40", "keep_checkpoints=null"), tmp_path / "output")[0] == 0

@@ -1,4 +1,4 @@
-"""Packed, padded and one row at a time give the same log-probs, losses and gradients, whatever the model."""
+"""Packed, padded and one row at a time give the same log-probs, losses and gradients on every model."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import engine.attention
-import engine.logprobs
-from engine.batching import Microbatch, Part, cut, lay_out, lay_out_nothing
-from engine.logprobs import chunked_head, plain_head, response_logps
-from engine.models import use_packed_attention
-from engine.tokenization import Example
+import engine.step.attention
+import engine.step.logprobs
+from engine.data.examples import Example
+from engine.step.heads import response_logps, run_head
+from engine.step.layout import GroupSpan, Microbatch, empty_microbatch, lay_out
+from engine.step.logprobs import SpanLoss, chunked_head, plain_head, sum_by_response
+from engine.step.packing_check import use_packed_attention
+from engine.step.splitting import split_batch
 from tests.models import SIZES, VOCABULARY, exact_norms, pair_examples, tiny_model
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -21,14 +23,15 @@ ARCHITECTURES = list(SIZES)
 DTYPES = [torch.float64, torch.float32]
 
 
-def pair_loss(batch: Microbatch, num_examples: int):
-    def objective(logps: Tensor, part: Part) -> Tensor:
+def pair_loss(batch: Microbatch, num_examples: int) -> SpanLoss:
+    def span_loss(token_logps: Tensor, span: GroupSpan) -> Tensor:
         assert batch.rejected is not None
-        chosen = logps[batch.chosen[part.examples] - part.responses.start]
-        rejected = logps[batch.rejected[part.examples] - part.responses.start]
+        logps = sum_by_response(token_logps, batch.response_lengths[span.responses])
+        chosen = logps[batch.chosen[span.examples] - span.responses.start]
+        rejected = logps[batch.rejected[span.examples] - span.responses.start]
         return -F.logsigmoid(0.1 * (chosen - rejected)).sum() / num_examples
 
-    return objective
+    return span_loss
 
 
 def gradient(model: PreTrainedModel) -> Tensor:
@@ -44,14 +47,14 @@ def loss_and_gradient(
     total = 0.0
     for examples in microbatches:
         batch = lay_out(examples, layout)
-        loss, _ = response_logps(model, batch, pair_loss(batch, num_examples))
+        loss, _ = run_head(model, batch, pair_loss(batch, num_examples))
         loss.backward()
         total += loss.item()
     return total, gradient(model)
 
 
 def one_row_at_a_time(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[float, Tensor]:
-    """The oracle: each prompt + response through the model's own forward, nothing of ours but the arithmetic here."""
+    """The oracle: each prompt + response through the plain forward of the model."""
     losses = []
     for example in examples:
         logps = []
@@ -67,9 +70,9 @@ def one_row_at_a_time(model: PreTrainedModel, examples: Sequence[Example]) -> tu
 
 
 def make_logits_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tokens' logits at a time: nearly every group is longer."""
-    monkeypatch.setattr(engine.logprobs, "CHUNK_TOKENS", 2)
-    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", {"cpu": 1})
+    """Make logits of two tokens at a time, fewer than in nearly every group."""
+    monkeypatch.setattr(engine.step.logprobs, "CHUNK_TOKENS", 2)
+    monkeypatch.setattr(engine.step.logprobs, "CHUNK_LOGITS", {"cpu": 1})
 
 
 def assert_same(ours: tuple[float, Tensor], theirs: tuple[float, Tensor], dtype: torch.dtype) -> None:
@@ -79,7 +82,7 @@ def assert_same(ours: tuple[float, Tensor], theirs: tuple[float, Tensor], dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_is_padded_is_one_row_at_a_time(
+def test_packed_equals_padded_equals_one_row_at_a_time(
     architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = exact_norms(tiny_model(architecture, dtype))
@@ -88,9 +91,9 @@ def test_packed_is_padded_is_one_row_at_a_time(
     assert_same(loss_and_gradient(model, [examples], "padded"), truth, dtype)
     use_packed_attention(model)
     assert_same(loss_and_gradient(model, [examples]), truth, dtype)
-    monkeypatch.setattr(engine.attention, "BLOCK", 3)  # several blocks
-    monkeypatch.setattr(engine.logprobs, "CHUNK_TOKENS", 8)  # several chunks
-    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", {"cpu": 9 * VOCABULARY})
+    monkeypatch.setattr(engine.step.attention, "BLOCK", 3)  # several query tiles
+    monkeypatch.setattr(engine.step.logprobs, "CHUNK_TOKENS", 8)  # several chunks
+    monkeypatch.setattr(engine.step.logprobs, "CHUNK_LOGITS", {"cpu": 9 * VOCABULARY})
     assert_same(loss_and_gradient(model, [examples]), truth, dtype)
     make_logits_twice(monkeypatch)
     assert_same(loss_and_gradient(model, [examples]), truth, dtype)
@@ -99,38 +102,38 @@ def test_packed_is_padded_is_one_row_at_a_time(
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_any_cut_gives_the_same_gradient(layout: str) -> None:
+def test_any_split_gives_the_same_gradient(layout: str) -> None:
     model = exact_norms(tiny_model("llama", torch.float64))
     if layout == "packed":
         use_packed_attention(model)
     examples = pair_examples() + pair_examples(seed=5)
     truth = loss_and_gradient(model, [examples], layout)
     for parts, budget in [(2, 10**6), (8, 10**6), (10, 10**6), (1, 30), (3, 25), (1, 1)]:
-        assert_same(loss_and_gradient(model, cut(examples, parts, budget), layout), truth, torch.float64)
+        assert_same(loss_and_gradient(model, split_batch(examples, parts, budget), layout), truth, torch.float64)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_siblings_and_other_groups_are_never_seen(architecture: str) -> None:
+def test_siblings_and_other_groups_are_never_attended(architecture: str) -> None:
     """Changing one response changes no log-prob but its own."""
     model = tiny_model(architecture, torch.float64)
     use_packed_attention(model)
     examples = pair_examples()
     with torch.no_grad():
-        _, before = response_logps(model, lay_out(examples))
+        before = response_logps(model, lay_out(examples))
         chosen, rejected = examples[2].responses
         examples[2] = Example(examples[2].prompt, (chosen, (rejected + 7) % VOCABULARY), 2)
         batch = lay_out(examples)
-        _, after = response_logps(model, batch)
+        after = response_logps(model, batch)
     assert batch.rejected is not None
     changed = (before != after).nonzero().flatten().tolist()
-    # Groups are in the order of their first example: the pair that shares the first prompt joins it.
+    # Groups are ordered by their first example; the last pair joins the group of its prompt.
     assert changed == [batch.rejected.tolist()[3]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("twice", [False, True])
-def test_chunked_head_is_the_plain_head(
+def test_chunked_head_equals_the_plain_head(
     dtype: torch.dtype, bias: bool, twice: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward of the fused head against plain fp32 log-softmax; log-probs are never rounded to bf16."""
@@ -139,8 +142,8 @@ def test_chunked_head_is_the_plain_head(
     hidden = torch.randn(batch.num_tokens, 32, generator=generator).to(dtype)
     weight = torch.randn(VOCABULARY, 32, generator=generator).to(dtype)
     offset = torch.randn(VOCABULARY, generator=generator).to(dtype) if bias else None
-    monkeypatch.setattr(engine.logprobs, "CHUNK_TOKENS", 9)
-    monkeypatch.setattr(engine.logprobs, "CHUNK_LOGITS", {"cpu": 1})
+    monkeypatch.setattr(engine.step.logprobs, "CHUNK_TOKENS", 9)
+    monkeypatch.setattr(engine.step.logprobs, "CHUNK_LOGITS", {"cpu": 1})
     if twice:
         make_logits_twice(monkeypatch)
 
@@ -172,8 +175,8 @@ def head_leaves(batch: Microbatch, hidden_dtype: torch.dtype = torch.float32) ->
     return hidden.to(hidden_dtype).requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
 
 
-def test_a_multiple_of_the_loss_has_multiples_of_its_gradients() -> None:
-    """The head's gradients are made before it is known what becomes of its loss."""
+def test_gradients_scale_with_the_loss() -> None:
+    """The head computes its gradients before the scale of its loss is known."""
     batch = lay_out(pair_examples())
     gradients = []
     for head in (chunked_head, plain_head):
@@ -184,7 +187,7 @@ def test_a_multiple_of_the_loss_has_multiples_of_its_gradients() -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_log_probs_of_low_states_come_from_the_weights_as_they_are_kept() -> None:
+def test_bf16_hidden_states_meet_unrounded_head_weights() -> None:
     """Mixed precision: the head's weights are not rounded to the dtype of the hidden states, on a CPU."""
     batch = lay_out(pair_examples())
     leaves = head_leaves(batch, torch.bfloat16)
@@ -196,22 +199,25 @@ def test_log_probs_of_low_states_come_from_the_weights_as_they_are_kept() -> Non
 @pytest.mark.parametrize("num_responses", [1, 2])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nothing_gives_every_parameter_a_gradient_of_zero(architecture: str, layout: str, num_responses: int) -> None:
-    """A process that is idle while others train takes part in their sums."""
+def test_an_empty_microbatch_gives_every_parameter_a_zero_gradient(
+    architecture: str, layout: str, num_responses: int
+) -> None:
+    """An idle rank takes part in all-reduces."""
     model = tiny_model(architecture)
     if layout == "packed":
         use_packed_attention(model)
-    batch = lay_out_nothing(num_responses, layout)
+    batch = empty_microbatch(num_responses, layout)
     calls = []
 
-    def objective(logps: Tensor, part: Part) -> Tensor:
+    def span_loss(token_logps: Tensor, span: GroupSpan) -> Tensor:
         roles = [
-            role[part.examples] - part.responses.start for role in (batch.chosen, batch.rejected) if role is not None
+            role[span.examples] - span.responses.start for role in (batch.chosen, batch.rejected) if role is not None
         ]
+        logps = sum_by_response(token_logps, batch.response_lengths[span.responses])
         calls.append([len(logps), *map(len, roles)])
         return sum((logps[role].exp().sum() for role in roles), logps.new_zeros(())) / 5
 
-    loss, logps = response_logps(model, batch, objective)
+    loss, logps = run_head(model, batch, span_loss)
     loss.backward()
     assert calls == [[0] * (1 + num_responses)]
     assert loss.item() == 0 and logps.shape == (0,) and batch.num_examples == batch.num_tokens == 0

@@ -1,4 +1,4 @@
-"""Equivalences of whole runs: what must give the same numbers gives the same numbers."""
+"""Equivalences of whole runs: equal numbers across batching, references and resumes."""
 
 import math
 
@@ -22,12 +22,12 @@ ARCHITECTURES = {
     "gpt_neox": f"{{model_type: gpt_neox, {SIZES}}}",
     "gpt2": "{model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, n_positions: 512}",
 }
-# Kept by every row; timings and memory differ between equal runs.
-MEASURED = ("examples_per_second", "tokens_per_second", "peak_memory_gb")
+# Timings and memory differ between equal runs.
+MEASUREMENTS = ("examples_per_second", "tokens_per_second", "peak_memory_gb")
 
 
 def numbers(run: Run) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in MEASURED} for row in run.metrics]
+    return [{key: value for key, value in row.items() if key not in MEASUREMENTS} for row in run.metrics]
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -79,8 +79,8 @@ def test_step_0_of_the_other_losses(program: Program) -> None:
 
 
 @pytest.mark.parametrize("loss", PAIR_LOSSES)
-def test_cached_reference_is_the_live_one(program: Program, loss: str) -> None:
-    """Step for step, in training and evaluation, to the last bit; a second run reads what the first one computed."""
+def test_cached_reference_equals_the_live_one(program: Program, loss: str) -> None:
+    """Bitwise at every step, in training and evaluation; a second run reads the cache of the first."""
     common = (*PAIR_LOSSES[loss], "eval_every=8", "gradient_accumulation_steps=2", "seed=5")
     live = program.ok(*common, "reference=live")
     cached = program.ok(*common, "reference=cached", f"cache_dir={program.directory / 'own'}")
@@ -102,28 +102,33 @@ def test_the_cache_serves_any_beta_loss_and_batch(program: Program) -> None:
 
 
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
-def test_accumulation_does_not_matter(program: Program, loss: str) -> None:
+def test_accumulation_does_not_change_the_result(program: Program, loss: str) -> None:
     """8 x 1 == 4 x 2 == 1 x 8, and any token budget."""
     common = (*PAIR_LOSSES.get(loss, ("loss=sft",)), "batch_size=8", "n_examples=28", "model.policy_dtype=float64")
-    whole = program.ok(*common)
-    for cut in ("gradient_accumulation_steps=4", "gradient_accumulation_steps=8", "token_budget=200", "token_budget=1"):
-        assert_close(program.ok(*common, cut), whole, rel=1e-5)  # Llama's norms round to fp32
+    plain = program.ok(*common)
+    for split in (
+        "gradient_accumulation_steps=4",
+        "gradient_accumulation_steps=8",
+        "token_budget=200",
+        "token_budget=1",
+    ):
+        assert_close(program.ok(*common, split), plain, rel=1e-5)  # Llama's norms round to fp32
 
 
-def test_packed_training_is_padded_training(program: Program) -> None:
+def test_packed_training_equals_padded_training(program: Program) -> None:
     common = (*DPO, "model.policy_dtype=float64", "batch_size=6")
     assert_close(program.ok(*common), program.ok(*common, "batching=padded"), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
-def test_a_resumed_run_is_the_uninterrupted_run(program: Program, loss: str) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_run(program: Program, loss: str) -> None:
     """N steps == k steps, stop, resume, N - k steps: every number and weight, bitwise; no row twice."""
     common = (*PAIR_LOSSES.get(loss, ("loss=sft",)), "batch_size=4", "eval_every=8", "save_every=4", "optimizer=AdamW")
-    whole = program.ok(*common)
+    uninterrupted = program.ok(*common)
     for k in (4, 8, 12):
         directory = program.directory / f"stopped-{k}"
         stopped = program.ok(*common, f"local_run_dir={directory}", f"keep_checkpoints={5}")
-        # As if the run had been killed after the checkpoint at k: later checkpoints gone, later rows written.
+        # As if killed after the checkpoint at k: later checkpoints are gone, later rows are written.
         for checkpoint in directory.glob("step-*"):
             if int(checkpoint.name[5:]) > k:
                 for file in checkpoint.iterdir():
@@ -133,12 +138,12 @@ def test_a_resumed_run_is_the_uninterrupted_run(program: Program, loss: str) -> 
         (directory / "LATEST").symlink_to(f"step-{k}")
         resumed = program.ok(*common, f"local_run_dir={directory}", "resume=auto", "keep_checkpoints=5")
         assert f"resumed from {directory}/step-{k}" in resumed.out
-        assert numbers(resumed) == numbers(stopped) == numbers(whole)
-        ours, theirs = weights(resumed), weights(whole)
+        assert numbers(resumed) == numbers(stopped) == numbers(uninterrupted)
+        ours, theirs = weights(resumed), weights(uninterrupted)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_resume_auto_starts_a_run_that_is_not_there_yet(program: Program) -> None:
+def test_resume_auto_starts_a_new_run(program: Program) -> None:
     run = program.ok("resume=auto", f"local_run_dir={program.directory / 'new'}")
     assert run.dir == program.directory / "new" and len(run.steps) == 4
 
@@ -167,7 +172,7 @@ def test_a_resumed_run_must_have_the_same_data(program: Program) -> None:
     assert other.status == 3 and "trained on other examples" in other.err
 
 
-def test_a_branch_from_an_older_checkpoint_leaves_the_run_as_it_is(program: Program) -> None:
+def test_a_branch_from_an_older_checkpoint_leaves_the_run_unchanged(program: Program) -> None:
     run = program.ok("save_every=4", "keep_checkpoints=null")
     refused = program("save_every=4", f"resume={run.dir}/step-8", "keep_checkpoints=null")
     assert refused.status == 2 and "holds checkpoints after step-8" in refused.err
@@ -178,7 +183,7 @@ def test_a_branch_from_an_older_checkpoint_leaves_the_run_as_it_is(program: Prog
     assert (run.dir / "LATEST").resolve().name == "step-16"
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_anew(program: Program) -> None:
+def test_a_run_without_a_checkpoint_starts_from_scratch(program: Program) -> None:
     directory = f"local_run_dir={program.directory / 'x'}"
     program.ok(directory, "debug=true")
     again = program.ok(directory, "resume=auto", "debug=true")

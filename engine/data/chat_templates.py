@@ -1,0 +1,68 @@
+"""Chat templates shipped with the program, and the usual template of each model family."""
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The format of Llama-2-Chat. BOS opens each user turn, EOS closes each response.
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}"
+    "{% if message['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
+    "{{ raise_exception('after one system message at most, user and assistant must take turns') }}"
+    "{% endif %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ bos_token }}{{ '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'].strip() + ' ' }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+# The format of Anthropic's HH data, for other tools. Training and chat.py write it themselves, as plain text without
+# special tokens (engine/data/chat.py). If the tokenizer starts every text with BOS, BOS goes before this template.
+BOS = "{{ bos_token }}"
+HH = (
+    "{% for message in messages if message['role'] == 'system' %}{{ message['content'] }}{% endfor %}"
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{{ '\\n\\nHuman: ' if message['role'] == 'user' else '\\n\\nAssistant: ' }}{{ message['content'] }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+
+JINJA = {"hh": HH, "llama2": LLAMA2}
+
+# The usual template of a model, where its tokenizer has none.
+_LLAMA2 = "chat_template=llama2 (the template of Llama-2-Chat)"
+_BASE_MODEL = "chat_template=hh (a base model: hh works)"
+_INSTRUCT = "model.tokenizer_name_or_path={} (the instruct model's tokenizer has a chat template)"
+_QWEN = _INSTRUCT.format("Qwen/Qwen2.5-0.5B-Instruct")
+_UNKNOWN = "chat_template=hh or llama2, or to the path of a Jinja file"
+# By the name of the model, in this order.
+_ADVICE_BY_NAME = {
+    r"llama-?2": _LLAMA2,
+    r"llama-?3\.1": _INSTRUCT.format("meta-llama/Llama-3.1-8B-Instruct"),
+    r"llama-?3\.2": _INSTRUCT.format("meta-llama/Llama-3.2-1B-Instruct"),
+    r"llama-?3": _INSTRUCT.format("meta-llama/Meta-Llama-3-8B-Instruct"),
+    r"mixtral": _INSTRUCT.format("mistralai/Mixtral-8x7B-Instruct-v0.1"),
+    r"mistral.*v0\.3": _INSTRUCT.format("mistralai/Mistral-7B-Instruct-v0.3"),
+    r"mistral": _INSTRUCT.format("mistralai/Mistral-7B-Instruct-v0.2"),
+    r"qwen3": _INSTRUCT.format("Qwen/Qwen3-0.6B"),
+    r"qwen": _QWEN,
+    r"pythia|gpt|\bopt-|bloom|falcon|olmo|smollm": _BASE_MODEL,
+}
+# Else by the class of the tokenizer.
+_ADVICE_BY_CLASS = {"Llama": _LLAMA2, "Qwen": _QWEN, "GPT": _BASE_MODEL, "Bloom": _BASE_MODEL}
+
+
+def template_advice(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The setting for the usual chat template of this tokenizer's model family."""
+    for pattern, advice in _ADVICE_BY_NAME.items():
+        if re.search(pattern, tokenizer.name_or_path or "", re.IGNORECASE):
+            return advice
+    for prefix, advice in _ADVICE_BY_CLASS.items():
+        if type(tokenizer).__name__.startswith(prefix):
+            return advice
+    return _UNKNOWN

@@ -1,0 +1,222 @@
+"""Examples: preferences as truncated token ids."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from engine.data.encoding import EncodedTexts, Text
+from engine.data.preferences import Preference, Preferences
+from engine.data.rows import RowCounts
+from engine.data.token_cache import encode_cached
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from losses import BatchKind  # imports torch, and data need none
+
+TruncationMode = Literal["keep_end", "keep_start"]
+Group = tuple[str, ...]  # responses of one example: (target,) or (chosen, rejected)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Example:
+    """A prompt and its responses as token ids, as the model gets them."""
+
+    prompt: np.ndarray  # int32 [prompt tokens], truncated, with BOS if the tokenizer adds one
+    responses: tuple[np.ndarray, ...]  # int32 [response tokens] each, with EOS unless truncated: (target,) for SFT,
+    # (chosen, rejected) for pairs
+    prompt_index: int  # shared by all examples of a prompt: 0, 1, ... in the order of the data
+
+
+@dataclass
+class Split:
+    """The examples of a split, and numbers to report.
+
+    Examples are in the order of the data; those of one prompt are adjacent.
+
+    Args:
+        examples: the examples.
+        counts: rows, prompts, pairs (for SFT: targets), dropped {reason: number}, truncated (examples) and max_length.
+            Only if above 0: duplicates (pairs), contradictions (pairs with their opposite). Only if there is one:
+            first_bad_row.
+    """
+
+    examples: list[Example]
+    counts: dict[str, Any] = field(default_factory=dict)
+
+
+def tokenize(
+    data: Sequence[tuple[Preferences, TruncationMode]],
+    tokenizer: "PreTrainedTokenizerBase",
+    batch: "BatchKind",
+    counts: RowCounts,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    cache_dir: Path,
+) -> Split:
+    """Make the examples of one or more data sets.
+
+    Args:
+        data: each data set, with the end of a prompt that truncation keeps.
+        tokenizer: needs an EOS token.
+        batch: "sft": one example per demonstration and SFT target; "pairs": one per pair.
+        counts: rows read and dropped so far; rows dropped here are added.
+        max_length: of prompt + response, in tokens.
+        max_prompt_length: of a truncated prompt, in tokens, with BOS.
+        cache_dir: where encoded texts are cached.
+    """
+    drafts = _draft(data, batch, counts)
+    encoded = encode_cached(list(drafts.texts), tokenizer, cache_dir)
+    examples: list[Example] = []
+    prompt_indices: dict[int, int] = {}  # by prompt number; prompts without examples get none
+    num_truncated = 0
+    for draft in drafts.examples:
+        prompt, responses = encoded.prompt(draft.prompt), tuple(map(encoded.response, draft.responses))
+        num_tokens = len(prompt) + sum(map(len, responses))
+        num_front = max_prompt_length
+        if draft.truncation_mode == "keep_end":
+            num_front = _num_bos(prompt, encoded, tokenizer)
+        prompt, responses = truncate(prompt, responses, max_length, max_prompt_length, num_front=num_front)
+        if reason := _reason_to_drop(draft, encoded, prompt, responses):
+            counts.dropped[reason] += 1
+            continue
+        prompt_index = prompt_indices.setdefault(draft.prompt_number, len(prompt_indices))
+        examples.append(Example(prompt, responses, prompt_index))
+        num_truncated += len(prompt) + sum(map(len, responses)) < num_tokens
+    split_counts = {
+        "rows": counts.rows,
+        "prompts": len(prompt_indices),
+        "targets" if batch == "sft" else "pairs": len(examples),
+        "dropped": dict(counts.dropped),
+        "truncated": num_truncated,
+        "max_length": max_length,
+    }
+    optional = {
+        "duplicates": drafts.num_duplicates,
+        "contradictions": drafts.num_contradictions,
+        "first_bad_row": counts.first_bad_row,
+    }
+    return Split(examples, split_counts | {name: value for name, value in optional.items() if value})
+
+
+# ---- Before encoding ----
+
+
+class ExampleDraft(NamedTuple):
+    """An example before encoding; texts are given by their index."""
+
+    prompt_number: int
+    truncation_mode: TruncationMode
+    prompt: int
+    responses: tuple[int, ...]
+
+
+@dataclass
+class Drafts:
+    """Examples before encoding, and their distinct texts."""
+
+    examples: list[ExampleDraft] = field(default_factory=list)
+    texts: dict[Text, int] = field(default_factory=dict)  # to their index
+    num_duplicates: int = 0
+    num_contradictions: int = 0
+
+    def add(self, prompt_number: int, mode: TruncationMode, from_template: bool, prompt: str, responses: Group) -> None:
+        texts = (Text(from_template, text) for text in (prompt, *responses))
+        prompt_index, *response_indices = (self.texts.setdefault(text, len(self.texts)) for text in texts)
+        self.examples.append(ExampleDraft(prompt_number, mode, prompt_index, tuple(response_indices)))
+
+    def count_repeats(self, pairs: list[Group]) -> None:
+        distinct = set(pairs)
+        self.num_duplicates += len(pairs) - len(distinct)
+        self.num_contradictions += sum(pair[0] < pair[1] and pair[::-1] in distinct for pair in distinct)
+
+
+def _draft(data: Sequence[tuple[Preferences, TruncationMode]], batch: "BatchKind", counts: RowCounts) -> Drafts:
+    drafts = Drafts()
+    prompt_number = 0
+    for preferences, mode in data:
+        for prompt, preference in preferences.items():
+            groups = _targets(preference) if batch == "sft" else _pairs(preference)
+            if batch == "pairs":
+                drafts.count_repeats(groups)
+                if not groups:
+                    counts.dropped["prompt without a pair"] += 1
+            for responses in _drop_useless(groups, batch, counts):
+                drafts.add(prompt_number, mode, preference.get("from_template", False), prompt, responses)
+            prompt_number += 1
+    return drafts
+
+
+def _drop_useless(groups: list[Group], batch: "BatchKind", counts: RowCounts) -> Iterator[Group]:
+    """The groups of a prompt, without those useless for training."""
+    learned: set[Group] = set()
+    for responses in groups:
+        if not all(text.strip() for text in responses):
+            counts.dropped["empty response"] += 1
+        elif batch == "pairs" and responses[0] == responses[1]:
+            counts.dropped["chosen equal to rejected"] += 1
+        elif batch == "sft" and responses in learned:
+            counts.dropped["duplicate response"] += 1
+        else:
+            learned.add(responses)
+            yield responses
+
+
+def _targets(preference: Preference) -> list[Group]:
+    demonstrations = preference.get("demonstrations", [])
+    if preference["sft_target"] not in demonstrations:
+        demonstrations = [*demonstrations, preference["sft_target"]]
+    return [(text,) for text in demonstrations]
+
+
+def _pairs(preference: Preference) -> list[Group]:
+    responses = preference["responses"]
+    return [(responses[chosen], responses[rejected]) for chosen, rejected in preference["pairs"]]
+
+
+# ---- After encoding ----
+
+
+def _num_bos(prompt: np.ndarray, encoded: EncodedTexts, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Number of tokens before a prompt's text: the prefix, or a template's BOS."""
+    return len(encoded.prefix) or int(prompt[:1].tolist() == [tokenizer.bos_token_id])
+
+
+def truncate(
+    prompt: np.ndarray, responses: tuple[np.ndarray, ...], max_length: int, max_prompt_length: int, *, num_front: int
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Truncate a prompt and its responses if prompt + longest response exceeds max_length.
+
+    First the prompt is truncated to max_prompt_length, then each response that still does not fit.
+
+    Args:
+        prompt: int32 [prompt tokens].
+        responses: int32 [response tokens] each.
+        max_length: of prompt + response.
+        max_prompt_length: of a truncated prompt.
+        num_front: number of first tokens kept of a truncated prompt; the rest are its last ones.
+    """
+    if len(prompt) + max(map(len, responses)) > max_length:
+        if len(prompt) > max_prompt_length:
+            num_front = min(num_front, max_prompt_length)
+            num_back = max_prompt_length - num_front
+            prompt = np.concatenate([prompt[:num_front], prompt[len(prompt) - num_back :]])
+        responses = tuple(response[: max(max_length - len(prompt), 0)] for response in responses)
+    return prompt, responses
+
+
+def _reason_to_drop(
+    draft: ExampleDraft, encoded: EncodedTexts, prompt: np.ndarray, responses: tuple[np.ndarray, ...]
+) -> str | None:
+    """Why a truncated example cannot train; None if it can."""
+    if not all(map(len, responses)) or not all(encoded.lengths[index] for index in draft.responses):
+        return "no response tokens left"
+    if not len(prompt):
+        return "empty prompt (no token predicts the first of the response)"
+    if len(responses) == 2 and np.array_equal(*responses):
+        return "chosen equal to rejected as tokens"
+    return None

@@ -1,0 +1,160 @@
+"""The user's own files: find a split, parse its rows, hold out test prompts."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.data.chat import Chat
+from engine.data.forms import FORMS, ParsedRow, detect_form
+from engine.data.preferences import Preferences, SplitName, add_preference
+from engine.data.row_files import SUFFIXES, read_rows
+from engine.data.rows import BadRow, Row, RowCounts
+from utils import UserError, content_hash, progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLIT_FILES = {"train": ("train",), "test": ("test", "validation", "eval")}  # stems; the first existing one counts
+
+
+def load_file(
+    path: Path,
+    split: SplitName,
+    counts: RowCounts,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    form: str | None = None,
+    chat_template: str | None = None,
+    sft_turns: str = "all",
+    test_fraction: float = 0.05,
+    needs_pairs: bool = False,
+) -> Preferences:
+    """Load a split of a file, or of a folder of files.
+
+    A folder has a file train.*, and may have test.*, validation.* or eval.*. Without a test file, a fraction of the
+    prompts is held out. A hash of each prompt decides, so both splits and all runs agree.
+
+    Args:
+        path: the file or folder.
+        split: the split to load.
+        counts: gets the rows of this split, and the dropped ones. Dropped rows have no prompt, so without a test file
+            they count as train rows.
+        tokenizer: writes message lists as text.
+        form: a key of FORMS; None infers it from the columns of the first row.
+        chat_template, sft_turns: see Chat.
+        test_fraction: of the prompts; at least one prompt if there are two.
+        needs_pairs: refuse rows without a preference.
+
+    Raises:
+        UserError: if rows are unreadable, malformed, or refused.
+    """
+    if form is not None and form not in FORMS:
+        raise UserError("CONFIG", f"format: '{form}' is not a form", f"use one of {', '.join(FORMS)}, or null")
+    file, has_test_file = find_split(path, split)
+    file_counts = RowCounts(on_bad_row=counts.on_bad_row)
+    data = FilePreferences()
+    for row in parse_rows(file, form, Chat(tokenizer, chat_template, sft_turns), file_counts, needs_pairs):
+        data.add(row)
+    if not has_test_file:
+        data.keep_split(split, test_fraction)
+    if has_test_file or split == "train":
+        file_counts.rows = sum(file_counts.dropped.values())
+        counts.add(file_counts)
+    counts.rows += sum(data.num_rows[prompt] for prompt in data.preferences)
+    return data.preferences
+
+
+def find_split(path: Path, split: SplitName) -> tuple[Path, bool]:
+    """Find the file of a split.
+
+    Returns:
+        The file, and whether there is a test file. Without one, both splits are parts of the file returned.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError("DATA", f"datasets: there is no file {path}", "correct the path")
+        return path, False
+    files: dict[str, Path] = {}
+    for name, stems in SPLIT_FILES.items():
+        for stem in reversed(stems):
+            same = [file for file in sorted(path.iterdir()) if file.name in [stem + suffix for suffix in SUFFIXES]]
+            if len(same) > 1:
+                names = " and ".join(file.name for file in same)
+                raise UserError("DATA", f"datasets: {path} holds both {names}", "leave one of them there")
+            if same:
+                files[name] = same[0]
+    if "train" not in files:
+        raise UserError("DATA", f"datasets: {path} holds no file train.*", f"name it train + {', '.join(SUFFIXES)}")
+    return (files[split], True) if "test" in files else (files["train"], False)
+
+
+def parse_rows(
+    file: Path, form: str | None, chat: Chat, counts: RowCounts, needs_pairs: bool = False
+) -> Iterator[ParsedRow]:
+    """Read and parse the rows of a file; counts gets the dropped ones.
+
+    Without a form, the first row that parses decides it for all later rows.
+    """
+    for row in progress(read_rows(file, counts.reject), description=f"reading {file.name}", unit="rows"):
+        parsed: ParsedRow | str | None = None
+        with counts.catch_bad_row():
+            row_form = form or detect_form(row)
+            parsed = _parse(row, row_form, chat, is_inferred=form is None)
+            form = row_form
+        if isinstance(parsed, str):
+            counts.dropped[parsed] += 1
+        elif parsed is not None:
+            if parsed.is_demonstration and needs_pairs:
+                problem = f"{row.origin}: rows of format={form} have one response and no preference"
+                raise UserError("DATA", problem, "train on them with loss=sft; other losses need chosen and rejected")
+            yield parsed
+
+
+def _parse(row: Row, form: str, chat: Chat, *, is_inferred: bool) -> ParsedRow | str:
+    try:
+        return FORMS[form](row, chat)
+    except BadRow as error:
+        if not is_inferred:
+            raise
+        what = f"{error.what} (its columns are those of format={form})"
+        raise BadRow(what, error.remedy) from error
+
+
+@dataclass
+class FilePreferences:
+    """Preferences of a file, with everything needed to hold out prompts.
+
+    Rows of one hash stay in one split.
+    """
+
+    preferences: Preferences = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)  # by prompt
+    num_rows: Counter[str] = field(default_factory=Counter)  # by prompt
+
+    def add(self, row: ParsedRow) -> None:
+        turns = (*row.earlier_turns, row)
+        # Dialogues with a common beginning share prompts, so they share a hash.
+        known = [self.hashes[turn.prompt] for turn in turns if turn.prompt in self.hashes]
+        row_hash = known[0] if known else content_hash([row.key])
+        for turn in turns:
+            target = turn.responses[turn.best]
+            preference = add_preference(self.preferences, turn.prompt, turn.responses, turn.pairs, target)
+            if turn.from_template:
+                preference["from_template"] = True
+            if turn.is_demonstration:
+                preference.setdefault("demonstrations", []).append(target)
+            self.hashes.setdefault(turn.prompt, row_hash)
+        self.num_rows[row.prompt] += 1
+
+    def keep_split(self, split: SplitName, test_fraction: float) -> None:
+        """Keep the prompts of one split; the lowest hashes are the test split."""
+        order = sorted(set(self.hashes.values()))
+        num_test = round(test_fraction * len(order))
+        if test_fraction > 0 and len(order) > 1:
+            num_test = min(max(num_test, 1), len(order) - 1)
+        kept = set(order[:num_test] if split == "test" else order[num_test:])
+        self.preferences = {
+            prompt: preference for prompt, preference in self.preferences.items() if self.hashes[prompt] in kept
+        }

@@ -1,0 +1,260 @@
+"""Forms of rows: one function per form turns a row into a prompt with responses and pairs."""
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from engine.data.chat import ASSISTANT_TURN, Chat, Message
+from engine.data.preferences import pairs_by_score
+from engine.data.rows import MAX_LINE_BYTES, BadRow, Row
+from utils import clipped
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PROMPTS_DIFFER = "prompts of chosen and rejected differ"  # reason for dropping a row
+MAX_RESPONSES = 1000  # per row; the number of pairs grows with its square
+
+
+class ParsedRow(NamedTuple):
+    """One prompt of a row, with its responses.
+
+    Args:
+        key: identifies the prompt independently of the chat template, as some templates write the date.
+        prompt: the prompt as text.
+        responses: the responses as text.
+        pairs: (preferred, other), as indices into responses.
+        best: index of the best response, the SFT target.
+        from_template: whether a chat template wrote the texts.
+        is_demonstration: one response without a preference.
+        earlier_turns: of a dialogue with several demonstrations, those before the last.
+    """
+
+    key: Any
+    prompt: str
+    responses: list[str]
+    pairs: list[tuple[int, int]]
+    best: int = 0
+    from_template: bool = False
+    is_demonstration: bool = False
+    earlier_turns: tuple["ParsedRow", ...] = ()
+
+
+# ---- Plain text ----
+
+
+def _strings(row: Row, chat: Chat) -> ParsedRow:
+    prompt = row.text("prompt")
+    return ParsedRow(prompt, prompt, [row.text("chosen"), row.text("rejected")], [(0, 1)])
+
+
+def _transcripts(row: Row, chat: Chat) -> ParsedRow | str:
+    parts = split_transcript(row)
+    return ParsedRow(parts[0], parts[0], list(parts[1:]), [(0, 1)]) if parts else PROMPTS_DIFFER
+
+
+def split_transcript(row: Row) -> tuple[str, str, str] | None:
+    """Split two HH transcripts into prompt, chosen and rejected.
+
+    Each is split at its last Assistant turn.
+
+    Returns:
+        None if the two prompts differ.
+    """
+    texts = [row.text("chosen"), row.text("rejected")]
+    cuts = [text.rfind(ASSISTANT_TURN) + len(ASSISTANT_TURN) for text in texts]
+    if ASSISTANT_TURN not in texts[0]:
+        raise row.error("chosen", "has no '\\n\\nAssistant:' turn")
+    if ASSISTANT_TURN not in texts[1] or texts[0][: cuts[0]] != texts[1][: cuts[1]]:
+        return None
+    return texts[0][: cuts[0]], texts[0][cuts[0] :], texts[1][cuts[1] :]
+
+
+def _ranked(row: Row, chat: Chat) -> ParsedRow:
+    prompt = row.text("prompt")
+    responses = [row.as_text(text, f"responses[{i}]") for i, text in enumerate(row.items("responses"))]
+    if not responses:
+        raise row.error("responses", "is an empty list")
+    if len(responses) > MAX_RESPONSES:
+        raise row.error("responses", f"is a list of {len(responses):,}, more than {MAX_RESPONSES:,}")
+    scores: list[float] = [-float(rank) for rank in range(len(responses))]
+    if "scores" in row.values:
+        scores = [row.as_number(score, f"scores[{i}]") for i, score in enumerate(row.items("scores"))]
+        if len(scores) != len(responses):
+            raise row.error("scores", f"has {len(scores)} values for {len(responses)} responses")
+    return ParsedRow(prompt, prompt, responses, pairs_by_score(scores), best=scores.index(max(scores)))
+
+
+# ---- Messages ----
+
+
+def _messages(row: Row, chat: Chat) -> ParsedRow | str:
+    if "messages" in row.values and not _has_pair(row):
+        return _dialogue(row, chat, _message_list(row, row.items("messages"), "messages"))
+    chosen, rejected = (_message_list(row, row.items(name), name) for name in ("chosen", "rejected"))
+    prompt = _prompt_column(row)
+    for name, dialogue in (("chosen", chosen), ("rejected", rejected)):
+        _check_dialogue(row, name, dialogue, prompt)
+    prompts = [dialogue[:-1] or prompt or [] for dialogue in (chosen, rejected)]
+    if prompts[0] != prompts[1]:
+        return PROMPTS_DIFFER
+    return _render(row, chat, prompts[0], [chosen[-1]["content"], rejected[-1]["content"]])
+
+
+def _prompt_column(row: Row) -> list[Message] | None:
+    if isinstance(row.values.get("prompt"), str):
+        return [{"role": "user", "content": row.text("prompt")}]
+    return _message_list(row, row.items("prompt"), "prompt") if "prompt" in row.values else None
+
+
+def _check_dialogue(row: Row, name: str, dialogue: list[Message], prompt: list[Message] | None) -> None:
+    """Raise BadRow unless a chosen or rejected dialogue is a response to the prompt."""
+    if dialogue[-1]["role"] != "assistant":
+        raise row.error(name, "does not end with an assistant message")
+    before = dialogue[:-1]
+    # The dialogue may have a system message before the prompt.
+    if prompt is not None and before and before[-len(prompt) :] != prompt:
+        raise row.error(name, "has messages before its last that do not match 'prompt'")
+    if prompt is None and not before:
+        raise row.error(name, "has no message before its last, and there is no field 'prompt'")
+
+
+def _sharegpt(row: Row, chat: Chat) -> ParsedRow | str:
+    prompt = _with_system(row, _message_list(row, row.items("conversations"), "conversations"))
+    if not _has_pair(row):
+        return _dialogue(row, chat, prompt)
+    responses = []
+    for name in ("chosen", "rejected"):
+        response = row.value(name)
+        if not isinstance(response, str):
+            message = _message(row, response, name)
+            if message["role"] != "assistant":
+                raise row.error(name, "is not an assistant message")
+            response = message["content"]
+        responses.append(row.as_text(response, name))
+    return _render(row, chat, prompt, responses)
+
+
+# ---- Demonstrations: responses without a preference ----
+
+
+def _alpaca(row: Row, chat: Chat) -> ParsedRow:
+    return _instruction(row, chat, context="input", response="output")
+
+
+def _dolly(row: Row, chat: Chat) -> ParsedRow:
+    return _instruction(row, chat, context="context", response="response")
+
+
+def _instruction(row: Row, chat: Chat, *, context: str, response: str) -> ParsedRow:
+    """An instruction as a user message, with the context (if any) below it."""
+    parts = [row.text("instruction")] + ([row.text(context)] if row.values.get(context) else [])
+    messages: list[Message] = [{"role": "user", "content": "\n\n".join(parts)}]
+    return _demonstration(row, chat, _with_system(row, messages), row.text(response))
+
+
+def _dialogue(row: Row, chat: Chat, messages: list[Message]) -> ParsedRow | str:
+    """A dialogue as demonstrations: each response with all messages before it."""
+    roles = [message["role"] for message in messages]
+    if "user" not in roles:
+        return "dialogue without a user message"
+    responses = [index for index in range(roles.index("user"), len(roles)) if roles[index] == "assistant"]
+    if not responses or (chat.sft_turns == "last" and responses[-1] != len(roles) - 1):
+        return "dialogue that does not end with an assistant message"
+    if chat.sft_turns == "last":
+        del responses[:-1]
+    _check_length(row, messages, responses)
+    turns = [
+        _demonstration(row, chat, messages[:index], messages[index]["content"])
+        for index in responses
+        if index == responses[-1] or roles[index - 1] != "assistant"
+    ]
+    # One key for all turns, so that they share a split.
+    return turns[-1]._replace(key=turns[0].key, earlier_turns=tuple(turns[:-1]))
+
+
+def _check_length(row: Row, messages: list[Message], responses: list[int]) -> None:
+    """Raise BadRow if all prompts together would fill memory.
+
+    They grow with the square of the dialogue.
+    """
+    ends = list(accumulate(len(message["content"]) for message in messages))
+    if sum(ends[index] for index in responses) > MAX_LINE_BYTES:
+        name = "messages" if "messages" in row.values else "conversations"
+        problem = f"has {len(responses)} responses, and their prompts have over {MAX_LINE_BYTES:,} characters in all"
+        raise BadRow(f"{row.origin}: field '{name}' {problem}", "divide the dialogue, or set sft_turns=last")
+
+
+def _demonstration(row: Row, chat: Chat, messages: list[Message], response: str) -> ParsedRow:
+    return _render(row, chat, messages, [response])._replace(pairs=[], is_demonstration=True)
+
+
+# ---- Parts of message forms ----
+
+
+def _with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages, after the message of the column `system` if the row has one."""
+    if not row.values.get("system"):
+        return messages
+    return [{"role": "system", "content": row.text("system")}, *messages]
+
+
+def _has_pair(row: Row) -> bool:
+    return "chosen" in row.values or "rejected" in row.values
+
+
+def _render(row: Row, chat: Chat, messages: list[Message], responses: list[str]) -> ParsedRow:
+    if messages[-1]["role"] == "assistant":
+        name = next(name for name in ("conversations", "messages", "prompt", "chosen") if name in row.values)
+        raise row.error(name, "ends with an assistant message; the response should follow a user message")
+    prompt, texts = chat.render(row, messages, responses)
+    key = [[message["role"], message["content"].strip()] for message in messages]
+    return ParsedRow(key, prompt, texts, [(0, 1)], from_template=chat.is_template)
+
+
+def _message_list(row: Row, values: list[Any], name: str) -> list[Message]:
+    if not values:
+        raise row.error(name, "is an empty list")
+    return [_message(row, value, f"{name}[{index}]") for index, value in enumerate(values)]
+
+
+def _message(row: Row, value: Any, name: str) -> Message:
+    """A message of {"role", "content"}, or of ShareGPT's {"from", "value"} with its role names."""
+    is_sharegpt = isinstance(value, dict) and "role" not in value and "from" in value
+    role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
+    role = row.as_text(row.member(value, role_key, name), f"{name}.{role_key}")
+    content = row.as_text(row.member(value, content_key, name), f"{name}.{content_key}")
+    if is_sharegpt and role not in ROLES:
+        raise row.error(f"{name}.{role_key}", f"is '{clipped(role)}', not one of {', '.join(ROLES)}")
+    return {"role": ROLES.get(role, role), "content": content}
+
+
+# ---- All forms ----
+
+# A form returns the parsed row, or the reason for dropping it.
+FORMS: dict[str, Callable[[Row, Chat], ParsedRow | str]] = {
+    "strings": _strings,
+    "transcripts": _transcripts,
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "ranked": _ranked,
+    "alpaca": _alpaca,
+    "dolly": _dolly,
+}
+
+
+def detect_form(row: Row) -> str:
+    """Infer the form of a file from the columns of a row."""
+    columns = row.values
+    if "conversations" in columns:
+        return "sharegpt"
+    if "responses" in columns:
+        return "ranked"
+    if "chosen" in columns and "rejected" in columns:
+        if isinstance(columns["chosen"], list):
+            return "messages"
+        return "strings" if "prompt" in columns else "transcripts"
+    if "messages" in columns:
+        return "messages"
+    if "instruction" in columns and ("output" in columns or "response" in columns):
+        return "alpaca" if "output" in columns else "dolly"
+    problem = f"{row.origin}: the columns {clipped(', '.join(columns)) or '(none)'} are of no known form"
+    raise BadRow(problem, f"rename them as one of the forms {', '.join(FORMS)}, or name it with format=")

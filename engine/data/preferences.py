@@ -1,0 +1,49 @@
+"""Preferences: prompts with their responses, and the pairs among these."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Literal, NotRequired, TypedDict
+
+SplitName = Literal["train", "test"]
+
+
+class Preference(TypedDict):
+    """The responses to one prompt, with the preferences among them."""
+
+    responses: list[str]
+    pairs: list[tuple[int, int]]  # (preferred, other): indices into responses
+    sft_target: str
+    demonstrations: NotRequired[list[str]]  # further responses for SFT
+    from_template: NotRequired[bool]  # written by a chat template, so its special tokens are encoded as such
+
+
+Preferences = dict[str, Preference]  # by prompt
+
+
+def add_preference(
+    preferences: Preferences, prompt: str, responses: Sequence[str], pairs: Sequence[tuple[int, int]], sft_target: str
+) -> Preference:
+    """Add responses to a prompt, known or new.
+
+    Args:
+        preferences: changed in place.
+        prompt: the prompt.
+        responses: appended to the prompt's responses.
+        pairs: (preferred, other), as indices into the responses given here.
+        sft_target: replaces an earlier target.
+    """
+    preference = preferences.setdefault(prompt, {"responses": [], "pairs": [], "sft_target": sft_target})
+    start = len(preference["responses"])
+    preference["responses"].extend(responses)
+    preference["pairs"].extend((start + chosen, start + rejected) for chosen, rejected in pairs)
+    preference["sft_target"] = sft_target
+    return preference
+
+
+def pairs_by_score(scores: Sequence[float]) -> list[tuple[int, int]]:
+    """All pairs of indices, the higher score first; equal scores make no pair."""
+    return [
+        (i, j) if scores[i] > scores[j] else (j, i)
+        for i, j in combinations(range(len(scores)), 2)
+        if scores[i] != scores[j]
+    ]

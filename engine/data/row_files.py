@@ -1,0 +1,124 @@
+"""Rows of files: read JSON, JSON lines and Parquet, plain or gzipped."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from engine.data.rows import MAX_LINE_BYTES, BadRow, Row
+from utils import UserError
+
+SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
+
+RejectRow = Callable[[BadRow], None]
+
+
+def raise_error(error: BadRow) -> None:
+    raise error
+
+
+def read_rows(path: Path, reject: RejectRow = raise_error) -> Iterator[Row]:
+    """Read the rows of a file in order.
+
+    JSON is a list of objects, or one object per line, whatever the suffix. Lines are counted from 1, rows from 0.
+
+    Args:
+        path: a file with one of SUFFIXES.
+        reject: called for each unreadable row; if it returns, the row is left out.
+
+    Raises:
+        UserError: with file and line, if the file or a row is unreadable.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError("DATA", f"{path} is not a file", "give a file, or a folder with a file train.*")
+    if not path.name.endswith(SUFFIXES):
+        raise UserError("DATA", f"{path}: unknown kind of file", f"use one of {', '.join(SUFFIXES)}")
+    try:
+        if path.name.endswith(".parquet"):
+            yield from _parquet_rows(path, reject)
+        else:
+            with open(path, "rb") as file:
+                yield from _json_rows(path, gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file, reject)
+    except (OSError, EOFError, zlib.error) as error:  # permissions, or a damaged or truncated gzip file
+        raise UserError("DATA", f"{path} cannot be read: {error}", "check or replace the file") from error
+
+
+def _json_rows(path: Path, file: BinaryIO | gzip.GzipFile, reject: RejectRow) -> Iterator[Row]:
+    is_first, number = True, 0
+    while line := file.readline(MAX_LINE_BYTES):
+        number += 1
+        text = line.strip(b" \t\r\n\xef\xbb\xbf")
+        if is_first and text.startswith(b"["):
+            yield from _array_rows(path, line + file.read(), number, reject)
+            return
+        try:
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                size = len(line) + _skip_line(file)
+                raise BadRow(f"{path} line {number} has {size:,} bytes, more than {MAX_LINE_BYTES:,}")
+            if text:
+                yield _as_row(_parse_json(line, path, number), f"{path} line {number}")
+        except BadRow as error:
+            reject(error)
+        is_first = is_first and not text
+
+
+def _skip_line(file: BinaryIO | gzip.GzipFile) -> int:
+    """Read to the end of the line; returns its number of bytes."""
+    size = 0
+    while line := file.readline(MAX_LINE_BYTES):
+        size += len(line)
+        if line.endswith(b"\n"):
+            break
+    return size
+
+
+def _array_rows(path: Path, data: bytes, first_line: int, reject: RejectRow) -> Iterator[Row]:
+    try:
+        values = _parse_json(data, path, first_line)
+    except BadRow as error:  # one broken row makes the whole list unreadable
+        raise UserError("DATA", error.what, "correct the file, or write it as .jsonl, one row per line") from error
+    for index, value in enumerate(values):
+        try:
+            yield _as_row(value, f"{path} row {index}")
+        except BadRow as error:
+            reject(error)
+
+
+def _parse_json(data: bytes, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line, problem = first_line + data.count(b"\n", 0, error.start), "is not UTF-8"
+    except json.JSONDecodeError as error:
+        line, problem = first_line + error.lineno - 1, f"is not JSON: {error.msg}, column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or deep nesting
+        line, problem = first_line, f"is not usable JSON: {error}"
+    raise BadRow(f"{path} line {line} {problem}", "correct this line or remove it")
+
+
+def _parquet_rows(path: Path, reject: RejectRow) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    index = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    yield _as_row(values, f"{path} row {index}")
+                    index += 1
+    except UnicodeDecodeError as error:
+        problem = f"{path}: text near row {index} is not UTF-8"
+        raise UserError("DATA", problem, "write the file again from valid text") from error
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError("DATA", f"{path} cannot be read: {error}", "check or replace the file") from error
+
+
+def _as_row(value: Any, origin: str) -> Row:
+    if not isinstance(value, dict):
+        raise BadRow(f"{origin} is not an object", 'write each row as {"field": value, ...}')
+    return Row(value, origin)

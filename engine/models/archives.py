@@ -1,0 +1,124 @@
+"""Find and verify checkpoints on disk, and the base models of adapters."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from utils import UserError
+
+FORMAT = 1
+STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
+WEIGHTS, OPTIMIZER = "model", "optimizer"  # prefixes of file names
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1, sort_keys=True).encode()
+
+
+def size_and_hash(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(
+        (path for path in run_dir.glob("step-*") if path.name[5:].isdigit()), key=lambda path: int(path.name[5:])
+    )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether path is a checkpoint, intact or damaged."""
+    return (path / STATE_FILE).exists() or (path / MANIFEST_FILE).exists()
+
+
+def names_checkpoint(path: Path) -> bool:
+    """Whether path is a checkpoint, a link, or a run with checkpoints.
+
+    Reads no checkpoint.
+    """
+    return is_checkpoint(path) or path.is_symlink() or bool(checkpoints(path))
+
+
+def find_checkpoint(path: Path, key: str = "resume") -> Path | None:
+    """The checkpoint at path, or the newest intact one of a run.
+
+    Args:
+        key: for messages, the setting with this path.
+
+    Returns:
+        None if there is no checkpoint.
+
+    Raises:
+        UserError: CHECKPOINT, if it is damaged; for a run directory, if all are.
+    """
+    if path.name == "LATEST" or is_checkpoint(path):
+        candidates = [path.resolve()]
+    else:
+        candidates = [checkpoint.resolve() for checkpoint in reversed(checkpoints(path))]
+    problems: list[str] = []
+    for checkpoint in candidates:
+        problem = find_corruption(checkpoint)
+        if problem is None:
+            for line in problems:
+                print(f"{key}: {line}; using {checkpoint}")
+            return checkpoint
+        problems.append(f"{checkpoint} is damaged ({problem})")
+    if problems:
+        raise UserError("CHECKPOINT", f"{key}: {'; '.join(problems)}", "give another one; nothing was deleted")
+    return None
+
+
+def find_corruption(checkpoint: Path) -> str | None:
+    """Describe the first problem in a checkpoint's files; None if all are intact."""
+    try:
+        text = (checkpoint / MANIFEST_FILE).read_bytes()
+        manifest = json.loads(text)
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, not {FORMAT}"
+        if text != manifest_bytes(manifest):  # JSON may repeat a key
+            return f"{MANIFEST_FILE} was changed"
+        name = checkpoint.resolve().name
+        if name.startswith("step-") and manifest["checkpoint"] != name:  # copies may have any other name
+            return f"it was written as {manifest['checkpoint']}"
+        for name, written in manifest["files"].items():
+            if written["bytes"] != (checkpoint / name).stat().st_size:
+                return f"{name} has {(checkpoint / name).stat().st_size:,} bytes, not {written['bytes']:,}"
+            if written != size_and_hash(checkpoint / name):
+                return f"{name} has another SHA-256"
+        expected = {STATE_FILE, *(path.name for path in checkpoint.glob("*.safetensors"))}
+        if unknown := sorted(expected - manifest["files"].keys()):
+            return f"{MANIFEST_FILE} lacks {', '.join(unknown)}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def with_base_models(names: Iterable[str | None]) -> Iterator[str]:
+    """Each name, followed by the base model's if it is an adapter."""
+    for name in names:
+        if name is not None:
+            yield name
+            path = Path(name).expanduser()
+            for adapter in (path, path / "LATEST"):
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # loading it raises the error
+                    base = json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+                    yield str(find_base_model(adapter, base) or base)
+
+
+def find_base_model(adapter: Path, name: str) -> Path | None:
+    """Find the directory of an adapter's base model.
+
+    Tries the name as it stands, then relative to the adapter, then beside the adapter for a moved run.
+
+    Returns:
+        None if no directory exists: the model is on the hub, or deleted.
+    """
+    moved = [adapter.parent / "base"] if Path(name).name == "base" else []
+    return next((path for path in (Path(name), adapter / name, *moved) if path.is_dir()), None)

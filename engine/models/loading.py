@@ -1,0 +1,193 @@
+"""Load causal language models from the hub, a directory, or a config."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.models.archives import find_checkpoint, is_checkpoint
+from engine.settings.schema import ModelSettings, Settings
+from utils import UserError, clipped, is_out_of_memory
+
+# Masks and frequencies. Older versions of transformers saved them with the weights.
+BUFFERS = ("attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
+# Keys of a transformers config without effect on log-probs, by the ends of their names. Dropout is turned off.
+HARMLESS = re.compile(
+    r"^_|(^|_)(architectures|transformers_version|dtype|use_cache|return_dict|output_attentions|output_hidden_states"
+    r"|name_or_path|id2label|label2id|problem_type|token_id|token_index|initializer_range|auto_map|tokenizer_class"
+    r"|quantization_config|pretraining_tp|dropout|pdrop)$"
+)
+
+
+def loading_error(kind: str, key: str, name: str, error: Exception) -> UserError:
+    if is_out_of_memory(error):
+        return UserError("MEMORY", f"out of memory while loading the {kind} {name}", "a smaller model, or more memory")
+    if "trust_remote_code" in str(error):
+        problem = f"{key}: {name} brings Python code of its own, and trust_remote_code is false"
+        return UserError("CONFIG", problem, "read that code, then set model.trust_remote_code=true")
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        "CONFIG",
+        f"{key}: no {kind} can be loaded from '{name}' ({reason})",
+        "give a local directory, or a name on the hub (reachable, or in the local cache)",
+    )
+
+
+def load_model(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Load the causal language model of config.model.
+
+    Its weights come from model.archive if set.
+
+    Args:
+        dtype: of the loaded weights, whatever the stored dtype.
+        device: of the model. "cuda" with several GPUs: layers of a model from files are split among them.
+
+    Raises:
+        UserError: CONFIG if the model cannot be loaded, CHECKPOINT if the archive does not fit it.
+    """
+    hf_config = hf_config_of(settings.model, tokenizer)
+    context = getattr(hf_config, "max_position_embeddings", None)
+    if context is not None and settings.max_length > context:
+        raise UserError(
+            "CONFIG", f"max_length: {settings.max_length} is more than the {context} positions of the model", "lower it"
+        )
+    _turn_off_dropout(hf_config)
+    model = _load_weights(settings, hf_config, dtype, device)
+    if not hasattr(model, "hf_device_map"):
+        model = model.to(device)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    _repair_generation_config(model)
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > num_embeddings:
+        raise UserError(
+            "CONFIG",
+            f"model.tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens, the model {num_embeddings}",
+            "use the tokenizer that the model was trained with",
+        )
+    return model
+
+
+def _load_weights(settings: Settings, hf_config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model from its archive, from scratch, or from name_or_path."""
+    name, trusted = settings.model.name_or_path, settings.model.trust_remote_code
+    kwargs: dict[str, Any] = {"config": hf_config, "dtype": dtype, "trust_remote_code": trusted}
+    if device.type == "cuda":
+        kwargs["device_map"] = "balanced" if torch.cuda.device_count() > 1 else device
+    if settings.model.archive is not None:
+        return _load_archive(Path(settings.model.archive), kwargs)
+    if settings.model.architecture is None:
+        try:
+            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        except Exception as error:  # damaged files raise nearly anything
+            raise loading_error("model", "model.name_or_path", name, error) from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # policy and reference start from the same weights
+        try:
+            return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trusted)
+        except Exception as error:  # inconsistent values raise nearly anything
+            if is_out_of_memory(error):
+                raise
+            raise _architecture_error(error) from error
+
+
+def hf_config_of(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The transformers config of config.model."""
+    if settings.architecture is None:
+        try:
+            return AutoConfig.from_pretrained(settings.name_or_path, trust_remote_code=settings.trust_remote_code)
+        except Exception as error:  # damaged files raise nearly anything
+            raise loading_error("model", "model.name_or_path", settings.name_or_path, error) from error
+    values = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **settings.architecture,
+    }
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except Exception as error:  # unknown values raise nearly anything
+        raise _architecture_error(error) from error
+
+
+def differing_values(stored: Any, expected: Any) -> str:
+    """Describe the differences between two transformers configs; empty if there are none.
+
+    Compares keys of both configs only. The others are defaults, or come from another version of transformers.
+    """
+
+    def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
+        for key in sorted(theirs.keys() & ours.keys()):
+            if isinstance(ours[key], dict) and key.endswith("_config") and isinstance(theirs[key], dict):
+                yield from compare(theirs[key], ours[key])
+            elif theirs[key] != ours[key] and not HARMLESS.search(key):
+                yield f"{key} is {theirs[key]} there, not {ours[key]}"
+
+    if stored.model_type != expected.model_type:
+        return f"model_type is {stored.model_type} there, not {expected.model_type}"
+    return clipped(", ".join(compare(stored.to_dict(), expected.to_dict())), 500)
+
+
+def _architecture_error(error: Exception) -> UserError:
+    return UserError(
+        "CONFIG",
+        f"model.architecture: transformers cannot build it ({type(error).__name__}: {clipped(str(error), 500)})",
+        "give a model_type, and values of its transformers config",
+    )
+
+
+def _turn_off_dropout(hf_config: Any) -> None:
+    # In the config, as attention modules read it when built, and apply dropout without a module.
+    for name, value in hf_config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(hf_config, name, 0.0)
+
+
+def _repair_generation_config(model: PreTrainedModel) -> None:
+    # Some published models set temperature or top_p without do_sample. Their checkpoints could not be saved.
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+
+
+def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    fix = "give the run directory, checkpoint (step-N, LATEST) or policy.pt of a run with this model"
+    if archive.is_dir() and not (archive / "config.json").exists():  # a run directory
+        archive = find_checkpoint(archive, "model.archive") or archive
+    directory = archive.parent if archive.is_file() else archive
+    if is_checkpoint(directory):
+        find_checkpoint(directory, "model.archive")  # raises if it is damaged
+    try:
+        if (archive.is_dir() or is_checkpoint(directory)) and (directory / "config.json").exists():
+            stored = AutoConfig.from_pretrained(directory, trust_remote_code=kwargs["trust_remote_code"])
+            if differing := differing_values(stored, kwargs["config"]):
+                raise UserError("CHECKPOINT", f"model.archive: {archive} does not fit the model ({differing})", fix)
+        if archive.is_dir():
+            model, info = AutoModelForCausalLM.from_pretrained(archive, output_loading_info=True, **kwargs)
+        else:
+            state = torch.load(archive, map_location="cpu", weights_only=True, mmap=True)["state"]
+            with torch.device("meta"):  # only the model's own class loads weights without a name
+                trusted = kwargs.pop("trust_remote_code")
+                model_class = type(AutoModelForCausalLM.from_config(kwargs["config"], trust_remote_code=trusted))
+            model, info = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError("CHECKPOINT", f"model.archive: cannot load {archive}: {reason}", fix) from error
+    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.endswith(BUFFERS)}
+    problems = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in info if info[kind] and kind != "error_msgs"]
+    if problems:
+        raise UserError("CHECKPOINT", f"model.archive: {archive} does not fit the model ({', '.join(problems)})", fix)
+    return model

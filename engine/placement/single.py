@@ -1,0 +1,183 @@
+"""Placement in one process: on the CPU, on a GPU, or with the layers of the model split among GPUs.
+
+A placement decides where weights, gradients and optimizer state live, and how ranks communicate. The trainer does
+neither itself. Other placements override the methods below.
+"""
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.data.examples import Example
+from engine.models.layers import find_layers
+from engine.models.optimizers import build_optimizer, load_optimizer_state
+from engine.models.parameters import named_aliases, named_state
+from engine.models.policy import load_policy
+from engine.models.shards import ShardPermutations, copy_to_shard
+from engine.models.weight_files import checkpoint_weights
+from engine.placement.memory import measure_bytes_per_token, total_memory
+from engine.settings.schema import Settings
+from engine.step.microbatches import MicrobatchRunner
+from engine.step.packing_check import use_packed_attention
+from engine.step.splitting import split_for_ranks
+
+T = TypeVar("T")
+
+
+class SingleProcess:
+    """BasicTrainer's placement.
+
+    Attributes:
+        rank, num_ranks: (rank, world size).
+        data_rank, num_data_ranks: the same among ranks with different examples.
+        device: of batches.
+        compute_dtype: run the models in this dtype; None if they are in it already.
+        permutations: of parameters with shards in another order than their rows or columns.
+        aliases: second name of a parameter -> its first.
+    """
+
+    unfused: Collection[str] = ()  # optimizers with no fused version for this placement's weights
+
+    def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerBase, run_dir: Path):
+        self.settings, self.tokenizer, self.run_dir = settings, tokenizer, run_dir
+        self.rank, self.num_ranks, self.data_rank, self.num_data_ranks = 0, 1, 0, 1
+        self.device = self.choose_device()
+        self.mixed_precision = getattr(torch, settings.mixed_precision) if settings.mixed_precision else None
+        self.compute_dtype = self.mixed_precision
+        self.permutations: ShardPermutations = {}
+        self.aliases: dict[str, str] = {}
+
+    def choose_device(self) -> torch.device:
+        """This process's GPU, else the CPU."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    # ---- Processes ----
+
+    def all_reduce_sum(self, totals: Tensor) -> None:
+        """Add the tensors of all data-parallel ranks, in place."""
+
+    def gather_from_data_ranks(self, value: T) -> list[T]:
+        """The values of all data-parallel ranks, in their order."""
+        return [value]
+
+    def split_batch(self, examples: Sequence[Example], num_parts: int, token_budget: int) -> list[list[Example]]:
+        """Split a batch into microbatches, dealt round-robin to data-parallel ranks."""
+        return split_for_ranks(self.num_data_ranks, examples, num_parts, token_budget, self.settings.batching)
+
+    def rank_slice(self, microbatches: Sequence[list[Example]]) -> Sequence[list[Example]]:
+        """The microbatches of this rank."""
+        return microbatches[self.data_rank :: self.num_data_ranks]
+
+    # ---- Models ----
+
+    def place_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A model with the starting weights, on its devices, in evaluation mode."""
+        model = self.load_model(dtype, self.device)
+        self.device = model.get_output_embeddings().weight.device  # with layers split among GPUs, the head's
+        self.aliases = named_aliases(model)
+        return self.compile_layers(model).eval()
+
+    def load_model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """A model with the starting weights. Trained parameters require gradients."""
+        model = load_policy(self.settings, self.tokenizer, dtype, device, self.run_dir)
+        if self.settings.batching == "packed":
+            products = getattr(self.settings.peft, "compute_dtype", None)
+            use_packed_attention(model, self.mixed_precision, getattr(torch, products) if products else None)
+        return model
+
+    def copy_policy(self, policy: PreTrainedModel) -> PreTrainedModel:
+        """Another model with the weights of the untrained policy."""
+        return self.compile_layers(copy.deepcopy(policy))
+
+    def compile_layers(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Compile the layers of a model, if the settings say so."""
+        if self.settings.compile:
+            for layer in find_layers(model, self.settings.model.block_name):
+                # Round wherever the plain layer rounds. Else the reference, without gradients, would differ.
+                layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+        return model
+
+    @contextmanager
+    def gathered(self, model: PreTrainedModel) -> Iterator[None]:
+        """Keep weights gathered inside a with block, for many forward passes in a row."""
+        yield
+
+    def memory(self) -> tuple[bool, int]:
+        """Whether the model runs on a GPU, and the bytes of memory there."""
+        return self.device.type == "cuda", total_memory(self.device)
+
+    def bytes_per_token(self, runner: MicrobatchRunner, examples: Sequence[Example]) -> float:
+        """Bytes of saved activations per fed token, measured on this model.
+
+        Args:
+            examples: of the run; only their number of responses matters.
+        """
+        num_responses = len(examples[0].responses)
+        return measure_bytes_per_token(runner, self.settings.max_length, num_responses)
+
+    # ---- Optimizer ----
+
+    def build_optimizer(self, policy: PreTrainedModel) -> torch.optim.Optimizer:
+        """Build the optimizer of the trained parameters."""
+        name = self.settings.optimizer
+        groups = self.parameter_groups(policy)
+        return build_optimizer(name, groups, self.settings.lr, may_fuse=name not in self.unfused)
+
+    def parameter_groups(self, policy: PreTrainedModel) -> list[dict[str, Any]]:
+        """Trained parameters in groups. One optimizer operation mixes parameters of one group only."""
+        return [{"params": [parameter for parameter in policy.parameters() if parameter.requires_grad]}]
+
+    def start_backward(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before the backward pass of each microbatch."""
+
+    def finish_backward(self, policy: PreTrainedModel) -> None:
+        """Called after the backward pass of the last microbatch of a batch."""
+
+    def clip_gradients(self, policy: PreTrainedModel) -> Tensor:
+        """Scale gradients down to max_grad_norm; returns the norm before scaling."""
+        max_norm = self.settings.max_grad_norm
+        parameters = [parameter for parameter in policy.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if self.device.type != "cpu" or norm > max_norm:  # a comparison would wait for a GPU
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    # ---- Checkpoints ----
+
+    def named_tensors(
+        self, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and optimizer state by their names in checkpoints."""
+        return checkpoint_weights(policy), named_state(policy, optimizer)
+
+    @torch.no_grad()
+    def restore(
+        self,
+        policy: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        tensors: Iterable[tuple[str, Tensor]],
+        state: Mapping[str, dict[str, Tensor]],
+    ) -> None:
+        """Copy full weights and optimizer state into policy and optimizer.
+
+        Args:
+            tensors: the weights, by their names in checkpoints.
+            state: parameter name -> kind of state -> value; empty to reset the optimizer.
+
+        Raises:
+            KeyError, ValueError: if names or shapes do not fit.
+        """
+        targets = checkpoint_weights(policy)
+        missing = set(targets)
+        for name, tensor in tensors:
+            copy_to_shard(targets[name], tensor, self.permutations.get(name))
+            missing.remove(name)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        load_optimizer_state(policy, optimizer, state, self.permutations)

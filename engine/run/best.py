@@ -1,0 +1,42 @@
+"""The best checkpoint of a run, by keep_best."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.run.run_files import update_link
+from engine.settings.choices import BestMetric, is_better
+from utils import UserError
+
+
+class BestCheckpoint:
+    """Keeps track of the saved checkpoint with the best evaluation.
+
+    Attributes:
+        record: metric, value and checkpoint; empty without one.
+    """
+
+    def __init__(self, metric: BestMetric | None):
+        self._metric = metric
+        self.record: dict[str, Any] = {}
+
+    def resume(self, record: dict[str, Any], run_dir: Path, is_first_rank: bool) -> None:
+        """Continue from the record of a checkpoint, if it has this metric and its checkpoint exists."""
+        if record.get("metric") != self._metric or not (run_dir / record.get("checkpoint", "")).is_dir():
+            return
+        self.record = record
+        if record and is_first_rank:  # a killed run may have saved the checkpoint but not the link
+            update_link(run_dir / record["checkpoint"], "BEST")
+
+    def update(self, metrics: Mapping[str, float], checkpoint: str) -> bool:
+        """Record checkpoint if its evaluation beats all earlier ones; returns whether it does."""
+        if self._metric is None:
+            return False
+        if self._metric not in metrics:
+            found = ", ".join(sorted(metrics))
+            raise UserError("CONFIG", f"keep_best: the evaluation has no {self._metric}", f"choose one of {found}")
+        value = metrics[self._metric]
+        if self.record and not is_better(self._metric, value, self.record["value"]):
+            return False
+        self.record = {"metric": self._metric, "value": value, "checkpoint": checkpoint}
+        return True

@@ -1,0 +1,58 @@
+"""The contents of a checkpoint: weights, optimizer state, model config, tokenizer and training state."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.models.adapter_files import write_adapter_config
+from engine.models.adapters import adapter_of
+from engine.models.archives import OPTIMIZER, STATE_FILE
+from engine.models.weight_files import weights_kind, write_policy_pt
+from engine.placement.single import SingleProcess
+from engine.run.checkpoint_writer import CheckpointWriter, Contents
+
+
+def start_save(
+    writer: CheckpointWriter,
+    placement: SingleProcess,
+    policy: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Any],
+    *,
+    policy_pt_metrics: dict[str, float] | None,
+    is_best: bool,
+) -> None:
+    """Copy weights and optimizer state to the CPU, and start writing a checkpoint. All ranks call this together.
+
+    Args:
+        state: the training state; contains counters["examples"].
+        policy_pt_metrics: metrics for a policy.pt; None for a checkpoint without one.
+        is_best: BEST will link to the checkpoint.
+    """
+    num_examples, adapter = state["counters"]["examples"], adapter_of(policy)
+    contents = Contents()
+    weights, optimizer_state = placement.named_tensors(policy, optimizer)
+    contents.add(weights_kind(policy), weights, placement.permutations, in_one=adapter is not None)
+    contents.add(OPTIMIZER, optimizer_state, placement.permutations)
+    # Copies: sampling changes the originals while the writer runs.
+    model_config, generation_config = copy.deepcopy((policy.config, policy.generation_config))
+    has_policy_pt = policy_pt_metrics is not None and adapter is None  # for adapters, export.py makes one
+
+    def write_rest(directory: Path) -> None:
+        if adapter is not None:
+            write_adapter_config(adapter, directory)
+        else:
+            model_config.save_pretrained(directory)
+            generation_config.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / STATE_FILE).write_text(json.dumps(state, indent=1))
+        if has_policy_pt:
+            write_policy_pt(directory, num_examples, placement.aliases, policy_pt_metrics or {})
+
+    policy_pt_bytes = sum(tensor.nbytes for tensor in weights.values()) if has_policy_pt else 0
+    writer.start(num_examples, contents, write_rest, policy_pt_bytes, is_best)

@@ -1,0 +1,52 @@
+"""Restore weights and optimizer state from a checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from engine.models.archives import OPTIMIZER
+from engine.models.weight_files import tensors_of, weights_kind
+from engine.placement.single import SingleProcess
+from engine.run.resume_check import read_state_file, unreadable
+
+
+def restore_checkpoint(
+    checkpoint: Path, placement: SingleProcess, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Load weights and optimizer state. Each rank reads its shards, whatever ranks wrote them.
+
+    Raises:
+        UserError: CHECKPOINT if the checkpoint is unreadable or does not fit the model.
+    """
+    with _as_checkpoint_errors(checkpoint):
+        state = state_by_parameter(checkpoint, optimizer)
+        placement.restore(policy, optimizer, tensors_of(checkpoint, weights_kind(policy)), state)
+
+
+@contextmanager
+def _as_checkpoint_errors(checkpoint: Path) -> Iterator[None]:
+    """Turn every error inside a with block into CHECKPOINT."""
+    try:
+        yield
+    except Exception as error:  # a damaged file raises nearly anything
+        raise unreadable(checkpoint, error) from error
+
+
+def state_by_parameter(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The optimizer state in a checkpoint: parameter name -> kind of state -> value.
+
+    Empty, with a notice, for another kind of optimizer. Only resume_allow permits one.
+    """
+    state: dict[str, dict[str, Tensor]] = {}
+    before, now = read_state_file(checkpoint)["settings"]["optimizer"], type(optimizer).__name__
+    if before != now:
+        print(f"optimizer: the state of {now} is reset, as the checkpoint holds the state of {before}")
+        return state
+    for name, tensor in tensors_of(checkpoint, OPTIMIZER):
+        owner, _, key = name.rpartition(".")
+        state.setdefault(owner, {})[key] = tensor
+    return state

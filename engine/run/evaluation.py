@@ -1,0 +1,157 @@
+"""Evaluate a policy: losses of held-out examples, and metrics of sampled responses."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.data.examples import Example
+from engine.models.adapters import adapter_of
+from engine.models.generation import sample_responses
+from engine.models.precision import run_in_dtype
+from engine.placement.single import SingleProcess
+from engine.settings.schema import Settings
+from engine.step.metrics import MetricAccumulator, prefix_metrics, to_floats
+from engine.step.microbatches import MicrobatchRunner
+from engine.step.reference import LiveReference
+from utils import content_hash, prefetch, progress
+
+Rows = list[dict[str, Any]]
+
+
+class Evaluator:
+    """Evaluates the policy of a runner, always on the same examples and prompts.
+
+    Args:
+        examples: to evaluate on; may be empty.
+        reward: the ground-truth reward of a response; None for data sets without one.
+
+    Attributes:
+        reference_samples: the reference's response to each prompt, int32 [response tokens].
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerBase,
+        placement: SingleProcess,
+        runner: MicrobatchRunner,
+        examples: Sequence[Example],
+        reward: Callable[[str], float] | None,
+    ):
+        self.examples = examples
+        self.reference_samples: list[np.ndarray] = []
+        self._settings, self._tokenizer = settings, tokenizer
+        self._placement, self._runner, self._reward = placement, runner, reward
+        prompts = {example.prompt.tobytes(): example.prompt for example in examples}
+        self._prompts = list(prompts.values())[: settings.n_eval_model_samples]
+
+    @property
+    def should_sample(self) -> bool:
+        """Whether evaluations sample responses."""
+        return self._settings.sample_during_eval and bool(self._prompts)
+
+    def batches(self, token_budget: int) -> Iterator[list[list[Example]]]:
+        """The examples, eval_batch_size at a time, each batch split into microbatches."""
+        for start in range(0, len(self.examples), self._settings.eval_batch_size):
+            batch = self.examples[start : start + self._settings.eval_batch_size]
+            yield self._placement.split_batch(batch, 1, token_budget)
+
+    @torch.no_grad()
+    def measure(self, token_budget: int, sync_stop_request: Callable[[], bool]) -> dict[str, float] | None:
+        """Mean metrics over the examples; None after a stop request."""
+        metrics, runner = MetricAccumulator(), self._runner
+        num_batches = math.ceil(len(self.examples) / self._settings.eval_batch_size)
+        batches = (self._placement.rank_slice(microbatches) for microbatches in self.batches(token_budget))
+        prepared = prefetch([runner.prepare(part) for part in microbatches] for microbatches in batches)
+        with runner.in_mixed_precision():
+            for microbatches in progress(
+                prepared,
+                description="evaluating",
+                total=num_batches,
+                unit="batches",
+                is_shown=self._placement.rank == 0,
+            ):
+                if sync_stop_request():
+                    return None
+                for microbatch in microbatches:
+                    runner.loss(microbatch, len(self.examples), metrics)
+        return to_floats(prefix_metrics(metrics.reduce(self._placement.all_reduce_sum).means, "eval"))
+
+    def sample(self, model: PreTrainedModel, num_examples: int) -> list[np.ndarray]:
+        """Sample one response of model per prompt, int32 [response tokens] each. Ranks share the work.
+
+        Args:
+            num_examples: trained on so far; part of the seed.
+        """
+        settings, placement = self._settings, self._placement
+        prompts = self._prompts[placement.data_rank :: placement.num_data_ranks]
+        seed = int(content_hash(["sample", settings.seed, num_examples])[:8], 16) + placement.data_rank
+        # Full models sample in their own dtype. With adapters, frozen weights may be stored in the compute dtype.
+        dtype = placement.compute_dtype if adapter_of(model) else None
+        with placement.gathered(model), run_in_dtype(model, dtype):
+            responses = sample_responses(
+                model,
+                self._tokenizer,
+                prompts,
+                max_new_tokens=settings.max_length - settings.max_prompt_length,
+                max_length=settings.max_length,
+                batch_size=settings.eval_batch_size,
+                seed=seed,
+            )
+        by_rank, num_ranks = placement.gather_from_data_ranks(responses), placement.num_data_ranks
+        return [by_rank[index % num_ranks][index // num_ranks] for index in range(len(self._prompts))]
+
+    def sample_policy(self, num_examples: int, token_budget: int) -> tuple[Rows, dict[str, float]]:
+        """Sample responses of the policy.
+
+        Returns:
+            rows with the texts, and metrics: the ground-truth reward, if any, and the KL to a live reference.
+        """
+        policy = self.sample(self._runner.policy, num_examples)
+        samples = {"policy": policy} | ({"reference": self.reference_samples} if self.reference_samples else {})
+        texts = {model: self._tokenizer.batch_decode(ids, skip_special_tokens=True) for model, ids in samples.items()}
+        prompts = self._tokenizer.batch_decode(self._prompts, skip_special_tokens=True)
+        rows: Rows = [{"examples": num_examples, "prompt": prompt} for prompt in prompts]
+        for model in texts:
+            for row, text in zip(rows, texts[model], strict=True):
+                row[model] = text
+        metrics = self._add_rewards(rows, list(texts))
+        if isinstance(self._runner.reference, LiveReference):
+            metrics["kl_eval"] = self._estimate_kl(policy, token_budget)
+        return rows, metrics
+
+    def _add_rewards(self, rows: Rows, models: Sequence[str]) -> dict[str, float]:
+        """Add ground-truth rewards to the rows; returns their means and the win rate."""
+        metrics: dict[str, float] = {}
+        if self._reward is None:
+            return metrics
+        for model in models:
+            for row in rows:
+                row[f"{model}_reward"] = self._reward(row[model])
+            metrics[f"ground_truth/{model}"] = float(np.mean([row[f"{model}_reward"] for row in rows]))
+        if "reference" in models:
+            differences = np.array([row["policy_reward"] - row["reference_reward"] for row in rows])
+            metrics["ground_truth/win_rate"] = float(np.mean((differences > 0) + 0.5 * (differences == 0)))
+        return metrics
+
+    @torch.no_grad()
+    def _estimate_kl(self, responses: Sequence[np.ndarray], token_budget: int) -> float:
+        """KL(policy || reference) in nats per response: the mean of log(policy / reference) over sampled responses.
+
+        This estimate is unbiased.
+        """
+        runner, placement = self._runner, self._placement
+        pairs = zip(self._prompts, responses, strict=True)
+        examples = [Example(prompt, (response,), index) for index, (prompt, response) in enumerate(pairs)]
+        ratios = []
+        for microbatch in placement.rank_slice(placement.split_batch(examples, 1, token_budget)):
+            batch = runner.lay_out(microbatch)
+            policy = LiveReference(runner.policy, runner.compute_dtype).logps(batch)
+            assert runner.reference is not None
+            ratios.append(policy - runner.reference.logps(batch))
+        by_rank = placement.gather_from_data_ranks(ratios)
+        return torch.cat([torch.cat(of_rank).cpu() for of_rank in by_rank]).mean().item()

@@ -1,0 +1,96 @@
+"""The policy for NaN and Inf in losses, gradients and weights."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from transformers import PreTrainedModel
+
+from engine.data.examples import Example
+from engine.models.shards import local_shard
+from engine.placement.single import SingleProcess
+from engine.settings.schema import Settings
+from utils import UserError, write_atomically
+
+
+class NonFinitePolicy:
+    """Applies on_nonfinite: abort, skip the batch, or roll back to the last checkpoint.
+
+    The optimizer never sees NaN or Inf.
+
+    Args:
+        counters: of the trainer. "skipped" is counted here; "updates" is shown in errors.
+        rollback: restores the last checkpoint and returns its name; None if there is none.
+        log: prints a line.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        run_dir: Path,
+        placement: SingleProcess,
+        counters: dict[str, int],
+        rollback: Callable[[], str | None],
+        log: Callable[[str], None],
+    ):
+        self._settings, self._run_dir, self._placement = settings, run_dir, placement
+        self._counters, self._rollback, self._log = counters, rollback, log
+
+    def handle(self, examples: Sequence[Example], facts: Mapping[str, float], loss: float, norm: float) -> None:
+        """Handle a batch with a loss or gradient norm of NaN or Inf. All ranks call this together.
+
+        Args:
+            facts: of the step, with counters; written to a file with the tokens of the batch.
+
+        Raises:
+            UserError: NONFINITE, to abort the run.
+        """
+        settings, update = self._settings, int(facts["counters/updates"])
+        dump = self._run_dir / f"nonfinite-{update}.json"
+        if self._placement.rank == 0:
+            found = {"update": update, **facts, "loss": str(loss), "norm": str(norm)}
+            write_atomically(dump, json.dumps(found | {"examples": [_as_json(each) for each in examples]}).encode())
+        prompts = sorted({example.prompt_index for example in examples})
+        what = (
+            f"update {update} has loss {loss} and gradient norm {norm}; its batch has the prompt indices {prompts},"
+            f" and its tokens are in {dump}"
+        )
+        self._counters["skipped"] += 1
+        if settings.on_nonfinite == "abort":
+            self.fail(what)
+        if self._counters["skipped"] > settings.max_nonfinite:
+            self.fail(f"more than max_nonfinite={settings.max_nonfinite} batches are not finite; {what}")
+        if settings.on_nonfinite == "skip":
+            self._log(f"{what}: skipped")
+            return
+        checkpoint = self._rollback()
+        if checkpoint is None:
+            self.fail(f"there is no checkpoint to roll back to; {what}")
+        self._log(f"{what}: rolled back to {checkpoint}, training continues with the next batch")
+
+    def check_weights(self, policy: PreTrainedModel) -> None:
+        """Abort if a trained weight is NaN or Inf. All ranks call this together."""
+        device = self._placement.device
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        num_bad = torch.stack([(~local_shard(p).isfinite()).sum().to(device) for p in trained]).sum().double()
+        self._placement.all_reduce_sum(num_bad)
+        if num_bad > 0:
+            self.fail("a weight is NaN or Inf")
+
+    def fail(self, what: str) -> NoReturn:
+        """Abort the run."""
+        raise UserError(
+            "NONFINITE",
+            f"{what} (counters/updates is {self._counters['updates']})",
+            "lower lr or raise warmup_steps, and check the data; the last checkpoint is untouched",
+        )
+
+
+def _as_json(example: Example) -> dict[str, object]:
+    return {
+        "prompt_index": example.prompt_index,
+        "prompt": example.prompt.tolist(),
+        "responses": [response.tolist() for response in example.responses],
+    }

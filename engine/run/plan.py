@@ -1,0 +1,112 @@
+"""plan=true: the memory, steps and time of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from engine.data.examples import Split
+from engine.models.layers import find_layers
+from engine.models.parameters import num_weights
+from engine.run.simulation import Memory, measure_step, simulated_group, simulated_trainer
+from engine.run.workload import measure_this_machine, run_seconds, work_of
+from engine.settings.hardware import HARDWARE, Hardware
+from engine.settings.schema import Settings
+
+if TYPE_CHECKING:  # trainers import the engine, not the other way round
+    from trainers import BasicTrainer
+
+# The fraction of a GPU's memory left to tensors: CUDA and fragmentation take the rest.
+GPU_MEMORY_FRACTION = 0.9
+PROCESS_BYTES = 4 * 10**8  # of a process on a CPU, beside its tensors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory, steps and time of a run.
+
+    Args:
+        memory: of the fullest process.
+        num_tokens: fed in the whole run.
+        max_microbatches: of a process in a step.
+        max_tokens: fed in the largest microbatch.
+        num_recomputing: layers of num_layers that recompute their activations.
+        seconds: of each part of the run; None if the hardware's peak is unknown.
+    """
+
+    settings: Settings
+    trainer_name: str
+    hardware: Hardware
+    num_processes: int
+    num_trained: int
+    num_parameters: int
+    memory: Memory
+    num_steps: int
+    num_tokens: int
+    max_microbatches: int
+    token_budget: int
+    max_tokens: int
+    num_recomputing: int
+    num_layers: int
+    seconds: dict[str, float] | None
+
+    @property
+    def needed(self) -> float:
+        """Required bytes: of a GPU, or of the machine's memory, shared by its processes."""
+        if self.hardware.kind == "cpu":
+            return self.num_processes * (self.memory.peak + PROCESS_BYTES)
+        return self.memory.on_device(self.settings.fsdp.cpu_offload) / GPU_MEMORY_FRACTION
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.hardware.memory
+
+
+def make_plan(
+    settings: Settings,
+    base: type["BasicTrainer"],
+    tokenizer: PreTrainedTokenizerBase,
+    train_split: Split,
+    test_split: Split,
+    num_processes: int,
+) -> Plan:
+    """Plan a run by simulating its largest step.
+
+    Args:
+        base: the trainer of the run.
+    """
+    dtype = getattr(torch, settings.mixed_precision or settings.model.policy_dtype)
+    if settings.plan_hardware:
+        hardware = HARDWARE[settings.plan_hardware]
+    else:
+        hardware = measure_this_machine(num_processes, dtype)
+    with simulated_group(num_processes):
+        trainer = simulated_trainer(base, hardware)(settings, Path(), tokenizer, train_split, test_split)
+        batches = [*trainer.train_batches()]
+        training = work_of(batches, settings.batching)
+        evaluation = work_of(trainer.evaluator.batches(trainer.token_budget), settings.batching)
+        seconds = run_seconds(trainer, hardware, dtype, training, evaluation)
+        num_trained, num_parameters = num_weights(trainer.policy)
+        microbatches = [examples for batch in batches for examples in batch]
+        works = [work for batch in training for work in batch]
+        largest = max(range(len(works)), key=lambda index: works[index].tokens)
+        max_microbatches = max(len(batch) // trainer.placement.num_data_ranks for batch in training)
+        return Plan(
+            settings=settings,
+            trainer_name=base.__name__,
+            hardware=hardware,
+            num_processes=num_processes,
+            num_trained=num_trained,
+            num_parameters=num_parameters,
+            memory=measure_step(trainer, microbatches[largest], max_microbatches),
+            num_steps=trainer.num_updates,
+            num_tokens=sum(work.tokens for work in works),
+            max_microbatches=max_microbatches,
+            token_budget=trainer.token_budget,
+            max_tokens=works[largest].tokens,
+            num_recomputing=trainer.num_checkpointed,
+            num_layers=len(find_layers(trainer.policy, settings.model.block_name)),
+            seconds=seconds,
+        )

@@ -1,0 +1,122 @@
+"""A plan as text."""
+
+from engine.run.plan import GPU_MEMORY_FRACTION, PROCESS_BYTES, Plan
+from engine.run.workload import PEAK_FRACTION
+
+
+def format_plan(plan: Plan) -> str:
+    """The text of plan=true."""
+    return "\n".join(
+        [
+            _title(plan),
+            "",
+            f"memory of a {_unit(plan)}, the fullest one, in GB",
+            *(f"  {name:18}{size / 1e9:9.3f}  {remark}".rstrip() for name, size, remark in _memory_rows(plan)),
+            _verdict(plan),
+            "",
+            _steps(plan),
+            f"time     {_time(plan)}",
+            "",
+            *_assumptions(plan),
+        ]
+    )
+
+
+def _unit(plan: Plan) -> str:
+    return "GPU" if plan.hardware.kind == "gpu" else "process"
+
+
+def _is_offloaded(plan: Plan) -> bool:
+    return plan.settings.fsdp.cpu_offload and plan.hardware.kind == "gpu"
+
+
+def _is_sharded(plan: Plan) -> bool:
+    return plan.trainer_name != "BasicTrainer"
+
+
+def _title(plan: Plan) -> str:
+    units = f"{plan.num_processes} {_unit(plan)}{'s' * (plan.num_processes > 1)}"
+    return (
+        f"plan of {plan.trainer_name} on {units} ({plan.hardware.name}):"
+        f" {plan.num_parameters:,} parameters, {plan.num_trained / plan.num_parameters:.2%} are trained"
+    )
+
+
+def _memory_rows(plan: Plan) -> list[tuple[str, int, str]]:
+    """Name, bytes and remark of each part."""
+    settings, memory = plan.settings, plan.memory
+    host = ", in CPU memory" if _is_offloaded(plan) else ""
+    recomputing = f", {plan.num_recomputing} of {plan.num_layers} layers recompute theirs"
+    if _is_sharded(plan):
+        copies = ("gathered weights", memory.gathered, "at most at once")
+    else:
+        copies = ("copies of weights", memory.gathered, f"in {settings.mixed_precision}" if memory.gathered else "")
+    return [
+        ("parameters", memory.parameters, f"{_stored_dtype(plan)}{host}"),
+        ("gradients", memory.gradients, host.removeprefix(", ")),
+        ("optimizer state", memory.optimizer, f"{settings.optimizer}{host}"),
+        ("reference", memory.reference, "stays loaded" if memory.reference else "not in memory while training"),
+        ("activations", memory.activations, f"{plan.max_tokens:,} tokens{recomputing if plan.num_recomputing else ''}"),
+        ("logits", memory.logits, "of some targets at a time" if settings.batching == "packed" else "of all tokens"),
+        copies,
+        (
+            "peak of a step",
+            memory.on_device(_is_offloaded(plan)),
+            "with temporaries of operations; the parts above are not all held at once",
+        ),
+    ]
+
+
+def _stored_dtype(plan: Plan) -> str:
+    settings = plan.settings
+    stored: str = settings.model.policy_dtype
+    if settings.peft.name == "none":
+        return stored
+    return f"{getattr(settings.peft, 'quant_type', settings.mixed_precision or stored)}, adapters in float32"
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.hardware.kind == "gpu":
+        reserve = f"{1 - GPU_MEMORY_FRACTION:.0%} left for CUDA and fragmentation"
+    else:
+        reserve = f"{PROCESS_BYTES / 1e9} GB for each process's program"
+    fix = "; activation_checkpointing=true, a smaller token_budget, mixed_precision=bfloat16 or more processes"
+    return (
+        f"{'fits' if plan.fits else 'does not fit'}: {plan.needed / 1e9:,.1f} GB of"
+        f" {plan.hardware.memory / 1e9:,.0f} GB, with {reserve}{'' if plan.fits else fix}"
+    )
+
+
+def _steps(plan: Plan) -> str:
+    return (
+        f"steps    {plan.num_steps:,} of {plan.settings.batch_size} examples, {plan.num_tokens:,} tokens in all;"
+        f" microbatches of a {_unit(plan)} and step: at most {plan.max_microbatches}, of at most"
+        f" {plan.max_tokens:,} tokens (token_budget {plan.token_budget:,})"
+    )
+
+
+def _time(plan: Plan) -> str:
+    if plan.seconds is None:
+        return "unknown: the peak of this hardware in this dtype is unknown"
+    parts = [f"{name} {_format_seconds(value)}" for name, value in plan.seconds.items() if value]
+    return f"{_format_seconds(sum(plan.seconds.values()))}: {', '.join(parts)}"
+
+
+def _format_seconds(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.1f} s"
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    on_gpus = plan.hardware.kind == "gpu"
+    peak = "the data sheet" if on_gpus else "the peak measured just now"
+    more_gpus = ", GPUs beyond the first for a model split by layers" if on_gpus and not _is_sharded(plan) else ""
+    return [
+        f"assumed: matrix products at {PEAK_FRACTION[plan.hardware.kind]:.0%} of {peak}; communication takes no time"
+        f" ({plan.memory.communicated / 1e9:,.2f} GB through a {_unit(plan)} for its largest microbatch);",
+        "  nothing is compiled; cache_dir lacks the reference; attention and head without a GPU kernel take the memory"
+        " they take on a CPU",
+        "left out of time: loading, samples, checkpoints; of memory: fragmentation of the allocator" + more_gpus,
+    ]

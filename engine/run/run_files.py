@@ -1,0 +1,99 @@
+"""Files of a run directory: links, logs, the lock, temporaries."""
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.models.archives import MANIFEST_FILE, checkpoints, find_corruption, is_checkpoint
+from utils import UserError, fsync
+
+# Unfinished checkpoints, links and base models of adapters, and the temporaries of write_atomically().
+TEMPORARY = re.compile(r"\.(step-\d+|LATEST|BEST|base|(config\.yaml|nonfinite-\d+\.json)\.\d+)\.tmp")
+LOG_FILES = ("metrics.jsonl", "samples.jsonl")
+
+
+def update_link(target: Path, name: str = "LATEST") -> None:
+    """Point a link of a run, LATEST or BEST, to its checkpoint target."""
+    link = target.with_name(f".{name}.tmp")
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.name)
+    link.replace(target.with_name(name))
+    fsync(target.parent)
+
+
+def restore_links(run_dir: Path) -> None:
+    """Turn LATEST and BEST back into links. Copying a run may have replaced them by directories.
+
+    Raises:
+        UserError: STORAGE if such a directory is no copy of a checkpoint.
+    """
+    for copied in (run_dir / "LATEST", run_dir / "BEST"):
+        if copied.is_symlink() or not copied.exists():
+            continue
+        intact = [path for path in checkpoints(run_dir) if find_corruption(path) is None]
+        manifest = (copied / MANIFEST_FILE).read_bytes() if is_checkpoint(copied) else b""
+        original = next((path for path in intact if (path / MANIFEST_FILE).read_bytes() == manifest), None)
+        if original is None:
+            problem = f"local_run_dir: {copied} should be a link, and is no copy of a checkpoint in {run_dir}"
+            raise UserError("STORAGE", problem, "move it elsewhere")
+        shutil.rmtree(copied)
+        update_link(original, copied.name)
+
+
+def log_sizes(run_dir: Path) -> dict[str, int]:
+    """Bytes in each log of a run."""
+    return {name: path.stat().st_size for name in LOG_FILES if (path := run_dir / name).exists()}
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Lock a run directory inside a with block, so no other process writes to it.
+
+    Raises:
+        UserError: STORAGE if another process holds the lock, or the directory is unwritable.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir, os.O_RDONLY)
+    except OSError as error:
+        raise unwritable(run_dir, error) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "STORAGE", f"local_run_dir: {run_dir} is in use by another process", "wait for it, or set another one"
+            ) from error
+        except OSError as error:  # a file system without locks
+            print(
+                f"warning: {run_dir} cannot be locked ({error.strerror}): nothing keeps a second run from writing there"
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def unwritable(run_dir: Path, error: OSError) -> UserError:
+    problem = f"local_run_dir: cannot write to {run_dir} ({error.strerror})"
+    return UserError("STORAGE", problem, "set local_run_dir elsewhere")
+
+
+def remove_temporaries(run_dir: Path) -> None:
+    """Remove unfinished files of a killed run, and nothing else."""
+    for path in run_dir.glob(".*.tmp"):
+        if not TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def rewind(run_dir: Path, sizes: dict[str, int]) -> None:
+    """Truncate logs to their sizes at a checkpoint, so no row is logged twice."""
+    for name, size in log_sizes(run_dir).items():
+        os.truncate(run_dir / name, min(size, sizes.get(name, 0)))  # to a larger size would add zeros

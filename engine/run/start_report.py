@@ -1,0 +1,27 @@
+"""Lines a run prints when it starts."""
+
+import math
+
+from engine.settings.schema import Settings
+
+
+def describe_training(settings: Settings, *, num_examples: int, num_train: int, num_eval: int) -> str:
+    """How long training will be.
+
+    Args:
+        num_examples: of the whole run, all epochs together.
+        num_train, num_eval: examples in the training split, and in an evaluation.
+    """
+    num_updates = math.ceil(num_examples / settings.batch_size)
+    per_epoch = math.ceil(num_train / settings.batch_size)
+    line = f"training on {num_examples:,} examples in {num_updates:,} steps of {settings.batch_size}"
+    line += f" ({per_epoch:,} an epoch), evaluating on {num_eval:,}"
+    if num_eval < settings.n_eval_examples:
+        line += f" (all there are; n_eval_examples={settings.n_eval_examples})"
+    if settings.n_examples is not None and num_examples < settings.n_examples:
+        line += f"; n_epochs={settings.n_epochs} ends it before n_examples={settings.n_examples}"
+    return line
+
+
+def describe_parameters(num_trained: int, num_all: int) -> str:
+    return f"parameters: {num_trained:,} of {num_all:,} are trained ({num_trained / num_all:.2%})"

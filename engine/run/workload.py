@@ -1,0 +1,171 @@
+"""How much work examples are, and how long hardware takes for it."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.data.examples import Example
+from engine.models.layers import find_layers
+from engine.models.parameters import num_weights
+from engine.placement.memory import total_memory
+from engine.settings.hardware import Hardware, peak_flops
+from engine.settings.schema import Settings
+
+if TYPE_CHECKING:  # trainers import the engine, not the other way round
+    from trainers import BasicTrainer
+
+CPU = torch.device("cpu")
+# The fraction of the hardware's peak a step is assumed to reach. On CPUs, 50 to 60 % was measured; see README. No GPU
+# has been measured.
+PEAK_FRACTION = {"gpu": 0.4, "cpu": 0.5}
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a microbatch.
+
+    Args:
+        tokens: fed, padding included.
+        targets: positions that reach the LM head.
+        pairs: of a query and a visible key.
+    """
+
+    tokens: int
+    targets: int
+    pairs: float
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], layout: str) -> "Work":
+        """The work of examples in one microbatch."""
+        responses: dict[bytes, dict[bytes, int]] = {}  # prompt -> its distinct responses -> their lengths
+        lengths: dict[bytes, int] = {}
+        for example in examples:
+            key = example.prompt.tobytes()
+            lengths[key] = len(example.prompt)
+            responses.setdefault(key, {}).update({each.tobytes(): len(each) for each in example.responses})
+        every = [(lengths[key], length) for key in responses for length in responses[key].values()]
+        if layout == "padded":
+            longest = max((prompt + length for prompt, length in every), default=0)
+            tokens = len(every) * longest
+            return cls(tokens, tokens, tokens * longest / 2)
+        return cls(
+            tokens=sum(lengths.values()) + sum(length - 1 for _, length in every),
+            targets=sum(length for _, length in every),
+            pairs=sum(length**2 / 2 for length in lengths.values())
+            + sum(length * (prompt + length / 2) for prompt, length in every),
+        )
+
+
+BatchWork = list[list[Work]]  # for each batch, its microbatches
+
+
+def work_of(batches: Iterable[list[list[Example]]], layout: str) -> BatchWork:
+    """The work of each microbatch of batches."""
+    return [[Work.of(examples, layout) for examples in microbatches] for microbatches in batches]
+
+
+# ---- Time ----
+
+
+def flops_of(trainer: "BasicTrainer") -> Callable[[Work, bool], float]:
+    """A function: work, with a backward pass or without -> operations of all tensor-parallel ranks.
+
+    It assumes that each weight of a layer is used once per token.
+    """
+    config, policy = trainer.policy.config, trainer.policy
+    layers = find_layers(policy, trainer.settings.model.block_name)
+    trained, weights = zip(*(num_weights(layer) for layer in layers), strict=True)
+    # Layers below the first trained weight have no backward pass.
+    trains_embeddings = policy.get_input_embeddings().weight.requires_grad
+    first = 0 if trains_embeddings else next((index for index, num in enumerate(trained) if num), len(layers))
+    num_backward = len(layers) - first
+    head = policy.get_output_embeddings().weight
+    width = (getattr(config, "head_dim", None) or 0) * config.num_attention_heads or config.hidden_size
+    recomputed = trainer.num_checkpointed / len(layers)
+
+    def flops(work: Work, with_backward: bool) -> float:
+        of_head = 2 * head.numel() * work.targets
+        forward = 2 * sum(weights) * work.tokens + 4 * width * len(layers) * work.pairs
+        if not with_backward:
+            return forward + of_head
+        of_inputs = 2 * sum(weights[first:]) * work.tokens + 8 * width * num_backward * work.pairs
+        of_weights = 2 * sum(trained) * work.tokens
+        return forward * (1 + recomputed) + of_inputs + of_weights + of_head * (2 + head.requires_grad)
+
+    return flops
+
+
+def run_seconds(
+    trainer: "BasicTrainer", hardware: Hardware, dtype: torch.dtype, training: BatchWork, evaluation: BatchWork
+) -> dict[str, float] | None:
+    """Seconds of each part of a run; None if the hardware's peak is unknown.
+
+    Args:
+        dtype: of matrix products.
+        training, evaluation: the work of the whole run, and of one evaluation.
+    """
+    settings, num_data_ranks, flops = trainer.settings, trainer.placement.num_data_ranks, flops_of(trainer)
+    peak = peak_rate(settings, hardware, dtype)
+    if peak is None:
+        return None
+    num_tensor_ranks = trainer.placement.num_ranks // num_data_ranks
+    rate = peak * (PEAK_FRACTION[hardware.kind] * num_tensor_ranks)
+
+    def seconds_of(batches: BatchWork, with_backward: bool) -> float:
+        slowest = [  # the other ranks wait for it
+            max(batch[start : start + num_data_ranks], key=lambda work: work.tokens)
+            for batch in batches
+            for start in range(0, len(batch), num_data_ranks)
+        ]
+        return sum(flops(work, with_backward) for work in slowest) / rate
+
+    num_examples = trainer.source.num_examples
+    num_evaluations = settings.do_first_eval + math.ceil(num_examples / settings.eval_every)
+    seconds = {
+        "training": seconds_of(training, True),
+        "evaluations": num_evaluations * seconds_of(evaluation, False),
+    }
+    if trainer.runner.objective.needs_reference:
+        is_live = settings.reference == "live"  # a cached one runs once per example
+        share = 1.0 if is_live else min(1.0, len(trainer.train_examples) / num_examples)
+        seconds["reference"] = share * seconds_of(training, False)
+        seconds["reference"] += (num_evaluations if is_live else 1) * seconds_of(evaluation, False)
+    return seconds
+
+
+# ---- Hardware ----
+
+
+def peak_rate(settings: Settings, hardware: Hardware, dtype: torch.dtype) -> float | None:
+    """FLOP/s of matrix products in dtype; matmul_precision counts for fp32."""
+    bfloat16 = hardware.peaks.get("bfloat16")
+    if dtype == torch.float32 and settings.matmul_precision != "highest" and hardware.kind == "gpu" and bfloat16:
+        return bfloat16 / 2 if settings.matmul_precision == "high" else bfloat16  # TF32 is half as fast
+    return hardware.peaks.get(str(dtype).removeprefix("torch."))
+
+
+def measure_this_machine(num_processes: int, dtype: torch.dtype) -> Hardware:
+    """This machine's GPU, or the CPU cores of one process with their measured peak in dtype."""
+    if torch.cuda.is_available():
+        device, name = torch.device("cuda"), torch.cuda.get_device_name()
+        known = peak_flops(name)
+        return Hardware(name, "gpu", total_memory(device), {"bfloat16": known} if known else {})
+    cores = os.cpu_count() or 1
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // num_processes))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    left, right = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(before)
+    peak = 2 * 1024**3 / min(seconds) * min(1.0, cores / (threads * num_processes))
+    name = f"{threads} of {cores} CPU cores each"
+    return Hardware(name, "cpu", total_memory(CPU), {str(dtype).removeprefix("torch."): peak})

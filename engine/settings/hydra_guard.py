@@ -1,0 +1,123 @@
+"""Check the command line before Hydra runs it."""
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import (
+    create_automatic_config_search_path,
+    detect_calling_file_or_module_from_task_function,
+    get_args_parser,
+)
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from engine.settings.presets import CONFIG_DIR
+from utils import UserError, clipped
+
+HYDRA_TARGETS = {
+    "hydra.launcher._target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra.sweeper._target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+}
+SWEEP_DIR = "${sweep_dir:}"  # as in config.yaml
+
+
+def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) -> None:
+    """Refuse a command line with code for Hydra to run.
+
+    Hydra instantiates classes named in a config right after composing it. Composing alone runs nothing. So every config
+    of the command is composed and checked here first.
+
+    Args:
+        command: the function for Hydra to call. Relative config paths start from its file.
+
+    Raises:
+        UserError: CONFIG.
+    """
+    for argument in arguments:
+        if "_target_" in argument or argument.startswith("--e"):  # --experimental-rerun, or a short form of it
+            raise _would_run(clipped(argument))
+    parser = get_args_parser()
+    parser.exit_on_error = parser.allow_abbrev = False
+    try:
+        options, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError("CONFIG", str(error), "python train.py --help lists every option") from error
+    if unknown:
+        problem = f"{clipped(' '.join(unknown))}: no option, or a key after an option"
+        raise UserError("CONFIG", problem, "options come first, unabbreviated: python train.py -m lr=1e-6,1e-5")
+    if options.shell_completion:
+        return
+
+    where = detect_calling_file_or_module_from_task_function(command)
+    search_path = create_automatic_config_search_path(*where, options.config_path or str(CONFIG_DIR))
+    if options.config_dir:
+        directory = f"file://{os.path.abspath(options.config_dir)}"
+        search_path.prepend("command-line", directory, SearchPathQuery(provider="schema"))
+    composer = Hydra("train", ConfigLoaderImpl(search_path))
+
+    def compose(overrides: Sequence[str]) -> DictConfig:
+        name = options.config_name or "config"
+        config = composer.compose_config(name, [*overrides], RunMode.MULTIRUN, validate_sweep_overrides=False)
+        check_hydra(config)
+        return config
+
+    config = compose(options.overrides)
+    if options.multirun or config.hydra.mode == RunMode.MULTIRUN:  # each job may choose other files
+        written: Any = OmegaConf.to_container(config.hydra.overrides)
+        params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
+        overrides = OverridesParser.create().parse_overrides([*params, *written["task"]])
+        for job in BasicSweeper.split_arguments(overrides, None)[0]:
+            compose([*written["hydra"], *job])
+
+
+def check_hydra(config: DictConfig) -> None:
+    """Refuse a composed config with code for Hydra to run.
+
+    Raises:
+        UserError: CONFIG.
+    """
+    written = OmegaConf.to_container(config)
+    assert isinstance(written, dict)
+    targets = dict(_targets(written))
+    for group in ("launcher", "sweeper"):
+        if isinstance(config.hydra[group], DictConfig):  # interpolations may add targets
+            targets |= dict(_targets(OmegaConf.to_container(config.hydra[group], resolve=True), f"hydra.{group}."))
+    for key, value in targets.items():
+        if HYDRA_TARGETS.get(key) != value:
+            raise _would_run(f"{key}: {value}")
+    if OmegaConf.select(config, "hydra.callbacks"):
+        raise _would_run("hydra.callbacks")
+    settings = written["hydra"]
+    for group in ("job_logging", "hydra_logging"):
+        if settings[group] not in (OmegaConf.to_container(OmegaConf.load(path)) for path in _presets(group)):
+            raise _would_run(f"hydra.{group}: a setting outside Hydra's presets")
+    if settings["sweep"]["dir"] != SWEEP_DIR or settings["output_subdir"] is not None:
+        key = "hydra.sweep.dir" if settings["sweep"]["dir"] != SWEEP_DIR else "hydra.output_subdir"
+        problem = f"{key}: Hydra would write the command there as typed, with any secrets in it"
+        raise UserError("CONFIG", problem, "keep the value of config/config.yaml; runs are kept in local_dirs")
+
+
+def _targets(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The classes for Hydra to instantiate: dotted keys ending in _target_, and their values."""
+    for name, item in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if name == "_target_":
+            yield f"{prefix}{name}", item
+        yield from _targets(item, f"{prefix}{name}.")
+
+
+def _presets(group: str) -> Iterable[Path]:
+    return (Path(hydra.__file__).parent / "conf" / "hydra" / group).glob("*.yaml")
+
+
+def _would_run(setting: str) -> UserError:
+    problem = f"{setting} would run code that it names"
+    return UserError("CONFIG", problem, "leave it out; trainers, optimizers and losses are chosen by their names")

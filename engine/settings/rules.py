@@ -1,0 +1,295 @@
+"""Rules across keys: one function a rule, and RULES."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.settings.choices import BITSANDBYTES_OPTIMIZERS
+from engine.settings.messages import shown
+from engine.settings.presets import tiny_architecture
+
+Problem = str | None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule across keys.
+
+    Args:
+        keys: the keys it reads. A broken rule is reported at the first.
+        problem: takes their values in order; returns the problem, or None.
+    """
+
+    keys: tuple[str, ...]
+    problem: Callable[..., Problem]
+
+
+RULES: list[Rule] = []
+
+
+def rule(*keys: str) -> Callable[[Callable[..., Problem]], Callable[..., Problem]]:
+    """Add a function to RULES."""
+
+    def add(function: Callable[..., Problem]) -> Callable[..., Problem]:
+        RULES.append(Rule(keys, function))
+        return function
+
+    return add
+
+
+def broken_rules(values: Mapping[str, Any]) -> dict[str, str]:
+    """The problems, by key, of all rules with valid values for every key."""
+    problems: dict[str, str] = {}
+    for each in RULES:
+        if all(key in values for key in each.keys):
+            problem = each.problem(*(values[key] for key in each.keys))
+            if problem:
+                problems.setdefault(each.keys[0], problem)
+    return problems
+
+
+# ---- Data and steps ----
+
+
+@rule("n_epochs", "n_examples")
+def training_ends(n_epochs: int | None, n_examples: int | None) -> Problem:
+    is_endless = n_epochs is None and n_examples is None
+    return "is null and n_examples too, so training would never end: give one of them" if is_endless else None
+
+
+@rule("max_prompt_length", "max_length")
+def prompt_leaves_room(max_prompt_length: int, max_length: int) -> Problem:
+    if max_prompt_length < max_length:
+        return None
+    return f"must be below max_length ({max_length}), not {max_prompt_length}, to leave room for a response"
+
+
+@rule("gradient_accumulation_steps", "batch_size")
+def microbatches_have_examples(num_microbatches: int, batch_size: int) -> Problem:
+    is_broken = num_microbatches > batch_size
+    return f"must be at most batch_size ({batch_size}), not {num_microbatches}" if is_broken else None
+
+
+@rule("n_eval_model_samples", "n_eval_examples", "sample_during_eval")
+def samples_are_of_eval_examples(num_samples: int, num_examples: int, samples: bool) -> Problem:
+    is_broken = samples and num_samples > num_examples
+    return f"must be at most n_eval_examples ({num_examples}), not {num_samples}" if is_broken else None
+
+
+@rule("mixed_precision", "model.policy_dtype")
+def mixed_precision_is_over_fp32(mixed_precision: str | None, policy_dtype: str) -> Problem:
+    if mixed_precision is None or policy_dtype == "float32":
+        return None
+    return f"{mixed_precision} needs model.policy_dtype=float32, not {policy_dtype}: leave one of them out"
+
+
+@rule("resume", "local_run_dir")
+def auto_resume_has_a_directory(resume: str | None, local_run_dir: str | None) -> Problem:
+    is_broken = resume == "auto" and local_run_dir is None
+    return "auto needs local_run_dir, the run to continue" if is_broken else None
+
+
+@rule("model.name_or_path", "model.architecture")
+def tiny_model_has_no_name(name: str, architecture: dict[str, Any] | None) -> Problem:
+    if name == "tiny" or architecture != tiny_architecture():
+        return None
+    return f"{shown(name)} would be ignored, as model=tiny makes its own model: add model=blank_model"
+
+
+# ---- Processes ----
+
+
+@rule("num_processes", "trainer")
+def basic_trainer_is_one_process(num_processes: int | None, trainer: str) -> Problem:
+    is_broken = trainer == "BasicTrainer" and num_processes not in (None, 1)
+    return f"must be null or 1 with trainer=BasicTrainer, not {num_processes}" if is_broken else None
+
+
+@rule("tensor_parallel_size", "trainer")
+def basic_trainer_splits_no_products(size: int | None, trainer: str) -> Problem:
+    is_broken = trainer == "BasicTrainer" and size not in (None, 1)
+    return f"must be null or 1 with trainer=BasicTrainer, not {size}" if is_broken else None
+
+
+@rule("tensor_parallel.backend", "trainer")
+def package_is_of_tensor_parallel(backend: str, trainer: str) -> Problem:
+    is_broken = backend == "package" and trainer != "TensorParallelTrainer"
+    return f"package needs trainer=TensorParallelTrainer, not {trainer}" if is_broken else None
+
+
+@rule("compile", "tensor_parallel.backend")
+def package_does_not_compile(compiles: bool, backend: str) -> Problem:
+    return "true needs tensor_parallel.backend=native" if compiles and backend == "package" else None
+
+
+@rule("activation_checkpointing", "tensor_parallel.backend")
+def package_does_not_checkpoint_activations(checkpointing: str | bool | int, backend: str) -> Problem:
+    if checkpointing in (False, 0) or backend == "native":
+        return None
+    reason = "the devices of one process would wait for each other"
+    return f"{shown(checkpointing)} needs tensor_parallel.backend=native: {reason}"
+
+
+@rule("num_processes", "tensor_parallel.backend")
+def package_is_one_process(num_processes: int | None, backend: str) -> Problem:
+    if backend == "native" or num_processes in (None, 1):
+        return None
+    return f"must be null or 1 with tensor_parallel.backend=package, not {num_processes}: set tensor_parallel_size"
+
+
+@rule("plan", "tensor_parallel.backend")
+def package_has_no_plan(plan: bool, backend: str) -> Problem:
+    return "true needs tensor_parallel.backend=native" if plan and backend == "package" else None
+
+
+@rule("fsdp.replicas", "trainer")
+def replicas_are_of_fsdp(replicas: int, trainer: str) -> Problem:
+    is_broken = replicas > 1 and trainer != "FSDPTrainer"
+    return f"must be 1 with trainer={trainer}, not {replicas}" if is_broken else None
+
+
+@rule("fsdp.cpu_offload", "trainer")
+def offload_is_of_fsdp(cpu_offload: bool, trainer: str) -> Problem:
+    is_broken = cpu_offload and trainer != "FSDPTrainer"
+    return f"needs trainer=FSDPTrainer, not {trainer}" if is_broken else None
+
+
+@rule("deterministic", "fsdp.replicas")
+def deterministic_has_no_replicas(deterministic: bool, replicas: int) -> Problem:
+    return f"true needs fsdp.replicas=1, not {replicas}" if deterministic and replicas > 1 else None
+
+
+@rule("deterministic", "trainer", "tensor_parallel_size")
+def deterministic_splits_no_products(deterministic: bool, trainer: str, size: int | None) -> Problem:
+    if not deterministic or (trainer != "TensorParallelTrainer" and size in (None, 1)):
+        return None
+    return "true sums gradients across processes of FSDPTrainer, not across slices of matrix products"
+
+
+# ---- Optimizers ----
+
+
+@rule("optimizer", "trainer")
+def adafactor_is_of_one_process(optimizer: str, trainer: str) -> Problem:
+    if optimizer != "Adafactor" or trainer == "BasicTrainer":
+        return None
+    return f"Adafactor reads full matrices, and processes hold shards: choose another with trainer={trainer}"
+
+
+@rule("optimizer", "trainer")
+def bitsandbytes_is_of_one_process(optimizer: str, trainer: str) -> Problem:
+    if optimizer not in BITSANDBYTES_OPTIMIZERS or trainer == "BasicTrainer":
+        return None
+    return f"{optimizer} cannot share its state among processes: choose another with trainer={trainer}"
+
+
+# ---- Adapters and frozen parameters ----
+
+
+@rule("peft.name", "trainer")
+def adapters_are_not_split(peft: str, trainer: str) -> Problem:
+    if peft == "none" or trainer != "TensorParallelTrainer":
+        return None
+    return f"{peft} is for trainer=BasicTrainer and FSDPTrainer: adapters' matrices are too small to be split"
+
+
+@rule("tensor_parallel_size", "peft.name", "trainer")
+def adapters_are_not_split_under_fsdp(size: int | None, peft: str, trainer: str) -> Problem:
+    if peft == "none" or trainer != "FSDPTrainer" or size in (None, 1):
+        return None
+    return f"must be null or 1 with peft={peft}, not {size}: adapters' matrices are too small to be split"
+
+
+@rule("peft.alpha", "peft.scaling")
+def scale_is_given_once(alpha: float | None, scaling: float | None) -> Problem:
+    if alpha is None or scaling is None:
+        return None
+    return f"{alpha:g} and peft.scaling={scaling:g} say the same: leave one of them null"
+
+
+@rule("peft.rslora", "peft.scaling")
+def rslora_has_alpha(rslora: bool, scaling: float | None) -> Problem:
+    if not rslora or scaling is None:
+        return None
+    return f"true changes the meaning of alpha, and peft.scaling={scaling:g} replaces alpha: leave one of them out"
+
+
+@rule("peft.dora", "trainer")
+def dora_has_full_weights(dora: bool, trainer: str) -> Problem:
+    is_broken = dora and trainer != "BasicTrainer"
+    return "true needs full weights, and processes hold shards: trainer=BasicTrainer" if is_broken else None
+
+
+@rule("peft.bias", "model.policy_dtype", "trainer")
+def shards_have_one_dtype(bias: str, dtype: str, trainer: str) -> Problem:
+    if bias == "none" or dtype != "bfloat16" or trainer != "FSDPTrainer":
+        return None
+    return (
+        f"{bias} trains in {dtype} beside adapters in fp32, and shards cannot mix: set mixed_precision={dtype} instead"
+    )
+
+
+@rule("peft.storage_dtype", "mixed_precision", "trainer", "peft.quant_type")
+def packed_weights_are_not_cast(storage: str, mixed_precision: str | None, trainer: str, quant_type: str) -> Problem:
+    is_cast = trainer == "FSDPTrainer" and mixed_precision is not None and storage not in ("uint8", mixed_precision)
+    if not is_cast or quant_type == "int8":
+        return None
+    cast = f"FSDPTrainer would cast them to mixed_precision={mixed_precision}, and lose them"
+    return f"{storage} holds packed weights as numbers; {cast}: uint8 or {mixed_precision}"
+
+
+@rule("freeze.first_n_layers", "peft.name")
+def adapters_freeze_all_layers(num_layers: int, peft: str) -> Problem:
+    if num_layers == 0 or peft == "none":
+        return None
+    return f"{num_layers} is for peft=none: {peft} freezes all but peft.full_modules and peft.bias"
+
+
+@rule("freeze.patterns", "peft.name")
+def adapters_freeze_all_parameters(patterns: list[str], peft: str) -> Problem:
+    if not patterns or peft == "none":
+        return None
+    return f"is for peft=none: {peft} freezes all but peft.full_modules and peft.bias"
+
+
+@rule("freeze.first_n_layers", "tensor_parallel.backend")
+def package_freezes_no_layers(num_layers: int, backend: str) -> Problem:
+    return f"{num_layers} needs tensor_parallel.backend=native" if num_layers and backend == "package" else None
+
+
+@rule("freeze.patterns", "tensor_parallel.backend")
+def package_freezes_no_parameters(patterns: list[str], backend: str) -> Problem:
+    return "needs tensor_parallel.backend=native" if patterns and backend == "package" else None
+
+
+# ---- The best checkpoint ----
+
+
+@rule("keep_best", "save_every", "eval_every")
+def best_checkpoint_is_evaluated(best: str | None, save_every: int | None, eval_every: int) -> Problem:
+    if best is None or save_every in (None, eval_every):
+        return None
+    fix = f"leave save_every out, or set it to eval_every ({eval_every})"
+    return f"{best} compares checkpoints by an evaluation of each: {fix}"
+
+
+@rule("keep_best", "loss.name")
+def sft_has_no_rewards(best: str | None, loss: str) -> Problem:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    if best is None or not best.startswith(("rewards", "kl")) or LOSSES[loss].batch != "sft":
+        return None
+    return f"{best} is of preference losses, not of {loss}"
+
+
+@rule("keep_best", "reference")
+def kl_has_a_live_reference(best: str | None, reference: str) -> Problem:
+    is_broken = best == "kl_eval" and reference != "live"
+    return f"{best} is measured with reference=live, not {reference}" if is_broken else None
+
+
+@rule("keep_best", "sample_during_eval")
+def best_by_samples_has_samples(best: str | None, samples: bool) -> Problem:
+    if best is None or not best.startswith(("ground_truth", "kl")) or samples:
+        return None
+    return f"{best} is measured on samples: sample_during_eval=true"

@@ -1,0 +1,215 @@
+"""Settings: every key of config/, with its type and range."""
+
+import copy
+from typing import Any, Literal, Self
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, Field, PrivateAttr
+
+from engine.settings.annotations import STRICT
+from engine.settings.choices import BestMetric, BitsandbytesOptimizer, RowForm, TorchOptimizer, Trainer
+from engine.settings.hardware import HardwareName
+from engine.settings.value_types import (
+    Architecture,
+    AutoOrPath,
+    ChatTemplate,
+    CheckpointedLayers,
+    Count,
+    CountOrZero,
+    Datasets,
+    Directory,
+    Fraction,
+    Keys,
+    LowDtype,
+    ModelOrPath,
+    ModuleNames,
+    NonNegative,
+    Paths,
+    Patterns,
+    Positive,
+    PossiblePath,
+    ProductDtype,
+    RunName,
+    Seed,
+    TargetModules,
+    Text,
+    TokenizerOrPath,
+    WeightDtype,
+)
+
+
+class Group(BaseModel):
+    """Keys with a common prefix. Defaults and explanations are in config/."""
+
+    model_config = STRICT
+
+
+class ModelSettings(Group):
+    name_or_path: ModelOrPath
+    tokenizer_name_or_path: TokenizerOrPath | None
+    archive: PossiblePath | None
+    block_name: Text | None
+    policy_dtype: WeightDtype
+    fsdp_policy_mp: LowDtype | None
+    reference_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None
+    architecture: Architecture | None
+    trust_remote_code: bool
+
+
+class LossSettings(Group):
+    """A loss and its keyword arguments.
+
+    Args:
+        name: a key of LOSSES.
+        sft_weight: 0 for losses of the kind "sft", as their YAML has no such key.
+        keywords: the function's keyword arguments, checked by its signature.
+    """
+
+    name: str
+    average_log_prob: bool
+    sft_weight: NonNegative
+    keywords: dict[str, Any]
+
+
+class NoPeftSettings(Group):
+    name: Literal["none"]
+
+
+class LoraSettings(Group):
+    """The keys of both kinds of adapters."""
+
+    name: Literal["lora", "qlora"]
+    rank: Count
+    alpha: Positive | None
+    scaling: Positive | None
+    dropout: Fraction
+    bias: Literal["none", "all", "lora_only"]
+    target_modules: TargetModules
+    full_modules: ModuleNames
+    rslora: bool
+    dora: bool
+
+
+class PlainLoraSettings(LoraSettings):
+    name: Literal["lora"]
+
+
+class QLoraSettings(LoraSettings):
+    name: Literal["qlora"]
+    quant_type: Literal["nf4", "fp4", "int8"]
+    double_quant: bool
+    compute_dtype: ProductDtype | None
+    storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"]
+
+
+class TensorParallelSettings(Group):
+    backend: Literal["native", "package"]
+
+
+class FSDPSettings(Group):
+    replicas: Count
+    cpu_offload: bool
+
+
+class FreezeSettings(Group):
+    first_n_layers: CountOrZero
+    patterns: Patterns
+
+
+class WandbSettings(Group):
+    enabled: bool
+    entity: Text | None
+    project: Text
+
+
+class Settings(Group):
+    """All settings of a run, immutable."""
+
+    seed: Seed
+    exp_name: RunName | None
+    local_dirs: Paths
+    local_run_dir: PossiblePath | None
+    cache_dir: PossiblePath | None
+    resume: AutoOrPath | None
+    resume_allow: Keys
+    debug: bool
+
+    datasets: Datasets
+    data_dir: Directory | None
+    format: RowForm | None
+    on_bad_row: Literal["error", "drop"]
+    chat_template: ChatTemplate | None
+    sft_turns: Literal["all", "last"]
+    test_fraction: Fraction
+    max_length: Count
+    max_prompt_length: Count
+    n_epochs: Count | None
+    n_examples: Count | None
+
+    batch_size: Count
+    gradient_accumulation_steps: Count
+    token_budget: Count | None
+    length_grouping: bool
+    batching: Literal["packed", "padded"]
+    trainer: Trainer
+    num_processes: Count | None
+    plan: bool
+    plan_hardware: HardwareName | None
+    tensor_parallel_size: Count | None
+    tensor_parallel: TensorParallelSettings
+    fsdp: FSDPSettings
+    deterministic: bool
+    collective_timeout: Count
+    freeze: FreezeSettings
+    optimizer: TorchOptimizer | BitsandbytesOptimizer
+    lr: NonNegative
+    warmup_steps: CountOrZero
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    max_grad_norm: Positive
+    on_nonfinite: Literal["abort", "skip", "rollback"]
+    max_nonfinite: CountOrZero
+    activation_checkpointing: CheckpointedLayers
+    matmul_precision: Literal["highest", "high", "medium"]
+    compile: bool
+    reference: Literal["auto", "cached", "live"]
+
+    do_first_eval: bool
+    eval_every: Count
+    n_eval_examples: Count
+    eval_batch_size: Count
+    sample_during_eval: bool
+    n_eval_model_samples: CountOrZero
+    save_every: Count | None
+    keep_checkpoints: Count | None
+    keep_best: BestMetric | None
+    minimum_log_interval_secs: NonNegative
+    wandb: WandbSettings
+    tensorboard: bool
+
+    model: ModelSettings
+    mixed_precision: LowDtype | None
+    loss: LossSettings
+    peft: NoPeftSettings | PlainLoraSettings | QLoraSettings = Field(discriminator="name")
+
+    _source: DictConfig = PrivateAttr()
+
+    @property
+    def source(self) -> DictConfig:
+        """The composed config, read-only: interpolations unresolved, so that secrets stay names."""
+        return self._source
+
+    def with_source(self, source: DictConfig) -> Self:
+        """A copy with another source."""
+        OmegaConf.set_readonly(source, True)
+        settings = self.model_copy()
+        settings._source = source
+        return settings
+
+    def named(self, *, exp_name: str, cache_dir: str, local_run_dir: str) -> Self:
+        """A copy with these names, in its source too."""
+        names = {"exp_name": exp_name, "cache_dir": cache_dir, "local_run_dir": local_run_dir}
+        source = copy.deepcopy(self._source)
+        OmegaConf.set_readonly(source, False)
+        for key, name in names.items():
+            source[key] = name
+        return self.model_copy(update=names).with_source(source)

@@ -1,0 +1,382 @@
+"""Attention over packed rows.
+
+A response sees its prompt and itself, no sibling and no other group.
+
+Transformers calls it by a registered name, `packed`. Models pass `segments` through from their call to it.
+
+packed: one response at a time on a CPU, one variable-length kernel on a GPU.
+packed_dense: builds the full mask. It is the readable twin, and every other version is tested against it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+from utils import to_device
+
+# Queries of a block. Larger tiles waste work on masked keys, smaller ones make small matrix products.
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Block:
+    """A tile of queries, and the keys up to its last query."""
+
+    rows: slice  # of the packed row
+    keys: slice  # of the branch
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A prompt and one of its responses in the packed row.
+
+    The first response follows the prompt, and its branch takes the prompt's queries too.
+    """
+
+    prompt: slice
+    response: slice
+    is_first: bool
+    rows: slice  # queries of this branch
+    num_keys: int
+
+    def gather(self, states: Tensor) -> Tensor:
+        """Prompt and response of states: [heads, tokens, head_dim] -> [heads, num_keys, head_dim]."""
+        if self.is_first:
+            return states[:, self.rows]
+        return torch.cat([states[:, self.prompt], states[:, self.response]], dim=1)
+
+    def scatter_add(self, states: Tensor, gathered: Tensor) -> None:
+        """Add gathered states where gather() reads them."""
+        num_prompt = self.prompt.stop - self.prompt.start
+        states[:, self.prompt] += gathered[:, :num_prompt]
+        states[:, self.response] += gathered[:, num_prompt:]
+
+    def blocks(self, sliding_window: int | None) -> list[Block]:
+        """Split the queries evenly into blocks of at most BLOCK."""
+        num_queries = self.rows.stop - self.rows.start
+        num_before = self.num_keys - num_queries  # keys before those of the first query
+        num_blocks = math.ceil(num_queries / BLOCK)
+        bounds = [num_queries * index // num_blocks for index in range(num_blocks + 1)]
+        blocks = []
+        for start, stop in pairwise(bounds):
+            first_key = 0 if sliding_window is None else max(0, num_before + start - sliding_window + 1)
+            rows = slice(self.rows.start + start, self.rows.start + stop)
+            blocks.append(Block(rows, slice(first_key, num_before + stop)))
+        return blocks
+
+
+@dataclass(frozen=True)
+class VariableLengths:
+    """A packed row as a list of branches, for a variable-length kernel.
+
+    Queries stay in the order of the row. The keys of a prompt repeat for each of its responses.
+    """
+
+    key_index: Tensor  # int64 [keys], into the row
+    query_starts: Tensor  # int32 [branches + 1]
+    key_starts: Tensor  # int32 [branches + 1]
+    longest_query: int
+    longest_key: int
+
+
+class Segments:
+    """The division of a packed row into prompts and responses.
+
+    A class, as torch.compile would specialise transformer layers on the numbers of a plain list. Blocks, masks and
+    indices are computed once, for all layers.
+
+    Args:
+        groups: per group, the number of fed tokens of its prompt and of each response.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]]):
+        self.groups = [tuple(group) for group in groups]
+        self._blocks: dict[int | None, list[tuple[Branch, list[Block]]]] = {}
+        self._masks: dict[tuple, Tensor] = {}
+        self._varlen: dict[torch.device, VariableLengths] = {}
+
+    @cached_property
+    def branches(self) -> list[Branch]:
+        """Branches with queries, in the order of the row.
+
+        A response of one token is not fed. Its branch has queries only if it is the first.
+        """
+        branches = []
+        end = 0
+        for prompt_length, *response_lengths in self.groups:
+            prompt = slice(end, end + prompt_length)
+            end = prompt.stop
+            for index, length in enumerate(response_lengths):
+                response = slice(end, end + length)
+                end = response.stop
+                rows = slice(prompt.start, end) if index == 0 else response
+                if index == 0 or length:
+                    branches.append(Branch(prompt, response, index == 0, rows, prompt_length + length))
+        return branches
+
+    def blocks(self, sliding_window: int | None) -> list[tuple[Branch, list[Block]]]:
+        """Branches with their blocks, for a window of sliding_window positions."""
+        if sliding_window not in self._blocks:
+            self._blocks[sliding_window] = [(branch, branch.blocks(sliding_window)) for branch in self.branches]
+        return self._blocks[sliding_window]
+
+    def varlen(self, device: torch.device) -> VariableLengths:
+        """The row as a variable-length kernel on device takes it."""
+        if device not in self._varlen:
+            spans = [span for branch in self.branches for span in (branch.prompt, branch.response)]
+            num_queries = torch.tensor([branch.rows.stop - branch.rows.start for branch in self.branches])
+            num_keys = torch.tensor([branch.num_keys for branch in self.branches])
+            self._varlen[device] = VariableLengths(
+                to_device(torch.cat([torch.arange(span.start, span.stop) for span in spans]), device),
+                to_device(F.pad(num_queries.cumsum(0), (1, 0)).int(), device),
+                to_device(F.pad(num_keys.cumsum(0), (1, 0)).int(), device),
+                int(num_queries.max()),
+                int(num_keys.max()),
+            )
+        return self._varlen[device]
+
+    def mask(self, num_queries: int, num_keys: int, sliding_window: int | None, like: Tensor) -> Tensor:
+        """The additive mask of the last num_queries of num_keys positions, [queries, keys].
+
+        Args:
+            like: gives dtype and device.
+        """
+        key = (num_queries, num_keys, sliding_window, like.dtype, like.device)
+        if key not in self._masks:
+            positions = torch.arange(num_keys)
+            allowed = _causal(positions[num_keys - num_queries :], positions, sliding_window)
+            mask = torch.zeros(allowed.shape, dtype=like.dtype).masked_fill_(~allowed, -torch.inf)
+            self._masks[key] = mask.to(like.device)
+        return self._masks[key]
+
+
+def _causal(queries: Tensor, keys: Tensor, sliding_window: int | None) -> Tensor:
+    distance = queries[:, None] - keys
+    return (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+
+
+def dense_mask(segments: Segments, sliding_window: int | None = None) -> Tensor:
+    """The full mask of a packed row, bool [queries, keys].
+
+    True where a query sees a key.
+    """
+    num_tokens = sum(map(sum, segments.groups))
+    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    prompt_start = 0
+    for prompt_length, *response_lengths in segments.groups:
+        prompt = torch.arange(prompt_start, prompt_start + prompt_length)
+        start = prompt_start + prompt_length
+        for length in response_lengths:
+            sequence = torch.cat([prompt, torch.arange(start, start + length)])
+            positions = torch.arange(len(sequence))
+            mask[sequence[:, None], sequence] = _causal(positions, positions, sliding_window)
+            start += length
+        prompt_start = start
+    return mask
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    """Raise a ValueError for attention options of a model without support here."""
+    for name in ("softcap", "s_aux", "position_bias", "dropout"):
+        value = options.get(name)
+        if value is not None and not (isinstance(value, float) and value == 0):
+            raise ValueError(f"its attention uses {name}, unsupported by packed attention")
+
+
+def packed_dense(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention with the full mask, quadratic in the row.
+
+    Arguments and results as for packed().
+    """
+    _refuse(kwargs)
+    mask = dense_mask(segments, sliding_window).to(query.device)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2), None
+
+
+@torch.compiler.disable
+def packed(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a packed row, in the signature of transformers' AttentionInterface.
+
+    Args:
+        query: [1, heads, tokens, head_dim].
+        key, value: [1, key_value_heads, tokens, head_dim].
+        segments: the division of the row.
+        scaling: of the scores; None for head_dim ** -0.5.
+        sliding_window: positions in sight of a query, itself included; None for all.
+
+    Returns:
+        [1, tokens, heads, head_dim], and None for the attention weights.
+
+    Raises:
+        ValueError: the model's attention needs softcap, sinks, position biases or dropout.
+    """
+    _refuse(kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return packed_varlen(query[0], key[0], value[0], segments, scaling, sliding_window)[None], None
+    output = _PackedAttention.apply(query[0], key[0], value[0], segments, scaling, sliding_window)
+    return output.transpose(0, 1)[None], None
+
+
+def packed_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    sliding_window: int | None,
+    kernel: Callable[..., Any] = varlen_attn,
+) -> Tensor:
+    """Attention by one variable-length flash kernel for the row, on a GPU.
+
+    Masks are causal and aligned to the end of the keys.
+
+    Args:
+        query, key, value: [heads, tokens, head_dim]; key and value may have fewer heads.
+        kernel: with the signature of torch.nn.attention.varlen.varlen_attn.
+
+    Returns:
+        [tokens, heads, head_dim].
+    """
+    lengths = segments.varlen(query.device)
+    return kernel(
+        query.transpose(0, 1),
+        key.transpose(0, 1)[lengths.key_index],
+        value.transpose(0, 1)[lengths.key_index],
+        lengths.query_starts,
+        lengths.key_starts,
+        lengths.longest_query,
+        lengths.longest_key,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+
+
+class _PackedAttention(torch.autograd.Function):
+    """softmax(query key^T) value, one block of queries at a time, forward and backward.
+
+    - A block reads no key beyond its last query. This saves nearly half of the work.
+    - The backward pass recomputes the weights of each block. So memory is linear in the tokens, not quadratic.
+    - Heads with shared keys are stacked as more queries.
+    - Computes in fp32, or fp64 for fp64 states. On a CPU, lower dtypes are no faster for products this small.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: Segments,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """All [heads, tokens, head_dim]; key and value may have fewer heads."""
+        ctx.save_for_backward(query, key, value)
+        ctx.arguments = segments, scaling, sliding_window
+        wide_query, wide_key, wide_value = _widen(query, key, value)
+        wide_query = wide_query * scaling
+        output = torch.empty_like(query)
+        for branch, blocks in segments.blocks(sliding_window):
+            keys, values = branch.gather(wide_key), branch.gather(wide_value)
+            for block in blocks:
+                queries = _stack(wide_query[:, block.rows], len(key))
+                weights = _weights(queries, keys[:, block.keys], segments, block, sliding_window)
+                output[:, block.rows] = _unstack(weights @ values[:, block.keys], len(query))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        segments, scaling, sliding_window = ctx.arguments
+        wide_query, wide_key, wide_value, grad_output = _widen(query, key, value, grad_output)
+        wide_query = wide_query * scaling
+        grad_query = torch.empty_like(wide_query)
+        grad_key, grad_value = torch.zeros_like(wide_key), torch.zeros_like(wide_value)
+        for branch, blocks in segments.blocks(sliding_window):
+            keys, values = branch.gather(wide_key), branch.gather(wide_value)
+            grad_keys, grad_values = branch.gather(grad_key), branch.gather(grad_value)
+            if not branch.is_first:  # gather() made copies
+                grad_keys.zero_()
+                grad_values.zero_()
+            for block in blocks:
+                queries = _stack(wide_query[:, block.rows], len(key))
+                weights = _weights(queries, keys[:, block.keys], segments, block, sliding_window)
+                grad = _stack(grad_output[:, block.rows], len(key))
+                grad_values[:, block.keys].baddbmm_(weights.mT, grad)
+                grad_weights = grad @ values[:, block.keys].mT
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+                grad_query[:, block.rows] = _unstack(grad_scores @ keys[:, block.keys], len(query))
+                grad_keys[:, block.keys].baddbmm_(grad_scores.mT, queries)
+            if not branch.is_first:
+                branch.scatter_add(grad_key, grad_keys)
+                branch.scatter_add(grad_value, grad_values)
+        grad_query *= scaling
+        return *(grad.to(query.dtype) for grad in (grad_query, grad_key, grad_value)), None, None, None
+
+
+def _widen(*states: Tensor) -> Iterator[Tensor]:
+    return (state.to(torch.promote_types(state.dtype, torch.float32)) for state in states)
+
+
+def _stack(states: Tensor, num_key_heads: int) -> Tensor:
+    """Stack heads with shared keys.
+
+    [heads, rows, head_dim] -> [key heads, heads per key head * rows, head_dim].
+    """
+    return states if len(states) == num_key_heads else states.reshape(num_key_heads, -1, states.shape[-1])
+
+
+def _unstack(states: Tensor, num_heads: int) -> Tensor:
+    return states if len(states) == num_heads else states.reshape(num_heads, -1, states.shape[-1])
+
+
+def _weights(queries: Tensor, keys: Tensor, segments: Segments, block: Block, sliding_window: int | None) -> Tensor:
+    """Attention weights of a block, [key heads, stacked queries, keys]."""
+    scores = queries @ keys.mT
+    num_queries, num_keys = block.rows.stop - block.rows.start, scores.shape[-1]
+    # Without a window, all queries of the block see all keys before it. Only the last columns need the mask.
+    num_masked = num_queries if sliding_window is None else num_keys
+    mask = segments.mask(num_queries, num_masked, sliding_window, scores)
+    scores.unflatten(1, (-1, num_queries))[..., num_keys - num_masked :] += mask
+    return scores.softmax(-1)
+
+
+def register_packed_attention() -> None:
+    """Make packed and packed_dense known to transformers, for set_attn_implementation."""
+    # Without a mask function of the same name, transformers builds no mask.
+    AttentionInterface.register("packed", packed)
+    AttentionInterface.register("packed_dense", packed_dense)

@@ -1,0 +1,219 @@
+"""Lay examples out in rows of tokens, the input of the model.
+
+packed: one row without padding, made of groups. A group is a prompt and its responses, [P | R1 | R2 | ...].
+- Every response sees its prompt and itself. Its positions start at len(P). So each prompt is run once.
+- A response's last token predicts nothing and is not fed. The prompt's last position predicts its first token.
+
+padded: one row per response. It gives the same log-probs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.examples import Example
+from engine.step.attention import Segments
+from utils import to_device
+
+
+@dataclass(frozen=True)
+class GroupSpan:
+    """Targets, responses and examples of consecutive groups of a microbatch."""
+
+    targets: slice
+    responses: slice
+    examples: slice
+
+
+@dataclass
+class Microbatch:
+    """Examples of a batch, laid out for one forward pass.
+
+    Every field is in the order of the groups.
+
+    Packed: one row, tokens is the sum over groups. Padded: one row per response, tokens is the longest.
+    """
+
+    input_ids: Tensor  # int64 [rows, tokens]
+    predict_index: Tensor  # int64 [targets], position of the predicting hidden state in rows * tokens
+    targets: Tensor  # int64 [targets], the tokens of all responses
+    response_index: Tensor  # int64 [targets], number of each target's response, ascending
+    response_lengths: Tensor  # int64 [responses]
+    chosen: Tensor  # int64 [examples], number of the chosen response (the target of SFT)
+    rejected: Tensor | None  # int64 [examples]; None for SFT
+    groups: list[GroupSpan]
+    responses: list[tuple[np.ndarray, np.ndarray]]  # prompt and response tokens of each response
+    prompt_indices: list[int]  # prompt numbers in the data set
+    num_tokens: int  # fed, without padding
+    position_ids: Tensor | None = None  # packed: int64 [1, tokens]
+    segments: Segments | None = None  # packed: the division of the row, for attention
+    attention_mask: Tensor | None = None  # padded: int64 [rows, tokens], 1 at tokens
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def span(self) -> GroupSpan:
+        """The span of all groups."""
+        return GroupSpan(slice(0, len(self.targets)), slice(0, len(self.responses)), slice(0, self.num_examples))
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """A microbatch with its tensors on device."""
+        tensors = {name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if device.type == "cuda" and self.segments is not None:
+            self.segments.varlen(device)
+        return Microbatch(**{**vars(self), **tensors})
+
+
+@dataclass
+class _Group:
+    """Examples with equal prompt tokens, and their distinct responses."""
+
+    prompt: np.ndarray
+    responses: list[np.ndarray] = field(default_factory=list)
+    indices: dict[bytes, int] = field(default_factory=dict)
+    examples: list[tuple[int, ...]] = field(default_factory=list)
+
+    def add(self, example: Example) -> None:
+        for response in example.responses:
+            if self.indices.setdefault(response.tobytes(), len(self.responses)) == len(self.responses):
+                self.responses.append(response)
+        self.examples.append(tuple(self.indices[response.tobytes()] for response in example.responses))
+
+
+def _groups(examples: Sequence[Example]) -> list[_Group]:
+    groups: dict[bytes, _Group] = {}
+    for example in examples:
+        groups.setdefault(example.prompt.tobytes(), _Group(example.prompt)).add(example)
+    return list(groups.values())
+
+
+def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: int = 0) -> Microbatch:
+    """Lay examples out for one forward pass.
+
+    Examples with the same prompt become one group, so their order may change. Losses are sums, so this is harmless.
+
+    Args:
+        layout: "packed" or "padded".
+        pad_token_id: for padded rows.
+    """
+    groups = _groups(examples)
+    assert groups
+    spans: list[GroupSpan] = []
+    responses: list[tuple[np.ndarray, np.ndarray]] = []
+    pairs: list[tuple[int, ...]] = []
+    num_targets = 0
+    for group in groups:
+        first_response, first_example, first_target = len(responses), len(pairs), num_targets
+        responses += [(group.prompt, response) for response in group.responses]
+        pairs += [tuple(first_response + index for index in example) for example in group.examples]
+        num_targets += sum(len(response) for response in group.responses)
+        spans.append(
+            GroupSpan(
+                targets=slice(first_target, num_targets),
+                responses=slice(first_response, len(responses)),
+                examples=slice(first_example, len(pairs)),
+            )
+        )
+    # All in numpy. This code runs in a thread beside the model. Torch operations here would start more threads.
+    # These slow down every operation of the model, by a third with GNU's OpenMP on two cores.
+    lengths = np.array([len(response) for _, response in responses])
+    indices = torch.tensor(pairs)
+    shared: dict[str, Any] = {
+        "targets": _tensor([response for _, response in responses]),
+        "response_index": torch.from_numpy(np.repeat(np.arange(len(responses)), lengths)),
+        "response_lengths": torch.from_numpy(lengths),
+        "chosen": indices[:, 0].contiguous(),
+        "rejected": indices[:, 1].contiguous() if indices.shape[1] == 2 else None,
+        "groups": spans,
+        "responses": responses,
+        "prompt_indices": sorted({example.prompt_index for example in examples}),
+    }
+    rows = _packed_row(groups) if layout == "packed" else _padded_rows(responses, pad_token_id)
+    return Microbatch(**shared, **rows)
+
+
+def empty_microbatch(num_responses: int, layout: str = "packed") -> Microbatch:
+    """A microbatch without examples, for a rank with fewer microbatches than others.
+
+    It runs one token, predicts nothing, and gives every parameter a gradient of 0.
+
+    Args:
+        num_responses: per example of the batch kind, 1 or 2.
+    """
+    no_tokens, one_token = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    empty = slice(0, 0)
+    return Microbatch(
+        input_ids=one_token,
+        predict_index=no_tokens,
+        targets=no_tokens,
+        response_index=no_tokens,
+        response_lengths=no_tokens,
+        chosen=no_tokens,
+        rejected=no_tokens if num_responses == 2 else None,
+        groups=[GroupSpan(empty, empty, empty)],
+        responses=[],
+        prompt_indices=[],
+        num_tokens=0,
+        position_ids=one_token if layout == "packed" else None,
+        segments=Segments([(1, 0)]) if layout == "packed" else None,
+        attention_mask=None if layout == "packed" else torch.ones_like(one_token),
+    )
+
+
+def _packed_row(groups: Sequence[_Group]) -> dict[str, Any]:
+    tokens, positions, predict_index = [], [], []
+    end = 0  # of the row so far
+    for group in groups:
+        tokens.append(group.prompt)
+        positions.append(np.arange(len(group.prompt)))
+        end += len(group.prompt)
+        last_of_prompt = np.array([end - 1])
+        for response in group.responses:
+            start, end = end, end + len(response) - 1
+            tokens.append(response[:-1])
+            positions.append(len(group.prompt) + np.arange(len(response) - 1))
+            predict_index += [last_of_prompt, np.arange(start, end)]
+    return {
+        "input_ids": _tensor(tokens)[None],
+        "position_ids": _tensor(positions)[None],
+        "predict_index": _tensor(predict_index),
+        "num_tokens": end,
+        "segments": Segments([(len(group.prompt), *(len(r) - 1 for r in group.responses)) for group in groups]),
+    }
+
+
+def _padded_rows(responses: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int) -> dict[str, Any]:
+    lengths = [len(prompt) + len(response) for prompt, response in responses]
+    input_ids = np.full((len(responses), max(lengths)), pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    predict_index = []
+    for row, (prompt, response) in enumerate(responses):
+        input_ids[row, : lengths[row]] = np.concatenate([prompt, response])
+        attention_mask[row, : lengths[row]] = 1
+        predict_index.append(row * max(lengths) + len(prompt) - 1 + np.arange(len(response)))
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "predict_index": _tensor(predict_index),
+        "num_tokens": sum(lengths),
+        "attention_mask": torch.from_numpy(attention_mask),
+    }
+
+
+def _tensor(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+
+
+def num_fed_tokens(example: Example, layout: str = "packed") -> int:
+    """Tokens of a microbatch of this example alone, padding included.
+
+    Packed: its prompt once, and each response without its last token.
+    """
+    if layout == "padded":
+        return len(example.responses) * (len(example.prompt) + max(map(len, example.responses)))
+    return len(example.prompt) + sum(len(response) - 1 for response in example.responses)

@@ -1,0 +1,337 @@
+"""Token log-probs from hidden states, without the logits of all tokens.
+
+Only positions with a target reach the LM head. Head, log-softmax, loss and gradients are computed for a few groups at
+a time. The objective sees log-probs only, so the log-probs of a group are enough for its gradient. It is computed in
+the forward pass, with the logits still at hand. This takes three matrix products per group, where recomputation takes
+four, and memory for one chunk of logits.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.step.head_kernels import gradient_of_logits, has_triton, normalize
+from engine.step.layout import GroupSpan, Microbatch
+
+# Tokens of a chunk of logits, at least; a small vocabulary has room for more. Every chunk reads the weights and their
+# gradient anew, and with few tokens the matrix products would wait for memory.
+CHUNK_TOKENS, CHUNK_LOGITS = 512, {"cpu": 2**22, "cuda": 2**26}
+
+# Takes the token log-probs of a span of groups, [targets of the span], and the span. Returns its share of the loss, a
+# scalar.
+SpanLoss = Callable[[Tensor, GroupSpan], Tensor]
+
+# Takes a dtype. Returns the gradient of the sum of log-probs, onehot(target) - softmax(logits), [targets, vocabulary].
+# It may overwrite the logits.
+GradientOfLogits = Callable[[torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """A rank's slice of the vocabulary, if a group splits the head."""
+
+    group: dist.ProcessGroup
+    first: int  # first token of the slice
+    largest: int  # tokens in the largest slice of the group
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum values over the group, in place and in full precision."""
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        dist.all_reduce(wide, group=self.group)
+        return values.copy_(wide)
+
+
+def plain_token_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs of targets [targets] under logits [targets, vocabulary], in fp32 or fp64."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+def sum_by_response(token_logps: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of token_logps [targets] over the tokens of each response, [responses]."""
+    # Not index_add: on a GPU its order, and so the last bits, change from run to run.
+    return torch.segment_reduce(token_logps, "sum", lengths=lengths, unsafe=True)  # a check would wait for the GPU
+
+
+def plain_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Microbatch, span_loss: SpanLoss
+) -> tuple[Tensor, Tensor]:
+    """The readable twin of chunked_head, for tests."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    logits = hidden[batch.predict_index].to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias
+    logps = plain_token_logps(logits, batch.targets)
+    return span_loss(logps, batch.span), logps.detach()
+
+
+def chunked_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: Microbatch,
+    span_loss: SpanLoss | None = None,
+    shard: VocabularyShard | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and token log-probs of a packed row, from its hidden states.
+
+    Args:
+        hidden: [tokens, hidden size], after the final norm.
+        weight, bias: of the LM head, [vocabulary, hidden size] and [vocabulary] or None.
+        shard: the slice of the vocabulary of weight and bias; None for all of it.
+
+    Returns:
+        the same as run_head().
+    """
+    with_gradient = span_loss is not None and torch.is_grad_enabled()
+    return _ChunkedHead.apply(hidden, weight, bias, batch, span_loss, with_gradient, shard)
+
+
+class _HeadInChunks:
+    """Computes log-probs of some targets at a time, in one buffer.
+
+    Logits are fp32 (or fp64) whatever the dtype. They come from the weights as stored, except on a GPU: products of
+    low dtype with wide sums are faster there.
+
+    Args:
+        selected: hidden states at the predicting positions, [targets, hidden size].
+        weight, bias, shard: as for chunked_head.
+        targets: int64 [targets].
+    """
+
+    def __init__(
+        self, selected: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shard: VocabularyShard | None
+    ):
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.low_weight = weight.to(selected.dtype)  # for the gradients' products
+        self._wide_weight = self.low_weight if selected.is_cuda else weight.to(self.dtype)
+        self._selected, self._bias, self._targets = selected, bias, targets
+        vocabulary = shard.largest if shard else len(weight)
+        self.max_targets = max(CHUNK_TOKENS, CHUNK_LOGITS[selected.device.type] // vocabulary)
+        self._buffer = selected.new_empty(min(self.max_targets, len(selected)), len(weight), dtype=self.dtype)
+        is_for_kernels = has_triton(selected.device) and self.dtype == torch.float32
+        self._normalize = _normalize_on_gpu if is_for_kernels else softmax_
+        if shard is not None:
+            self._normalize = partial(softmax_of_shards_, shard)
+
+    def log_probs(self, targets: slice) -> tuple[Tensor, GradientOfLogits]:
+        """Log-probs of a slice of targets, and their gradient.
+
+        The gradient is valid until the next call.
+        """
+        buffer = self._buffer[: targets.stop - targets.start]
+        logits = _logits(self._selected[targets], self._wide_weight, self._bias, buffer)
+        return self._normalize(logits, self._targets[targets])
+
+
+class _HeadGradients:
+    """Sums the gradients of a head over slices of targets.
+
+    Args:
+        selected: hidden states at the predicting positions, [targets, hidden size].
+        low_weight: in the dtype of selected.
+        dtype: of the sums for weight and bias.
+        needs: a gradient of hidden states, weight, bias.
+    """
+
+    def __init__(self, selected: Tensor, low_weight: Tensor, dtype: torch.dtype, needs: tuple[bool, bool, bool]):
+        self._selected, self._low_weight, self._dtype = selected, low_weight, dtype
+        needs_hidden, self._needs_weight, self._needs_bias = needs
+        self.are_needed = any(needs)
+        self._grad_selected = torch.empty_like(selected) if needs_hidden else None
+        self._grad_weight: Tensor | None = None
+        self._grad_bias: Tensor | None = None
+
+    def add(self, targets: slice, grad_logits: Tensor, scale: Tensor) -> None:
+        """Add the gradients of a slice of targets.
+
+        Args:
+            grad_logits: of the sum of log-probs, [targets of the slice, vocabulary].
+            scale: gradient of the loss with respect to each log-prob, [targets of the slice, 1]. It scales the thin
+                side of each product, not the logits.
+        """
+        low_dtype = self._selected.dtype
+        if self._grad_selected is not None:
+            self._grad_selected[targets] = (grad_logits @ self._low_weight).mul_(scale)
+        if self._needs_weight:
+            scaled = (self._selected[targets] * scale).to(low_dtype)
+            self._grad_weight = _add_product(self._grad_weight, grad_logits.T, scaled, self._dtype)
+        if self._needs_bias:
+            self._grad_bias = _add_product(self._grad_bias, grad_logits.T, scale.to(low_dtype), self._dtype)
+
+    def finish(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, shard: VocabularyShard | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients in the shapes and dtypes of hidden, weight and bias.
+
+        Args:
+            index: rows of hidden behind selected, int64 [targets].
+        """
+        grad_hidden = None
+        if self._grad_selected is not None:
+            if shard is not None:
+                shard.sum(self._grad_selected)
+            grad_hidden = torch.zeros_like(hidden).index_add_(0, index, self._grad_selected)
+        grad_weight, grad_bias = self._grad_weight, self._grad_bias
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias[:, 0].to(bias.dtype),
+        )
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """chunked_head() with its gradients computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: Microbatch,
+        span_loss: SpanLoss | None,
+        with_gradient: bool,
+        shard: VocabularyShard | None,
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_weight, needs_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
+        selected = hidden[batch.predict_index]
+        head = _HeadInChunks(selected, weight, bias, batch.targets, shard)
+        gradients = _HeadGradients(selected, head.low_weight, head.dtype, (needs_hidden, needs_weight, needs_bias))
+        loss = hidden.new_zeros((), dtype=head.dtype)
+        logps = hidden.new_empty(len(selected), dtype=head.dtype)
+        for span in _chunks(batch.groups, head.max_targets):
+            slices = list(_slices(span.targets, head.max_targets))
+            outputs = [head.log_probs(targets) for targets in slices]
+            span_logps = logps[span.targets] = torch.cat([logps_of_slice for logps_of_slice, _ in outputs])
+            if span_loss is None:
+                continue
+            span_logps.requires_grad_()
+            with torch.enable_grad():
+                loss_of_span = span_loss(span_logps, span)
+                loss += loss_of_span.detach()
+            if not gradients.are_needed:
+                continue
+            (grad_logps,) = torch.autograd.grad(loss_of_span, span_logps)
+            for targets in slices:
+                # Several slices: one group too long for the buffer. Its logits are recomputed.
+                _, gradient = outputs[0] if len(slices) == 1 else head.log_probs(targets)
+                grad_logits = gradient(hidden.dtype)
+                scale = grad_logps[targets.start - span.targets.start : targets.stop - span.targets.start, None]
+                gradients.add(targets, grad_logits, scale)
+        ctx.mark_non_differentiable(logps)
+        ctx.gradients = gradients.finish(hidden, weight, bias, batch.predict_index, shard)
+        return loss, logps
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = (
+            ctx.gradients,
+            None,
+        )  # autograd may use the tensors themselves if nothing else refers to them
+        if grad_loss.is_cuda or grad_loss != 1:  # reading the value on a GPU would wait for the queue
+            gradients = tuple(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients)
+        return (*gradients, None, None, None, None)
+
+
+def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Write inputs @ weight.T + bias to out, summed in its dtype."""
+    if inputs.is_cuda and inputs.dtype != out.dtype:
+        torch.mm(inputs, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(inputs.to(out.dtype), weight.T, out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def softmax_(logits: Tensor, targets: Tensor) -> tuple[Tensor, GradientOfLogits]:
+    """Log-probs of targets [targets], in place in logits [targets, vocabulary].
+
+    One pass of exponentials: the largest probability is the reciprocal of their sum. A logsumexp and a softmax would
+    take two.
+    """
+    largest = logits.amax(-1)
+    target_logits = logits.gather(-1, targets[:, None]).squeeze(-1)
+    probs = torch.softmax(logits, -1, out=logits)
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        one = probs.new_ones(1, 1).expand(len(targets), 1)
+        return probs.neg_().scatter_add_(-1, targets[:, None], one).to(dtype)
+
+    return target_logits - largest + probs.amax(-1).log(), gradient
+
+
+def softmax_of_shards_(shard: VocabularyShard, logits: Tensor, targets: Tensor) -> tuple[Tensor, GradientOfLogits]:
+    """softmax_() for logits [targets, slice of the vocabulary].
+
+    No rank ever has all logits.
+    """
+    local_targets = targets - shard.first
+    is_local = (local_targets >= 0) & (local_targets < logits.shape[-1])
+    local_targets = local_targets.where(is_local, 0)[:, None]
+    largest = logits.amax(-1)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
+    logits.sub_(largest[:, None])
+    target_logits = logits.gather(-1, local_targets).squeeze(-1).where(is_local, 0)
+    total, target_logits = shard.sum(torch.stack([logits.exp_().sum(-1), target_logits]))
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        one = is_local.to(logits.dtype)[:, None]
+        return logits.div_(-total[:, None]).scatter_add_(-1, local_targets, one).to(dtype)
+
+    return target_logits - total.log(), gradient
+
+
+def _normalize_on_gpu(logits: Tensor, targets: Tensor) -> tuple[Tensor, GradientOfLogits]:
+    """softmax_() in two Triton kernels, each one trip through memory."""
+    normalizer, target_logits = normalize(logits, targets)
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        grad_logits = torch.empty_like(logits, dtype=dtype)
+        gradient_of_logits(logits, normalizer, targets, grad_logits)
+        return grad_logits
+
+    return target_logits - normalizer, gradient
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add left @ right to total in place; None starts a total."""
+    if total is None:
+        return (left @ right).to(dtype)
+    if left.dtype == dtype:
+        return total.addmm_(left, right)
+    return total.add_(left @ right)
+
+
+def _slices(targets: slice, longest: int) -> Iterator[slice]:
+    for start in range(
+        targets.start, max(targets.stop, targets.start + 1), longest
+    ):  # an empty range gives one empty slice
+        yield slice(start, min(start + longest, targets.stop))
+
+
+def _chunks(groups: list[GroupSpan], max_targets: int) -> Iterator[GroupSpan]:
+    """Join consecutive groups into spans of at most max_targets targets.
+
+    A longer group is a span by itself.
+    """
+    first = groups[0]
+    last = first
+    for group in groups[1:]:
+        if group.targets.stop - first.targets.start > max_targets:
+            yield _join(first, last)
+            first = group
+        last = group
+    yield _join(first, last)
+
+
+def _join(first: GroupSpan, last: GroupSpan) -> GroupSpan:
+    return GroupSpan(
+        targets=slice(first.targets.start, last.targets.stop),
+        responses=slice(first.responses.start, last.responses.stop),
+        examples=slice(first.examples.start, last.examples.stop),
+    )

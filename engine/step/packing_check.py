@@ -1,0 +1,71 @@
+"""Switch a model to packed attention, and check its log-probs."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from engine.data.examples import Example
+from engine.models.precision import run_in_dtype
+from engine.step.attention import register_packed_attention
+from engine.step.heads import response_logps
+from engine.step.layout import lay_out
+from utils import UserError, clipped, is_out_of_memory
+
+
+@torch.no_grad()
+def use_packed_attention(
+    model: PreTrainedModel, mixed_precision: torch.dtype | None = None, products: torch.dtype | None = None
+) -> None:
+    """Switch model to packed attention, and compare its log-probs with those before.
+
+    The check runs the model over a few tokens, packed and padded. It catches models that packing would break:
+    - attention without a replacement hook
+    - state across examples (Mamba)
+    - position biases
+    - scaled or capped logits after the head
+
+    Args:
+        mixed_precision: dtype of forward passes; None for the dtype of the weights.
+        products: dtype of some matrix products; None for the same.
+
+    Raises:
+        UserError: CONFIG, naming batching=padded.
+    """
+    register_packed_attention()
+    name = type(model).__name__
+    fix = "batching=padded"
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(vocabulary, (40,), generator=torch.Generator().manual_seed(0)).numpy().astype("int32")
+    example = Example(tokens[:7], (tokens[7:12], tokens[12:20]), 0)
+    changed = Example(example.prompt, (example.responses[0], (example.responses[1] + 1) % vocabulary), 0)
+    other = Example(tokens[20:24], (tokens[24:29], tokens[29:40]), 1)
+    device = model.get_output_embeddings().weight.device
+
+    def logps(examples: list[Example], layout: str) -> Tensor:
+        with run_in_dtype(model, mixed_precision):
+            return response_logps(model, lay_out(examples, layout).to(device))
+
+    model.own_attention = model.config._attn_implementation  # for sampling
+    try:
+        padded = logps([example, other], "padded")
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        problem = f"model.architecture: {name} does not run ({type(error).__name__}: {clipped(str(error), 500)})"
+        raise UserError("CONFIG", problem, "give consistent values, or another model") from error
+    try:
+        model.set_attn_implementation("packed")
+        packed, packed_changed = (logps([first, other], "packed") for first in (example, changed))
+    except Exception as error:  # models raise nearly anything for unknown keywords or attention
+        if is_out_of_memory(error):
+            raise
+        raise UserError("CONFIG", f"{name} does not run with batching=packed ({error})", fix) from error
+    if model.config._attn_implementation != "packed":
+        raise UserError("CONFIG", f"batching=packed cannot replace the attention of {name}", fix)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(products or mixed_precision or model.dtype, 0.02)
+    difference = ((packed - padded) / padded).abs().max().item()
+    unchanged = [0, 2, 3]  # all responses but the changed one
+    leak = ((packed - packed_changed) / packed)[unchanged].abs().max().item()
+    if not (difference <= tolerance and leak <= tolerance / 100):
+        worst = max(difference, leak)
+        raise UserError("CONFIG", f"log-probs of {name} change with batching=packed (off by {worst:.1%})", fix)

@@ -1,0 +1,105 @@
+"""Log-probs under the frozen reference model, live or cached."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from engine.data.examples import Example
+from engine.models.adapters import as_reference
+from engine.models.precision import run_in_dtype
+from engine.models.shards import rank_and_size
+from engine.step.heads import response_logps
+from engine.step.layout import Microbatch
+from engine.step.reference_cache import CachedReference
+from utils import content_hash, progress
+
+
+class LiveReference:
+    """A frozen model, run over each microbatch."""
+
+    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None):
+        self.model = model
+        self.compute_dtype = compute_dtype
+
+    @torch.no_grad()
+    def logps(self, batch: Microbatch) -> Tensor:
+        """Sums of the log-probs of each response, [responses]."""
+        with self.in_mixed_precision():
+            return response_logps(self.model, batch)
+
+    def in_mixed_precision(self) -> AbstractContextManager[None]:
+        """Run the model in compute_dtype in a with block.
+
+        Each weight is cast once for all calls inside.
+        """
+        return run_in_dtype(self.model, self.compute_dtype)
+
+
+class AdapterReference(LiveReference):
+    """The policy before training: its adapters off, or the frozen copy."""
+
+    def logps(self, batch: Microbatch) -> Tensor:
+        with as_reference(self.model):
+            return super().logps(batch)
+
+
+Reference = LiveReference | CachedReference
+
+
+def reference_key(weights: str, settings: Iterable[Any], device: torch.device) -> str:
+    """A hash of everything that affects the log-probs of given tokens.
+
+    Args:
+        weights: the hash of the reference's weights.
+        settings: of precision and layout, as JSON values.
+        device: its kind and the version of torch affect the last bits.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return content_hash([weights, *settings, name, torch.__version__])
+
+
+def fill_cache(
+    cached: CachedReference,
+    live: LiveReference,
+    batches: Iterable[Sequence[list[Example]]],
+    lay_out: Callable[[Sequence[Example]], Microbatch],
+    *,
+    data_rank: int,
+    num_data_ranks: int,
+) -> None:
+    """Compute the missing log-probs of the cache.
+
+    All ranks call this together.
+
+    Args:
+        batches: batches of microbatches, as in training. Equal microbatches give equal bits.
+        lay_out: examples -> a microbatch on the device.
+        data_rank, num_data_ranks: each data-parallel rank runs every num_data_ranks-th microbatch.
+    """
+    rounds, planned, num_before = [], set[bytes](), len(cached)
+    for batch in batches:
+        for start in range(0, len(batch), num_data_ranks):  # one microbatch per rank
+            microbatches = batch[start : start + num_data_ranks]
+            examples = [example for microbatch in microbatches for example in microbatch]
+            missing = cached.missing(
+                (example.prompt, response) for example in examples for response in example.responses
+            )
+            if missing - planned:
+                rounds.append(microbatches)
+                planned |= missing
+    if not rounds:
+        print(f"reference: all log-probs are in {cached.path}")
+        return
+    started = time.monotonic()
+    with live.in_mixed_precision():
+        is_shown = rank_and_size()[0] == 0
+        for microbatches in progress(rounds, description="reference log-probs", unit="microbatches", is_shown=is_shown):
+            microbatch = lay_out(microbatches[data_rank])
+            cached.add(microbatch, live.logps(microbatch))
+    seconds = time.monotonic() - started
+    print(f"reference: {len(cached) - num_before:,} log-probs computed in {seconds:.1f} s, kept in {cached.path}")

@@ -1,0 +1,122 @@
+"""Reference log-probs on disk, found by content."""
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.models.shards import rank_and_size
+from engine.step.layout import Microbatch
+from utils import UserError, content_hash, to_device
+
+
+class CachedReference:
+    """Log-probs in an SQLite file: tokens of a prompt and response -> log-prob.
+
+    - Keys are tokens, so they cover tokenizer, template and truncation. One cache serves any beta, loss or batch.
+    - Rows written before a run was killed stay valid.
+    - Rows damaged on disk are detected and computed again.
+
+    Args:
+        path: of the file, named by the hash of the reference's weights.
+        gather_from_ranks: takes a value of this rank, returns those of all ranks in order. Rank 0 has the file, all
+            ranks have its contents.
+    """
+
+    def __init__(self, path: Path, gather_from_ranks: Callable[[Any], list[Any]] = lambda value: [value]):
+        self.path = path
+        self._gather_from_ranks = gather_from_ranks
+        self._connection: sqlite3.Connection | None = None
+        if rank_and_size()[0] == 0:
+            try:
+                self._connection = self._open()
+                self._logps = self._read(self._connection)
+            except (OSError, sqlite3.Error) as error:
+                raise self._unusable(error) from error
+        else:
+            self._logps = {}
+        self._logps = gather_from_ranks(self._logps)[0]
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.path, timeout=60)
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS logps"
+            " (response BLOB PRIMARY KEY, logp REAL NOT NULL, num_tokens INTEGER NOT NULL, checksum TEXT NOT NULL)"
+            " WITHOUT ROWID"
+        )
+        return connection
+
+    def _read(self, connection: sqlite3.Connection) -> dict[bytes, float]:
+        """Read intact log-probs, and delete damaged ones.
+
+        SQLite itself does not notice changed bytes.
+        """
+        logps, damaged = {}, []
+        for response, logp, checksum in connection.execute("SELECT response, logp, checksum FROM logps"):
+            if checksum == _checksum(response, logp):
+                logps[response] = logp
+            else:
+                damaged.append((response,))
+        if damaged:
+            print(f"reference: {len(damaged):,} log-probs in {self.path} are damaged; they are computed again")
+            connection.executemany("DELETE FROM logps WHERE response = ?", damaged)
+            connection.commit()
+        return logps
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            "STORAGE",
+            f"the cache of reference log-probs at {self.path} cannot be used ({error})",
+            "free disk space, remove that file, set another cache_dir, or use reference=live",
+        )
+
+    def __len__(self) -> int:
+        return len(self._logps)
+
+    def missing(self, responses: Iterable[tuple[np.ndarray, np.ndarray]]) -> set[bytes]:
+        """Digests of the (prompt, response) token pairs without a log-prob in the cache."""
+        return {_digest(prompt, response) for prompt, response in responses} - self._logps.keys()
+
+    def add(self, batch: Microbatch, logps: Tensor) -> None:
+        """Store the log-probs of this and the other ranks' batches.
+
+        Existing rows stay.
+
+        Args:
+            logps: [responses].
+        """
+        rank_rows = [
+            (digest := _digest(prompt, response), logp, len(response), _checksum(digest, logp))
+            for (prompt, response), logp in zip(batch.responses, logps.tolist(), strict=True)
+        ]
+        rows = [row for rows_of_rank in self._gather_from_ranks(rank_rows) for row in rows_of_rank]
+        if self._connection is not None:
+            try:
+                self._connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?, ?)", rows)
+                self._connection.commit()
+            except sqlite3.Error as error:
+                raise self._unusable(error) from error
+        for digest, logp, *_ in rows:
+            self._logps.setdefault(digest, logp)
+
+    def logps(self, batch: Microbatch) -> Tensor:
+        """Log-probs of the responses of batch, summed over their tokens, [responses]."""
+        values = [self._logps[_digest(prompt, response)] for prompt, response in batch.responses]
+        return to_device(torch.tensor(values, dtype=torch.float64), batch.input_ids.device)
+
+
+def _digest(prompt: np.ndarray, response: np.ndarray) -> bytes:
+    digest = hashlib.blake2b(len(prompt).to_bytes(4, "little"), digest_size=16)
+    digest.update(prompt.astype(np.int32).tobytes())
+    digest.update(response.astype(np.int32).tobytes())
+    return digest.digest()
+
+
+def _checksum(response: Any, logp: Any) -> str:
+    return content_hash([repr((response, logp)).encode()])[:8]  # damaged values may have any type

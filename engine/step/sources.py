@@ -1,0 +1,172 @@
+"""Batch sources: the examples of each batch, in order."""
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import chain, islice
+from typing import Protocol
+
+from engine.data.examples import Example
+from engine.step.layout import num_fed_tokens
+from utils import content_hash
+
+
+class Source(Protocol):
+    """Where the batches of a run come from.
+
+    Attributes:
+        num_examples: of the whole run.
+        may_prefetch: a batch may be made before the previous step ends. True for stored examples, false for rollouts:
+            they depend on the policy.
+        fingerprint: a hash of all examples of the source. Checkpoints keep it, and a resumed run must match it.
+    """
+
+    may_prefetch: bool
+
+    @property
+    def num_examples(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def batches(self, start: int = 0) -> Iterator[list[Example]]:
+        """The batches of the run after its first start examples."""
+        ...
+
+
+class StoredExamples:
+    """Stored examples in a seeded order. Equal arguments give equal batches.
+
+    Args:
+        n_epochs, n_examples: the run ends at the first limit reached; one of them may be None.
+        length_grouping: see plan_batches.
+    """
+
+    may_prefetch = True
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        seed: int,
+        n_epochs: int | None,
+        n_examples: int | None,
+        length_grouping: bool = False,
+    ):
+        self.examples = examples
+        self._batch_size, self._seed = batch_size, seed
+        self._n_epochs, self._n_examples = n_epochs, n_examples
+        self._length_grouping = length_grouping
+
+    @property
+    def num_examples(self) -> int:
+        return num_planned(len(self.examples), self._n_epochs, self._n_examples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        arrays = (array for example in self.examples for array in (example.prompt, *example.responses))
+        return content_hash(array.tobytes() for array in arrays)
+
+    def batches(self, start: int = 0) -> Iterator[list[Example]]:
+        plan = plan_batches(
+            self.examples,
+            self._batch_size,
+            seed=self._seed,
+            n_epochs=self._n_epochs,
+            n_examples=self._n_examples,
+            length_grouping=self._length_grouping,
+        )
+        indices = islice(chain.from_iterable(plan), start, None)
+        while batch := [self.examples[index] for index in islice(indices, self._batch_size)]:
+            yield batch
+
+
+def choose_eval_examples(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """The first count examples of a shuffled test split, at most."""
+    plan = plan_batches(examples, max(1, len(examples)), seed=seed, n_epochs=1, n_examples=None)
+    return [examples[index] for indices in plan for index in indices][:count]
+
+
+def plan_batches(
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
+    seed: int,
+    n_epochs: int | None,
+    n_examples: int | None,
+    length_grouping: bool = False,
+) -> Iterator[list[int]]:
+    """Plan the example indices of each batch. Equal arguments give equal batches.
+
+    - Each epoch shuffles the prompts anew. The examples of one prompt stay together.
+    - Batches run on across epochs.
+    - The plan ends after n_epochs or n_examples, whichever comes first. The last batch may be short.
+
+    Args:
+        length_grouping: put prompts of similar lengths into the same batch, the batches in random order. A prompt
+            split at the end of a batch may continue in any other.
+    """
+    by_prompt: dict[int, list[int]] = {}
+    for index, example in enumerate(examples):
+        by_prompt.setdefault(example.prompt_index, []).append(index)
+    prompts = list(by_prompt.values())
+    num_left = num_planned(len(examples), n_epochs, n_examples)
+    batch: list[int] = []
+    epoch = 0
+    while num_left > 0:
+        rng = random.Random(f"{seed}/{epoch}")
+        rng.shuffle(prompts)
+        order = [index for prompt in prompts for index in prompt]
+        if length_grouping:
+            order = _grouped_by_length(prompts, examples, batch_size, len(batch), rng)
+        epoch += 1
+        for index in order:
+            batch.append(index)
+            num_left -= 1
+            if len(batch) == batch_size or num_left == 0:
+                yield batch
+                batch = []
+            if num_left == 0:
+                break
+
+
+# Batches sorted by length together. More of them make lengths more alike, and the order less random.
+GROUPED_BATCHES = 50
+
+
+def _grouped_by_length(
+    prompts: Sequence[Sequence[int]], examples: Sequence[Example], batch_size: int, num_begun: int, rng: random.Random
+) -> list[int]:
+    """Order the examples of prompts so that batches hold similar lengths.
+
+    Args:
+        num_begun: examples in the first batch already, from the epoch before.
+    """
+
+    def longest(prompt: Sequence[int]) -> int:
+        return max(num_fed_tokens(examples[index]) for index in prompt)
+
+    remaining = list(prompts)
+    first: list[int] = []  # completes the batch already begun
+    while num_begun and remaining and len(first) < batch_size - num_begun:
+        first += remaining.pop(0)
+    window = GROUPED_BATCHES * batch_size
+    starts = range(0, len(remaining), window)
+    sorted_windows = (sorted(remaining[start : start + window], key=longest) for start in starts)
+    order = [index for sorted_window in sorted_windows for prompt in sorted_window for index in prompt]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    short = batches.pop() if len(order) % batch_size else []  # last, as it would shift all batches after it
+    rng.shuffle(batches)
+    return [*first, *(index for batch in batches for index in batch), *short]
+
+
+def num_planned(num_examples: int, n_epochs: int | None, n_examples: int | None) -> int:
+    """The number of examples of a run.
+
+    One of n_epochs and n_examples may be None.
+    """
+    limits = [n_examples] if n_examples is not None else []
+    if n_epochs is not None:
+        limits.append(n_epochs * num_examples)
+    return min(limits)

@@ -1,0 +1,109 @@
+"""Split a batch into microbatches by a token budget."""
+
+import math
+from collections.abc import Sequence
+
+from engine.data.examples import Example
+
+Extent = tuple[int, int]  # tokens of a row, rows
+
+
+def split_batch(
+    examples: Sequence[Example], num_parts: int, token_budget: int, layout: str = "packed"
+) -> list[list[Example]]:
+    """Split a batch into num_parts microbatches of at most token_budget tokens.
+
+    - More than num_parts where the budget needs it, or the minimum required.
+    - The examples of a prompt stay together and share it, unless together they exceed the budget.
+    - An example over the budget is a microbatch of its own.
+    - Longest first, each goes where it leaves the largest microbatch smallest. So all are about equally full.
+    """
+    groups = _group_by_prompt(examples, token_budget, layout)
+    extents = [_extent(group, layout) for group in groups]
+    sizes = [math.prod(extent) for extent in extents]
+    too_long = [[index] for index in range(len(groups)) if sizes[index] > token_budget]
+    longest_first = sorted((i for i in range(len(groups)) if sizes[i] <= token_budget), key=lambda i: -sizes[i])
+    fewest = max(num_parts - len(too_long), math.ceil(sum(sizes[i] for i in longest_first) / token_budget))
+    microbatches: list[list[int]] = []
+    for num_microbatches in range(min(fewest, len(longest_first)), len(longest_first) + 1):
+        microbatches, largest = _distribute(longest_first, extents, num_microbatches, layout)
+        if largest <= token_budget:
+            break
+    in_order = sorted(sorted(indices) for indices in (*microbatches, *too_long))
+    return [[example for index in indices for example in groups[index]] for indices in in_order]
+
+
+def split_for_ranks(
+    num_ranks: int, examples: Sequence[Example], num_parts: int, token_budget: int, layout: str = "packed"
+) -> list[list[Example]]:
+    """Split a batch into about num_parts microbatches for each of num_ranks ranks.
+
+    Every rank gets the same number, all about equally full. With too few examples, some microbatches are empty.
+    """
+    microbatches = split_batch(examples, num_ranks * num_parts, token_budget, layout)
+    num_required = math.ceil(len(microbatches) / num_ranks) * num_ranks
+    if len(microbatches) < num_required:
+        microbatches = split_batch(examples, num_required, token_budget, layout)
+        num_required = math.ceil(len(microbatches) / num_ranks) * num_ranks
+    return microbatches + [[] for _ in range(num_required - len(microbatches))]
+
+
+def _group_by_prompt(examples: Sequence[Example], token_budget: int, layout: str) -> list[list[Example]]:
+    """Group examples by prompt, within the budget where possible."""
+    by_prompt: dict[bytes, list[Example]] = {}
+    for example in examples:
+        by_prompt.setdefault(example.prompt.tobytes(), []).append(example)
+    groups: list[list[Example]] = []
+    for examples_of_prompt in by_prompt.values():
+        groups.append([])
+        for example in examples_of_prompt:
+            if groups[-1] and math.prod(_extent([*groups[-1], example], layout)) > token_budget:
+                groups.append([])
+            groups[-1].append(example)
+    return groups
+
+
+def _distribute(
+    longest_first: Sequence[int], extents: Sequence[Extent], num_microbatches: int, layout: str
+) -> tuple[list[list[int]], int]:
+    """Distribute groups over microbatches, each to where it leaves the smallest.
+
+    Args:
+        longest_first: indices of the groups.
+        extents: of each group.
+
+    Returns:
+        the indices in each microbatch, and the tokens of the largest.
+    """
+    microbatches: list[list[int]] = [[] for _ in range(num_microbatches)]
+    filled: list[Extent] = [(0, 0)] * num_microbatches
+    for index in longest_first:
+        joined = [_join(extent, extents[index], layout) for extent in filled]
+        sizes = [math.prod(extent) for extent in joined]
+        smallest = sizes.index(min(sizes))
+        microbatches[smallest].append(index)
+        filled[smallest] = joined[smallest]
+    return microbatches, max(map(math.prod, filled), default=0)
+
+
+def _extent(group: Sequence[Example], layout: str) -> Extent:
+    if layout == "packed":
+        return _num_packed(group), 1
+    row_lengths = [len(example.prompt) + len(response) for example in group for response in example.responses]
+    return max(row_lengths), len(row_lengths)
+
+
+def _join(first: Extent, second: Extent, layout: str) -> Extent:
+    """The extent of two groups in one microbatch."""
+    if layout == "packed":
+        return first[0] + second[0], 1
+    return max(first[0], second[0]), first[1] + second[1]
+
+
+def _num_packed(group: Sequence[Example]) -> int:
+    """Tokens of one prompt's examples in a packed row.
+
+    Each distinct response counts once.
+    """
+    responses = {response.tobytes(): len(response) - 1 for example in group for response in example.responses}
+    return len(group[0].prompt) + sum(responses.values())

@@ -1,0 +1,95 @@
+"""Encoding by hand: a byte-level tokenizer without merges has one token per byte."""
+
+from collections import Counter
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from engine.data import encoding
+from engine.data.encoding import encode_texts, token_prefix
+from engine.data.preferences import Preferences
+from engine.data.special_tokens import MARK, special_token_marker
+from tests.data.samples import EOS, byte_tokenizer, pair, run, texts
+from utils import UserError
+
+
+def test_special_tokens_that_are_words_of_the_vocabulary_stay_plain_text():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.train_from_iterator(
+        ["<s> a"] * 9, trainers.BpeTrainer(special_tokens=["<s>", "</s>"], show_progress=False)
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    assert (
+        fast.bos_token_id in fast("<s>", split_special_tokens=True)["input_ids"]
+    )  # split_special_tokens is not enough
+    (ids,) = encode_texts(["<s> <s>"], fast, parse_special_tokens=False)
+    assert fast.convert_ids_to_tokens(ids) == ["<", "s", ">", "<", "s", ">"]
+
+
+@pytest.mark.parametrize("form", ["<s> $A", "<s> $A <eos>", "$A <eos>"])
+def test_the_prompt_has_the_tokenizers_bos_and_no_eos(form, tmp_path):
+    tokenizer = byte_tokenizer(form)
+    bos = "<s>" if form.startswith("<s>") else ""
+    assert tokenizer.decode(token_prefix(tokenizer)) == bos
+    assert texts(run(pair("p", "a", "b"), tokenizer, tmp_path), tokenizer) == [(bos + "p", "a<eos>", "b<eos>")]
+
+
+def test_special_tokens_in_text_are_plain_text(with_bos, tmp_path):
+    (example,) = run(pair("<s> <|user|>", "a<eos>", "<eos>"), with_bos, tmp_path).examples
+    special = set(with_bos.all_special_ids)
+    assert [token in special for token in example.prompt] == [True] + [False] * len("<s> <|user|>")
+    for response, text in zip(example.responses, ("a<eos>", "<eos>"), strict=True):
+        assert [token in special for token in response] == [False] * len(text) + [True]
+        assert with_bos.decode(response) == text + EOS
+
+
+def test_special_tokens_of_a_template_count_but_marked_ones_do_not(plain, tmp_path):
+    prompt = f"<|user|><{MARK}|user|>hi"
+    split = run([pair(prompt, "a<|user|>", "b", from_template=True), pair("<|user|>", "a", "b")], plain, tmp_path)
+    user = plain.convert_tokens_to_ids("<|user|>")
+    assert [int((example.prompt == user).sum()) for example in split.examples] == [1, 0]
+    assert plain.decode(split.examples[0].prompt) == "<|user|><|user|>hi"
+    assert len(split.examples[0].prompt) == 1 + len("<|user|>hi")
+    assert split.examples[0].responses[0].tolist()[-2:] == [user, plain.eos_token_id]
+
+
+def test_a_template_that_writes_bos_gets_no_second_one(with_bos, tmp_path):
+    data = [pair("<s>p", "a", "b", from_template=True), pair("p", "a", "b", from_template=True)]
+    assert [text[0] for text in texts(run(data, with_bos, tmp_path), with_bos)] == ["<s>p", "<s>p"]
+
+
+def test_merges_do_not_cross_from_prompt_to_response(tmp_path):
+    tokenizer = byte_tokenizer(num_merges=20)
+    assert len(tokenizer("the")["input_ids"]) == 1
+    (example,) = run(pair("t", "he", "x"), tokenizer, tmp_path).examples
+    assert (len(example.prompt), len(example.responses[0])) == (1, 2 + ("he" not in tokenizer.get_vocab()))
+
+
+def test_each_distinct_text_is_encoded_once(plain, tmp_path, monkeypatch):
+    seen: Counter[str] = Counter()
+
+    def spy(chunk, *args, **kwargs):
+        seen.update(chunk)
+        return encode_texts(chunk, *args, **kwargs)
+
+    monkeypatch.setattr(encoding, "encode_texts", spy)
+    monkeypatch.setattr(encoding, "CHUNK_SIZE", 2)
+    data: Preferences = {"p": {"responses": ["a", "b", "c"], "pairs": [(0, 1), (0, 2), (1, 2)], "sft_target": "a"}}
+    split = run([data, pair("q", "a", "c")], plain, tmp_path)
+    assert seen == {"p": 1, "a": 1, "b": 1, "c": 1, "q": 1}
+    assert len(split.examples) == 4
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"error\[CONFIG\] the tokenizer has no end-of-text token"):
+        run(pair("p", "a", "b"), tokenizer, tmp_path)
+
+
+def test_overlapping_special_tokens_are_all_marked():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["ab", "bc"]})
+    assert special_token_marker(tokenizer)("xabcab") == f"xa{MARK}b{MARK}ca{MARK}b"
