@@ -1,7 +1,7 @@
-"""Print the digits of small runs, to show that a change leaves every number as it was.
+"""Print the digits of small runs. Equal lists of two commits show an unchanged training.
 
-Each run goes through the command line of a checkout: losses, rewards and norms of all steps with 17 digits, a hash of
-the sampled texts, and a hash of the final weights. Run it on two commits and compare the two lists:
+Each run uses the command line of a checkout. Its list holds losses, rewards and norms of all steps with 17 digits, a
+hash of the sampled texts, and a hash of the final weights:
 
     python benchmarks/digits.py --output before.txt --repo ../old --keep runs
     python benchmarks/digits.py --output after.txt
@@ -61,7 +61,7 @@ MEASURED = ("_per_second", "peak_memory_gb", "mfu")
 
 
 def write_data(directory: Path) -> dict[str, Path]:
-    """Files of the two forms of row that the embedded data set does not cover."""
+    """Files of two forms of row. The embedded data set does not cover them."""
     ranked = [
         {"prompt": f"\n\nHuman: Film {n}?\n\nAssistant:", "responses": [f" Good, {n}.", " Bad.", f" So so {n % 3}."],
          "scores": [2, 0, n % 3]}
@@ -89,7 +89,7 @@ def run(repo: Path, overrides: list[str], run_dir: Path, cache: Path) -> None:
 
 
 def digits_of(run_dir: Path) -> list[str]:
-    """All computed numbers that a run left, one line a log row, and hashes of its samples and final weights."""
+    """All computed numbers of a run, one line a log row, and hashes of its samples and final weights."""
     lines = []
     for text in (run_dir / "metrics.jsonl").read_text().splitlines():
         row = {name: value for name, value in json.loads(text).items() if not name.endswith(MEASURED)}

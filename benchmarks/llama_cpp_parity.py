@@ -1,7 +1,7 @@
-"""Does llama.cpp read our GGUF files as transformers runs the models: the same logits, the same tokens?
+"""Do GGUF files give the same logits and tokens in llama.cpp as in transformers?
 
-Tiny models with random weights, one for each architecture and way to scale or tokenize that is supported. It needs
-llama-cpp-python, which compiles llama.cpp for minutes, so it is not among the requirements:
+Cases: a tiny random model for each supported architecture, rotary scaling and tokenizer. llama-cpp-python is not among
+the requirements, as it compiles llama.cpp for minutes:
 
     .venv/bin/pip install --target .cache/llama_cpp llama-cpp-python
     PYTHONPATH=.cache/llama_cpp .venv/bin/python benchmarks/llama_cpp_parity.py
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from llama_cpp import Llama
-from step import ROOT, versions
 
-sys.path.insert(0, str(ROOT))
-from engine.gguf_export import OUTTYPES, plan_gguf
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import ROOT, versions
+from engine.export.gguf import OUTTYPES, plan_gguf
 from tests.models import SIZES, tiny_model
 from tests.tokenizer_files import PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
 
@@ -43,7 +43,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def measure(architecture: str, kind: str, overrides: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """The largest difference of a logit for every type, and the texts that are split otherwise."""
+    """The largest difference of a logit for each type, and the texts with different tokens."""
     tokenizer = sentencepiece() if kind == "sentencepiece" else byte_level(kind)
     model = tiny_model(architecture, vocab_size=len(tokenizer) + 3, **overrides)
     tokens = torch.randint(3, len(tokenizer), (48,), generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ def measure(architecture: str, kind: str, overrides: dict[str, Any], directory: 
     for outtype in OUTTYPES:
         path = directory / f"{outtype}.gguf"
         plan_gguf(model, tokenizer, outtype, name="tiny").write(path)
-        # Type 0 is f32: by default llama.cpp keeps keys and values in f16.
+        # Type 0 is f32; llama.cpp's default for keys and values is f16.
         reader = Llama(str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
         reader.eval(tokens.tolist())
         row[outtype] = (torch.tensor(reader.scores[:48]) - expected).abs().max().item()

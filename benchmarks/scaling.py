@@ -1,8 +1,11 @@
 """How do speed and memory of a trainer change with the number of processes?
 
-The same SFT steps under each trainer and world size, each run in processes of its own: on GPUs where there are
-enough, else in CPU processes that talk over gloo. tokens/s counts each prompt once, over all processes; memory is that
-of the fullest process: what it keeps between steps (parameters and optimizer state), and what a step takes above that.
+The same SFT steps with each trainer and world size, each time in new processes: on GPUs if there are enough, else in
+CPU processes over gloo.
+
+- tokens/s: over all processes; each prompt counts once.
+- state MB: parameters and optimizer state between steps, in the fullest process.
+- step MB: the extra memory of a step.
 
     .venv/bin/python benchmarks/scaling.py
 """
@@ -16,14 +19,28 @@ import os
 import statistics
 import sys
 import tempfile
-from datetime import date
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from step import MODELS, ROOT, Pair, machine, measured, synthetic_pairs
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import (
+    MODELS,
+    add_results_option,
+    compose_settings,
+    machine,
+    make_trainer,
+    model_overrides,
+    shown_command,
+    take_step,
+    write_model,
+    write_result,
+)
+from benchmarks.pairs import Pair, make_example, synthetic_pairs
 
 M_MMAP_THRESHOLD = -3
-# name -> the processes it can run in, and what makes the trainer
+# name -> world sizes, overrides
 TRAINERS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "Basic": ((1,), ("trainer=BasicTrainer",)),
     "FSDP": ((1, 2, 4), ("trainer=FSDPTrainer",)),
@@ -32,13 +49,13 @@ TRAINERS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
 }
 
 
+# ---- One process ----
+
+
 def work(rank: int, num_ranks: int, job: dict[str, Any]) -> None:
-    """One process of one row of the table; the first writes down what was found."""
-    sys.path.insert(0, str(ROOT))
+    """Take the steps of one row on a rank; rank 0 writes the findings of all ranks."""
     import torch
     import torch.distributed as dist
-
-    from engine.sharding import own
 
     torch.set_num_threads(job["threads"])
     if torch.cuda.is_available():
@@ -47,26 +64,7 @@ def work(rank: int, num_ranks: int, job: dict[str, Any]) -> None:
     store = dist.FileStore(f"{job['folder']}/store", num_ranks)
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer = make_trainer(job)
-        answers = []
-        for index, batch in enumerate(trainer.prepared(trainer.train_batches())):
-            dist.barrier()
-            of_memory = index == job["warmup"] + job["steps"]
-            if of_memory and backend == "gloo":  # what is freed is given back, so that the peak is that of tensors
-                ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)
-            with measured(of_memory) as answer:
-                trainer.step(batch).values["loss/train"].item()
-            answer["tokens"] = sum(trainer.of_data_ranks(sum(part.num_tokens for part, _ in batch.microbatches)))
-            answers.append(answer)
-    state = [*trainer.policy.parameters()]
-    state += [value for values in trainer.optimizer.state.values() for value in values.values()]
-    timed = answers[job["warmup"] :][: job["steps"]]
-    found = {
-        "seconds": [answer["seconds"] for answer in timed],
-        "tokens": [answer["tokens"] for answer in timed],
-        "state": sum(own(value).nbytes for value in state if isinstance(value, torch.Tensor)),
-        "step": answers[-1]["memory"],
-    }
+        found = take_steps(job)
     by_rank: list[Any] = [None] * num_ranks
     dist.all_gather_object(by_rank, found)
     if rank == 0:
@@ -75,31 +73,43 @@ def work(rank: int, num_ranks: int, job: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def make_trainer(job: dict[str, Any]) -> Any:
-    import numpy as np
-    from hydra import compose, initialize_config_dir
+def take_steps(job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds and tokens of the measured steps, and memory in bytes: of the state and of a step."""
+    import torch
+    import torch.distributed as dist
 
-    from engine.films import film_tokenizer
-    from engine.tokenization import Example, Split
-    from trainers import trainer_class
+    from engine.models.shards import local_shard
 
-    described = ", ".join(f"{key}: {str(value).lower()}" for key, value in job["model"].items())
-    settings = [
-        *("model=blank_model", "model.name_or_path=new", "model.tokenizer_name_or_path=films", "loss=sft"),
-        *(f"model.architecture={{{described}}}", f"batch_size={job['batch_size']}", "optimizer=AdamW"),
-        *(f"cache_dir={job['folder']}", "token_budget=4096", "sample_during_eval=false", *job["overrides"]),
-    ]
-    with initialize_config_dir(str(ROOT / "config"), version_base=None):
-        config = compose("config", settings)
-    tokenizer = film_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
+    settings = compose_settings(
+        *model_overrides(job["model"]),
+        *("loss=sft", f"batch_size={job['batch_size']}", "optimizer=AdamW", "token_budget=4096"),
+        *(f"cache_dir={job['folder']}", "sample_during_eval=false", *job["overrides"]),
+    )
+    pairs: list[Pair] = job["pairs"]
+    examples = [make_example(pair, ("chosen",), index) for index, pair in enumerate(pairs)]
+    trainer = make_trainer(settings, Path(job["folder"]), examples)
+    steps = []
+    for index, microbatches in enumerate(trainer.train_batches()):
+        batch = trainer.prepare(microbatches)
+        dist.barrier()
+        of_memory = index == job["warmup"] + job["steps"]
+        if of_memory and not torch.cuda.is_available():  # give freed memory back: count tensors alone
+            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)
+        step = take_step(trainer, batch, of_memory)
+        num_tokens = sum(microbatch.num_tokens for microbatch, _ in batch.microbatches)
+        steps.append(step | {"tokens": sum(trainer.placement.gather_from_data_ranks(num_tokens))})
+    state = [*trainer.policy.parameters()]
+    state += [value for values in trainer.optimizer.state.values() for value in values.values()]
+    timed = steps[job["warmup"] :][: job["steps"]]
+    return {
+        "seconds": [step["seconds"] for step in timed],
+        "tokens": [step["tokens"] for step in timed],
+        "state": sum(local_shard(value).nbytes for value in state if isinstance(value, torch.Tensor)),
+        "step": steps[-1]["memory"],
+    }
 
-    def example(pair: Pair, index: int) -> Example:
-        prompt, chosen = (np.array(pair[name], np.int32) for name in ("prompt", "chosen"))
-        return Example(prompt, (chosen,), prompt_index=index)
 
-    examples = [example(pair, index) for index, pair in enumerate(job["pairs"])]
-    return trainer_class(config)(config, Path(job["folder"]), tokenizer, Split(examples), Split([]))
+# ---- The table ----
 
 
 def measure(num_ranks: int, job: dict[str, Any]) -> dict[str, Any]:
@@ -109,66 +119,66 @@ def measure(num_ranks: int, job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (num_ranks, job | {"folder": folder}), nprocs=num_ranks)
         by_rank = json.loads(Path(folder, "found.json").read_text())
+    tokens = by_rank[0]["tokens"]
     seconds = [max(times) for times in zip(*(found["seconds"] for found in by_rank), strict=True)]
+    rates = [num / time for num, time in zip(tokens, seconds, strict=True)]
     return {
         "seconds": [round(value, 4) for value in seconds],
-        "tokens_per_second": round(sum(by_rank[0]["tokens"]) / sum(seconds)),
-        "median_tokens_per_second": round(
-            statistics.median(tokens / time for tokens, time in zip(by_rank[0]["tokens"], seconds, strict=True))
-        ),
+        "tokens_per_second": round(sum(tokens) / sum(seconds)),
+        "median_tokens_per_second": round(statistics.median(rates)),
         "state_mb": round(max(found["state"] for found in by_rank) / 1e6, 1),
         "step_mb": round(max(found["step"] for found in by_rank) / 1e6, 1),
     }
 
 
-def main() -> None:
+def parse(texts: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-8k")
+    parser.add_argument("--trainers", default=",".join(TRAINERS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--most-processes", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after --warmup")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--settings", nargs="*", default=[], help="of the config, for all trainers")
-    arguments = parser.parse_args()
+    parser.add_argument("--settings", nargs="*", default=[], help="overrides for all trainers")
+    add_results_option(parser)
+    return parser.parse_args(texts)
+
+
+def main(texts: Sequence[str]) -> None:
+    arguments = parse(texts)
     import torch
 
     num_gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    device = "cuda" if num_gpus else "cpu"
+    most = min(arguments.most_processes, num_gpus or arguments.most_processes)
     model = MODELS[arguments.model]
     pairs = synthetic_pairs(model["vocab_size"], arguments.batch_size * (arguments.warmup + arguments.steps + 1))
-    job = {
-        "model": model,
-        "pairs": pairs,
-        **{key: getattr(arguments, key) for key in ("batch_size", "steps", "warmup")},
-    }
-    where = f"{num_gpus} GPUs" if num_gpus else f"CPU processes over gloo, that share {cores} cores"
-    print(
-        f"{arguments.model} on {where}\n\n{'':24}{'processes':>9}{'tokens/s':>10}{'state MB':>10}{'step MB':>9}",
-        flush=True,
-    )
-    load = round(os.getloadavg()[0], 2)  # of what else runs on the machine
+    job = {"pairs": pairs, **{key: getattr(arguments, key) for key in ("batch_size", "steps", "warmup")}}
+    where = f"{num_gpus} GPUs" if num_gpus else f"CPU processes over gloo, on {cores} shared cores"
+    print(f"{arguments.model} on {where}\n\n{'':24}{'processes':>9}{'tokens/s':>10}{'state MB':>10}{'step MB':>9}")
+    load = round(os.getloadavg()[0], 2)  # of other programs
     rows: list[dict[str, Any]] = []
-    for name, (sizes, overrides) in TRAINERS.items():
-        for size in sizes:
-            if num_gpus and size > num_gpus:
-                continue
-            settings = {"threads": max(1, cores // size), "overrides": [*overrides, *arguments.settings]}
-            row = {"trainer": name, "processes": size, **measure(size, job | settings)}
-            rows.append(row)
-            print(
-                f"{name:24}{size:>9}{row['tokens_per_second']:>10,}{row['state_mb']:>10,.1f}{row['step_mb']:>9,.1f}",
-                flush=True,
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(model, Path(folder))
+        for name in arguments.trainers.split(","):
+            sizes, overrides = TRAINERS[name]
+            for size in (size for size in sizes if size <= most):
+                more = {"model": Path(folder), "threads": max(1, cores // size)}
+                found = measure(size, job | more | {"overrides": [*overrides, *arguments.settings]})
+                rows.append({"trainer": name, "processes": size, **found})
+                print(
+                    f"{name:24}{size:>9}{found['tokens_per_second']:>10,}{found['state_mb']:>10,.1f}"
+                    f"{found['step_mb']:>9,.1f}",
+                    flush=True,
+                )
     record = {
-        "command": " ".join(["benchmarks/scaling.py", *sys.argv[1:]]),
+        "command": shown_command("scaling", texts),
         **machine(cores),
-        "on": f"{where}; with more processes than cores, speed says nothing of scaling" if not num_gpus else where,
+        "on": where if num_gpus else f"{where}; speed on more processes than cores does not show scaling",
         "load_average_before": load,
         "rows": rows,
     }
-    path = ROOT / "benchmarks" / "results" / f"scaling-{device}-{date.today()}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten to {path.relative_to(ROOT)}")
+    write_result(arguments.results, f"scaling-{'cuda' if num_gpus else 'cpu'}", record)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,13 +1,15 @@
-"""The long form of tests/faults: python benchmarks/soak.py [--record]; at most 40 minutes on two cores.
+"""Do runs survive kills, signals, full disks and damaged checkpoints? The long form of tests/faults.
 
-How much of each is done may be set: SOAK_KILLS=30 SOAK_SECONDS=600 python benchmarks/soak.py. What was not done when
-the time is over is not counted. --record also runs the tests of planted secrets and of 2,000 bad inputs, and writes
-counts and failures to benchmarks/results/soak-<date>.json.
+At most 40 minutes on two cores. Each count can be set; the record holds how many were done in the time:
+
+    .venv/bin/python benchmarks/soak.py --kills 30 --seconds 600
+
+--record also runs the tests of planted secrets and of 2,000 bad inputs, and writes counts and failures to --results.
 """
 
+import argparse
 import json
 import os
-import platform
 import random
 import re
 import shutil
@@ -16,17 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import date, datetime
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.checkpoint import checkpoints, damage
+from benchmarks.common import ROOT, add_results_option, machine, shown_command, write_result
+from engine.models.archives import checkpoints, find_corruption
 from tests.faults.processes import (
     POINTS,
-    TWO,
+    TWO_RANK_TRAINERS,
     assert_equal_runs,
     command,
     complete,
@@ -38,128 +42,153 @@ from tests.faults.processes import (
     small_disk,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-ASKED = {
-    "kills": 240,  # SIGKILL of a run in one process
-    "kills_of_a_rank": 60,  # of FSDPTrainer on two
-    "points": 1,  # 1: every point of a save, under each of three trainers
-    "flips": 1000,
-    "truncations": 1000,
-    "sigterms": 50,
-    "full_disks": 20,
-    "seconds": 2400,  # after which nothing more is begun
+# name -> default, meaning
+LIMITS: dict[str, tuple[int, str]] = {
+    "kills": (240, "SIGKILLs of a run in one process"),
+    "kills_of_a_rank": (60, "SIGKILLs of a rank of FSDPTrainer on two"),
+    "points": (1, "1: fail at every point of a save, with each of three trainers"),
+    "flips": (1000, "flipped bits in a checkpoint"),
+    "truncations": (1000, "truncated files of a checkpoint"),
+    "sigterms": (50, "SIGTERMs of a run in one process"),
+    "full_disks": (20, "full disks"),
+    "seconds": (2400, "no new fault starts after these"),
 }
-# What --record runs beside, by pytest: name -> tests of tests/faults, and what of them.
+# Tests of tests/faults under --record: name -> arguments of pytest.
 TESTS = {
     "bad_inputs": ["test_bad_input.py::test_two_thousand"],
     "planted_secrets": ["test_security.py", "-k", "secret"],
 }
+# trainer -> overrides, processes
 TRAINERS: dict[str, tuple[tuple[str, ...], int]] = {
     "BasicTrainer": ((), 1),
-    **{name: (overrides, 2) for name, overrides in TWO.items()},
+    **{name: (overrides, 2) for name, overrides in TWO_RANK_TRAINERS.items()},
 }
+# name of signals -> trainer, signal
+SIGNALS = {
+    "kills": ("BasicTrainer", signal.SIGKILL),
+    "kills_of_a_rank": ("FSDPTrainer", signal.SIGKILL),
+    "sigterms": ("BasicTrainer", signal.SIGTERM),
+}
+MAX_FAILURES = 20
 
 
 class Soak:
-    """Things that are done to runs in a directory, and what came of them."""
+    """Faults of runs in a directory, and their outcome.
 
-    def __init__(self, directory: Path, asked: dict[str, int]):
-        self.directory, self.asked = directory, asked
+    Args:
+        limits: how many of each fault, and seconds.
+
+    Attributes:
+        done: faults so far.
+        failures: one line each.
+    """
+
+    def __init__(self, directory: Path, limits: dict[str, int], seed: int):
+        self.directory, self.limits = directory, limits
         self.done: dict[str, int] = {}
         self.failures: list[str] = []
-        self.end = time.monotonic() + asked["seconds"]
-        self.chance = random.Random(int(os.environ.get("SOAK_SEED", "0")))
+        self.end = time.monotonic() + limits["seconds"]
+        self.chance = random.Random(seed)
         make_inputs(directory)
 
-    def is_over(self, what: str) -> bool:
-        return self.done.get(what, 0) >= self.asked[what] or time.monotonic() > self.end or len(self.failures) > 20
+    def run(self) -> None:
+        complete_runs = {name: self.run_to_end(name) for name in self.trainers_needed()}
+        basic = complete_runs["BasicTrainer"]
+        for fault in ("flips", "truncations"):
+            self.count(fault, partial(self.find_damage, basic, fault))
+        if self.limits["points"]:
+            for name, run_dir in complete_runs.items():
+                for how in ("kill", "ENOSPC"):
+                    if time.monotonic() < self.end:
+                        self.count("points", partial(self.fail_at_points, name, run_dir, how))
+        for fault, (trainer, _) in SIGNALS.items():
+            self.repeat(fault, partial(self.interrupt, fault, complete_runs.get(trainer, basic)))
+        self.repeat("full_disks", partial(self.fill_disk, basic))
 
-    def counted(self, what: str, act: Callable[[], int]) -> None:
-        """Do something, and count how often it was done, or that it failed."""
+    def trainers_needed(self) -> list[str]:
+        if self.limits["points"]:
+            return [*TRAINERS]
+        return ["BasicTrainer", "FSDPTrainer"] if self.limits["kills_of_a_rank"] else ["BasicTrainer"]
+
+    def repeat(self, fault: str, act: Callable[[int], int]) -> None:
+        """Call act(0), act(1), ... until the limit or the end is reached."""
+        index = 0
+        while not self.is_over(fault):
+            self.count(fault, partial(act, index))
+            index += 1
+        print(f"{fault}: {self.done.get(fault, 0)}, {len(self.failures)} failures so far", flush=True)
+
+    def is_over(self, fault: str) -> bool:
+        is_late = time.monotonic() > self.end
+        return is_late or self.done.get(fault, 0) >= self.limits[fault] or len(self.failures) > MAX_FAILURES
+
+    def count(self, fault: str, act: Callable[[], int]) -> None:
+        """Call act and add its number of faults; note its failure."""
         try:
-            self.done[what] = self.done.get(what, 0) + act()
+            self.done[fault] = self.done.get(fault, 0) + act()
         except AssertionError as error:
-            self.done[what] = self.done.get(what, 0) + 1
-            self.failures.append(f"{what} {self.done[what]}: {' '.join(str(error).split())[:500]}")
+            self.done[fault] = self.done.get(fault, 0) + 1
+            self.failures.append(f"{fault} {self.done[fault]}: {' '.join(str(error).split())[:500]}")
             print(self.failures[-1])
 
-    def run(self) -> None:
-        wholes = {name: self.whole(name) for name in TRAINERS}
-        basic = wholes["BasicTrainer"]
-        for what in ("flips", "truncations"):
-            self.counted(what, lambda what=what: self.notice_damage(basic, what))  # type: ignore[misc]
-        phases: dict[str, Callable[[int], int]] = {
-            "kills": lambda index: self.interrupt("kills", "BasicTrainer", basic, index, signal.SIGKILL),
-            "kills_of_a_rank": lambda index: self.interrupt(
-                "kills_of_a_rank", "FSDPTrainer", wholes["FSDPTrainer"], index, signal.SIGKILL
-            ),
-            "sigterms": lambda index: self.interrupt("sigterms", "BasicTrainer", basic, index, signal.SIGTERM),
-            "full_disks": lambda index: self.fill_disk(basic, index),
-        }
-        if self.asked["points"]:
-            for name, whole in wholes.items():
-                for what in ("kill", "ENOSPC"):
-                    if time.monotonic() < self.end:
-                        self.counted("points", lambda name=name, whole=whole, what=what: self.points(name, whole, what))  # type: ignore[misc]
-        for what, act in phases.items():
-            index = 0
-            while not self.is_over(what):
-                self.counted(what, lambda act=act, index=index: act(index))  # type: ignore[misc]
-                index += 1
-            print(f"{what}: {self.done.get(what, 0)}, {len(self.failures)} failures so far", flush=True)
+    # ---- Runs and faults ----
 
-    def whole(self, trainer: str) -> Path:
+    def run_to_end(self, trainer: str) -> Path:
+        """The directory of a run without faults."""
         overrides, num = TRAINERS[trainer]
-        run_dir = self.directory / f"whole-{trainer}"
+        run_dir = self.directory / f"complete-{trainer}"
         status, _, err = complete(command(self.directory, run_dir, *overrides), self.directory / "output", num)
         assert status == 0, err
         return run_dir
 
-    def interrupt(self, what: str, trainer: str, whole: Path, index: int, number: int) -> int:
-        """A run that gets up to ten signals; returns how many."""
+    def interrupt(self, fault: str, expected: Path, index: int) -> int:
+        """Send a run up to ten signals; returns how many. The run must equal the expected one."""
+        trainer, number = SIGNALS[fault]
         overrides, num = TRAINERS[trainer]
-        run_dir = self.directory / f"{what}-{index}"
-        most = min(10, self.asked[what] - self.done.get(what, 0))
+        run_dir = self.directory / f"{fault}-{index}"
+        most = min(10, self.limits[fault] - self.done.get(fault, 0))
         times = interrupt_randomly(
             command(self.directory, run_dir, *overrides), run_dir, most, self.chance, num, 0.3 * num, number
         )
-        assert_equal_runs(run_dir, whole)
+        assert_equal_runs(run_dir, expected)
         shutil.rmtree(run_dir)
         return times
 
-    def points(self, trainer: str, whole: Path, what: str) -> int:
-        """A run that fails at each point of a save; returns how many those are."""
+    def fail_at_points(self, trainer: str, expected: Path, how: str) -> int:
+        """Let a run fail at each point of a save; returns the number of points."""
         overrides, num = TRAINERS[trainer]
-        points = tuple(point for point in POINTS if what == "kill" or point != "during_retention")
-        run_dir = self.directory / f"points-{trainer}-{what}"
-        fail_at_each_point(self.directory, run_dir, overrides, num, what, points)
-        assert_equal_runs(run_dir, whole)
+        points = tuple(point for point in POINTS if how == "kill" or point != "during_retention")
+        run_dir = self.directory / f"points-{trainer}-{how}"
+        fail_at_each_point(self.directory, run_dir, overrides, num, how, points)
+        assert_equal_runs(run_dir, expected)
         return len(points)
 
-    def notice_damage(self, whole: Path, what: str) -> int:
-        checkpoint = checkpoints(whole)[-1]
+    def find_damage(self, run_dir: Path, fault: str) -> int:
+        """Damage the files of a checkpoint, one at a time; returns how often. Each must be found."""
+        checkpoint = checkpoints(run_dir)[-1]
         files = sorted(checkpoint.iterdir())
-        shares = [self.asked[what] * (index + 1) // len(files) for index in range(len(files))]
+        shares = [self.limits[fault] * (index + 1) // len(files) for index in range(len(files))]
         num = 0
         for path, before, after in zip(files, [0, *shares], shares, strict=False):
-            for place in damaged_copies(path, what.removesuffix("s"), after - before, self.chance):
-                assert damage(checkpoint), (path.name, what, place)
+            for place in damaged_copies(path, fault.removesuffix("s"), after - before, self.chance):
+                assert find_corruption(checkpoint), (path.name, fault, place)
                 num += 1
-        assert damage(checkpoint) is None
+        assert find_corruption(checkpoint) is None
         return num
 
-    def fill_disk(self, whole: Path, index: int) -> int:
-        size = sum(path.stat().st_size for path in checkpoints(whole)[-1].iterdir())
+    def fill_disk(self, expected: Path, index: int) -> int:
+        """Let a run fill its disk, and resume it with more room."""
+        size = sum(path.stat().st_size for path in checkpoints(expected)[-1].iterdir())
         with small_disk(self.directory / f"disk-{index}", 5 * size) as disk:
             num_free = int(size * self.chance.uniform(0.01, 2.4))
-            fail_on_a_full_disk(self.directory, disk / f"filled-{index}", num_free, whole)
+            fail_on_a_full_disk(self.directory, disk / f"filled-{index}", num_free, expected)
         return 1
 
 
-def run_tests(what: Sequence[str]) -> tuple[int, str]:
-    """How many tests of tests/faults passed, and what pytest says if one did not."""
-    first, *rest = what
-    command = [sys.executable, "-m", "pytest", "-q", f"tests/faults/{first}", *rest]
+def run_tests(arguments: Sequence[str]) -> tuple[int, str]:
+    """The number of passed tests of tests/faults, and the errors of the others."""
+    first, *others = arguments
+    command = [sys.executable, "-m", "pytest", "-q", f"tests/faults/{first}", *others]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", result.stdout)
     lines = [line for line in result.stdout.splitlines() if line.startswith(("E ", "FAILED"))]
@@ -167,34 +196,41 @@ def run_tests(what: Sequence[str]) -> tuple[int, str]:
     return int(passed[1]) if passed else 0, problem[:2000] if result.returncode else ""
 
 
-def facts() -> Iterator[tuple[str, Any]]:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+def parse(texts: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, meaning) in LIMITS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=meaning)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and places of faults")
+    parser.add_argument("--record", action="store_true", help="run the tests too, and write the result")
+    add_results_option(parser)
+    return parser.parse_args(texts)
 
-    yield "commit", git("rev-parse", "HEAD")
-    yield "changed_since", git("status", "--porcelain", "--untracked-files=no").splitlines()
-    yield "begun", datetime.now().isoformat(timespec="seconds")
-    yield "machine", f"{os.cpu_count()} x {platform.machine()}, {platform.system()} {platform.release()}"
 
-
-def main(arguments: Sequence[str]) -> int:
-    begun = time.monotonic()
-    asked = {name: int(os.environ.get(f"SOAK_{name.upper()}", number)) for name, number in ASKED.items()}
-    record = dict(facts())
+def main(texts: Sequence[str]) -> int:
+    """Run the soak; returns the exit status."""
+    arguments = parse(texts)
+    start, started = time.monotonic(), datetime.now().isoformat(timespec="seconds")
+    limits = {name: getattr(arguments, name) for name in LIMITS}
     with tempfile.TemporaryDirectory(prefix="soak-") as directory:
-        soak = Soak(Path(directory), asked)
+        soak = Soak(Path(directory), limits, arguments.seed)
         soak.run()
-    record |= {"seconds": round(time.monotonic() - begun), "asked": asked, "done": soak.done}
-    record["failures"] = soak.failures
-    if "--record" in arguments:
+    record: dict[str, Any] = {
+        "command": shown_command("soak", texts),
+        **machine(os.cpu_count() or 1),
+        "begun": started,
+        "seconds": round(time.monotonic() - start),
+        "asked": limits,
+        "done": soak.done,
+        "failures": soak.failures,
+    }
+    if arguments.record:
         for name, tests in TESTS.items():
-            record[f"tests_of_{name}"], failed = run_tests(tests)
-            record["failures"] += [failed] if failed else []
-    text = json.dumps(record, indent=1)
-    print(text)
-    if "--record" in arguments:
-        (ROOT / "benchmarks" / "results" / f"soak-{date.today().isoformat()}.json").write_text(text + "\n")
-    return 1 if soak.failures else 0
+            record[f"tests_of_{name}"], problem = run_tests(tests)
+            record["failures"] += [problem] if problem else []
+    print(json.dumps(record, indent=1))
+    if arguments.record:
+        write_result(arguments.results, "soak", record)
+    return 1 if record["failures"] else 0
 
 
 if __name__ == "__main__":

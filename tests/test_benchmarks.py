@@ -1,0 +1,205 @@
+"""Every benchmark runs end to end on its smallest size, and writes its result where it is told to."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks import common, demo, growth, memory, scaling, soak, step
+from benchmarks.pairs import hh_pairs, make_batches
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBERS = re.compile(r"\d+\.\d+")
+
+
+def run(script, *arguments, cwd=ROOT):
+    """A benchmark in its own process."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def result(folder, name):
+    record = json.loads((folder / f"{name}-{date.today()}.json").read_text())
+    assert len(record["commit"]) == 40
+    assert record["versions"]["torch"] and record["machine"] and record["gpus"] == []
+    assert record["command"].startswith("benchmarks/")
+    return record
+
+
+@pytest.mark.parametrize("script", ["step", "growth", "memory", "scaling", "demo", "digits"])
+def test_help_from_another_folder(script, tmp_path):
+    outcome = run(script, "--help", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.startswith("usage:")
+
+
+# ---- step.py ----
+
+
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+def test_step(one_at_a_time, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "TRL_PYTHON", tmp_path / "none")
+    systems = "ours,ours-padded,trl-default" if not one_at_a_time else "ours-bf16"
+    step.main(
+        [
+            *("--model", "tiny", "--systems", systems, "--batch-size", "2", "--steps", "2", "--warmup", "1"),
+            *("--memory-steps", "1", "--threads", "1", "--results", str(tmp_path)),
+            *(["--one-at-a-time"] if one_at_a_time else []),
+        ]
+    )
+    record = result(tmp_path, "step-tiny-b2")
+    assert record["one_at_a_time"] is one_at_a_time
+    assert [*record["systems"]] == systems.removesuffix(",trl-default").split(",")
+    for name, row in record["systems"].items():
+        assert len(row["seconds"]) == 2 and row["memory_mb"] >= 0
+        losses = record["first_losses"][name]
+        assert losses[0] == pytest.approx(0.6931, abs=1e-3) and len(losses) == 4
+    if not one_at_a_time:
+        first, padded = record["first_losses"].values()
+        assert first == pytest.approx(padded, abs=1e-5)
+
+
+def test_step_of_real_rows(tmp_path):
+    """HH rows are truncated as for training."""
+    folder = tmp_path / "hh"
+    folder.mkdir()
+    rows = [
+        {"chosen": f"{turn} {'yes ' * (1 + 300 * (n % 3))}", "rejected": f"{turn} no {n}"}
+        for n in range(6)
+        for turn in [f"\n\nHuman: {n}?\n\nAssistant:"]
+    ]
+    with gzip.open(folder / "train.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = hh_pairs(tmp_path, 300, 8)
+    assert len(pairs) == 8 and pairs[0] == pairs[6]
+    assert max(len(pair["prompt"]) + len(pair["chosen"]) for pair in pairs) == 512
+    batches = make_batches(pairs, 4, grouped=True)
+    assert sorted(map(len, batches)) == [4, 4]
+
+
+def test_step_needs_a_known_system(capsys):
+    with pytest.raises(SystemExit):
+        step.main(["--systems", "ours,theirs"])
+    assert "theirs: choose from ours-bf16, " in capsys.readouterr().err
+
+
+def test_dead_worker_shows_its_error(tmp_path):
+    batches = [[{"prompt": [2], "chosen": [3, 4], "rejected": [5, 6]}]]
+    job = {"worker": "ours", "settings": ["lr=high"], "model": str(tmp_path), "batches": batches, "batch_size": 1}
+    with pytest.raises(SystemExit, match=r"(?s)a worker died:.*lr: "):
+        step.Worker(tmp_path / "worker", job, threads=1)
+
+
+# ---- The others ----
+
+
+def test_growth(tmp_path):
+    growth.main(
+        [
+            *("--model", "tiny", "--curves", "vocabulary,responses", "--points", "1", "--steps", "1"),
+            *("--threads", "1", "--results", str(tmp_path)),
+        ]
+    )
+    curves = result(tmp_path, "growth")["curves"]
+    assert [*curves["vocabulary"]] == ["8192"] and [*curves["responses"]] == ["2"]
+    assert curves["responses"]["2"]["fed_tokens"] == 8 * (3 * 128 - 2)
+
+
+def test_memory(tmp_path):
+    size = ("--sizes", "tiny", "--lengths", "16", "--threads", "1", "--results", str(tmp_path))
+    memory.main([*size, "--peft", "lora", "activation_checkpointing=true"])
+    (cell,) = result(tmp_path, "memory-cpu")["cells"]
+    assert 0 < cell["held_gb"] <= cell["peak_gb"] < 2 and cell["peft"] == "lora"
+
+
+def test_memory_of_a_plan(tmp_path):
+    size = ("--sizes", "tiny", "--lengths", "16", "--peft", "full", "--threads", "1", "--results", str(tmp_path))
+    memory.main([*size, "--plan", "rtx4090"])
+    (cell,) = result(tmp_path, "memory-plan-rtx4090")["cells"]
+    assert 0 < cell["held_gb"] <= cell["peak_gb"] < 1
+
+
+def test_scaling(tmp_path):
+    scaling.main(
+        [
+            *("--model", "tiny", "--trainers", "FSDP,TensorParallel", "--most-processes", "1", "--batch-size", "4"),
+            *("--steps", "1", "--warmup", "0", "--results", str(tmp_path)),
+        ]
+    )
+    (row,) = result(tmp_path, "scaling-cpu")["rows"]
+    assert row["trainer"] == "FSDP" and row["processes"] == 1
+    assert row["tokens_per_second"] > 0 and row["state_mb"] > 0
+
+
+@pytest.mark.slow
+def test_scaling_to_four_processes(tmp_path):
+    scaling.main(
+        [
+            *("--model", "tiny", "--trainers", "Basic,FSDP x TensorParallel", "--batch-size", "4", "--steps", "1"),
+            *("--warmup", "0", "--results", str(tmp_path)),
+        ]
+    )
+    one, four = result(tmp_path, "scaling-cpu")["rows"]
+    assert (one["processes"], four["processes"]) == (1, 4)
+    assert four["state_mb"] < one["state_mb"] / 2
+
+
+def test_soak(tmp_path, capsys):
+    none = [f"--{name.replace('_', '-')}=0" for name in soak.LIMITS if name != "seconds"]
+    assert soak.main([*none, "--flips", "4", "--truncations", "4", "--kills", "1", "--seconds", "60"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out[out.index("\n{") :])["done"] == {"flips": 4, "truncations": 4, "kills": 1}
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, capsys):
+    demo.main(
+        [
+            *(f"local_dirs=[{tmp_path}]", "n_examples=16", "n_epochs=null", "n_eval_examples=8", "warmup_steps=0"),
+            *("n_eval_model_samples=4", "eval_batch_size=8"),
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "What DPO gained, on 4 held-out prompts:" in out
+    assert len(NUMBERS.findall(out.partition("What DPO gained")[2].partition("Human:")[0])) >= 7
+
+
+@pytest.mark.slow
+def test_digits(tmp_path):
+    output = tmp_path / "digits.txt"
+    outcome = run("digits", "--only", "sft", "--output", output)
+    assert outcome.returncode == 0, outcome.stderr
+    lines = output.read_text().splitlines()
+    assert [line for line in lines if line.startswith("==")] == ["== sft: loss=sft", "== sft, resumed"]
+    assert sum(line.startswith("weights and optimizer ") for line in lines) == 2
+
+
+def test_llama_cpp_parity_names_what_is_missing():
+    if find_spec("llama_cpp"):
+        pytest.skip("llama_cpp is installed; the whole benchmark takes minutes")
+    outcome = run("llama_cpp_parity")
+    assert outcome.returncode == 1
+    assert outcome.stderr.endswith("ModuleNotFoundError: No module named 'llama_cpp'\n")
+
+
+# ---- The record ----
+
+
+def test_record_without_git_and_gpu_tools(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = common.machine(2)
+    assert found["commit"] == common.UNKNOWN
+    assert found["machine"].endswith(", 2 threads")
+    path = common.write_result(tmp_path / "new" / "folder", "name", found)
+    assert json.loads(path.read_text()) == found
+    assert f"written to {path}" in capsys.readouterr().out
+
+
+def test_command_of_a_record_hides_the_path_of_the_data():
+    assert common.shown_command("step", ["--data", "/home/x"], Path("/home/x")) == "benchmarks/step.py --data DATA"
