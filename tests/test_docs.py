@@ -1,0 +1,231 @@
+"""README.md and docs/: every command runs, every link leads somewhere, and the tables are complete.
+
+Each block of commands runs in order, in a folder of its own, inside this process. Large models, hub data and several
+processes are replaced by the nearest form: a tiny model, the embedded data, one process.
+"""
+
+import io
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import chat
+import export
+from docs import make_config
+from engine.export.saved_models import load_saved
+from engine.settings.keys import all_keys
+from tests.runs import QUICK, SMALL, Program
+from utils import EXIT_STATUS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+QUICKER = (*QUICK, "n_eval_model_samples=2", "max_length=260", "max_prompt_length=200")
+
+
+# ---- Reading the pages ----
+
+
+def blocks(page: Path) -> list[list[str]]:
+    """The commands in each of a page's bash blocks, without comments, continued lines joined."""
+    texts = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    plain = (re.sub(r" +#.*", "", text).replace("\\\n", " ") for text in texts)
+    return [[" ".join(line.split()) for line in text.splitlines()] for text in plain]
+
+
+def num_runs(block: list[str]) -> int:
+    return sum("train.py" in line for line in block)
+
+
+def cases() -> list[object]:
+    """Every block once, with its page; those of extend.md run in tests/test_extend.py."""
+    found: dict[str, object] = {}
+    for page in PAGES:
+        for number, block in enumerate(blocks(page)) if page.stem != "extend" else ():
+            is_slow = page.stem != "README" and num_runs(block) > 2
+            marks = [pytest.mark.slow] if is_slow else []
+            text = "\n".join(map(nearest_form, block))
+            found.setdefault(text, pytest.param(block, id=f"{page.stem}-{number}", marks=marks))
+    return list(found.values())
+
+
+# ---- The nearest form of a command ----
+
+OWN_DATA = r"(?=.*(mine\.jsonl|chats\.jsonl|data_dir=))"
+# Replacements of models, data and files that a test lacks.
+STAND_INS = [
+    (r"^(python (-u )?|torchrun .*)train\.py ?", "train.py "),
+    (r"model=blank_model model\.name_or_path=(?!mine)\S+", "model=tiny"),
+    (r" model\.block_name=\S+", ""),  # of the replaced model
+    (r"\bmodel=(?!tiny|blank_model)\S+", "model=tiny"),
+    (r"(\+experiment=\S+)", r"\1 model=tiny datasets=films"),
+    (rf"^(?!{OWN_DATA})(.*)datasets=(?!films)\S+", r"\2datasets=films"),
+    (r"/path/to/sft", "SFT_RUN"),
+    (r"step-\d+", "step-4"),
+    (r"save_every=\d+", "save_every=4"),
+    (r"n_epochs=\d+ ?", ""),
+    (r"n_eval_model_samples=\d+", "n_eval_model_samples=2"),
+]
+# A plan starts no processes, so its sizes can stay.
+SIZES = [
+    (r"(num_processes|tensor_parallel_size)=\d+", r"\1=1"),  # tests/test_sharded_runs.py has several
+    (r"batch_size=\d+", "batch_size=2"),
+]
+
+
+def nearest_form(command: str) -> str:
+    """A command of train.py with its stand-ins; another command as it is."""
+    if "train.py" not in command:
+        return command
+    for pattern, replacement in STAND_INS + ([] if "plan=true" in command else SIZES):
+        command = re.sub(pattern, replacement, command)
+    return command
+
+
+# ---- Running a block ----
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A finished run of SFT."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        import train
+
+        directory = tmp_path_factory.mktemp("archive")
+        arguments = [*SMALL, *QUICKER, "n_examples=4", f"cache_dir={cache}", f"local_run_dir={directory / 'run'}"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        assert train.main() == 0
+    return directory / "run"
+
+
+def make_places(archive: Path) -> None:
+    """The files that commands name, in this directory: runs, rows and prompts."""
+    for name in ("RUN", "OTHER", "SFT_RUN"):
+        Path(name).symlink_to(archive)
+    Path("prompts.txt").write_text("Is it any good?\n")
+    rows = [{"prompt": f"Q{n}?", "chosen": f" yes, {n}.", "rejected": f" no, not {n}."} for n in range(12)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    turns = [[{"role": "user", "content": f"Q{n}?"}, {"role": "assistant", "content": f"A{n}."}] for n in range(12)]
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": [*turn, *turn]}) + "\n" for turn in turns))
+    Path("DATA/hh").mkdir(parents=True)
+    for split in ("train", "test"):
+        prompts = [f"\n\nHuman: {split} {n}?\n\nAssistant:" for n in range(8)]
+        transcripts = [{"chosen": f"{prompt} yes", "rejected": f"{prompt} no"} for prompt in prompts]
+        Path(f"DATA/hh/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in transcripts))
+
+
+@pytest.mark.parametrize("block", cases())
+def test_every_command_runs(block: list[str], program: Program, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(program.directory)
+    make_places(archive)
+    for line in block:
+        words = shlex.split(nearest_form(line).partition(" < ")[0])
+        if words[0] == "train.py":
+            run_training(words[1:], program)
+        elif words[0] == "python" and words[1] in ("chat.py", "export.py"):
+            run_command(words[1], words[2:], line.partition(" < ")[2], monkeypatch)
+        else:
+            check_command(words)
+
+
+def run_training(arguments: list[str], program: Program) -> None:
+    sizes = () if any("model.architecture" in argument for argument in arguments) else SMALL
+    run = program.ok(*arguments, "n_examples=4", defaults=sizes + QUICKER)
+    prints_no_run = {"--help", "plan=true"} & set(arguments)
+    assert prints_no_run or run.out.splitlines()[-1].startswith("run_dir: ")
+    given = next((word.removeprefix("model.archive=") for word in arguments if word.startswith("model.archive=")), "")
+    if Path(given, "LATEST", "adapter_config.json").exists():  # the reference is where training began
+        base, start = Path(given, "base").resolve(), Path(given, "LATEST").resolve()
+        assert f"reference: {base} with {start}" in run.out
+
+
+def run_command(script: str, arguments: list[str], stdin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """chat.py or export.py in this process."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(Path(stdin).read_text() if stdin else "hello\n"))
+    quicker = ["max_new_tokens=4"] if script == "chat.py" else []
+    monkeypatch.setattr(sys, "argv", [script, *arguments, *quicker])
+    status = {"chat.py": chat, "export.py": export}[script].main()
+    values = dict(argument.split("=", 1) for argument in arguments)
+    if values.get("from") == "meta":  # tests/test_export.py has such files; here they are missed in the right place
+        assert status == EXIT_STATUS["CHECKPOINT"] and not Path(values["path"]).exists()
+        return
+    assert status == 0
+    if script == "export.py" and "format" not in values:
+        state = load_saved(values["from"]).model.state_dict()
+        exported = AutoModelForCausalLM.from_pretrained(values["to"]).state_dict()
+        assert all(torch.equal(exported[name], value) for name, value in state.items())
+
+
+def check_command(words: list[str]) -> None:
+    """A command of make, pytest or a benchmark: its target, marker, script and options exist."""
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert words[3] == "-m" and f'"{words[4]}: ' in (ROOT / "pyproject.toml").read_text()
+    elif Path(words[0]).name == "python":
+        source = (ROOT / words[1]).read_text()
+        assert all(f'"{word}"' in source for word in words if word.startswith("--"))
+    elif words[0] == ".venv/bin/pip":
+        assert words[1:] == ["install", "pre-commit", "&&", ".venv/bin/pre-commit", "install"]
+        assert (ROOT / ".pre-commit-config.yaml").exists()
+    else:
+        assert (ROOT / words[0]).exists(), f"{words}: no such command"
+
+
+def test_the_commands_of_the_reference_implementation_are_there() -> None:
+    joined = " ".join(line for page in PAGES for block in blocks(page) for line in block)
+    for part in (
+        "model=pythia69 datasets=[hh] loss=sft",
+        "model.name_or_path=/PATH/TO/LLAMA/WEIGHTS model.block_name=LlamaDecoderLayer datasets=[hh,shp]",
+        "model=pythia69 datasets=[hh] loss=dpo loss.beta=0.1 model.archive=",
+        "model=pythia28 datasets=[hh] loss=sft",
+        "model=pythia28 datasets=[hh] loss=dpo loss.beta=0.1",
+    ):
+        assert part in joined
+
+
+# ---- Links and tables ----
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    files = re.findall(r"`((?:engine|tests|benchmarks|config)/[\w./-]+)`", text)
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_the_readme_links_to_every_page() -> None:
+    readme = PAGES[0].read_text(encoding="utf-8")
+    assert all(f"(docs/{page.name})" in readme for page in PAGES if page.parent.name == "docs")
+
+
+def test_config_page_is_up_to_date() -> None:
+    page = make_config.page()
+    assert make_config.PAGE.read_text(encoding="utf-8") == page, "run `make docs`"
+    missing = {key for key in all_keys() if f"| `{key}` |" not in page}
+    assert missing == {"loss.name", "peft.name"}  # the titles have them
+
+
+def test_errors_page_has_every_status() -> None:
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert all(f"| {status} | {code} |" in text for code, status in EXIT_STATUS.items())
+
+
+def test_metrics_page_has_every_metric(program: Program) -> None:
+    run = program.ok("loss=dpo", "loss.beta=0.1", "reference=live", "sample_during_eval=true", "n_eval_model_samples=2")
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    logged = {name for row in run.metrics for name in row}
+    assert {name for name in logged if f"`{name}`" not in text} == set()
+
+
+def test_readme_shows_what_the_demo_prints() -> None:
+    printed = re.findall(r'print\(f?"  ([a-zA-Z /-]+?) {2,}', (ROOT / "benchmarks" / "demo.py").read_text())
+    readme = PAGES[0].read_text(encoding="utf-8")
+    assert printed and all(f"\n  {label} " in readme for label in printed)
