@@ -72,7 +72,14 @@ def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> l
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        torch.multiprocessing.spawn(_on_rank, (num_ranks, port, directory, function, arguments), nprocs=num_ranks)
+        # Forked from one process with all imports: they take five seconds of a core.
+        torch.multiprocessing.set_forkserver_preload(["tests.ranks", "trainers"])
+        torch.multiprocessing.start_processes(
+            _on_rank,
+            (num_ranks, port, directory, function, arguments),
+            nprocs=num_ranks,
+            start_method="forkserver",
+        )
         return [torch.load(Path(directory, str(rank)), weights_only=False) for rank in range(num_ranks)]
 
 

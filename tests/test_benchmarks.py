@@ -42,7 +42,7 @@ def test_help_from_another_folder(script, tmp_path):
 # ---- step.py ----
 
 
-@pytest.mark.parametrize("one_at_a_time", [False, True])
+@pytest.mark.parametrize("one_at_a_time", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_step(one_at_a_time, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "TRL_PYTHON", tmp_path / "none")
     systems = "ours,ours-padded,trl-default" if not one_at_a_time else "ours-bf16"
@@ -99,6 +99,7 @@ def test_dead_worker_shows_its_error(tmp_path):
 # ---- The others ----
 
 
+@pytest.mark.slow
 def test_growth(tmp_path):
     growth.main(
         [
@@ -111,6 +112,7 @@ def test_growth(tmp_path):
     assert curves["responses"]["2"]["fed_tokens"] == 8 * (3 * 128 - 2)
 
 
+@pytest.mark.slow
 def test_memory(tmp_path):
     size = ("--sizes", "tiny", "--lengths", "16", "--threads", "1", "--results", str(tmp_path))
     memory.main([*size, "--peft", "lora", "activation_checkpointing=true"])
@@ -118,6 +120,7 @@ def test_memory(tmp_path):
     assert 0 < cell["held_gb"] <= cell["peak_gb"] < 2 and cell["peft"] == "lora"
 
 
+@pytest.mark.slow
 def test_memory_of_a_plan(tmp_path):
     size = ("--sizes", "tiny", "--lengths", "16", "--peft", "full", "--threads", "1", "--results", str(tmp_path))
     memory.main([*size, "--plan", "rtx4090"])
@@ -125,6 +128,7 @@ def test_memory_of_a_plan(tmp_path):
     assert 0 < cell["held_gb"] <= cell["peak_gb"] < 1
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     scaling.main(
         [
@@ -150,6 +154,7 @@ def test_scaling_to_four_processes(tmp_path):
     assert four["state_mb"] < one["state_mb"] / 2
 
 
+@pytest.mark.slow
 def test_soak(tmp_path, capsys):
     none = [f"--{name.replace('_', '-')}=0" for name in soak.LIMITS if name != "seconds"]
     assert soak.main([*none, "--flips", "4", "--truncations", "4", "--kills", "1", "--seconds", "60"]) == 0
