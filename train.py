@@ -50,8 +50,7 @@ def run(config: DictConfig) -> int:
     if given or num_processes == 1:
         status = run_here(settings)
     else:
-        settings = settings.named(**derive_names(settings))
-        status = launcher.launch(settings_to_text(settings), num_processes)
+        status = launcher.launch(settings_to_text(settings, derive_names(settings)), num_processes)
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     if status in STOPPED:
@@ -145,13 +144,15 @@ def run_worker() -> int:
     """Run as a worker of launch(); returns the exit status."""
     from preference_datasets import DATASETS
 
-    settings = settings_from_text(worker_link.attach(), DATASETS)
+    text, config = worker_link.attach(), OmegaConf.create()
     try:
+        settings = settings_from_text(text, DATASETS)
+        config = settings.source
         return run_here(settings)
     except KeyboardInterrupt:  # the launcher prints it
         return 128 + signal.SIGINT
     except Exception as error:
-        failure = as_failure(error, settings.source)
+        failure = as_failure(error, config)
         worker_link.report(failure)
         return failure.status
 

@@ -21,9 +21,9 @@ from engine.models.archives import find_checkpoint
 from engine.models.layers import find_layers
 from engine.models.parameters import num_weights
 from engine.placement.memory import peak_memory_gb
+from engine.placement.placement import Placement
 from engine.placement.process_group import is_lost_peer
 from engine.placement.sharded import FSDP, TensorParallel
-from engine.placement.single import SingleProcess
 from engine.placement.token_budget import fit_memory, halve_budget
 from engine.run.best import BestCheckpoint
 from engine.run.checkpoint_contents import start_save
@@ -32,12 +32,12 @@ from engine.run.checkpoint_writer import CheckpointWriter
 from engine.run.evaluation import Evaluator
 from engine.run.loggers import Loggers, NoLoggers
 from engine.run.nonfinite import NonFinitePolicy
-from engine.run.reference_setup import cache_reference, freeze_reference, place_reference
+from engine.run.reference_setup import build_reference
 from engine.run.resume_check import read_state, settings_of
 from engine.run.run_files import log_sizes, rewind
 from engine.run.start_report import describe_parameters, describe_training
 from engine.run.throughput import throughput
-from engine.settings.schema import Settings
+from engine.settings.schema import LoraSettings, Settings
 from engine.step.gradient_check import check_gradients
 from engine.step.metrics import DeviceTimestamp, MetricAccumulator, prefix_metrics, to_floats
 from engine.step.microbatches import Batch, MicrobatchRunner
@@ -73,7 +73,7 @@ class BasicTrainer:
     """
 
     source: Source  # of batches
-    placement: SingleProcess  # where the model lives, and how ranks communicate
+    placement: Placement  # where the model lives, and how ranks communicate
     policy: PreTrainedModel
     runner: MicrobatchRunner  # policy, reference and objective
     optimizer: torch.optim.Optimizer
@@ -87,8 +87,8 @@ class BasicTrainer:
     reference_hash: str | None
 
     @classmethod
-    def placement_class(cls, settings: Settings) -> type[SingleProcess]:
-        return SingleProcess
+    def placement_class(cls, settings: Settings) -> type[Placement]:
+        return Placement
 
     # ---- The run ----
 
@@ -169,7 +169,8 @@ class BasicTrainer:
         """Update the policy once. A GPU may still be running when this returns."""
         if batch.token_budget > self.token_budget:  # prefetched before memory ran out
             batch = self.prepare(self.split_batch(batch.examples))
-        if getattr(self.settings.peft, "dropout", 0):  # the same masks on a resumed run
+        peft = self.settings.peft
+        if isinstance(peft, LoraSettings) and peft.dropout:  # the same masks on a resumed run
             seeds = (self.settings.seed, self.counters["updates"], self.placement.rank)
             torch.manual_seed(hash(seeds) % 2**32)
         batch, metrics = self.accumulate_with_oom_retry(batch)
@@ -437,8 +438,7 @@ class BasicTrainer:
         reward = ground_truth_reward(settings.datasets)
         self.evaluator = Evaluator(settings, tokenizer, self.placement, self.runner, eval_examples, reward)
         self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, self.train_examples)
-        self.reference_hash = None
-        self.runner.reference = self.build_reference()
+        self.runner.reference, self.reference_hash = self.build_reference()
         self.prepare_policy()
         self.optimizer = self.placement.build_optimizer(self.policy)
 
@@ -462,28 +462,19 @@ class BasicTrainer:
                 setattr(layer, "gradient_checkpointing", False)  # noqa: B010  mypy knows no such attribute
         self.policy.train()
 
-    def build_reference(self) -> Reference | None:
-        """The frozen reference: a loaded model, or cached log-probs; None if the loss needs none."""
-        settings, placement, runner = self.settings, self.placement, self.runner
-        live = place_reference(settings, placement, runner)
-        if live is None:
-            return None
-        if self.evaluator.should_sample:
-            self.evaluator.reference_samples = self.evaluator.sample(live.model, self.counters["examples"])
-        self.reference_hash = freeze_reference(live, placement, runner)
-        if settings.reference == "live":
-            return live
+    def build_reference(self) -> tuple[Reference | None, str | None]:
+        """The frozen reference, and a hash of its weights; None for a loss without a reference."""
         # The batches of one epoch contain every example. A long run has many more.
-        num_batches = math.ceil(len(self.train_examples) / settings.batch_size)
+        num_batches = math.ceil(len(self.train_examples) / self.settings.batch_size)
         batches = chain(islice(self.train_batches(), num_batches), self.evaluator.batches(self.token_budget))
-        return cache_reference(live, self.reference_hash, settings, placement, runner, batches)
+        return build_reference(self.settings, self.placement, self.runner, self.evaluator, batches)
 
 
 class FSDPTrainer(BasicTrainer):
     """Trains in several processes. Each holds a shard of all weights, and trains on other examples."""
 
     @classmethod
-    def placement_class(cls, settings: Settings) -> type[SingleProcess]:
+    def placement_class(cls, settings: Settings) -> type[Placement]:
         return FSDP
 
 
@@ -491,7 +482,7 @@ class TensorParallelTrainer(BasicTrainer):
     """Splits each matrix product among processes, or with the tensor_parallel package among the devices of one."""
 
     @classmethod
-    def placement_class(cls, settings: Settings) -> type[SingleProcess]:
+    def placement_class(cls, settings: Settings) -> type[Placement]:
         if settings.tensor_parallel.backend == "package":
             from engine.placement.package import PackageDevices  # slow to import
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -106,7 +107,8 @@ class Progress:
         description: names the phase, as in "tokenizing".
         total: number of items; None if unknown.
         unit: an item, in the plural.
-        is_shown: False for all ranks but one.
+        is_shown: None shows it on rank 0 only.
+        stays: whether the finished bar stays on the terminal.
         clock: gives seconds.
     """
 
@@ -118,18 +120,23 @@ class Progress:
         *,
         total: int | None = None,
         unit: str = "items",
-        is_shown: bool = True,
+        is_shown: bool | None = None,
+        stays: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_done = 0
         self._description, self._total, self._unit = description, total, unit
-        self._is_shown, self._clock = is_shown, clock
+        self._is_shown = _is_first_rank() if is_shown is None else is_shown
+        self._clock = clock
         self._start = self._last_line = clock()
         self._bar: Any = None
-        if is_shown and sys.stderr.isatty():
+        if self._is_shown and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=description, unit=f" {unit}")
+            size = shutil.get_terminal_size()  # tqdm shows nothing on a terminal of unknown size
+            self._bar = tqdm(
+                total=total, desc=description, unit=f" {unit}", leave=stays, ncols=size.columns, nrows=size.lines
+            )
 
     def __enter__(self) -> "Progress":
         return self
@@ -161,16 +168,22 @@ def progress(
     description: str,
     total: int | None = None,
     unit: str = "items",
-    is_shown: bool = True,
+    is_shown: bool | None = None,
+    stays: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
     """The items, with their Progress shown. By default, total is their len, if any."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    with Progress(description, total=total, unit=unit, is_shown=is_shown, clock=clock) as shown:
+    with Progress(description, total=total, unit=unit, is_shown=is_shown, stays=stays, clock=clock) as shown:
         for item in items:
             yield item
             shown.update()
+
+
+def _is_first_rank() -> bool:
+    """Whether this process is rank 0, as its launcher, torchrun or Slurm says."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
 def _duration(seconds: float) -> str:

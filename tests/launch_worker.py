@@ -15,6 +15,7 @@ import train
 from engine.placement import launcher, process_group, worker_link
 from engine.placement.world import world_from_environment
 from engine.run import run_dir
+from engine.run.run_dir import derive_names
 from engine.settings.reading import settings_to_text
 from engine.settings.schema import Settings
 from tests.configs import make_settings
@@ -79,4 +80,8 @@ if __name__ == "__main__":
             status = 0
         process_group.exit_process(status)
     settings, num_workers = read_arguments()
-    sys.exit(launcher.launch(settings_to_text(settings), num_workers, [sys.executable, Path(__file__)]))
+    sys.exit(
+        launcher.launch(
+            settings_to_text(settings, derive_names(settings)), num_workers, [sys.executable, Path(__file__)]
+        )
+    )

@@ -10,7 +10,7 @@ import engine.placement.memory
 import trainers
 from engine.data.examples import Example
 from engine.placement.memory import FEWEST_TOKENS, SHARE, max_efficient_tokens, saved_bytes, tokens_that_fit
-from engine.placement.single import SingleProcess
+from engine.placement.placement import Placement
 from engine.step.microbatches import MicrobatchRunner
 from tests.runs import Program
 
@@ -99,7 +99,7 @@ def test_a_run_leaves_room_for_gradients_optimizer_and_reference(
     budgets = []
     fit_memory = trainers.fit_memory
 
-    def fit(placement: SingleProcess, runner: MicrobatchRunner, examples: Sequence[Example]) -> tuple[int, int]:
+    def fit(placement: Placement, runner: MicrobatchRunner, examples: Sequence[Example]) -> tuple[int, int]:
         weights = sum(parameter.nbytes for parameter in runner.policy.parameters())
         per_token = weights / 1000
         monkeypatch.setattr(placement, "bytes_per_token", lambda *arguments: per_token)

@@ -50,7 +50,7 @@ def test_a_loss_may_return_metrics_of_its_own(program: Program, monkeypatch: pyt
     run = program.ok("loss=ipo", "loss.beta=0.1", "n_examples=4")
     for row, split in ((run.steps[0], "train"), (run.evals[0], "eval")):
         gap = row[f"logps_{split}/chosen"] - row[f"logps_{split}/rejected"]
-        assert row[f"gap_{split}/gap"] == pytest.approx(gap, rel=1e-5)
+        assert row[f"gap/{split}"] == pytest.approx(gap, rel=1e-5)
     assert run.steps[0]["loss/train"] == plain.steps[0]["loss/train"]
 
 

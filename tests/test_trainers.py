@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import engine.placement.memory
 from engine.data.examples import Example
 from engine.models.layers import find_layers
-from engine.placement import single
+from engine.placement import placement
 from engine.step.layout import Microbatch
 from engine.step.microbatches import MicrobatchRunner
 from tests.runs import QUICK, Program
@@ -191,7 +191,7 @@ def test_activation_checkpointing_changes_nothing(
             )
 
     monkeypatch.setattr(BasicTrainer, "prepare_policy", counting)
-    monkeypatch.setattr(single, "total_memory", lambda device: memory)
+    monkeypatch.setattr(placement, "total_memory", lambda device: memory)
     common = (*DPO, "model.architecture.num_hidden_layers=3", "n_examples=8", "token_budget=512")
     plain = program.ok(*common, "activation_checkpointing=false")
     once = [calls.count(index) for index in range(3)]
@@ -246,7 +246,7 @@ def test_the_budget_follows_the_memory(
     """Less memory gives more microbatches and the same update."""
     runs, longest = [], []
     for memory in (2**40, 2**20):
-        monkeypatch.setattr(single, "total_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr(placement, "total_memory", lambda device, memory=memory: memory)
         runs.append(program.ok("batch_size=16", "do_first_eval=false"))
         longest.append(max(batch.num_tokens for batch in laid_out))
         laid_out.clear()

@@ -5,11 +5,16 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from engine.models.attention_switch import attention_of
-from engine.models.shards import rank_and_size
-from utils import progress
+from utils import Progress
 
 
 @torch.no_grad()
@@ -46,9 +51,10 @@ def sample_responses(
     responses: dict[int, np.ndarray] = {}
     device = model.get_input_embeddings().weight.device
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # for little padding
-    with _ready_to_generate(model, settings, seed):
-        starts = range(0, len(prompts), batch_size)
-        for start in progress(starts, description="sampling", unit="batches", is_shown=rank_and_size()[0] == 0):
+    num_batches = -(-len(prompts) // batch_size)
+    shown = Progress("sampling", total=num_batches * max_new_tokens, unit="tokens", stays=False)
+    with _ready_to_generate(model, settings, seed), shown:
+        for start in range(0, len(prompts), batch_size):
             indices = by_length[start : start + batch_size]
             length = max(len(prompts[index]) for index in indices)
             input_ids = torch.full((len(indices), length), tokenizer.pad_token_id)
@@ -62,11 +68,24 @@ def sample_responses(
                 attention_mask=attention_mask.to(device),
                 max_new_tokens=min(max_new_tokens, max_length - length),
                 synced_gpus=False,  # other ranks may have more prompts, or none
+                stopping_criteria=StoppingCriteriaList([_TokenCounter(shown)]),
             )
+            shown.update(max_new_tokens - (output.shape[1] - length))  # all responses ended early
             for index, response in zip(indices, output[:, length:].cpu().numpy().astype(np.int32), strict=True):
                 ends = np.flatnonzero(response == tokenizer.eos_token_id)
                 responses[index] = response[: ends[0] + 1] if len(ends) else response
     return [responses[index] for index in range(len(prompts))]
+
+
+class _TokenCounter(StoppingCriteria):
+    """Counts generated tokens, and stops nothing."""
+
+    def __init__(self, shown: Progress):
+        self._shown = shown
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        self._shown.update()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager
@@ -79,7 +98,7 @@ def _ready_to_generate(model: PreTrainedModel, settings: GenerationConfig, seed:
     """
     was_training, original_settings = model.training, model.generation_config
     device = model.get_input_embeddings().weight.device
-    attention = getattr(model, "own_attention", model.config._attn_implementation)
+    attention = getattr(model, "original_attention", model.config._attn_implementation)
     # Hidden states may have a lower dtype than the head.
     head = model.get_output_embeddings()
     with (

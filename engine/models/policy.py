@@ -97,8 +97,6 @@ def _load_with_adapters(
 
     run_dtype = getattr(torch, settings.mixed_precision) if settings.mixed_precision else dtype
     _set_dtypes(model, adapter, dtype, run_dtype)
-    if settings.trainer == "FSDPTrainer":
-        _check_one_dtype(layers)
     if archive is not None:
         load_adapter_weights(model, archive)
     if needs_copy:
@@ -282,20 +280,6 @@ def _warn_of_other_weights(layers: list[nn.Module]) -> None:
         some = f" ({clipped(', '.join(names), 200)})" if names else ""
         where = f"in no linear layer{some}"
         print(f"peft: {share:.0%} of the transformer layers' weights are {where}: neither quantised nor adapted")
-
-
-def _check_one_dtype(layers: list[nn.Module]) -> None:
-    """Raise a UserError if a layer's trained weights have several dtypes.
-
-    FSDP cannot mix them.
-    """
-    for layer in layers:
-        dtypes = {p.dtype: name for name, p in layer.named_parameters() if p.requires_grad}
-        if len(dtypes) > 1:
-            low = min(dtypes, key=lambda dtype: dtype.itemsize)
-            shown = str(low).removeprefix("torch.")
-            problem = f"peft: {dtypes[low]} trains in {shown} beside adapters in fp32; FSDP cannot mix them"
-            raise UserError("CONFIG", problem, f"set mixed_precision={shown} in place of that dtype")
 
 
 def _trains_biases(model: nn.Module, lora: Any) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from engine.data.examples import Example
 from engine.models.loading import hf_config_of, load_model
 from engine.models.parameters import named_aliases
-from engine.placement.single import SingleProcess
+from engine.placement.placement import Placement
 from engine.placement.tensor_parallel_package import (
     check_config,
     load_merged,
@@ -22,7 +22,7 @@ from engine.step.microbatches import MicrobatchRunner
 from engine.step.packing_check import use_packed_attention
 
 
-class PackageDevices(SingleProcess):
+class PackageDevices(Placement):
     """The placement of tensor_parallel.backend=package."""
 
     def place_model(self, dtype: torch.dtype) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from engine.models.layers import find_layers
 from engine.models.loading import hf_config_of
 from engine.models.parameters import named_aliases
 from engine.models.shards import full_tensor, local_shard, rank_and_size
+from engine.placement.placement import Placement
 from engine.placement.process_group import rank_0_first
 from engine.placement.sharding import (
     finish_sums,
@@ -27,7 +28,6 @@ from engine.placement.sharding import (
     shard_model,
     without_weights,
 )
-from engine.placement.single import SingleProcess
 from engine.placement.tensor_parallel import check_divides
 from engine.settings.schema import Settings
 from engine.step.splitting import split_for_ranks
@@ -36,7 +36,7 @@ from utils import UserError
 T = TypeVar("T")
 
 
-class ShardedProcesses(SingleProcess):
+class ShardedProcesses(Placement):
     """One process per device; each holds a shard of the weights. See engine/placement/sharding.py."""
 
     unfused = ("SGD", "Adagrad")

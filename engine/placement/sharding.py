@@ -22,10 +22,12 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from engine.models.adapters import adapter_of
 from engine.models.shards import ShardPermutations, copy_to_shard, local_shard, split_axes
 from engine.placement.tensor_parallel import split_products
 from engine.step.attention import register_packed_attention
 from engine.step.heads import run_unsharded_head
+from utils import UserError
 
 
 def make_mesh(device: torch.device, replicas: int, shards: int, tensor: int) -> DeviceMesh:
@@ -38,9 +40,11 @@ def without_weights(full: PreTrainedModel | None, trust_remote_code: bool = Fals
     config_of_rank_0: list[Any] = [None]
     if full is not None:
         attention = full.config._attn_implementation
-        config_of_rank_0 = [(full.config, full.generation_config, attention, getattr(full, "own_attention", attention))]
+        config_of_rank_0 = [
+            (full.config, full.generation_config, attention, getattr(full, "original_attention", attention))
+        ]
     dist.broadcast_object_list(config_of_rank_0, src=0)
-    config, generation_config, attention, own_attention = config_of_rank_0[0]
+    config, generation_config, attention, original_attention = config_of_rank_0[0]
     register_packed_attention()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
@@ -49,7 +53,7 @@ def without_weights(full: PreTrainedModel | None, trust_remote_code: bool = Fals
             module.p = 0.0
     model.generation_config = generation_config
     model.config._attn_implementation = attention
-    model.own_attention = own_attention  # for sampling
+    model.original_attention = original_attention  # for sampling
     return model.eval()
 
 
@@ -72,7 +76,12 @@ def shard_model(
 
     Returns:
         the permutations of parameters split by tensor parallelism.
+
+    Raises:
+        UserError: CONFIG, if the trained weights of a layer have several dtypes.
     """
+    if adapter_of(model) is not None:
+        _check_one_dtype(layers)
     permutations = split_products(model, mesh["tensor"]) if mesh["tensor"].size() > 1 else {}
     offload_policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
 
@@ -105,6 +114,20 @@ def shard_model(
     model.run_sharded = types.MethodType(run_unsharded_head, model)  # gathers the LM head's weight
     register_fsdp_forward_method(model, "run_sharded")
     return permutations
+
+
+def _check_one_dtype(layers: Sequence[nn.Module]) -> None:
+    """Raise a UserError if a layer's trained weights have several dtypes.
+
+    FSDP cannot mix them.
+    """
+    for layer in layers:
+        dtypes = {p.dtype: name for name, p in layer.named_parameters() if p.requires_grad}
+        if len(dtypes) > 1:
+            low = min(dtypes, key=lambda dtype: dtype.itemsize)
+            shown = str(low).removeprefix("torch.")
+            problem = f"peft: {dtypes[low]} trains in {shown} beside adapters in fp32; FSDP cannot mix them"
+            raise UserError("CONFIG", problem, f"set mixed_precision={shown} in place of that dtype")
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

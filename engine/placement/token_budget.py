@@ -7,13 +7,13 @@ from engine.models.adapters import adapter_of
 from engine.models.layers import find_layers
 from engine.models.shards import local_shard
 from engine.placement.memory import max_efficient_tokens, tokens_that_fit
-from engine.placement.single import SingleProcess
+from engine.placement.placement import Placement
 from engine.step.layout import num_fed_tokens
 from engine.step.microbatches import Batch, MicrobatchRunner
 from utils import UserError
 
 
-def fit_memory(placement: SingleProcess, runner: MicrobatchRunner, examples: Sequence[Example]) -> tuple[int, int]:
+def fit_memory(placement: Placement, runner: MicrobatchRunner, examples: Sequence[Example]) -> tuple[int, int]:
     """Token budget and number of recomputing layers: as set, or as memory allows.
 
     All ranks call this together, with the same result.

@@ -12,13 +12,13 @@ from engine.models.adapter_files import write_adapter_config
 from engine.models.adapters import adapter_of
 from engine.models.archives import OPTIMIZER, STATE_FILE
 from engine.models.weight_files import weights_kind, write_policy_pt
-from engine.placement.single import SingleProcess
+from engine.placement.placement import Placement
 from engine.run.checkpoint_writer import CheckpointWriter, Contents
 
 
 def start_save(
     writer: CheckpointWriter,
-    placement: SingleProcess,
+    placement: Placement,
     policy: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     tokenizer: PreTrainedTokenizerBase,

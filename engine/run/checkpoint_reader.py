@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 
 from engine.models.archives import OPTIMIZER
 from engine.models.weight_files import tensors_of, weights_kind
-from engine.placement.single import SingleProcess
+from engine.placement.placement import Placement
 from engine.run.resume_check import read_state_file, unreadable
+from utils import is_out_of_memory
 
 
 def restore_checkpoint(
-    checkpoint: Path, placement: SingleProcess, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
+    checkpoint: Path, placement: Placement, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> None:
     """Load weights and optimizer state. Each rank reads its shards, whatever ranks wrote them.
 
@@ -29,10 +30,12 @@ def restore_checkpoint(
 
 @contextmanager
 def _as_checkpoint_errors(checkpoint: Path) -> Iterator[None]:
-    """Turn every error inside a with block into CHECKPOINT."""
+    """Turn every error inside a with block into CHECKPOINT, but for a lack of memory."""
     try:
         yield
     except Exception as error:  # a damaged file raises nearly anything
+        if is_out_of_memory(error):
+            raise
         raise unreadable(checkpoint, error) from error
 
 

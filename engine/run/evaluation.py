@@ -12,7 +12,7 @@ from engine.data.examples import Example
 from engine.models.adapters import adapter_of
 from engine.models.generation import sample_responses
 from engine.models.precision import run_in_dtype
-from engine.placement.single import SingleProcess
+from engine.placement.placement import Placement
 from engine.settings.schema import Settings
 from engine.step.metrics import MetricAccumulator, prefix_metrics, to_floats
 from engine.step.microbatches import MicrobatchRunner
@@ -37,7 +37,7 @@ class Evaluator:
         self,
         settings: Settings,
         tokenizer: PreTrainedTokenizerBase,
-        placement: SingleProcess,
+        placement: Placement,
         runner: MicrobatchRunner,
         examples: Sequence[Example],
         reward: Callable[[str], float] | None,
@@ -68,13 +68,8 @@ class Evaluator:
         batches = (self._placement.rank_slice(microbatches) for microbatches in self.batches(token_budget))
         prepared = prefetch([runner.prepare(part) for part in microbatches] for microbatches in batches)
         with runner.in_mixed_precision():
-            for microbatches in progress(
-                prepared,
-                description="evaluating",
-                total=num_batches,
-                unit="batches",
-                is_shown=self._placement.rank == 0,
-            ):
+            shown = progress(prepared, description="evaluating", total=num_batches, unit="batches", stays=False)
+            for microbatches in shown:
                 if sync_stop_request():
                     return None
                 for microbatch in microbatches:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from engine.data.examples import Example
 from engine.models.shards import local_shard
-from engine.placement.single import SingleProcess
+from engine.placement.placement import Placement
 from engine.settings.schema import Settings
 from utils import UserError, write_atomically
 
@@ -30,7 +30,7 @@ class NonFinitePolicy:
         self,
         settings: Settings,
         run_dir: Path,
-        placement: SingleProcess,
+        placement: Placement,
         counters: dict[str, int],
         rollback: Callable[[], str | None],
         log: Callable[[str], None],

@@ -2,6 +2,7 @@
 
 from engine.run.plan import GPU_MEMORY_FRACTION, PROCESS_BYTES, Plan
 from engine.run.workload import PEAK_FRACTION
+from engine.settings.schema import LoraSettings, QLoraSettings
 
 
 def format_plan(plan: Plan) -> str:
@@ -68,11 +69,11 @@ def _memory_rows(plan: Plan) -> list[tuple[str, int, str]]:
 
 
 def _stored_dtype(plan: Plan) -> str:
-    settings = plan.settings
-    stored: str = settings.model.policy_dtype
-    if settings.peft.name == "none":
-        return stored
-    return f"{getattr(settings.peft, 'quant_type', settings.mixed_precision or stored)}, adapters in float32"
+    settings, peft = plan.settings, plan.settings.peft
+    if not isinstance(peft, LoraSettings):
+        return settings.model.policy_dtype
+    run_dtype = settings.mixed_precision or settings.model.policy_dtype
+    return f"{peft.quant_type if isinstance(peft, QLoraSettings) else run_dtype}, adapters in float32"
 
 
 def _verdict(plan: Plan) -> str:

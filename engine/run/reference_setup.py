@@ -8,14 +8,40 @@ import torch
 from engine.data.examples import Example
 from engine.models.adapters import adapter_of
 from engine.models.hashing import reference_hash_spec, weights_hash
-from engine.placement.single import SingleProcess
+from engine.placement.placement import Placement
+from engine.run.evaluation import Evaluator
 from engine.settings.schema import Settings
 from engine.step.microbatches import MicrobatchRunner
-from engine.step.reference import AdapterReference, LiveReference, fill_cache, reference_key
+from engine.step.reference import AdapterReference, LiveReference, Reference, fill_cache, reference_key
 from engine.step.reference_cache import CachedReference
 
 
-def place_reference(settings: Settings, placement: SingleProcess, runner: MicrobatchRunner) -> LiveReference | None:
+def build_reference(
+    settings: Settings,
+    placement: Placement,
+    runner: MicrobatchRunner,
+    evaluator: Evaluator,
+    batches: Iterable[list[list[Example]]],
+) -> tuple[Reference | None, str | None]:
+    """The frozen reference, and a hash of its weights; None for a loss without a reference.
+
+    Args:
+        runner: of the untrained policy.
+        evaluator: gets responses sampled from the reference.
+        batches: contain every example. Log-probs are cached for these.
+    """
+    live = place_reference(settings, placement, runner)
+    if live is None:
+        return None, None
+    if evaluator.should_sample:
+        evaluator.reference_samples = evaluator.sample(live.model, 0)
+    reference_hash = hash_reference(live, placement, runner)
+    if settings.reference == "live":
+        return live, reference_hash
+    return cache_reference(live, reference_hash, settings, placement, runner, batches), reference_hash
+
+
+def place_reference(settings: Settings, placement: Placement, runner: MicrobatchRunner) -> LiveReference | None:
     """Place the frozen model; None if the loss needs none.
 
     The untrained policy serves where it can: it starts with the reference's weights.
@@ -28,14 +54,14 @@ def place_reference(settings: Settings, placement: SingleProcess, runner: Microb
         model = placement.place_model(getattr(torch, settings.model.reference_dtype))
     elif settings.reference == "live" and not (adapter and adapter.has_own_reference):
         model = placement.copy_policy(policy)
+    if model is not policy:
+        model.requires_grad_(False)
     is_policy = settings.reference == "live" and model is policy
     return (AdapterReference if is_policy else LiveReference)(model, placement.compute_dtype)
 
 
-def freeze_reference(live: LiveReference, placement: SingleProcess, runner: MicrobatchRunner) -> str:
-    """Freeze the reference model; returns a hash of its weights. All ranks call this together."""
-    if live.model is not runner.policy:
-        live.model.requires_grad_(False)
+def hash_reference(live: LiveReference, placement: Placement, runner: MicrobatchRunner) -> str:
+    """A hash of the reference's weights. All ranks call this together."""
     reference_hash = weights_hash(live.model, placement.permutations, *reference_hash_spec(live.model))
     adapter = adapter_of(runner.policy)
     if adapter is not None:
@@ -47,7 +73,7 @@ def cache_reference(
     live: LiveReference,
     reference_hash: str,
     settings: Settings,
-    placement: SingleProcess,
+    placement: Placement,
     runner: MicrobatchRunner,
     batches: Iterable[list[list[Example]]],
 ) -> CachedReference:

@@ -5,27 +5,18 @@ import shutil
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import TypedDict
 
 from omegaconf import OmegaConf
 
 from engine.models.archives import checkpoints, find_checkpoint, is_checkpoint, names_checkpoint
 from engine.run.resume_check import check_settings
 from engine.run.run_files import locked, remove_temporaries, restore_links, rewind, unwritable, update_link
-from engine.settings.schema import Settings
+from engine.settings.schema import Names, Settings
 from engine.settings.secrets import public
 from utils import UserError, local_dir, write_atomically
 
 # The first line of config.yaml marks a directory as a run's. For a branch, it names the checkpoint of the other run.
 RUN_MARK, BRANCH_MARK = "# The settings of a run of train.py", ", which went on from "
-
-
-class Names(TypedDict):
-    """Settings derived if unset."""
-
-    exp_name: str
-    cache_dir: str
-    local_run_dir: str
 
 
 def open_run(settings: Settings, locks: ExitStack) -> tuple[Names, Path, Path | None]:

@@ -29,8 +29,8 @@ from engine.models.layers import find_layers
 from engine.models.loading import hf_config_of
 from engine.models.policy import load_policy
 from engine.models.shards import local_shard
+from engine.placement.placement import Placement
 from engine.placement.sharding import shard_model
-from engine.placement.single import SingleProcess
 from engine.run.reference_setup import place_reference
 from engine.settings.hardware import Hardware
 from engine.settings.schema import Settings
@@ -39,7 +39,7 @@ from engine.step.layout import num_fed_tokens
 from engine.step.logprobs import CHUNK_LOGITS, CHUNK_TOKENS
 from engine.step.metrics import MetricAccumulator
 from engine.step.microbatches import MicrobatchRunner, Prepared
-from engine.step.reference import LiveReference
+from engine.step.reference import LiveReference, Reference
 
 if TYPE_CHECKING:  # trainers import the engine, not the other way round
     from trainers import BasicTrainer
@@ -165,7 +165,7 @@ class Memory:
         return self.peak - (self.parameters + self.gradients + self.optimizer if offload else 0)
 
 
-class Simulated(SingleProcess):
+class Simulated(Placement):
     """A mixin for placements: models have shapes and no memory, and their memory is counted.
 
     Attributes:
@@ -264,12 +264,12 @@ def simulated_trainer(base: type["BasicTrainer"], hardware: Hardware) -> type["B
 
     class SimulatedTrainer(base):  # type: ignore[valid-type, misc]
         @classmethod
-        def placement_class(cls, settings: Settings) -> type[SingleProcess]:
+        def placement_class(cls, settings: Settings) -> type[Placement]:
             return type("SimulatedPlacement", (Simulated, super().placement_class(settings)), {"hardware": hardware})
 
-        def build_reference(self) -> LiveReference | None:  # a cached one is not in memory while training
+        def build_reference(self) -> tuple[Reference | None, str | None]:  # a cached one is not in memory in training
             is_live = self.settings.reference == "live"
-            return place_reference(self.settings, self.placement, self.runner) if is_live else None
+            return place_reference(self.settings, self.placement, self.runner) if is_live else None, None
 
     return SimulatedTrainer
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # trainers import the engine, not the other way round
     from trainers import BasicTrainer
 
 CPU = torch.device("cpu")
-# The fraction of the hardware's peak a step is assumed to reach. On CPUs, 50 to 60 % was measured; see README. No GPU
-# has been measured.
+# The fraction of the hardware's peak a step is assumed to reach. On CPUs 50 to 60 % was measured, as in
+# docs/performance.md. No GPU has been measured.
 PEAK_FRACTION = {"gpu": 0.4, "cpu": 0.5}
 
 

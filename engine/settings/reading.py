@@ -1,6 +1,7 @@
 """Read a composed config into Settings, or report all its problems at once."""
 
 import copy
+import json
 import os
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from engine.settings.annotations import WrongValue, accepts, checked
 from engine.settings.keys import key_types, unknown_key
 from engine.settings.messages import bracketed, did_you_mean, nearest
 from engine.settings.rules import broken_rules
-from engine.settings.schema import LossSettings, Settings
+from engine.settings.schema import LossSettings, Names, Settings
 from engine.settings.secrets import keys_with_secrets
 from utils import UserError, clipped
 
@@ -45,17 +46,18 @@ def read_settings(config: DictConfig, dataset_names: Collection[str]) -> Setting
     return Settings.model_validate(nested(valid)).with_source(source_of(config, written))
 
 
-def settings_to_text(settings: Settings) -> str:
-    """Settings as YAML for another process. Secrets of the environment stay names."""
-    return OmegaConf.to_yaml(settings.source)
+def settings_to_text(settings: Settings, names: Names) -> str:
+    """Settings and derived names as text for another process. Secrets of the environment stay names."""
+    return json.dumps({"config": OmegaConf.to_yaml(settings.source), "names": names})
 
 
 def settings_from_text(text: str, dataset_names: Collection[str]) -> Settings:
-    """The settings of settings_to_text()."""
-    config = OmegaConf.create(text)
+    """The settings of settings_to_text(), with the names. Rules for names of users do not apply to derived ones."""
+    sent = json.loads(text)
+    config = OmegaConf.create(sent["config"])
     assert isinstance(config, DictConfig)
     OmegaConf.set_struct(config, True)  # as Hydra does: reading a missing key is an error
-    return read_settings(config, dataset_names)
+    return read_settings(config, dataset_names).named(**sent["names"])
 
 
 def written_values(config: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,7 +1,7 @@
 """Settings: every key of config/, with its type and range."""
 
 import copy
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, Field, PrivateAttr
@@ -120,6 +120,14 @@ class WandbSettings(Group):
     enabled: bool
     entity: Text | None
     project: Text
+
+
+class Names(TypedDict):
+    """Settings derived if unset."""
+
+    exp_name: str
+    cache_dir: str
+    local_run_dir: str
 
 
 class Settings(Group):

@@ -230,10 +230,8 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = (
-            ctx.gradients,
-            None,
-        )  # autograd may use the tensors themselves if nothing else refers to them
+        # Autograd may use the tensors themselves if nothing else refers to them.
+        gradients, ctx.gradients = ctx.gradients, None
         if grad_loss.is_cuda or grad_loss != 1:  # reading the value on a GPU would wait for the queue
             gradients = tuple(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients)
         return (*gradients, None, None, None, None)
@@ -308,9 +306,8 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch
 
 
 def _slices(targets: slice, longest: int) -> Iterator[slice]:
-    for start in range(
-        targets.start, max(targets.stop, targets.start + 1), longest
-    ):  # an empty range gives one empty slice
+    # An empty range gives one empty slice.
+    for start in range(targets.start, max(targets.stop, targets.start + 1), longest):
         yield slice(start, min(start + longest, targets.stop))
 
 

@@ -53,8 +53,12 @@ def to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
 
 def prefix_metrics(means: Mapping[str, Tensor], split: str) -> dict[str, Tensor]:
     """Metrics under the names that users see: loss/train, rewards_train/chosen, logps_eval/rejected, ..."""
-    names = {name: f"{name.split('/')[0]}_{split}/{name.split('/')[-1]}" for name in means} | {"loss": f"loss/{split}"}
-    return {names[name]: value for name, value in means.items()}
+    return {_prefixed(name, split): value for name, value in means.items()}
+
+
+def _prefixed(name: str, split: str) -> str:
+    group, slash, rest = name.partition("/")
+    return f"{group}_{split}/{rest}" if slash else f"{name}/{split}"
 
 
 class DeviceTimestamp:

@@ -10,6 +10,7 @@ from engine.step.layout import GroupSpan, Microbatch
 from engine.step.logprobs import sum_by_response
 from engine.step.metrics import MetricAccumulator
 from losses import LOSSES, BatchKind, Loss
+from utils import UserError
 
 
 class Objective(Protocol):
@@ -82,10 +83,19 @@ class SequenceObjective:
         return losses
 
     def _add_metrics(self, output: Any, metrics: MetricAccumulator) -> Tensor:
-        """Return the losses of a loss function's output; add the rest to metrics."""
+        """Return the losses of a loss function's output; add the rest to metrics.
+
+        Raises:
+            UserError: CONFIG, for an output of another form.
+        """
         losses, *rest = output if isinstance(output, tuple) else (output,)
-        if rest and isinstance(rest[-1], dict):
-            metrics.add(**rest.pop())
+        own_metrics = rest.pop() if rest and isinstance(rest[-1], dict) else {}
+        num_rewards = 2 if self.batch == "pairs" else 0
+        if len(rest) != num_rewards or "loss" in own_metrics:
+            problem = f"loss.name: {self._settings.name} returns {len(rest)} rewards and metrics {[*own_metrics]}"
+            fix = f"return losses, {num_rewards} rewards, and a dict of metrics with names other than loss"
+            raise UserError("CONFIG", problem, fix)
+        metrics.add(**own_metrics)
         if rest:
             chosen_rewards, rejected_rewards = rest
             metrics.add(

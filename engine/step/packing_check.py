@@ -45,7 +45,7 @@ def use_packed_attention(
         with run_in_dtype(model, mixed_precision):
             return response_logps(model, lay_out(examples, layout).to(device))
 
-    model.own_attention = model.config._attn_implementation  # for sampling
+    model.original_attention = model.config._attn_implementation  # for sampling
     try:
         padded = logps([example, other], "padded")
     except Exception as error:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from engine.data.examples import Example
 from engine.models.adapters import as_reference
 from engine.models.precision import run_in_dtype
-from engine.models.shards import rank_and_size
 from engine.step.heads import response_logps
 from engine.step.layout import Microbatch
 from engine.step.reference_cache import CachedReference
@@ -97,8 +96,7 @@ def fill_cache(
         return
     started = time.monotonic()
     with live.in_mixed_precision():
-        is_shown = rank_and_size()[0] == 0
-        for microbatches in progress(rounds, description="reference log-probs", unit="microbatches", is_shown=is_shown):
+        for microbatches in progress(rounds, description="reference log-probs", unit="microbatches"):
             microbatch = lay_out(microbatches[data_rank])
             cached.add(microbatch, live.logps(microbatch))
     seconds = time.monotonic() - started

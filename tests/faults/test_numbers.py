@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engine.data.examples import Example
 from engine.models.shards import local_shard
 from engine.models.weight_files import tensors_of
-from engine.placement.single import SingleProcess
+from engine.placement.placement import Placement
 from engine.step.metrics import MetricAccumulator
 from engine.step.microbatches import MicrobatchRunner, Prepared
 from tests.faults.processes import TIMINGS, TWO_RANK_TRAINERS, assert_checkpoints_intact, command, complete, saved
@@ -179,15 +179,15 @@ def test_deferred_logging_still_aborts_the_run(program: Program, make_nonfinite:
 
 
 def test_parameters_without_a_gradient_are_named(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    place_model = SingleProcess.place_model
+    place_model = Placement.place_model
 
-    def with_more(placement: SingleProcess, dtype: torch.dtype) -> Any:
+    def with_more(placement: Placement, dtype: torch.dtype) -> Any:
         model = place_model(placement, dtype)
         model.idle = nn.Linear(2, 2)
         model.frozen = nn.Linear(2, 2).requires_grad_(False)
         return model
 
-    monkeypatch.setattr(SingleProcess, "place_model", with_more)
+    monkeypatch.setattr(Placement, "place_model", with_more)
     run = program()
     assert run.status == 2 and run.err.count("\n") == 1
     assert "2 parameters received no gradient: idle.weight, idle.bias;" in run.err

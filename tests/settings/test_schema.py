@@ -11,14 +11,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
+import train
 from engine.data.chat_templates import JINJA
 from engine.data.forms import FORMS
+from engine.placement.worker_link import Failure
 from engine.settings.choices import BestMetric, RowForm, TemplateName, is_better
 from engine.settings.hardware import HARDWARE, HardwareName, peak_flops
 from engine.settings.keys import PEFT_GROUPS, all_keys
 from engine.settings.presets import CONFIG_DIR
 from engine.settings.reading import read_settings, settings_from_text, settings_to_text
-from engine.settings.schema import LoraSettings, QLoraSettings, Settings
+from engine.settings.schema import LoraSettings, Names, QLoraSettings, Settings
 
 ROOT = CONFIG_DIR.parent
 NAMES = ("films", "hh")
@@ -87,11 +89,23 @@ def test_named_is_a_copy():
 def test_settings_survive_text_and_pickle(monkeypatch):
     monkeypatch.setenv("DATA", "hh")
     settings = read("loss=ipo", "loss.beta=1", "datasets=${oc.env:DATA}", "model.fsdp_policy_mp=bfloat16")
-    settings = settings.named(exp_name="a", cache_dir="b", local_run_dir="c")
-    text = settings_to_text(settings)
+    names: Names = {"exp_name": "a" * 230, "cache_dir": "b", "local_run_dir": "c"}  # a derived name may be long
+    text = settings_to_text(settings, names)
     assert "${oc.env:DATA}" in text
+    settings = settings.named(**names)
     for other in (settings_from_text(text, NAMES), pickle.loads(pickle.dumps(settings))):
         assert other == settings and other.source == settings.source
+
+
+def test_a_worker_reports_settings_that_it_cannot_read(monkeypatch):
+    reports: list[Failure] = []
+    settings = read("loss=ipo", "loss.beta=1")
+    names: Names = {"exp_name": "a", "cache_dir": "b", "local_run_dir": "c"}
+    text = settings_to_text(settings, names).replace("batch_size: 4", "batch_size: 0")
+    monkeypatch.setattr(train.worker_link, "attach", lambda: text)
+    monkeypatch.setattr(train.worker_link, "report", reports.append)
+    assert train.run_worker() == 2
+    assert "batch_size: must be" in reports[0].line
 
 
 # ---- Choices ----

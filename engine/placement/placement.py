@@ -1,7 +1,6 @@
-"""Placement in one process: on the CPU, on a GPU, or with the layers of the model split among GPUs.
+"""Placements: where weights, gradients and optimizer state live, and how ranks communicate.
 
-A placement decides where weights, gradients and optimizer state live, and how ranks communicate. The trainer does
-neither itself. Other placements override the methods below.
+The trainer asks its placement for both. The methods of Placement serve one process; other placements override them.
 """
 
 import copy
@@ -22,7 +21,7 @@ from engine.models.policy import load_policy
 from engine.models.shards import ShardPermutations, copy_to_shard
 from engine.models.weight_files import checkpoint_weights
 from engine.placement.memory import measure_bytes_per_token, total_memory
-from engine.settings.schema import Settings
+from engine.settings.schema import QLoraSettings, Settings
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.packing_check import use_packed_attention
 from engine.step.splitting import split_for_ranks
@@ -30,8 +29,8 @@ from engine.step.splitting import split_for_ranks
 T = TypeVar("T")
 
 
-class SingleProcess:
-    """BasicTrainer's placement.
+class Placement:
+    """One process: on the CPU, on a GPU, or with the layers of the model split among GPUs.
 
     Attributes:
         rank, num_ranks: (rank, world size).
@@ -87,7 +86,8 @@ class SingleProcess:
         """A model with the starting weights. Trained parameters require gradients."""
         model = load_policy(self.settings, self.tokenizer, dtype, device, self.run_dir)
         if self.settings.batching == "packed":
-            products = getattr(self.settings.peft, "compute_dtype", None)
+            peft = self.settings.peft
+            products = peft.compute_dtype if isinstance(peft, QLoraSettings) else None
             use_packed_attention(model, self.mixed_precision, getattr(torch, products) if products else None)
         return model
 
