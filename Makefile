@@ -4,14 +4,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test soak lint docs bench FORCE
+.PHONY: demo test test-docs soak lint docs bench FORCE
 
 demo: .venv/.installed  ## SFT and then DPO on the embedded model and data
 	$(BIN)/python benchmarks/demo.py
 
 test: .venv/.installed  ## the tests that every change must pass
-	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m "alone and not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" -n 3 --dist loadfile
+	$(BIN)/python -m pytest -m "alone and not slow and not gpu" -n 2 --dist loadfile
+
+test-docs: .venv/.installed  ## the slow tests of what README and docs/ say
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/test_docs.py tests/test_extend.py tests/test_experiments.py
 
 soak: .venv/.installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
