@@ -269,6 +269,7 @@ def test_accepted(overrides):
         ("peft=lora freeze.first_n_layers=1", "freeze.first_n_layers: 1 is for peft=none"),
         ("peft=lora freeze.patterns=[x]", "freeze.patterns: is for peft=none"),
         ("freeze.patterns=['(']", "freeze.patterns: must be a list of regular expressions"),
+        ("freeze.patterns=['a{99999999999}']", "freeze.patterns: must be a list of regular expressions"),
         ("optimizer=AdamW8bit trainer=FSDPTrainer", "optimizer: AdamW8bit cannot share its state"),
         ("optimizer=SGD8bit", "optimizer: must be"),
         ("keep_best=loss/train", "keep_best: must be null or loss/eval"),

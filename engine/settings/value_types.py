@@ -112,7 +112,7 @@ def are_distinct_texts(value: list[str]) -> bool:
 def are_patterns(value: list[str]) -> bool:
     try:
         return are_texts(value) and all(re.compile(pattern) for pattern in value)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):  # too large a count, or too deep
         return False
 
 
