@@ -13,8 +13,8 @@ test: .venv/.installed  ## the tests that every change must pass
 	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" -n 3 --dist loadfile
 	$(BIN)/python -m pytest -m "alone and not slow and not gpu" -n 2 --dist loadfile
 
-test-docs: .venv/.installed  ## the slow tests of what README and docs/ say
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/test_docs.py tests/test_extend.py tests/test_experiments.py
+test-docs: .venv/.installed  ## the slow tests of README, docs/ and benchmarks/
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/test_docs.py tests/test_extend.py tests/test_experiments.py tests/test_benchmarks.py
 
 soak: .venv/.installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
