@@ -1,7 +1,7 @@
 """Placements in several processes: FSDP shards, tensor parallelism, or both."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,10 +110,8 @@ class ShardedProcesses(Placement):
     def copy_policy(self, policy: PreTrainedModel) -> PreTrainedModel:
         return self.place_model(getattr(torch, self.settings.model.policy_dtype))
 
-    @contextmanager
-    def gathered(self, model: PreTrainedModel) -> Iterator[None]:
-        with gathered(model):
-            yield
+    def gathered(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        return gathered(model)
 
     def parameter_groups(self, policy: PreTrainedModel) -> list[dict[str, Any]]:
         groups: dict[DeviceMesh, list[nn.Parameter]] = {}  # no operation mixes tensors of several meshes

@@ -68,8 +68,8 @@ class MicrobatchRunner:
     def prepare(self, examples: Sequence[Example]) -> Prepared:
         """lay_out(), with the log-probs of a cached reference."""
         microbatch = self.lay_out(examples)
-        cached = isinstance(self.reference, CachedReference)
-        return Prepared(microbatch, self.reference.logps(microbatch) if cached and self.reference else None)
+        logps = self.reference.logps(microbatch) if isinstance(self.reference, CachedReference) else None
+        return Prepared(microbatch, logps)
 
     def loss(self, prepared: Prepared, num_examples: int, metrics: MetricAccumulator) -> Tensor:
         """A microbatch's share of the mean loss, a scalar for backward().
