@@ -10,7 +10,7 @@ import torch
 import engine.step.sources
 from engine.data.examples import Example
 from engine.step.layout import lay_out, num_fed_tokens
-from engine.step.sources import num_planned, plan_batches
+from engine.step.sources import choose_eval_examples, num_planned, plan_batches
 from engine.step.splitting import split_batch
 from tests.models import pair_examples, random_examples
 
@@ -175,6 +175,16 @@ def test_plan_follows_the_seed() -> None:
         return list(plan_batches(examples_of(*[1] * 10), 4, seed=seed, n_epochs=1, n_examples=None))
 
     assert order(0) == order(0) != order(1)
+
+
+def test_the_evaluation_subset_follows_the_seed() -> None:
+    examples = examples_of(*[1] * 30)
+    chosen = [[example.prompt_index for example in choose_eval_examples(examples, 8, seed)] for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(set(chosen[0])) == 8 and chosen[0] != sorted(chosen[0])
+    larger = [example.prompt_index for example in choose_eval_examples(examples, 12, 0)]
+    assert larger[:8] == chosen[0]  # a larger subset contains the smaller one
+    assert sorted(example.prompt_index for example in choose_eval_examples(examples, 99, 0)) == list(range(30))
 
 
 def test_to_moves_every_tensor() -> None:

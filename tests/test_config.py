@@ -4,6 +4,7 @@ import contextlib
 import re
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
@@ -44,6 +45,15 @@ def refused(*overrides: str) -> str:
     return check_error(raised.value)
 
 
+def value_of(settings: Settings, key: str):
+    """The value of a dotted key, as training reads it."""
+    group, _, name = key.rpartition(".")
+    if group == "loss" and name in settings.loss.keywords:
+        return settings.loss.keywords[name]
+    node = getattr(settings, group) if group else settings
+    return node[name] if isinstance(node, dict) else getattr(node, name)
+
+
 def explained(*overrides: str) -> str:
     """The error message for overrides Hydra cannot compose."""
     with pytest.raises(Exception) as raised:
@@ -60,7 +70,18 @@ def check_error(error: UserError) -> str:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_composes_and_validates(preset):
-    read(composed(preset, *MANDATORY.get(preset, [])))
+    settings = read(composed(preset, *MANDATORY.get(preset, [])))
+    group, _, name = preset.lstrip("+").partition("=")
+    if group == "experiment":
+        written = OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
+        assert isinstance(written, DictConfig)
+        for key, value in written.items():
+            if key not in ("defaults", "model", "loss", "peft", "wandb"):  # groups
+                assert value_of(settings, str(key)) in (value, [value])  # datasets: hh is a list of one
+    else:
+        expected = {"model": "name_or_path"}.get(group, "name")
+        value = value_of(settings, f"{group}.{expected}")
+        assert value and (group == "model" or value == name)
 
 
 def test_reference_and_current_models_have_presets():
@@ -139,7 +160,12 @@ def test_every_model_preset_begins_with_a_comment():
     ids=" ".join,
 )
 def test_accepted(overrides):
-    read(composed(*overrides))
+    settings = read(composed(*overrides))
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key not in ("loss", "model", "model.architecture", "+hydra.anything"):
+            value = yaml.safe_load(text)
+            assert value_of(settings, key) in (value, [value])  # datasets=hh is a list of one
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def test_packed_attention_is_accepted(architecture: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_packed_attention_is_accepted_in_other_dtypes(dtype: torch.dtype) -> None:
-    use_packed_attention(tiny_model("llama", dtype))
+    model = tiny_model("llama", dtype)
+    use_packed_attention(model)
+    assert model.config._attn_implementation == "packed" and model.dtype == dtype
 
 
 def odd_model(kind: str):
@@ -141,7 +143,10 @@ def test_invalid_generation_settings_are_repaired(tokenizer, tmp_path) -> None:
     model = tiny_model("llama", vocab_size=8)
     model.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
-    load_model(config(name_or_path=str(tmp_path)), tokenizer, torch.float32, CPU).save_pretrained(tmp_path / "again")
+    repaired = load_model(config(name_or_path=str(tmp_path)), tokenizer, torch.float32, CPU)
+    repaired.save_pretrained(tmp_path / "again")  # transformers refuses invalid ones
+    saved = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["do_sample"]) == (0.6, True)
 
 
 def test_buffers_of_older_versions_are_ignored(tokenizer, tmp_path) -> None:

@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import export
 from engine.export.saved_models import load_saved
+from engine.models.adapter_targets import lora_config
 from engine.models.layers import find_layers
 from engine.models.parameters import num_weights
+from engine.settings.schema import LoraSettings
+from tests.configs import make_settings
 from tests.ranks import make_trainer, trajectory
 from tests.runs import QUICK, Program, Run
 
@@ -461,6 +464,40 @@ def test_only_trained_parameters_reach_the_optimizer(tmp_path: Path) -> None:
     assert num_weights(trainer.policy)[0] == sum(
         p.numel() for group in trainer.optimizer.param_groups for p in group["params"]
     )
+
+
+@pytest.mark.parametrize(
+    "overrides, alpha",
+    [
+        (("peft.rank=6", "peft.alpha=null"), 12),
+        (("peft.rank=6", "peft.alpha=6"), 6),
+        (("peft.rank=6", "peft.alpha=1.5"), 1.5),
+        (("peft.rank=6", "peft.alpha=null", "peft.scaling=0.5"), 3),
+    ],
+)
+def test_alpha_is_twice_the_rank_by_default(overrides: tuple[str, ...], alpha: float) -> None:
+    settings = make_settings("peft=lora", *overrides).peft
+    assert isinstance(settings, LoraSettings)
+    config = lora_config(settings, ["q_proj"], has_conv1d=False, base=None)
+    assert (config.r, config.lora_alpha) == (6, alpha)
+
+
+def test_every_update_drops_other_activations(tmp_path: Path) -> None:
+    """With lr 0 only the mask of dropout can change the loss of one and the same batch."""
+    overrides = ("peft=lora", "peft.rank=4", "peft.dropout=0.5", "lr=0", "warmup_steps=0")
+    trainer = make_trainer(("llama", "sft", overrides), tmp_path)
+    with torch.no_grad():
+        for name, parameter in trainer.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    batch = trainer.prepare(next(trainer.train_batches()))
+
+    def loss(update: int) -> float:
+        trainer.counters["updates"] = update
+        return trainer.step(batch).values["loss/train"].item()
+
+    first, second, third, again = (loss(update) for update in (0, 1, 2, 0))
+    assert len({first, second, third}) == 3 and again == first
 
 
 def test_unknown_module_names_are_refused(program: Program) -> None:

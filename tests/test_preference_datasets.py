@@ -196,6 +196,26 @@ def test_load_split_mixes_data_sets(tmp_path, tokenizer):
     }  # fmt: skip
 
 
+def test_truncation_keeps_the_end_of_prompts_in_files(tmp_path, tokenizer):
+    path = write(tmp_path / "mine.jsonl", [{"prompt": "0123456789" * 10, "chosen": "c", "rejected": "r"}])
+    options = {"datasets": [str(path)], "max_length": 20, "max_prompt_length": 8, "test_fraction": 0}
+    (example,) = load_split(config(tmp_path, **options), tokenizer, "train", "pairs").examples
+    assert tokenizer.decode(example.prompt) == "23456789"
+
+
+def test_repeated_and_opposite_pairs_are_kept_and_counted(tmp_path, tokenizer):
+    """Of p: a > b three times (two repeats), and b > a once. Of q: c > d twice (one repeat)."""
+    pairs = [("p", "a", "b")] * 3 + [("p", "b", "a")] + [("q", "c", "d")] * 2 + [("r", "a", "b")]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+    path = write(tmp_path / "mine.jsonl", rows)
+    options = {"datasets": [str(path)], "test_fraction": 0}
+    split = load_split(config(tmp_path, **options), tokenizer, "train", "pairs")
+    assert len(split.examples) == 7
+    assert (split.counts["duplicates"], split.counts["contradictions"]) == (3, 1)
+    text = format_counts(split.counts)
+    assert "repeat a pair: 3 pairs" in text and "(A over B and B over A): 1 pairs" in text
+
+
 @pytest.mark.parametrize(("name", "end"), [("hh", "sistant:"), ("shp", "\n\nHuman:")])
 def test_truncation_keeps_the_end_named_by_the_data_set(tmp_path, tokenizer, name, end):
     prompt = "\n\nHuman: " + "x" * 100 + "\n\nAssistant:"

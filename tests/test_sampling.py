@@ -1,12 +1,17 @@
 """Sampling with a KV cache in left-padded batches, against the distribution of the model."""
 
+import copy
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 
 from engine.models.attention_switch import attention_of
 from engine.models.generation import sample_responses
 from engine.step.packing_check import use_packed_attention
 from tests.models import VOCABULARY, random_examples, tiny_model
+from tests.ranks import make_trainer
 
 
 class Tokens:
@@ -73,3 +78,29 @@ def test_generation_settings_of_the_model_are_ignored() -> None:
     model.generation_config.min_p = 0.5
     assert [response.tolist() for response in sample(model, prompts, max_new_tokens=20)] == plain
     assert model.generation_config.min_p == 0.5
+
+
+def test_the_kl_is_the_mean_log_ratio_of_policy_to_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computed from the logits of both models, one response at a time, in fp64."""
+    overrides = ("reference=live", "sample_during_eval=true", "n_eval_model_samples=3", "batching=padded")
+    trainer = make_trainer(("llama", "dpo", (*overrides, "model.policy_dtype=float64")), tmp_path)
+    evaluator, reference = trainer.evaluator, copy.deepcopy(trainer.policy)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    prompts = list({example.prompt.tobytes(): example.prompt for example in evaluator.examples}.values())[:3]
+    responses = [example.responses[0] for example in random_examples([(1, 4), (1, 1), (1, 7)])]
+    monkeypatch.setattr(evaluator, "sample", lambda model, num_examples: responses)
+    _, metrics = evaluator.sample_policy(0, trainer.token_budget)
+
+    @torch.no_grad()
+    def log_prob(model, prompt: np.ndarray, response: np.ndarray) -> float:
+        tokens = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+        logps = model(tokens[None]).logits[0, :-1].log_softmax(-1)
+        return logps.gather(1, tokens[1:, None])[len(prompt) - 1 :].sum().item()
+
+    pairs = list(zip(prompts, responses, strict=True))
+    ratios = [log_prob(trainer.policy, *pair) - log_prob(reference, *pair) for pair in pairs]
+    assert metrics["kl_eval"] == pytest.approx(sum(ratios) / 3, rel=1e-6)
+    assert abs(sum(ratios)) > 0.01  # its sign is visible

@@ -104,13 +104,19 @@ def test_help_lists_the_groups_and_keys(program: Program) -> None:
 
 
 def test_a_sweep_runs_every_job_in_a_separate_directory(program: Program) -> None:
-    run = program.ok("-m", "loss=dpo", "loss.beta=0.05,0.1,0.5", "n_examples=4")
+    cache = f"cache_dir={program.directory / 'cache'}"
+    run = program.ok("-m", "loss=dpo", "loss.beta=0.05,0.1,0.5", "n_examples=4", cache)
     directories = [Path(line[9:]) for line in run.out.splitlines() if line.startswith("run_dir: ")]
     assert len(set(directories)) == 3
     betas = [re.search(r"^  beta: (.*)$", (path / "config.yaml").read_text(), re.M) for path in directories]
     assert [match and match[1] for match in betas] == ["0.05", "0.1", "0.5"]
-    assert run.out.count("all log-probs are in") >= 2  # the reference is computed once
-    assert "job 1: loss=dpo" in run.out or "loss.beta=0.1" in run.out
+    assert run.out.count("log-probs computed in") == 1 and run.out.count("all log-probs are in") == 2
+    jobs = [line for line in run.out.splitlines() if line.startswith("job ")]
+    assert [re.search(r"loss\.beta=\S+", line)[0] for line in jobs] == [  # type: ignore[index]
+        "loss.beta=0.05",
+        "loss.beta=0.1",
+        "loss.beta=0.5",
+    ]
     assert not (ROOT / "multirun.yaml").exists()
 
 
@@ -150,4 +156,5 @@ def test_a_mixture(program: Program) -> None:
     path = write_pairs(program.directory / "mine.jsonl")
     run = program.ok(f"datasets=[films,{path}]", "sample_during_eval=true", "n_eval_model_samples=2")
     assert "ground_truth/policy" not in run.evals[0]  # the reward of films does not fit other responses
-    assert "3,511 prompts" in run.out or "3,512 prompts" in run.out
+    assert "train: 3,686 rows, 3,511 prompts, 3,511 targets" in run.out
+    assert "test: 513 rows, 513 prompts, 513 targets" in run.out

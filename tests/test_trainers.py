@@ -31,8 +31,19 @@ def test_a_run_follows_its_counts(program: Program) -> None:
     assert run.out.strip().splitlines()[-1] == f"run_dir: {run.dir}"
 
 
+def test_evaluations_fall_on_the_first_batch_past_each_multiple(program: Program) -> None:
+    """Batches of 6: 7, 14 and 21 examples are passed at 12, 18 and 24; 28 at 30."""
+    common = ("batch_size=6", "n_examples=32", "eval_every=7", "save_every=13", "keep_checkpoints=null")
+    run = program.ok(*common, "n_eval_examples=2", "do_first_eval=false")
+    assert [row["counters/examples"] for row in run.evals] == [12, 18, 24, 30, 32]
+    assert sorted(path.name for path in run.dir.glob("step-*")) == ["step-18", "step-30", "step-32"]
+
+
 def test_the_loss_falls_and_the_metrics_have_their_names(program: Program) -> None:
     run = program.ok(*DPO, "n_examples=64", "batch_size=8", "loss.beta=0.5")
+    # A policy equal to its reference prefers neither response.
+    assert run.evals[0]["rewards_eval/accuracies"] == run.steps[0]["rewards_train/accuracies"] == 0
+    assert 0 < run.evals[-1]["rewards_eval/accuracies"] <= 1
     assert run.evals[-1]["loss/eval"] < run.evals[0]["loss/eval"]
     for split, row in (("train", run.steps[0]), ("eval", run.evals[0])):
         names = {f"rewards_{split}/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
@@ -77,6 +88,29 @@ def test_evaluation_is_over_exactly_n_eval_examples(program: Program) -> None:
     one_batch = program.ok("n_eval_examples=7", "eval_batch_size=7", "n_examples=4")
     several = program.ok("n_eval_examples=7", "eval_batch_size=4", "n_examples=4")
     assert several.evals[0]["loss/eval"] == pytest.approx(one_batch.evals[0]["loss/eval"], rel=1e-6)
+
+
+def test_gradients_are_scaled_down_to_max_grad_norm(program: Program) -> None:
+    """With SGD an update is lr times the gradient: its length tells whether clipping has bound."""
+    common = ("optimizer=SGD", "lr=1.0", "warmup_steps=0", "n_examples=4", "do_first_eval=false", "n_eval_examples=2")
+    start = program.ok(*common[:1], "lr=0", *common[2:])
+    weights = load_file(start.dir / "LATEST" / "model.safetensors")
+    lengths, norms = [], []
+    for max_grad_norm in (0.01, 1000):
+        run = program.ok(*common, f"max_grad_norm={max_grad_norm}")
+        updated = load_file(run.dir / "LATEST" / "model.safetensors")
+        differences = [(updated[name].double() - weights[name]).flatten() for name in weights]
+        lengths.append(torch.cat(differences).norm().item())
+        norms.append(run.steps[0]["grad_norm"])
+    assert norms[0] == norms[1] > 0.1  # the norm before clipping is logged
+    assert lengths == [pytest.approx(0.01, rel=1e-3), pytest.approx(norms[1], rel=1e-3)]
+
+
+def test_another_seed_evaluates_on_other_examples(program: Program) -> None:
+    start = program.ok("n_examples=4", "n_eval_examples=2")
+    common = (f"model.archive={start.dir}", "lr=0", "n_examples=4", "n_eval_examples=6")
+    losses = [program.ok(*common, f"seed={seed}").evals[0]["loss/eval"] for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_sampling_and_evaluating_do_not_change_training(program: Program) -> None:

@@ -229,6 +229,28 @@ def test_out_of_memory_halves_the_budget_and_changes_no_gradient(
             assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-6), name
 
 
+def test_a_resumed_run_keeps_its_halved_budget(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = program.directory / "run"
+    common = ("loss=dpo", "loss.beta=0.1", *COMMON, "batch_size=8", "token_budget=4096", f"local_run_dir={directory}")
+    budgets: list[int] = []
+    accumulate_gradients = BasicTrainer.accumulate_gradients
+
+    def recording(trainer: BasicTrainer, batch: Batch, metrics: MetricAccumulator) -> None:
+        budgets.append(batch.token_budget)
+        accumulate_gradients(trainer, batch, metrics)
+
+    with monkeypatch.context() as patches:
+        limit_memory(patches, 300)
+        program.ok(*common, "n_examples=16")
+    state = json.loads((directory / "LATEST" / "training_state.json").read_text())
+    assert state["token_budget"] <= 2048
+    with monkeypatch.context() as patches:
+        patches.setattr(BasicTrainer, "accumulate_gradients", recording)
+        resumed = program.ok(*common, "n_examples=32", "resume=auto", "resume_allow=[n_examples]")
+    assert "out of memory" not in resumed.out
+    assert budgets == [state["token_budget"]] * 2
+
+
 def test_out_of_memory_with_one_example(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     limit_memory(monkeypatch, 20)
     run = program(*COMMON)

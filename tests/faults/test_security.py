@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 import train
 from engine.run.tensorboard_logger import as_markdown
 from engine.settings.keys import all_keys
-from engine.settings.secrets import REDACTED, comparable, public, redact, secrets_of
+from engine.settings.secrets import REDACTED, comparable, is_secret_name, public, redact, secrets_of
 from tests.prose import tree_files
 from tests.runs import QUICK, SMALL, Program
 
@@ -50,6 +50,27 @@ WANDB_KEY = "0123456789abcdef0123456789abcdef01234567"
 )
 def test_redact(text: str, expected: str) -> None:
     assert redact(text) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf_token", "HF_TOKEN", "hub-token", "model.accessToken", "WANDB_API_KEY", "apikey", "AWS_SECRET_ACCESS_KEY",
+        "http_auth", "GITHUB_PAT", "bearer", "client_secret", "secrets", "secret_of_mine", "password",
+        "DB_PASSWORD_OLD", "passwd", "passphrase", "credential", "aws_credentials",
+    ],
+)  # fmt: skip
+def test_each_name_of_a_secret_hides_its_value(name: str) -> None:
+    assert is_secret_name(name)
+    assert redact(f"before {name}=swordfish-0815 after") == f"before {name}={REDACTED} after"
+
+
+@pytest.mark.parametrize(
+    "name", ["key", "keys", "tokens", "token_budget", "tokenizer_name_or_path", "path", "author", "patience", "monkey"]
+)
+def test_other_names_hide_nothing(name: str) -> None:
+    assert not is_secret_name(name)
+    assert redact(f"before {name}=swordfish-0815 after") == f"before {name}=swordfish-0815 after"
 
 
 def test_values_from_the_environment_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
