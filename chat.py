@@ -41,7 +41,7 @@ class ChatOptions(Options):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="of the weights; null: as stored")
     base: PossiblePath | None = Field(None, description="a base model, in place of the one in the adapter's config")
     chat_template: ChatTemplate | None = Field(
-        None, description="hh, llama2 or a Jinja file; null: the run's, else the tokenizer's own, else hh"
+        None, description="hh, llama2, chatml or a Jinja file; null: the run's, else the tokenizer's own, else hh"
     )
 
 
@@ -84,7 +84,7 @@ class ChatModel:
                 self.jinja = JINJA[template] if template in JINJA else Path(template).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 problem = f"chat_template: {template}, the template of the training data, cannot be read ({error})"
-                raise UserError("CONFIG", problem, "give chat_template=FILE, hh or llama2") from error
+                raise UserError("CONFIG", problem, "give chat_template=FILE, hh, llama2 or chatml") from error
         self.messages: list[Message] = []
         self.reset()
 

@@ -45,7 +45,7 @@ class ExportOptions(Options):
     tokenizer: PossiblePath | None = Field(None, description="for from=meta: a tokenizer in place of tokenizer.model")
     context: Count | None = Field(None, description="for from=meta: positions; null: by its params.json")
     chat_template: ChatTemplate | None = Field(
-        None, description="hh, llama2 or a Jinja file; null: the run's, else the tokenizer's own"
+        None, description="hh, llama2, chatml or a Jinja file; null: the run's, else the tokenizer's own"
     )
     push_to_hub: Repository | None = Field(
         None, description="also upload to this repository; a new one is made private"

@@ -262,9 +262,13 @@ def test_two_models_respond_one_after_the_other(directory, command, echo):
         (
             ["model={0}", "chat_template=" + 300 * "x"],
             2,
-            "chat_template: must be null or hh, llama2 or an existing file",
+            "chat_template: must be null or hh, llama2, chatml or an existing file",
         ),
-        (["model={0}", "chat_template=none"], 2, "chat_template: must be null or hh, llama2 or an existing file"),
+        (
+            ["model={0}", "chat_template=none"],
+            2,
+            "chat_template: must be null or hh, llama2, chatml or an existing file",
+        ),
         (["model={0}", "hello"], 2, "hello: not of the form key=value"),
         (["model={0}", "prompt=hi", "--compare"], 2, "--compare: not of the form key=value"),
         (["model={0}", "--hello", "you"], 2, "--hello: not of the form key=value; you: not of the form"),

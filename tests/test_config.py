@@ -223,7 +223,7 @@ def test_accepted(overrides):
         ("local_dirs=.cache", "local_dirs: must be a list"),
         ("local_dirs=[]", "local_dirs: must be a list"),
         ("data_dir=/no/such", "data_dir: must be null or an existing directory"),
-        ("chat_template=/no/such", "chat_template: must be null or hh, llama2 or an existing file"),
+        ("chat_template=/no/such", "chat_template: must be null or hh, llama2, chatml or an existing file"),
         ("datasets=", "datasets: must be a list"),
         ("datasets=3", "datasets: must be a list"),
         ("datasets=[]", "datasets: must be a list"),

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from engine.data.chat_templates import JINJA, template_advice
 from engine.data.rows import BadRow, Row
-from engine.data.special_tokens import special_token_marker
+from engine.data.special_tokens import MARK, special_token_marker, without_eos
 from utils import UserError, clipped
 
 if TYPE_CHECKING:
@@ -14,11 +14,18 @@ if TYPE_CHECKING:
 
 HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
+# Stands for MARK inside templates: their `tojson` would escape it. Data never contain half a surrogate pair.
+TEMPLATE_MARK = "\udfff"
 
 
 class Message(TypedDict):
+    """A message; a tool's result may name its tool, or the id of the call."""
+
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
 
 
 class Chat:
@@ -26,7 +33,7 @@ class Chat:
 
     Args:
         tokenizer: the tokenizer to encode the text.
-        chat_template: None for the tokenizer's template, "hh", "llama2", or the path of a Jinja file.
+        chat_template: None for the tokenizer's template, "hh", "llama2", "chatml", or the path of a Jinja file.
         sft_turns: the responses of a dialogue to learn: "all", or the "last".
 
     Attributes:
@@ -47,55 +54,143 @@ class Chat:
                 self.jinja = Path(chat_template).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 problem = f"chat_template: {chat_template} cannot be read ({error})"
-                raise UserError("CONFIG", problem, "give null, hh, llama2 or the path of a Jinja file") from error
+                raise UserError(
+                    "CONFIG", problem, "give null, hh, llama2, chatml or the path of a Jinja file"
+                ) from error
 
-    def render(self, row: Row, messages: list[Message], responses: Sequence[str]) -> tuple[str, list[str]]:
+    def render(
+        self, row: Row, messages: list[Message], responses: Sequence[Message], tools: Sequence[Any] = ()
+    ) -> tuple[str, list[str]]:
         """Write a prompt and its responses as text.
 
         Args:
             row: where the messages come from, for errors.
             messages: the prompt.
-            responses: contents of the assistant's next message. An empty one stays empty, so it is dropped later.
-                Else the template's own tokens would be learned.
+            responses: the assistant's next message. An empty one stays empty, so it is dropped later. Else the
+                template's own tokens would be learned.
+            tools: schemas of the tools that may be called.
 
         Returns:
             The prompt, and the text of each response after it, without a final EOS.
 
         Raises:
             UserError: if there is no usable chat template.
-            BadRow: if the template raises an error.
+            BadRow: if the template raises an error, or leaves out tools, tool calls or their results.
         """
+        messages, responses = (list(map(self._without_literal_eos, each)) for each in (messages, responses))
         if not self.is_template:
-            return _hh_prompt(row, messages), [" " + text if text.strip() else "" for text in responses]
+            return _hh_texts(row, messages, responses, tools)
         if self.jinja is None and not self.tokenizer.chat_template:
             problem = f"chat_template: {row.origin} has messages, but the tokenizer has no chat template"
             raise UserError("CONFIG", problem, f"set {template_advice(self.tokenizer)}")
-        prompt = self._apply(row, messages, add_generation_prompt=True)
-        return prompt, [self._render_response(row, messages, prompt, text) for text in responses]
+        prompt = self._apply(row, messages, tools, add_generation_prompt=True)
+        return prompt, [self._render_response(row, messages, prompt, response, tools) for response in responses]
 
-    def _render_response(self, row: Row, messages: list[Message], prompt: str, response: str) -> str:
-        dialogue = self._apply(row, [*messages, {"role": "assistant", "content": response}])
-        if not dialogue.startswith(prompt):
+    def _render_response(
+        self, row: Row, messages: list[Message], prompt: str, response: Message, tools: Sequence[Any]
+    ) -> str:
+        dialogue = [*messages, response]
+        text = self._apply(row, dialogue, tools)
+        if not text.startswith(prompt):
             problem = (
                 f"chat_template: {row.origin}: the text of the dialogue does not start with the text of its prompt"
             )
             fix = "use a template that appends a text for each message, or chat_template=hh"
             raise UserError("CONFIG", problem, fix)
-        return self._without_eos(dialogue[len(prompt) :]) if response.strip() else ""
+        self._check_tools_are_written(row, dialogue, tools)
+        return without_eos(text[len(prompt) :], self.tokenizer) if _says_something(response) else ""
 
-    def _apply(self, row: Row, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        marked = [{"role": self.mark(m["role"]), "content": self.mark(m["content"])} for m in messages]
+    def _check_tools_are_written(self, row: Row, messages: list[Message], tools: Sequence[Any]) -> None:
+        """Raise BadRow if the template leaves out a tool, a tool call or a tool's result.
+
+        Templates do so silently. So render once more, with other names and results, and look for these.
+        """
+        probe = ToolProbe()
+        messages, tools = [probe.message(message) for message in messages], [probe.tool(tool) for tool in tools]
+        if not probe.expected:
+            return
+        text = self._apply(row, messages, tools)
+        for name, what in probe.expected.items():
+            if name not in text:
+                fix = "set a chat_template that supports tools, or remove this row"
+                raise BadRow(f"{row.origin}: the chat template leaves out {what}", fix)
+
+    def _apply(
+        self, row: Row, messages: list[Message], tools: Sequence[Any] = (), add_generation_prompt: bool = False
+    ) -> str:
+        marked = [self._marked(message) for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(
-                marked, chat_template=self.jinja, tokenize=False, add_generation_prompt=add_generation_prompt
+            text: str = self.tokenizer.apply_chat_template(
+                marked,
+                tools=self._marked(list(tools)) or None,
+                chat_template=self.jinja,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # templates raise anything
             fix = "correct this row or remove it, or set another chat_template"
             raise BadRow(f"{row.origin}: the chat template refuses it: {clipped(str(error))}", fix) from error
+        return text.replace(TEMPLATE_MARK, MARK)
 
-    def _without_eos(self, response: str) -> str:
-        eos = self.tokenizer.eos_token
-        return response.rstrip().removesuffix(eos) if eos and response.rstrip().endswith(eos) else response
+    def _marked(self, value: Any) -> Any:
+        """The value with every literal special token of its texts marked."""
+        if isinstance(value, str):
+            return self.mark(value).replace(MARK, TEMPLATE_MARK)
+        if isinstance(value, dict):
+            return {self._marked(key): self._marked(item) for key, item in value.items()}
+        return [self._marked(item) for item in value] if isinstance(value, list) else value
+
+    def _without_literal_eos(self, message: Message) -> Message:
+        """The message without an EOS that its author wrote: the template writes one."""
+        if message["role"] != "assistant":
+            return message
+        return {**message, "content": without_eos(message["content"], self.tokenizer)}
+
+
+class ToolProbe:
+    """Renames tools and calls, and replaces results, to find them in the text of a template.
+
+    Attributes:
+        expected: each new name, with a description of what it stands for.
+    """
+
+    def __init__(self) -> None:
+        self.expected: dict[str, str] = {}
+
+    def message(self, message: Message) -> Message:
+        if message["role"] == "tool":
+            return {**message, "content": self._name("the result of a tool")}
+        if "tool_calls" not in message:
+            return message
+        return {**message, "tool_calls": [self.tool(call, "the call of tool") for call in message["tool_calls"]]}
+
+    def tool(self, tool: Any, what: str = "the tool") -> Any:
+        """A tool or a tool call with another name."""
+        if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+            return {**tool, "function": self.tool(tool["function"], what)}
+        if not isinstance(tool, dict):
+            return tool
+        return {**tool, "name": self._name(f"{what} '{clipped(str(tool.get('name')))}'")}
+
+    def _name(self, what: str) -> str:
+        name = f"probe{len(self.expected)}x"
+        self.expected[name] = what
+        return name
+
+
+def _says_something(response: Message) -> bool:
+    return bool(response["content"].strip() or "tool_calls" in response)
+
+
+def _hh_texts(
+    row: Row, messages: list[Message], responses: Sequence[Message], tools: Sequence[Any]
+) -> tuple[str, list[str]]:
+    if tools or any("tool_calls" in message for message in (*messages, *responses)):
+        problem = f"{row.origin}: chat_template=hh has no tools and no tool calls"
+        raise BadRow(problem, "remove this row, or set another chat_template")
+    return _hh_prompt(row, messages), [
+        " " + response["content"] if _says_something(response) else "" for response in responses
+    ]
 
 
 def _hh_prompt(row: Row, messages: list[Message]) -> str:

@@ -32,14 +32,22 @@ HH = (
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 
-JINJA = {"hh": HH, "llama2": LLAMA2}
+# The format of Qwen and many others. EOS is written once: by the template where it is <|im_end|>, else behind it.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+JINJA = {"hh": HH, "llama2": LLAMA2, "chatml": CHATML}
 
 # The usual template of a model, where its tokenizer has none.
 _LLAMA2 = "chat_template=llama2 (the template of Llama-2-Chat)"
 _BASE_MODEL = "chat_template=hh (a base model: hh works)"
 _INSTRUCT = "model.tokenizer_name_or_path={} (the instruct model's tokenizer has a chat template)"
 _QWEN = _INSTRUCT.format("Qwen/Qwen2.5-0.5B-Instruct")
-_UNKNOWN = "chat_template=hh or llama2, or to the path of a Jinja file"
+_UNKNOWN = "chat_template=hh, llama2 or chatml, or to the path of a Jinja file"
 # By the name of the model, in this order.
 _ADVICE_BY_NAME = {
     r"llama-?2": _LLAMA2,

@@ -10,6 +10,7 @@ import numpy as np
 from engine.data.encoding import EncodedTexts, Text
 from engine.data.preferences import Preference, Preferences
 from engine.data.rows import RowCounts
+from engine.data.special_tokens import without_eos
 from engine.data.token_cache import encode_cached
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def tokenize(
         max_prompt_length: of a truncated prompt, in tokens, with BOS.
         cache_dir: where encoded texts are cached.
     """
-    drafts = _draft(data, batch, counts)
+    drafts = _draft(data, batch, counts, tokenizer)
     encoded = encode_cached(list(drafts.texts), tokenizer, cache_dir)
     examples: list[Example] = []
     prompt_indices: dict[int, int] = {}  # by prompt number; prompts without examples get none
@@ -135,12 +136,19 @@ class Drafts:
         self.num_contradictions += sum(pair[0] < pair[1] and pair[::-1] in distinct for pair in distinct)
 
 
-def _draft(data: Sequence[tuple[Preferences, TruncationMode]], batch: "BatchKind", counts: RowCounts) -> Drafts:
+def _draft(
+    data: Sequence[tuple[Preferences, TruncationMode]],
+    batch: "BatchKind",
+    counts: RowCounts,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> Drafts:
     drafts = Drafts()
     prompt_number = 0
     for preferences, mode in data:
         for prompt, preference in preferences.items():
             groups = _targets(preference) if batch == "sft" else _pairs(preference)
+            # Each response gets an EOS; one that its author wrote would be learned as letters.
+            groups = [tuple(without_eos(text, tokenizer) for text in group) for group in groups]
             if batch == "pairs":
                 drafts.count_repeats(groups)
                 if not groups:

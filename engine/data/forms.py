@@ -1,15 +1,16 @@
 """Forms of rows: one function per form turns a row into a prompt with responses and pairs."""
 
+import difflib
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 from engine.data.chat import ASSISTANT_TURN, Chat, Message
+from engine.data.messages import num_characters, read_messages, read_tools
 from engine.data.preferences import pairs_by_score
 from engine.data.rows import MAX_LINE_BYTES, BadRow, Row
 from utils import clipped
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PROMPTS_DIFFER = "prompts of chosen and rejected differ"  # reason for dropping a row
 MAX_RESPONSES = 1000  # per row; the number of pairs grows with its square
 
@@ -88,21 +89,31 @@ def _ranked(row: Row, chat: Chat) -> ParsedRow:
 
 def _messages(row: Row, chat: Chat) -> ParsedRow | str:
     if "messages" in row.values and not _has_pair(row):
-        return _dialogue(row, chat, _message_list(row, row.items("messages"), "messages"))
-    chosen, rejected = (_message_list(row, row.items(name), name) for name in ("chosen", "rejected"))
+        return _dialogue(row, chat, read_messages(row, row.value("messages"), "messages"))
+    chosen, rejected = (_response_turns(row, name) for name in ("chosen", "rejected"))
     prompt = _prompt_column(row)
     for name, dialogue in (("chosen", chosen), ("rejected", rejected)):
         _check_dialogue(row, name, dialogue, prompt)
     prompts = [dialogue[:-1] or prompt or [] for dialogue in (chosen, rejected)]
     if prompts[0] != prompts[1]:
         return PROMPTS_DIFFER
-    return _render(row, chat, prompts[0], [chosen[-1]["content"], rejected[-1]["content"]])
+    return _render(row, chat, prompts[0], [chosen[-1], rejected[-1]])
+
+
+def _response_turns(row: Row, name: str) -> list[Message]:
+    """A response with all messages before it, from a list, a message or the response's text."""
+    value = row.value(name)
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": row.text(name)}]
+    if not isinstance(value, (list, dict)):
+        raise row.wrong_type(value, name, "text or messages")
+    return read_messages(row, value, name)
 
 
 def _prompt_column(row: Row) -> list[Message] | None:
     if isinstance(row.values.get("prompt"), str):
         return [{"role": "user", "content": row.text("prompt")}]
-    return _message_list(row, row.items("prompt"), "prompt") if "prompt" in row.values else None
+    return read_messages(row, row.value("prompt"), "prompt") if "prompt" in row.values else None
 
 
 def _check_dialogue(row: Row, name: str, dialogue: list[Message], prompt: list[Message] | None) -> None:
@@ -118,22 +129,28 @@ def _check_dialogue(row: Row, name: str, dialogue: list[Message], prompt: list[M
 
 
 def _sharegpt(row: Row, chat: Chat) -> ParsedRow | str:
-    prompt = _with_system(row, _message_list(row, row.items("conversations"), "conversations"))
+    prompt = _with_system(row, read_messages(row, row.value("conversations"), "conversations"))
     if not _has_pair(row):
         return _dialogue(row, chat, prompt)
     responses = []
     for name in ("chosen", "rejected"):
-        response = row.value(name)
-        if not isinstance(response, str):
-            message = _message(row, response, name)
-            if message["role"] != "assistant":
-                raise row.error(name, "is not an assistant message")
-            response = message["content"]
-        responses.append(row.as_text(response, name))
+        (*before, response) = _response_turns(row, name)
+        if before or response["role"] != "assistant":
+            raise row.error(name, "is not an assistant message")
+        responses.append(response)
     return _render(row, chat, prompt, responses)
 
 
 # ---- Demonstrations: responses without a preference ----
+
+
+def _completion(row: Row, chat: Chat) -> ParsedRow | str:
+    """A prompt and its completion: both text as it is, or messages."""
+    if isinstance(row.value("prompt"), str) and isinstance(row.value("completion"), str):
+        prompt = row.text("prompt")
+        return ParsedRow(prompt, prompt, [row.text("completion")], [], is_demonstration=True)
+    messages = _prompt_column(row) or []
+    return _dialogue(row, chat, [*messages, *_response_turns(row, "completion")], start=len(messages))
 
 
 def _alpaca(row: Row, chat: Chat) -> ParsedRow:
@@ -148,22 +165,24 @@ def _instruction(row: Row, chat: Chat, *, context: str, response: str) -> Parsed
     """An instruction as a user message, with the context (if any) below it."""
     parts = [row.text("instruction")] + ([row.text(context)] if row.values.get(context) else [])
     messages: list[Message] = [{"role": "user", "content": "\n\n".join(parts)}]
-    return _demonstration(row, chat, _with_system(row, messages), row.text(response))
+    target: Message = {"role": "assistant", "content": row.text(response)}
+    return _demonstration(row, chat, _with_system(row, messages), target)
 
 
-def _dialogue(row: Row, chat: Chat, messages: list[Message]) -> ParsedRow | str:
-    """A dialogue as demonstrations: each response with all messages before it."""
+def _dialogue(row: Row, chat: Chat, messages: list[Message], start: int = 0) -> ParsedRow | str:
+    """A dialogue as demonstrations: each response from start with all messages before it."""
     roles = [message["role"] for message in messages]
     if "user" not in roles:
         return "dialogue without a user message"
-    responses = [index for index in range(roles.index("user"), len(roles)) if roles[index] == "assistant"]
+    start = max(start, roles.index("user"))
+    responses = [index for index in range(start, len(roles)) if roles[index] == "assistant"]
     if not responses or (chat.sft_turns == "last" and responses[-1] != len(roles) - 1):
         return "dialogue that does not end with an assistant message"
     if chat.sft_turns == "last":
         del responses[:-1]
     _check_length(row, messages, responses)
     turns = [
-        _demonstration(row, chat, messages[:index], messages[index]["content"])
+        _demonstration(row, chat, messages[:index], messages[index])
         for index in responses
         if index == responses[-1] or roles[index - 1] != "assistant"
     ]
@@ -176,14 +195,15 @@ def _check_length(row: Row, messages: list[Message], responses: list[int]) -> No
 
     They grow with the square of the dialogue.
     """
-    ends = list(accumulate(len(message["content"]) for message in messages))
-    if sum(ends[index] for index in responses) > MAX_LINE_BYTES:
-        name = "messages" if "messages" in row.values else "conversations"
+    ends = list(accumulate(map(num_characters, messages)))
+    num_tools = len(str(row.values.get("tools") or ""))  # in every prompt
+    if sum(ends[index] + num_tools for index in responses) > MAX_LINE_BYTES:
+        name = next(name for name in ("messages", "conversations", "completion") if name in row.values)
         problem = f"has {len(responses)} responses, and their prompts have over {MAX_LINE_BYTES:,} characters in all"
         raise BadRow(f"{row.origin}: field '{name}' {problem}", "divide the dialogue, or set sft_turns=last")
 
 
-def _demonstration(row: Row, chat: Chat, messages: list[Message], response: str) -> ParsedRow:
+def _demonstration(row: Row, chat: Chat, messages: list[Message], response: Message) -> ParsedRow:
     return _render(row, chat, messages, [response])._replace(pairs=[], is_demonstration=True)
 
 
@@ -201,30 +221,13 @@ def _has_pair(row: Row) -> bool:
     return "chosen" in row.values or "rejected" in row.values
 
 
-def _render(row: Row, chat: Chat, messages: list[Message], responses: list[str]) -> ParsedRow:
+def _render(row: Row, chat: Chat, messages: list[Message], responses: list[Message]) -> ParsedRow:
     if messages[-1]["role"] == "assistant":
         name = next(name for name in ("conversations", "messages", "prompt", "chosen") if name in row.values)
         raise row.error(name, "ends with an assistant message; the response should follow a user message")
-    prompt, texts = chat.render(row, messages, responses)
-    key = [[message["role"], message["content"].strip()] for message in messages]
+    prompt, texts = chat.render(row, messages, responses, read_tools(row))
+    key = [[message["role"], message["content"].strip(), *message.get("tool_calls", [])] for message in messages]
     return ParsedRow(key, prompt, texts, [(0, 1)], from_template=chat.is_template)
-
-
-def _message_list(row: Row, values: list[Any], name: str) -> list[Message]:
-    if not values:
-        raise row.error(name, "is an empty list")
-    return [_message(row, value, f"{name}[{index}]") for index, value in enumerate(values)]
-
-
-def _message(row: Row, value: Any, name: str) -> Message:
-    """A message of {"role", "content"}, or of ShareGPT's {"from", "value"} with its role names."""
-    is_sharegpt = isinstance(value, dict) and "role" not in value and "from" in value
-    role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
-    role = row.as_text(row.member(value, role_key, name), f"{name}.{role_key}")
-    content = row.as_text(row.member(value, content_key, name), f"{name}.{content_key}")
-    if is_sharegpt and role not in ROLES:
-        raise row.error(f"{name}.{role_key}", f"is '{clipped(role)}', not one of {', '.join(ROLES)}")
-    return {"role": ROLES.get(role, role), "content": content}
 
 
 # ---- All forms ----
@@ -236,25 +239,48 @@ FORMS: dict[str, Callable[[Row, Chat], ParsedRow | str]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "ranked": _ranked,
+    "completion": _completion,
     "alpaca": _alpaca,
     "dolly": _dolly,
+}
+# The columns of each form, in the order of detection. Those of `strings` with messages in them are `messages` too.
+COLUMNS = {
+    "sharegpt": ("conversations",),
+    "ranked": ("prompt", "responses"),
+    "strings": ("prompt", "chosen", "rejected"),
+    "transcripts": ("chosen", "rejected"),
+    "messages": ("messages",),
+    "completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "dolly": ("instruction", "response"),
 }
 
 
 def detect_form(row: Row) -> str:
     """Infer the form of a file from the columns of a row."""
     columns = row.values
-    if "conversations" in columns:
-        return "sharegpt"
-    if "responses" in columns:
-        return "ranked"
-    if "chosen" in columns and "rejected" in columns:
-        if isinstance(columns["chosen"], list):
-            return "messages"
-        return "strings" if "prompt" in columns else "transcripts"
-    if "messages" in columns:
-        return "messages"
-    if "instruction" in columns and ("output" in columns or "response" in columns):
-        return "alpaca" if "output" in columns else "dolly"
+    for form, needed in COLUMNS.items():
+        if all(name in columns for name in needed):
+            texts = [columns[name] for name in needed]
+            is_pair = form in ("strings", "transcripts")
+            return "messages" if is_pair and any(isinstance(text, (list, dict)) for text in texts) else form
+    forms = ", ".join(f"{form} ({', '.join(needed)})" for form, needed in COLUMNS.items())
     problem = f"{row.origin}: the columns {clipped(', '.join(columns)) or '(none)'} are of no known form"
-    raise BadRow(problem, f"rename them as one of the forms {', '.join(FORMS)}, or name it with format=")
+    fix = f"rename them, or name a form with format=: {forms}; chosen and rejected may hold messages"
+    raise BadRow(f"{problem}{_nearest_form(list(columns))}", fix)
+
+
+def _nearest_form(columns: list[str]) -> str:
+    """The form with the most similar columns, and those it lacks."""
+    known = [column.lower() for column in columns]
+    missing = {form: [name for name in needed if name not in columns] for form, needed in COLUMNS.items()}
+
+    def likeness(form: str) -> float:
+        best = [
+            max((difflib.SequenceMatcher(None, name, column).ratio() for column in known), default=0.0)
+            for name in COLUMNS[form]
+        ]
+        return sum(best) / len(best)
+
+    form = max(COLUMNS, key=likeness)
+    return f"; the nearest is {form}, without {' and '.join(missing[form])}" if likeness(form) > 0.5 else ""

@@ -25,6 +25,12 @@ def special_token_marker(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str]
     return lambda text: first_character.sub(rf"\g<0>{MARK}", text)
 
 
+def without_eos(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text without an EOS at its end."""
+    eos, stripped = tokenizer.eos_token, text.rstrip()
+    return stripped.removesuffix(eos) if eos and stripped.endswith(eos) else text
+
+
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """The ids of the special tokens, without the one for unknown text."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -20,7 +20,7 @@ class RunRecord:
         config: the run's config.yaml.
         num_examples: trained on before this checkpoint.
         metrics: of the last evaluation before this checkpoint.
-        chat_template: of the training data: hh, llama2, a Jinja file, or None for the tokenizer's own.
+        chat_template: of the training data: hh, llama2, chatml, a Jinja file, or None for the tokenizer's own.
     """
 
     config: dict[str, Any] = field(default_factory=dict)

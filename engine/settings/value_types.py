@@ -90,7 +90,7 @@ TokenizerOrPath = Annotated[
     str, Predicate(is_model_or_path), Words("a tokenizer's name on the hub or an existing path"), Hint(path_hint)
 ]
 ChatTemplate = Annotated[
-    TemplateName | Annotated[str, Predicate(is_file)], Words("hh, llama2 or an existing file"), Hint(text_hint)
+    TemplateName | Annotated[str, Predicate(is_file)], Words("hh, llama2, chatml or an existing file"), Hint(text_hint)
 ]
 
 

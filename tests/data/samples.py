@@ -89,11 +89,11 @@ def load_rows(tmp_path: Path, rows: list, tokenizer, **options):
     return load(write(tmp_path / "rows.jsonl", rows), tokenizer, **options)
 
 
-def user(text: str) -> dict[str, str]:
+def user(text: Any) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def assistant(text: str) -> dict[str, str]:
+def assistant(text: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 

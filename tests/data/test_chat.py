@@ -1,5 +1,8 @@
 """Message lists as text: chat templates, the HH format, and templates with errors."""
 
+import json
+from typing import Any
+
 import pytest
 
 from engine.data.chat_templates import JINJA, template_advice
@@ -25,10 +28,10 @@ def test_a_jinja_file_is_a_template(tmp_path, tokenizer):
 
 
 def test_literal_special_tokens_in_messages_are_marked(tmp_path, tokenizer):
-    rows = [{"prompt": "say <|user|>", "chosen": [assistant("<<eos>")], "rejected": [assistant("<eo")]}]
+    rows = [{"prompt": "say <|user|>", "chosen": [assistant("<<eos>!")], "rejected": [assistant("<eo")]}]
     ((prompt, preference),) = load_rows(tmp_path, rows, tokenizer).items()
     assert prompt == f"<s><|user|>user\nsay <{MARK}|user|><eos>\n<|user|>assistant\n"
-    assert preference["responses"] == [f"<<{MARK}eos>", "<eo"]
+    assert preference["responses"] == [f"<<{MARK}eos>!", "<eo"]
 
 
 def test_an_empty_response_stays_empty(tmp_path, tokenizer):
@@ -36,6 +39,132 @@ def test_an_empty_response_stays_empty(tmp_path, tokenizer):
     for template in (None, "hh"):
         ((_, preference),) = load_rows(tmp_path, rows, tokenizer, chat_template=template).items()
         assert preference["responses"][1] == ""
+
+
+@pytest.mark.parametrize("template", [None, "hh", "llama2", "chatml"])
+def test_an_end_of_text_written_by_the_author_is_not_learned(tmp_path, tokenizer, template):
+    def texts(eos: str) -> object:
+        messages = [user("hi"), assistant(f"yes{eos}"), user("so"), assistant(f"a{eos}")]
+        return load_rows(tmp_path, [{"messages": messages}], tokenizer, chat_template=template)
+
+    assert texts("<eos>") == texts("")
+    if template != "hh":  # examples() does it for plain text
+        assert texts("<eos>\n") == texts("") and MARK not in str(texts("<eos>"))
+
+
+def test_the_chatml_template_by_name(tmp_path):
+    plain = byte_tokenizer()
+    rows = [{**CHAT, "prompt": [{"role": "system", "content": "Be kind."}, user("hi")]}]
+    ((prompt, preference),) = load_rows(tmp_path, rows, plain, chat_template="chatml").items()
+    assert prompt == ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert preference["responses"] == ["a<|im_end|>\n", "b<|im_end|>\n"]
+    plain.add_special_tokens({"eos_token": "<|im_end|>"})
+    ((_, preference),) = load_rows(tmp_path, rows, plain, chat_template="chatml").items()
+    assert preference["responses"] == ["a", "b"]  # every response gets EOS
+
+
+# ---- Tools ----
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome <eos>"}}}
+RESULT = {"role": "tool", "content": "sun"}
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}<tool>{{ tool | tojson }}{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for call in m.tool_calls %}<call>{{ call.function | tojson }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TOOL_DIALOGUE: list[Any] = [
+    user("sunny?"),
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    RESULT,
+    assistant("yes"),
+]
+WRITTEN_CALL = f'<call>{{"name": "weather", "arguments": {{"city": "Rome <{MARK}eos>"}}}}'
+WRITTEN_TOOL = '<tool>{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}'
+
+
+def with_call(call: object) -> list[object]:
+    return [TOOL_DIALOGUE[0], {"role": "assistant", "tool_calls": [call]}, *TOOL_DIALOGUE[2:]]
+
+
+@pytest.mark.parametrize(
+    "dialogue",
+    [
+        TOOL_DIALOGUE,
+        with_call(CALL["function"]),
+        with_call({"function": {"name": "weather", "arguments": '{"city": "Rome <eos>"}'}, "type": "function"}),
+        with_call(json.dumps(CALL)),
+    ],
+)
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]])
+def test_tools_and_tool_calls_are_written_by_the_template(tmp_path, dialogue, tools):
+    row = {"messages": dialogue, "tools": tools}
+    preferences = load_rows(tmp_path, [row], byte_tokenizer(chat_template=TOOL_TEMPLATE))
+    start = f"{WRITTEN_TOOL}[user]sunny?[assistant]"
+    assert {prompt: preference["sft_target"] for prompt, preference in preferences.items()} == {
+        start: WRITTEN_CALL,
+        f"{start}{WRITTEN_CALL}[tool]sun[assistant]": "yes",
+    }
+
+
+def test_a_tool_call_is_a_response_to_prefer(tmp_path):
+    rows = [{"prompt": "sunny?", "chosen": [TOOL_DIALOGUE[1]], "rejected": "no idea"}]
+    ((_, preference),) = load_rows(tmp_path, rows, byte_tokenizer(chat_template=TOOL_TEMPLATE)).items()
+    assert preference["responses"] == [WRITTEN_CALL, "no idea"]
+
+
+@pytest.mark.parametrize(
+    ("row", "written", "left_out"),
+    [
+        ({"messages": TOOL_DIALOGUE[::3], "tools": [TOOL]}, "tools or []", "the tool 'weather'"),
+        ({"messages": TOOL_DIALOGUE[:2]}, "m.tool_calls", "the call of tool 'weather'"),
+        ({"messages": TOOL_DIALOGUE}, "m.content", "the result of a tool"),
+    ],
+)
+def test_a_template_that_leaves_out_tools_is_refused(tmp_path, row, written, left_out):
+    template = TOOL_TEMPLATE.replace(written, "''")
+    with pytest.raises(UserError) as error:
+        load_rows(tmp_path, [row], byte_tokenizer(chat_template=template), sft_turns="last")
+    assert f"rows.jsonl line 1: the chat template leaves out {left_out} (" in str(error.value)
+
+
+def test_a_template_that_leaves_out_one_of_two_calls_is_refused(tmp_path):
+    template = TOOL_TEMPLATE.replace("m.tool_calls", "(m.tool_calls or [])[1:]")
+    rows = [{"messages": [TOOL_DIALOGUE[0], {**TOOL_DIALOGUE[1], "tool_calls": [CALL, CALL]}]}]
+    with pytest.raises(UserError, match="line 1: the chat template leaves out the call of tool 'weather'"):
+        load_rows(tmp_path, rows, byte_tokenizer(chat_template=template))
+
+
+@pytest.mark.parametrize("template", ["hh", "llama2", "chatml"])
+def test_the_templates_by_name_refuse_tools(tmp_path, tokenizer, template):
+    for row in ({"messages": TOOL_DIALOGUE[:2]}, {"messages": TOOL_DIALOGUE[::3], "tools": [TOOL]}):
+        with pytest.raises(UserError, match=r"line 1: .*(no tools and no tool calls|leaves out the (tool|call of))"):
+            load_rows(tmp_path, [row], tokenizer, chat_template=template)
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        ({"function": {"arguments": {}}}, r"messages\[1\]\.tool_calls\[0\]\.function\.name' is missing"),
+        ({"name": "f", "arguments": "{"}, r"function\.arguments' is text, but not JSON"),
+        ({"name": "f", "arguments": [1]}, r"function\.arguments' is a list, not an object"),
+        ({"name": "f", "arguments": {"a\ud800": 1}}, r"tool_calls\[0\]' contains invalid characters"),
+        (3, r"tool_calls\[0\]' is a number, not an object"),
+    ],
+)
+def test_malformed_tool_calls_are_named(tmp_path, call, problem):
+    with pytest.raises(UserError, match=problem):
+        load_rows(tmp_path, [{"messages": with_call(call)}], byte_tokenizer(chat_template=TOOL_TEMPLATE))
+
+
+def test_tools_that_nest_too_deeply_are_refused(tmp_path):
+    deep: dict[str, object] = {}
+    for _ in range(100):
+        deep = {"a": deep}
+    row = {"messages": TOOL_DIALOGUE, "tools": [{"name": "f", "parameters": deep}]}
+    with pytest.raises(UserError, match=r"field 'tools\[0\]' nests more than 50 levels"):
+        load_rows(tmp_path, [row], byte_tokenizer(chat_template=TOOL_TEMPLATE))
 
 
 LLAMA2_PROMPT = "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST] yes? <eos><s>[INST] so [/INST]"
@@ -62,7 +191,8 @@ def test_hh_as_jinja_equals_the_text_of_training(tmp_path):
 
 
 def test_a_chat_template_is_needed(tmp_path):
-    with pytest.raises(UserError, match="the tokenizer has no chat template; fix: set chat_template=hh or llama2"):
+    problem = "the tokenizer has no chat template; fix: set chat_template=hh, llama2 or chatml"
+    with pytest.raises(UserError, match=problem):
         load_rows(tmp_path, [{"instruction": "i", "output": "o"}], byte_tokenizer())
 
 
@@ -114,8 +244,8 @@ INSTRUCT = "model.tokenizer_name_or_path="
         ("mistralai/Mistral-7B-v0.3", "LlamaTokenizer", INSTRUCT + "mistralai/Mistral-7B-Instruct-v0.3 "),
         ("Qwen/Qwen2.5-1.5B", "Qwen2TokenizerFast", INSTRUCT + "Qwen/Qwen2.5-0.5B-Instruct "),
         ("/models/mine", "Qwen2Tokenizer", INSTRUCT + "Qwen/Qwen2.5-0.5B-Instruct "),
-        ("/models/mine", "PreTrainedTokenizerFast", "chat_template=hh or llama2, or to the path of a Jinja file"),
-        ("", "PreTrainedTokenizerFast", "chat_template=hh or llama2, or to the path of a Jinja file"),
+        ("/models/mine", "PreTrainedTokenizerFast", "chat_template=hh, llama2 or chatml, or to the path of a Jinja"),
+        ("", "PreTrainedTokenizerFast", "chat_template=hh, llama2 or chatml, or to the path of a Jinja file"),
     ],
 )
 def test_template_advice(name, class_name, expected):

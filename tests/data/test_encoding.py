@@ -37,12 +37,20 @@ def test_the_prompt_has_the_tokenizers_bos_and_no_eos(form, tmp_path):
 
 
 def test_special_tokens_in_text_are_plain_text(with_bos, tmp_path):
-    (example,) = run(pair("<s> <|user|>", "a<eos>", "<eos>"), with_bos, tmp_path).examples
+    (example,) = run(pair("<s> <|user|>", "a<eos>!", "<eos>!"), with_bos, tmp_path).examples
     special = set(with_bos.all_special_ids)
     assert [token in special for token in example.prompt] == [True] + [False] * len("<s> <|user|>")
-    for response, text in zip(example.responses, ("a<eos>", "<eos>"), strict=True):
+    for response, text in zip(example.responses, ("a<eos>!", "<eos>!"), strict=True):
         assert [token in special for token in response] == [False] * len(text) + [True]
         assert with_bos.decode(response) == text + EOS
+
+
+def test_a_response_that_ends_with_eos_gets_no_second_one(plain, tmp_path):
+    data = pair("p<eos>", "a<eos>", "b <eos>\n") | pair("q", "<eos>", "c") | pair("r", "d", "d<eos>")
+    split = run(data, plain, tmp_path)
+    assert texts(split, plain) == [("p<eos>", "a<eos>", "b <eos>")]
+    assert [len(response) for response in split.examples[0].responses] == [2, 3]  # one token for <eos>
+    assert split.counts["dropped"] == {"empty response": 1, "chosen equal to rejected": 1}
 
 
 def test_special_tokens_of_a_template_count_but_marked_ones_do_not(plain, tmp_path):

@@ -35,6 +35,11 @@ def test_transcripts(tmp_path, tokenizer):
         {"chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]},
         {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
         {"conversations": [user("hi")], "chosen": assistant("a"), "rejected": assistant("b"), "system": ""},
+        {"prompt": [user("hi")], "chosen": "a", "rejected": "b"},
+        {"prompt": [user("hi")], "chosen": assistant("a"), "rejected": assistant("b")},
+        {"prompt": "hi", "chosen": assistant("a"), "rejected": "b"},
+        {"prompt": user("hi"), "chosen": [assistant("a")], "rejected": "b"},
+        {"prompt": [user([{"type": "text", "text": "h"}, "i"])], "chosen": assistant([{"text": "a"}]), "rejected": "b"},
     ],
 )
 def test_messages_and_sharegpt(tmp_path, tokenizer, row):
@@ -44,6 +49,20 @@ def test_messages_and_sharegpt(tmp_path, tokenizer, row):
 
     expected = {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}
     assert load_rows(tmp_path, [row], tokenizer, chat_template="hh") == {"\n\nHuman: hi\n\nAssistant:": expected}
+
+
+@pytest.mark.parametrize("names", [("human", "gpt"), ("Human", "bot"), ("User", "Assistant"), ("USER", "model")])
+@pytest.mark.parametrize(("column", "keys"), [("messages", ("role", "content")), ("conversations", ("from", "value"))])
+def test_the_usual_names_of_roles_in_any_case(tmp_path, tokenizer, names, column, keys):
+    turns = [dict(zip(keys, turn, strict=True)) for turn in zip(("System", *names), ("s", "hi", "a"), strict=True)]
+    ((prompt, preference),) = load_rows(tmp_path, [{column: turns}], tokenizer).items()
+    assert prompt == "<s><|user|>system\ns<eos>\n<|user|>user\nhi<eos>\n<|user|>assistant\n"
+    assert preference["sft_target"] == "a"
+
+
+def test_strings_through_the_chat_template(tmp_path, tokenizer):
+    ((prompt, preference),) = load_rows(tmp_path, [PAIR], tokenizer, form="messages").items()
+    assert (prompt, preference["responses"]) == ("<s><|user|>user\np<eos>\n<|user|>assistant\n", ["a", "b"])
 
 
 def test_sharegpt_system_column(tmp_path, tokenizer):
@@ -103,6 +122,35 @@ def test_instructions_and_dialogues(tmp_path, tokenizer, row, question):
     assert load_rows(tmp_path, [row], tokenizer, chat_template="hh") == {
         f"\n\nHuman: {question}\n\nAssistant:": expected
     }
+
+
+def test_prompt_and_completion_of_text(tmp_path, tokenizer):
+    expected = {"responses": ["c"], "pairs": [], "sft_target": "c", "demonstrations": ["c"]}
+    assert load_rows(tmp_path, [{"prompt": "p", "completion": "c"}], tokenizer) == {"p": expected}
+    with pytest.raises(UserError, match="rows of format=completion have one response and no preference"):
+        load_rows(tmp_path, [{"prompt": "p", "completion": "c"}], tokenizer, needs_pairs=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("hi", assistant("a")),
+        ("hi", [assistant("a")]),
+        (user("hi"), "a"),
+        ([user("hi")], "a"),
+        ([user("hi")], [assistant("a")]),
+    ],
+)
+def test_prompt_and_completion_of_messages(tmp_path, tokenizer, prompt, completion):
+    rows = [{"prompt": prompt, "completion": completion}]
+    ((text, preference),) = load_rows(tmp_path, rows, tokenizer, chat_template="hh").items()
+    assert (text, preference["demonstrations"]) == ("\n\nHuman: hi\n\nAssistant:", [" a"])
+
+
+def test_only_the_completion_is_learned(tmp_path, tokenizer):
+    row = {"prompt": TURNS[:3], "completion": [assistant("b"), user("and?"), assistant("c")]}
+    preferences = load_rows(tmp_path, [row], tokenizer, chat_template="hh")
+    assert [preference["sft_target"] for preference in preferences.values()] == [" b", " c"]
 
 
 ONE = "\n\nHuman: hi\n\nAssistant:"
@@ -171,7 +219,7 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}
         (PAIR, {"prompt": True}, "field 'prompt' is a boolean, not text"),
         (PAIR, {"prompt": "a\0b"}, "field 'prompt' contains a NUL byte"),
         (PAIR, {"prompt": "\ud800"}, "field 'prompt' contains invalid characters (half a surrogate pair)"),
-        (CHAT, {"chosen": "a"}, "field 'chosen' is text, not a list"),
+        (CHAT, {"chosen": None}, "field 'chosen' is null, not text or messages"),
         (CHAT, {"chosen": []}, "field 'chosen' is an empty list"),
         (CHAT, {"chosen": ["a"]}, "field 'chosen[0]' is text, not an object"),
         (CHAT, {"chosen": [{"role": "assistant"}]}, "field 'chosen[0].content' is missing"),
@@ -184,8 +232,16 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}
             "field 'chosen' has messages before its last that do not match",
         ),
         (SHAREGPT, {"conversations": [{"from": "x", "value": "hi"}]}, "field 'conversations[0].from' is 'x', not one"),
+        (CHAT, {"prompt": [{"role": "usr", "content": "hi"}]}, "field 'prompt[0].role' is 'usr', not one of human, "),
+        (
+            CHAT,
+            {"prompt": [user([{"type": "image"}])]},
+            "field 'prompt[0].content[0]' is of the type 'image', and only",
+        ),
+        (CHAT, {"prompt": [user([{"type": "text"}])]}, "field 'prompt[0].content[0].text' is missing"),
         (SHAREGPT, {"chosen": user("a")}, "field 'chosen' is not an assistant message"),
-        (SHAREGPT, {"rejected": 3}, "field 'rejected' is a number, not an object"),
+        (SHAREGPT, {"rejected": 3}, "field 'rejected' is a number, not text or messages"),
+        (SHAREGPT, {"rejected": [user("a"), assistant("b")]}, "field 'rejected' is not an assistant message"),
         (RANKED, {"responses": []}, "field 'responses' is an empty list"),
         (RANKED, {"responses": ["a", 2]}, "field 'responses[1]' is a number, not text"),
         (RANKED, {"scores": [1]}, "field 'scores' has 1 values for 2 responses"),
@@ -204,9 +260,33 @@ def test_missing_fields_and_columns_are_named(tmp_path, tokenizer):
     missing = {"prompt": "p", "chosen": "a"}
     with pytest.raises(UserError, match=r"rows\.jsonl line 2: field 'rejected' is missing; fix: "):
         load_rows(tmp_path, [PAIR, missing], tokenizer)
-    with pytest.raises(UserError, match=r"line 1: the columns prompt, chosen are of no known form; fix: .*format="):
+    with pytest.raises(UserError, match=r"line 1: the columns prompt, chosen are of no known form; the nearest "):
         load_rows(tmp_path, [missing], tokenizer)
     with pytest.raises(UserError, match="line 1: field 'chosen' has no message before its last"):
         load_rows(tmp_path, [{"chosen": [assistant("a")], "rejected": [assistant("b")]}], tokenizer)
     with pytest.raises(UserError, match=r"line 1: field 'chosen' has no '\\n\\nAssistant:' turn"):
         load_rows(tmp_path, [{"chosen": "a", "rejected": "b"}], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("columns", "nearest"),
+    [
+        (["prompt", "chosen"], "strings, without rejected"),
+        (["Prompt", "Chosen", "Rejected"], "strings, without prompt and chosen and rejected"),
+        (["conversation"], "sharegpt, without conversations"),
+        (["prompt", "response"], "ranked, without responses"),
+        (["instructions", "output"], "alpaca, without instruction"),
+    ],
+)
+def test_the_nearest_form_of_unknown_columns(columns, nearest):
+    with pytest.raises(UserError) as error:
+        detect_form(Row(dict.fromkeys(columns, "x"), "f.jsonl line 1"))
+    assert f"are of no known form; the nearest is {nearest}; fix: rename them" in str(error.value)
+    assert "strings (prompt, chosen, rejected), " in str(error.value) and "dolly (instruction, response)" in str(
+        error.value
+    )
+
+
+def test_columns_near_no_form():
+    with pytest.raises(UserError, match="the columns x, y are of no known form; fix: "):
+        detect_form(Row({"x": 1, "y": 2}, ""))
