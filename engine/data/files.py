@@ -1,22 +1,22 @@
-"""The user's own files: find a split, parse its rows, hold out test prompts."""
+"""The user's own files: parse the rows of a split, hold out test prompts."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.data.chat import Chat
 from engine.data.forms import FORMS, ParsedRow, detect_form
 from engine.data.preferences import Preferences, SplitName, add_preference
-from engine.data.row_files import SUFFIXES, read_rows
+from engine.data.row_files import read_rows
 from engine.data.rows import BadRow, Row, RowCounts
+from engine.data.split_files import find_split
 from utils import UserError, content_hash, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SPLIT_FILES = {"train": ("train",), "test": ("test", "validation", "eval")}  # stems; the first existing one counts
 
 
 def load_file(
@@ -33,8 +33,9 @@ def load_file(
 ) -> Preferences:
     """Load a split of a file, or of a folder of files.
 
-    A folder has a file train.*, and may have test.*, validation.* or eval.*. Without a test file, a fraction of the
-    prompts is held out. A hash of each prompt decides, so both splits and all runs agree.
+    A folder has a file train.*, and may have test.*, validation.* or eval.*, as files, shards or folders of
+    save_to_disk. Without a test file, a fraction of the prompts is held out. A hash of each prompt decides, so both
+    splits and all runs agree.
 
     Args:
         path: the file or folder.
@@ -52,11 +53,17 @@ def load_file(
     """
     if form is not None and form not in FORMS:
         raise UserError("CONFIG", f"format: '{form}' is not a form", f"use one of {', '.join(FORMS)}, or null")
-    file, has_test_file = find_split(path, split)
+    files, has_test_file = find_split(path, split)
     file_counts = RowCounts(on_bad_row=counts.on_bad_row)
     data = FilePreferences()
-    for row in parse_rows(file, form, Chat(tokenizer, chat_template, sft_turns), file_counts, needs_pairs):
+    for row in parse_rows(files, form, Chat(tokenizer, chat_template, sft_turns), file_counts, needs_pairs):
         data.add(row)
+    if data.has_plain_text and split == "train" and chat_template is None and tokenizer.chat_template:
+        print(
+            f"note: {path} holds plain text: its prompts go in as they are, without the chat template of the model "
+            "(format=messages applies it to prompt with chosen and rejected, or completion)",
+            flush=True,
+        )
     if not has_test_file:
         data.keep_split(split, test_fraction)
     if has_test_file or split == "train":
@@ -66,38 +73,15 @@ def load_file(
     return data.preferences
 
 
-def find_split(path: Path, split: SplitName) -> tuple[Path, bool]:
-    """Find the file of a split.
-
-    Returns:
-        The file, and whether there is a test file. Without one, both splits are parts of the file returned.
-    """
-    if not path.is_dir():
-        if not path.exists():
-            raise UserError("DATA", f"datasets: there is no file {path}", "correct the path")
-        return path, False
-    files: dict[str, Path] = {}
-    for name, stems in SPLIT_FILES.items():
-        for stem in reversed(stems):
-            same = [file for file in sorted(path.iterdir()) if file.name in [stem + suffix for suffix in SUFFIXES]]
-            if len(same) > 1:
-                names = " and ".join(file.name for file in same)
-                raise UserError("DATA", f"datasets: {path} holds both {names}", "leave one of them there")
-            if same:
-                files[name] = same[0]
-    if "train" not in files:
-        raise UserError("DATA", f"datasets: {path} holds no file train.*", f"name it train + {', '.join(SUFFIXES)}")
-    return (files[split], True) if "test" in files else (files["train"], False)
-
-
 def parse_rows(
-    file: Path, form: str | None, chat: Chat, counts: RowCounts, needs_pairs: bool = False
+    files: Sequence[Path], form: str | None, chat: Chat, counts: RowCounts, needs_pairs: bool = False
 ) -> Iterator[ParsedRow]:
-    """Read and parse the rows of a file; counts gets the dropped ones.
+    """Read and parse the rows of a split; counts gets the dropped ones.
 
     Without a form, the first row that parses decides it for all later rows.
     """
-    for row in progress(read_rows(file, counts.reject), description=f"reading {file.name}", unit="rows"):
+    rows = chain.from_iterable(read_rows(file, counts.reject) for file in files)
+    for row in progress(rows, description=f"reading {files[0].name}", unit="rows"):
         parsed: ParsedRow | str | None = None
         with counts.catch_bad_row():
             row_form = form or detect_form(row)
@@ -126,12 +110,13 @@ def _parse(row: Row, form: str, chat: Chat, *, is_inferred: bool) -> ParsedRow |
 class FilePreferences:
     """Preferences of a file, with everything needed to hold out prompts.
 
-    Rows of one hash stay in one split.
+    Rows of one hash stay in one split. has_plain_text: whether a row was text instead of messages.
     """
 
     preferences: Preferences = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)  # by prompt
     num_rows: Counter[str] = field(default_factory=Counter)  # by prompt
+    has_plain_text: bool = False
 
     def add(self, row: ParsedRow) -> None:
         turns = (*row.earlier_turns, row)
@@ -147,6 +132,7 @@ class FilePreferences:
                 preference.setdefault("demonstrations", []).append(target)
             self.hashes.setdefault(turn.prompt, row_hash)
         self.num_rows[row.prompt] += 1
+        self.has_plain_text |= row.is_plain_text
 
     def keep_split(self, split: SplitName, test_fraction: float) -> None:
         """Keep the prompts of one split; the lowest hashes are the test split."""

@@ -38,6 +38,11 @@ class ParsedRow(NamedTuple):
     is_demonstration: bool = False
     earlier_turns: tuple["ParsedRow", ...] = ()
 
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether the row was text; the key of messages is a list."""
+        return isinstance(self.key, str)
+
 
 # ---- Plain text ----
 
@@ -90,6 +95,8 @@ def _ranked(row: Row, chat: Chat) -> ParsedRow:
 def _messages(row: Row, chat: Chat) -> ParsedRow | str:
     if "messages" in row.values and not _has_pair(row):
         return _dialogue(row, chat, read_messages(row, row.value("messages"), "messages"))
+    if "completion" in row.values and not _has_pair(row):
+        return _completion_messages(row, chat)
     chosen, rejected = (_response_turns(row, name) for name in ("chosen", "rejected"))
     prompt = _prompt_column(row)
     for name, dialogue in (("chosen", chosen), ("rejected", rejected)):
@@ -149,6 +156,10 @@ def _completion(row: Row, chat: Chat) -> ParsedRow | str:
     if isinstance(row.value("prompt"), str) and isinstance(row.value("completion"), str):
         prompt = row.text("prompt")
         return ParsedRow(prompt, prompt, [row.text("completion")], [], is_demonstration=True)
+    return _completion_messages(row, chat)
+
+
+def _completion_messages(row: Row, chat: Chat) -> ParsedRow | str:
     messages = _prompt_column(row) or []
     return _dialogue(row, chat, [*messages, *_response_turns(row, "completion")], start=len(messages))
 

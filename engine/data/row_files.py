@@ -1,18 +1,17 @@
-"""Rows of files: read JSON, JSON lines and Parquet, plain or gzipped."""
+"""Rows of files: read JSON, JSON lines, CSV, Parquet and Arrow, plain or gzipped."""
 
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.data.rows import MAX_LINE_BYTES, BadRow, Row
+from engine.data.table_files import RejectRow, arrow_rows, csv_rows, row_decoder
 from utils import UserError
 
-SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
-
-RejectRow = Callable[[BadRow], None]
+SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".arrow")
 
 
 def raise_error(error: BadRow) -> None:
@@ -38,9 +37,12 @@ def read_rows(path: Path, reject: RejectRow = raise_error) -> Iterator[Row]:
     try:
         if path.name.endswith(".parquet"):
             yield from _parquet_rows(path, reject)
+        elif path.name.endswith(".arrow"):
+            yield from arrow_rows(path)
         else:
+            read = csv_rows if path.name.endswith((".csv", ".csv.gz")) else _json_rows
             with open(path, "rb") as file:
-                yield from _json_rows(path, gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file, reject)
+                yield from read(path, gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file, reject)
     except (OSError, EOFError, zlib.error) as error:  # permissions, or a damaged or truncated gzip file
         raise UserError("DATA", f"{path} cannot be read: {error}", "check or replace the file") from error
 
@@ -105,9 +107,10 @@ def _parquet_rows(path: Path, reject: RejectRow) -> Iterator[Row]:
     index = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            decode = row_decoder(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
-                    yield _as_row(values, f"{path} row {index}")
+                    yield _as_row(decode(values), f"{path} row {index}")
                     index += 1
     except UnicodeDecodeError as error:
         problem = f"{path}: text near row {index} is not UTF-8"

@@ -1,16 +1,25 @@
 """The user's own files: splits of files and folders, and held-out prompts."""
 
 import re
+from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from engine.data.rows import RowCounts
-from tests.data.samples import CHAT, PAIR, assistant, load, load_rows, user, write
+from tests.data.samples import CHAT, PAIR, assistant, byte_tokenizer, load, load_rows, user, write
 from utils import UserError
 
 
 def numbered(count: int, start: int = 0) -> list[dict[str, str]]:
     return [{**PAIR, "prompt": f"p{i}"} for i in range(start, start + count)]
+
+
+def write_parquet(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 @pytest.mark.parametrize("test_name", ["test.json", "validation.jsonl.gz", "eval.jsonl"])
@@ -37,6 +46,74 @@ def test_unusable_folders(tmp_path, tokenizer):
         load(tmp_path, tokenizer)
     with pytest.raises(UserError, match=r"there is no file .*nothing\.jsonl"):
         load(tmp_path / "nothing.jsonl", tokenizer)
+
+
+@pytest.mark.parametrize("folder", ["", "data"])
+def test_the_layout_of_the_hub(tmp_path, tokenizer, folder):
+    for number in range(2):
+        write_parquet(tmp_path / folder / f"train-0000{number}-of-00002.parquet", numbered(2, start=2 * number))
+    write_parquet(tmp_path / folder / "validation-00000-of-00001.parquet", numbered(1, start=4))
+    (tmp_path / "README.md").write_text("a card")
+    assert list(load(tmp_path, tokenizer)) == ["p0", "p1", "p2", "p3"]
+    assert list(load(tmp_path, tokenizer, split="test")) == ["p4"]
+    (tmp_path / folder / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(UserError, match=r"holds 1 of 2 files train-\*; fix: add the others"):
+        load(tmp_path, tokenizer)
+    write(tmp_path / folder / "train.jsonl", numbered(1))
+    with pytest.raises(UserError, match=r"holds both train-00000-of-00002\.parquet and train\.jsonl"):
+        load(tmp_path, tokenizer)
+
+
+def test_a_folder_of_save_to_disk(tmp_path, tokenizer):
+    data = datasets.Dataset.from_list(numbered(10))
+    data.save_to_disk(tmp_path / "one", num_shards=2)
+    train, test = (load(tmp_path / "one", tokenizer, split=s, test_fraction=0.2) for s in ("train", "test"))
+    assert len(train) == 8 and len(test) == 2 and sorted(train | test) == sorted(f"p{i}" for i in range(10))
+    splits = {"train": data.select(range(1, 7)), "validation": data.select(range(7, 10))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
+    assert list(load(tmp_path / "two", tokenizer)) == [f"p{i}" for i in range(1, 7)]
+    assert list(load(tmp_path / "two", tokenizer, split="test")) == ["p7", "p8", "p9"]
+
+
+@pytest.mark.parametrize(
+    ("state", "problem"),
+    [
+        ("{", r"state\.json does not list the files of a data set; fix: save it again"),
+        ('{"_data_files": [{"filename": 3}]}', r"state\.json does not list the files"),
+        ('{"_data_files": [{"filename": "../x.arrow"}]}', r"names \.\./x\.arrow, not an \.arrow file beside it"),
+        ('{"_data_files": [{"filename": "/etc/passwd"}]}', r"names /etc/passwd, not an \.arrow file beside it"),
+        ('{"_data_files": [{"filename": "x.arrow"}]}', r"lacks its file x\.arrow; fix: copy the folder again"),
+    ],
+)
+def test_damaged_folders_of_save_to_disk(tmp_path, tokenizer, state, problem):
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(UserError, match=problem):
+        load(tmp_path, tokenizer)
+
+
+PLAIN_TEXT = "holds plain text: its prompts go in as they are, without the chat template of the model (format=messages"
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "is_said"),
+    [
+        (PAIR, {}, True),
+        ({"prompt": "p", "completion": "c"}, {}, True),
+        ({"prompt": "p", "responses": ["c"]}, {}, True),
+        (PAIR, {"split": "test"}, False),  # the train split said it
+        (PAIR, {"form": "messages"}, False),
+        ({"prompt": "p", "completion": "c"}, {"form": "messages"}, False),
+        (CHAT, {}, False),
+        (CHAT, {"chat_template": "hh"}, False),
+    ],
+)
+def test_plain_text_for_an_instruct_model_is_said_once(tmp_path, tokenizer, capsys, row, options, is_said):
+    load_rows(tmp_path, [row, row], tokenizer, **options)
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {tmp_path}/rows.jsonl {PLAIN_TEXT}") if is_said else said == ""
+    assert said.count("\n") == is_said
+    load_rows(tmp_path, [PAIR], byte_tokenizer())  # a base model
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -1,8 +1,9 @@
-"""Files of rows: JSON, JSON lines, Parquet, gzipped or damaged."""
+"""Files of rows: JSON, JSON lines, CSV, Parquet, Arrow, gzipped or damaged."""
 
 import gzip
 import json
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +34,63 @@ def test_parquet(tmp_path, tokenizer):
     assert len(load(path, tokenizer)) == 1
 
 
+@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz"])
+def test_csv(tmp_path, tokenizer, name):
+    text = '\ufeffprompt,chosen,rejected\r\n"say ""a, b""\nnow","a\n, b",\r\n\r\n5,x,y'.encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    assert [(row.values, row.origin) for row in read_rows(path)] == [
+        ({"prompt": 'say "a, b"\nnow', "chosen": "a\n, b", "rejected": ""}, f"{path} line 4"),
+        ({"prompt": "5", "chosen": "x", "rejected": "y"}, f"{path} line 6"),
+    ]
+    assert len(load(path, tokenizer)) == 2
+
+
+@pytest.mark.parametrize("new_writer", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow(tmp_path, new_writer):
+    path = tmp_path / "x.arrow"
+    table = pa.Table.from_pylist([PAIR] * 3)
+    with new_writer(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    assert [(row.values, row.origin) for row in read_rows(path)] == [(PAIR, f"{path} row {i}") for i in range(3)]
+
+
+def test_damaged_text_in_arrow_is_an_error(tmp_path):
+    """Offsets beyond the end of the text would read other memory."""
+    path = tmp_path / "x.arrow"
+    table = pa.table({"a": ["x" * 12_345]})
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    before, offset, after = path.read_bytes().rpartition((12_345).to_bytes(4, "little"))
+    path.write_bytes(before + (2_000_000_000).to_bytes(4, "little") + after)
+    assert offset
+    with pytest.raises(UserError, match=r"x\.arrow cannot be read: "):
+        list(read_rows(path))
+
+
+def test_nulls_of_absent_fields_are_left_out(tmp_path):
+    """Parquet has the same fields in all objects of a column."""
+    call = {"name": "f", "arguments": {"a": 1}}
+    other = {"name": "g", "arguments": {"b": "x"}}
+    rows = [{"messages": [user("hi"), {**assistant(""), "tool_calls": [call, other]}], "system": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert [row.values for row in read_rows(tmp_path / "x.parquet")] == rows
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_fields_of_several_types_are_read_like_the_library_datasets(tmp_path, suffix):
+    rows = [{"messages": [user("hi")]}, {"messages": [user([{"type": "text", "text": "hi"}])]}]
+    stored = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    assert "Json" in str(stored.features)
+    if suffix == "parquet":
+        stored.to_parquet(tmp_path / "x.parquet")
+        path = tmp_path / "x.parquet"
+    else:
+        stored.save_to_disk(tmp_path / "saved")
+        path = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    assert [row.values for row in read_rows(path)] == rows
+
+
 def test_empty_lines_and_unusual_line_ends(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xe2\x80\xa8"}\r\n\r\n{"a": 2}')
@@ -52,7 +110,16 @@ def test_empty_lines_and_unusual_line_ends(tmp_path):
         ("x.jsonl.gz", b"no gzip", "x.jsonl.gz cannot be read: "),
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], "x.jsonl.gz cannot be read: "),
         ("x.parquet", b"no parquet", "x.parquet cannot be read: "),
-        ("x.csv", b"a,b", "x.csv: unknown kind of file; fix: use one of .json, "),
+        ("x.txt", b"a,b", "x.txt: unknown kind of file; fix: use one of .json, "),
+        ("x.csv", b"a,b\n1,2\n3\n", "x.csv line 3 has 1 fields, and the first line 2; fix: put fields with commas"),
+        ("x.csv", b'a,b\n1,"2\n', "x.csv line 2 is not CSV: unexpected end of data; fix: "),
+        ("x.csv", b"a,b\n1,\xff\n", "x.csv line 2 is not UTF-8; fix: "),
+        ("x.csv", b"a,a\n1,2\n", "x.csv line 1 names a column twice; fix: "),
+        ("x.csv", b"a\n" + b"x" * 2_000_001, "x.csv line 2 is not CSV: field larger than field limit (2000000)"),
+        ("x.csv", b"a\n" + b"x" * 16_000_000, "x.csv line 2 has 16,000,000 bytes or more; fix: "),
+        ("x.csv.gz", b"no gzip", "x.csv.gz cannot be read: "),
+        ("x.arrow", b"no arrow", "x.arrow cannot be read: "),
+        ("x.arrow", b"ARROW1 nothing", "x.arrow cannot be read: "),
     ],
 )
 def test_unreadable_files(tmp_path, name, data, problem):
