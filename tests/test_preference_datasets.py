@@ -230,8 +230,8 @@ def test_a_chat_file_end_to_end(tmp_path):
     template = "{% for m in messages %}<|user|>{{ m.content + eos_token + '\n' }}{% endfor %}"
     template += "{% if add_generation_prompt %}<|user|>{% endif %}"
     tokenizer = byte_tokenizer("<s> $A", chat_template=template)
-    row = {"prompt": "say <eos>", "chosen": [{"role": "assistant", "content": "no <eos>"}]}
-    path = write(tmp_path / "own.jsonl", [row | {"rejected": [{"role": "assistant", "content": "<eos>"}]}])
+    row = {"prompt": "say <eos>", "chosen": [{"role": "assistant", "content": "no <eos>!"}]}
+    path = write(tmp_path / "own.jsonl", [row | {"rejected": [{"role": "assistant", "content": "<eos>!"}]}])
     options = {"datasets": [str(path)], "test_fraction": 0}
     (example,) = load_split(config(tmp_path, **options), tokenizer, "train", "pairs").examples
     bos, eos, user = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|user|>")
@@ -240,7 +240,10 @@ def test_a_chat_file_end_to_end(tmp_path):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     assert example.prompt.tolist() == [bos, user, *plain("say <eos>"), eos, *plain("\n"), user]
-    assert [response.tolist() for response in example.responses] == [[*plain("no <eos>"), eos], [*plain("<eos>"), eos]]
+    assert [response.tolist() for response in example.responses] == [
+        [*plain("no <eos>!"), eos],
+        [*plain("<eos>!"), eos],
+    ]
 
 
 def test_an_instruction_file_end_to_end(tmp_path):

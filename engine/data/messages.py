@@ -64,13 +64,14 @@ def _content(row: Row, value: Any, name: str) -> str:
     """Text, or a list of parts of text."""
     if not isinstance(value, list):
         return row.as_text(value, name)
+    if not value:
+        raise row.error(name, "is an empty list")
     texts = []
     for index, part in enumerate(value):
         place = f"{name}[{index}]"
         if isinstance(part, dict) and part.get("type", "text") != "text":
             raise row.error(place, f"is of the type '{clipped(str(part['type']))}', and only text can be trained on")
-        text, place = (part, place) if isinstance(part, str) else (row.member(part, "text", place), f"{place}.text")
-        texts.append(row.as_text(text, place))
+        texts.append(row.as_text(row.member(part, "text", place), f"{place}.text"))
     return row.as_text("".join(texts), name)
 
 

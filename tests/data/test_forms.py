@@ -39,7 +39,11 @@ def test_transcripts(tmp_path, tokenizer):
         {"prompt": [user("hi")], "chosen": assistant("a"), "rejected": assistant("b")},
         {"prompt": "hi", "chosen": assistant("a"), "rejected": "b"},
         {"prompt": user("hi"), "chosen": [assistant("a")], "rejected": "b"},
-        {"prompt": [user([{"type": "text", "text": "h"}, "i"])], "chosen": assistant([{"text": "a"}]), "rejected": "b"},
+        {
+            "prompt": [user([{"type": "text", "text": "h"}, {"text": "i"}])],
+            "chosen": assistant([{"text": "a"}]),
+            "rejected": "b",
+        },
     ],
 )
 def test_messages_and_sharegpt(tmp_path, tokenizer, row):
@@ -238,6 +242,8 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}
             {"prompt": [user([{"type": "image"}])]},
             "field 'prompt[0].content[0]' is of the type 'image', and only",
         ),
+        (CHAT, {"prompt": [user([])]}, "field 'prompt[0].content' is an empty list"),
+        (CHAT, {"prompt": [user(["hi"])]}, "field 'prompt[0].content[0]' is text, not an object"),
         (CHAT, {"prompt": [user([{"type": "text"}])]}, "field 'prompt[0].content[0].text' is missing"),
         (SHAREGPT, {"chosen": user("a")}, "field 'chosen' is not an assistant message"),
         (SHAREGPT, {"rejected": 3}, "field 'rejected' is a number, not text or messages"),
