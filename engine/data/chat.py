@@ -1,5 +1,6 @@
 """Message lists as text: by a chat template, or in the format of HH."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
@@ -128,6 +129,8 @@ class Chat:
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # templates raise anything
+            if any(isinstance(arguments, dict) for arguments in _call_arguments(messages)):  # some templates want text
+                return self._apply(row, [_with_json_arguments(m) for m in messages], tools, add_generation_prompt)
             fix = "correct this row or remove it, or set another chat_template"
             raise BadRow(f"{row.origin}: the chat template refuses it: {clipped(str(error))}", fix) from error
         return text.replace(TEMPLATE_MARK, MARK)
@@ -176,6 +179,21 @@ class ToolProbe:
         name = f"probe{len(self.expected)}x"
         self.expected[name] = what
         return name
+
+
+def _call_arguments(messages: Sequence[Message]) -> list[Any]:
+    return [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", [])]
+
+
+def _with_json_arguments(message: Message) -> Message:
+    """The message with the arguments of its tool calls as JSON text."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}
 
 
 def _says_something(response: Message) -> bool:

@@ -98,7 +98,10 @@ def parse_rows(
 
 def _parse(row: Row, form: str, chat: Chat, *, is_inferred: bool) -> ParsedRow | str:
     try:
-        return FORMS[form](row, chat)
+        parsed = FORMS[form](row, chat)
+        if row.values.get("tools") and isinstance(parsed, ParsedRow) and parsed.is_plain_text:
+            raise row.error("tools", "is for messages, and the row is plain text")
+        return parsed
     except BadRow as error:
         if not is_inferred:
             raise

@@ -108,6 +108,21 @@ def test_tools_and_tool_calls_are_written_by_the_template(tmp_path, dialogue, to
     }
 
 
+def test_arguments_are_text_for_a_template_that_wants_text(tmp_path):
+    template = TOOL_TEMPLATE.replace("{{ call.function | tojson }}", "{{ '>' + call.function.arguments }}")
+    template = template.replace("<call>", "<call {{ call.function.name }}")
+    preferences = load_rows(tmp_path, [{"messages": TOOL_DIALOGUE}], byte_tokenizer(chat_template=template))
+    (target, _) = [preference["sft_target"] for preference in preferences.values()]
+    assert target == f'<call weather>{{"city": "Rome <{MARK}eos>"}}'
+
+
+def test_tools_of_plain_text_are_refused(tmp_path, tokenizer):
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "tools": [TOOL]}]
+    with pytest.raises(UserError, match="line 1: field 'tools' is for messages, and the row is plain text"):
+        load_rows(tmp_path, rows, tokenizer)
+    assert len(load_rows(tmp_path, [{**rows[0], "tools": []}], tokenizer)) == 1
+
+
 def test_a_tool_call_is_a_response_to_prefer(tmp_path):
     rows = [{"prompt": "sunny?", "chosen": [TOOL_DIALOGUE[1]], "rejected": "no idea"}]
     ((_, preference),) = load_rows(tmp_path, rows, byte_tokenizer(chat_template=TOOL_TEMPLATE)).items()
