@@ -55,9 +55,8 @@ class Chat:
                 self.jinja = Path(chat_template).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 problem = f"chat_template: {chat_template} cannot be read ({error})"
-                raise UserError(
-                    "CONFIG", problem, "give null, hh, llama2, chatml or the path of a Jinja file"
-                ) from error
+                fix = "give null, hh, llama2, chatml or the path of a Jinja file"
+                raise UserError("CONFIG", problem, fix) from error
 
     def render(
         self, row: Row, messages: list[Message], responses: Sequence[Message], tools: Sequence[Any] = ()
