@@ -362,13 +362,15 @@ class BasicTrainer:
         path = self.writer.finished(wait, together)
         if path is not None:
             self.loggers.print(f"saved {path}")
+            while self.writer.notices:
+                self.loggers.print(self.writer.notices.pop(0))
 
     def resume(self, checkpoint: Path) -> bool:
         """Restore the state of a checkpoint; returns whether the run must start with an evaluation."""
         state = read_state(checkpoint, self.source.fingerprint, self.reference_hash, self.base_hash)
         restore_checkpoint(checkpoint, self.placement, self.policy, self.optimizer)
         if self.placement.rank == 0:
-            rewind(self.run_dir, state["log_sizes"])
+            rewind(self.run_dir, state["log_sizes"], state["counters"]["examples"])
         self.counters.update(state["counters"])
         self.token_budget = min(self.token_budget, state["token_budget"])  # smaller if memory has run out
         self.best.resume(state["best"], self.run_dir, self.placement.rank == 0)

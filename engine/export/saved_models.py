@@ -16,6 +16,7 @@ from engine.models.archives import (
     checkpoints,
     find_base_model,
     find_checkpoint,
+    locate,
 )
 from engine.models.loading import BUFFERS
 from engine.models.tokenizers import END_OF_TEXT
@@ -66,7 +67,7 @@ def find_saved(name: str) -> Path | None:
         return None
     for candidate in (path, path / "LATEST", *reversed(checkpoints(path))):
         if (candidate / "config.json").is_file() or (candidate / ADAPTER_CONFIG).is_file():
-            candidate = candidate.resolve()
+            candidate = locate(candidate)
             # Copies under another name may be edited, so only a run's own checkpoints are verified.
             if candidate.name.startswith("step-") and (candidate / MANIFEST_FILE).exists():
                 find_checkpoint(candidate, "the model")  # raises for a damaged one

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.models.adapters import TRAINED_ADAPTER, Adapter
-from engine.models.archives import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, find_checkpoint
+from engine.models.archives import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, find_checkpoint, locate
 from engine.models.shards import copy_to_shard
 from utils import UserError
 
@@ -49,7 +49,7 @@ def adapter_archive(archive: Path) -> Path | None:
         archive = find_checkpoint(archive, "model.archive") or archive
     elif (archive / MANIFEST_FILE).exists():
         archive = find_checkpoint(archive, "model.archive") or archive  # raises if it is damaged
-    return archive.resolve() if (archive / ADAPTER_CONFIG).is_file() else None
+    return locate(archive) if (archive / ADAPTER_CONFIG).is_file() else None
 
 
 def _peft_name(name: str) -> str:

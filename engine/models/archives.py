@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from utils import UserError
 FORMAT = 1
 STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"  # prefixes of file names
+MAX_LINKS = 40  # followed in a row, as by Linux
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
@@ -28,6 +31,21 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(
         (path for path in run_dir.glob("step-*") if path.name[5:].isdigit()), key=lambda path: int(path.name[5:])
     )
+
+
+def locate(path: Path) -> Path:
+    """The absolute path of a checkpoint, links followed up to a run's step-N.
+
+    That may be a link itself, to another disk. It is the run's all the same.
+    """
+    for _ in range(MAX_LINKS):
+        is_of_run = re.fullmatch(r"step-\d+", path.name) and any(
+            os.path.lexists(path.parent / name) for name in ("LATEST", "config.yaml")
+        )
+        if is_of_run or not path.is_symlink():
+            break
+        path = path.parent / os.readlink(path)
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -56,9 +74,9 @@ def find_checkpoint(path: Path, key: str = "resume") -> Path | None:
         UserError: CHECKPOINT, if it is damaged; for a run directory, if all are.
     """
     if path.name == "LATEST" or is_checkpoint(path):
-        candidates = [path.resolve()]
+        candidates = [locate(path)]
     else:
-        candidates = [checkpoint.resolve() for checkpoint in reversed(checkpoints(path))]
+        candidates = [path.resolve() / checkpoint.name for checkpoint in reversed(checkpoints(path))]
     problems: list[str] = []
     for checkpoint in candidates:
         problem = find_corruption(checkpoint)
@@ -74,6 +92,8 @@ def find_checkpoint(path: Path, key: str = "resume") -> Path | None:
 
 def find_corruption(checkpoint: Path) -> str | None:
     """Describe the first problem in a checkpoint's files; None if all are intact."""
+    if checkpoint.is_symlink() and not checkpoint.exists():
+        return f"it is a link to {os.readlink(checkpoint)}, which does not exist"
     try:
         text = (checkpoint / MANIFEST_FILE).read_bytes()
         manifest = json.loads(text)
@@ -81,8 +101,8 @@ def find_corruption(checkpoint: Path) -> str | None:
             return f"its format is {manifest['format']}, not {FORMAT}"
         if text != manifest_bytes(manifest):  # JSON may repeat a key
             return f"{MANIFEST_FILE} was changed"
-        name = checkpoint.resolve().name
-        if name.startswith("step-") and manifest["checkpoint"] != name:  # copies may have any other name
+        names = {name for name in (checkpoint.name, checkpoint.resolve().name) if name.startswith("step-")}
+        if names - {manifest["checkpoint"]}:  # copies may have any other name
             return f"it was written as {manifest['checkpoint']}"
         for name, written in manifest["files"].items():
             if written["bytes"] != (checkpoint / name).stat().st_size:

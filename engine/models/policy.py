@@ -25,7 +25,7 @@ from engine.models.adapters import (
     is_quantized_weight,
     is_trained,
 )
-from engine.models.archives import find_base_model, find_checkpoint
+from engine.models.archives import find_base_model, find_checkpoint, locate
 from engine.models.hashing import weights_hash
 from engine.models.layers import find_layers
 from engine.models.loading import differing_values, hf_config_of, load_model
@@ -199,7 +199,7 @@ def _with_base(
         path = path.parent if path.name == "policy.pt" else path
         if not (path / "config.json").exists() and path.is_dir():
             path = find_checkpoint(path, "model.archive") or path
-        return settings, str(path.resolve()) if (path / "config.json").exists() else None
+        return settings, str(locate(path)) if (path / "config.json").exists() else None
     if model.architecture is not None:
         return settings, None
     return settings, os.path.abspath(model.name_or_path) if os.path.exists(model.name_or_path) else model.name_or_path
@@ -219,7 +219,7 @@ def _with_base_of_adapter(
         print(f"model.archive: {archive} names no base model; using model.name_or_path={model.name_or_path}")
         without = model.model_copy(update={"archive": None})
         return _with_base(settings.model_copy(update={"model": without}), None, tokenizer)
-    base = name if path is None else str(path.resolve())
+    base = name if path is None else str(locate(path))
     source = None if path is None else base
     base_model = model.model_copy(update={"archive": source, "name_or_path": base, "architecture": None})
     differing = differing_values(hf_config_of(base_model, tokenizer), hf_config_of(model, tokenizer))

@@ -6,6 +6,7 @@ checkpoint is complete or absent, even after a crash.
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from engine.models.archives import FORMAT, MANIFEST_FILE, checkpoints, find_corr
 from engine.models.shards import ShardPermutations, barrier, full_tensor, rank_and_size
 from engine.placement.process_group import post, rank_0_first, receive
 from engine.run.fail_points import fail_point
-from engine.run.run_files import log_sizes, update_link
+from engine.run.run_files import log_sizes, remove_checkpoint, update_link
 from utils import UserError, apply_umask, as_os_errors, fsync, write_atomically
 
 _saves = itertools.count()  # started by this process; the same number on all ranks
@@ -88,10 +89,14 @@ class CheckpointWriter:
 
     Args:
         keep: how many checkpoints to keep, the newest; None for all.
+
+    Attributes:
+        notices: lines about older checkpoints, for the log.
     """
 
     def __init__(self, run_dir: Path, keep: int | None):
         self._run_dir, self._keep = run_dir, keep
+        self.notices: list[str] = []
         self._executor = ThreadPoolExecutor(1)
         self._running: Future[Path] | None = None
 
@@ -121,7 +126,7 @@ class CheckpointWriter:
                 _check_room(target, contents.num_bytes + extra_bytes)
                 fail_point("mkdir")
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
+                temporary.mkdir()
         barrier()
         topic = f"save-{next(_saves)}"
         self._running = self._executor.submit(self._write, target, contents, write_rest, is_best, topic)
@@ -178,11 +183,16 @@ class CheckpointWriter:
         write_atomically(temporary / MANIFEST_FILE, manifest_bytes(manifest))
         fsync(temporary)
         fail_point("before_rename")
-        if target.exists():  # damaged, or from before a resume
-            shutil.rmtree(target)
+        if os.path.lexists(target):  # damaged, or from before a resume
+            self._remove(target, target.name)
         temporary.rename(target)
         fsync(self._run_dir)
         fail_point("before_pointer")
+
+    def _remove(self, path: Path, name: str) -> None:
+        notice = remove_checkpoint(path)
+        if notice is not None:
+            self.notices.append(f"removed {self._run_dir / name}; {notice}")
 
     def _remove_old(self, target: Path, keep: int) -> None:
         """Remove all but the newest checkpoints, counted back from target. BEST stays."""
@@ -193,7 +203,7 @@ class CheckpointWriter:
                 if old.resolve() != best:
                     old.rename(_temporary(old))
                     fail_point("during_retention")
-                    shutil.rmtree(_temporary(old))
+                    self._remove(_temporary(old), old.name)
 
 
 # ---- Ranks ----

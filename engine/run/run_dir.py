@@ -74,7 +74,8 @@ def open_run_dir(settings: Settings) -> tuple[Path, Path | None]:
         check_is_empty(run_dir)
     if checkpoint is None and settings.resume == "auto":
         checkpoint = find_start(run_dir, origin)
-    in_place = checkpoint is not None and checkpoint.parent == run_dir.resolve()
+    same = None if checkpoint is None else find_same(run_dir, checkpoint)
+    in_place, checkpoint = same is not None, same or checkpoint
     if checkpoint is not None:
         check_settings(checkpoint, settings)
     if settings.resume != "auto":
@@ -106,6 +107,12 @@ def find_requested(settings: Settings, run_dir: Path) -> Path | None:
     if checkpoint is None and settings.resume != "auto":
         raise no_checkpoint(source)
     return checkpoint
+
+
+def find_same(run_dir: Path, checkpoint: Path) -> Path | None:
+    """The checkpoint of a run with the same files, by its path there; None without one. Moved ones may be links."""
+    intact = (path for path in checkpoints(run_dir.resolve()) if path.exists())
+    return next((path for path in intact if path.samefile(checkpoint)), None)
 
 
 def no_checkpoint(source: Path) -> UserError:
@@ -195,7 +202,7 @@ def prepare_to_resume(run_dir: Path, checkpoint: Path) -> None:
 def prepare_to_start(run_dir: Path) -> None:
     """Remove leftovers of an earlier start."""
     remove_temporaries(run_dir)
-    rewind(run_dir, {})
+    rewind(run_dir, {}, 0)
     shutil.rmtree(run_dir / "base", ignore_errors=True)  # the earlier start may have had another model
 
 

@@ -1,6 +1,7 @@
 """Files of a run directory: links, logs, the lock, temporaries."""
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -42,6 +43,20 @@ def restore_links(run_dir: Path) -> None:
             raise UserError("STORAGE", problem, "move it elsewhere")
         shutil.rmtree(copied)
         update_link(original, copied.name)
+
+
+def remove_checkpoint(path: Path) -> str | None:
+    """Remove a checkpoint; of a link, the link alone.
+
+    Returns:
+        a notice about the target of a link, as it stays; None without one.
+    """
+    if not path.is_symlink():
+        shutil.rmtree(path)
+        return None
+    target = os.readlink(path)
+    path.unlink()
+    return f"its files in {target} stay, as it was a link" if os.path.exists(path.parent / target) else None
 
 
 def log_sizes(run_dir: Path) -> dict[str, int]:
@@ -93,7 +108,39 @@ def remove_temporaries(run_dir: Path) -> None:
             path.unlink()
 
 
-def rewind(run_dir: Path, sizes: dict[str, int]) -> None:
-    """Truncate logs to their sizes at a checkpoint, so no row is logged twice."""
+def rewind(run_dir: Path, sizes: dict[str, int], num_examples: int) -> None:
+    """Truncate logs to their sizes at a checkpoint, so no row is logged twice.
+
+    A log with other rows there is left whole, with a notice.
+
+    Args:
+        num_examples: trained on before the checkpoint.
+    """
     for name, size in log_sizes(run_dir).items():
-        os.truncate(run_dir / name, min(size, sizes.get(name, 0)))  # to a larger size would add zeros
+        size_then = sizes.get(name, 0)
+        if size <= size_then:  # to a larger size would add zeros
+            continue
+        if _are_later(run_dir / name, size_then, num_examples):
+            os.truncate(run_dir / name, size_then)
+        else:
+            print(
+                f"{run_dir / name}: not all rows after byte {size_then:,} are later than the checkpoint; all are kept"
+            )
+
+
+def _are_later(log: Path, start: int, num_examples: int) -> bool:
+    """Whether the rows of a log from byte start on were written after num_examples examples."""
+    with open(log, "rb") as file:
+        if start:
+            file.seek(start - 1)
+            if file.read(1) != b"\n":
+                return False
+        for line in file:
+            try:
+                row = json.loads(line)
+                counter = row.get("counters/examples", row.get("examples"))
+            except (ValueError, AttributeError):  # a row torn by a crash
+                continue
+            if not isinstance(counter, int | float) or counter < num_examples:
+                return False
+    return True
