@@ -21,6 +21,7 @@ from engine.placement.processes import check_processes, choose_num_processes, us
 from engine.placement.worker import STOPPED
 from engine.placement.world import World, world_from_environment
 from engine.run.failures import CRASH_NOTE, as_failure
+from engine.run.model_pins import with_models
 from engine.run.run_dir import crash_log, derive_names, open_run
 from engine.settings.hydra_errors import explain_hydra_error
 from engine.settings.hydra_guard import check_command_line
@@ -62,8 +63,8 @@ def run_here(settings: Settings) -> int:
     """Run in this process, alone or as one rank; returns the exit status."""
     group = process_group.joined(settings.collective_timeout) if uses_process_group(settings) else nullcontext()
     with group, ExitStack() as locks:
-        names, run_dir, checkpoint = process_group.broadcast_from_rank_0(lambda: open_run(settings, locks))
-        settings = settings.named(**names)
+        names, run_dir, checkpoint, models = process_group.broadcast_from_rank_0(lambda: open_run(settings, locks))
+        settings = with_models(settings.named(**names), models)
         try:
             stopped_by = train(settings, run_dir, checkpoint)
         except Exception as error:

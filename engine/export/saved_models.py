@@ -13,9 +13,11 @@ from engine.models.archives import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MANIFEST_FILE,
+    check_base_exists,
     checkpoints,
     find_base_model,
     find_checkpoint,
+    is_local,
     locate,
 )
 from engine.models.loading import BUFFERS
@@ -62,7 +64,7 @@ def find_saved(name: str) -> Path | None:
     if path.name == "policy.pt" and path.is_file():
         path = path.parent
     if not path.exists():
-        if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # impossible on the hub
+        if is_local(name):
             raise UserError("CHECKPOINT", f"{path} does not exist", "correct the path")
         return None
     for candidate in (path, path / "LATEST", *reversed(checkpoints(path))):
@@ -165,6 +167,8 @@ def _load_adapter(directory: Path, dtype: torch.dtype | None, base: str | None, 
         raise loading_error("adapter", str(directory), error) from error
     if not (base or configured):
         raise UserError("CHECKPOINT", f"{directory} does not name its base model", "give it as base=NAME_OR_PATH")
+    if base is None:
+        check_base_exists(directory, configured, "base", "as base=PATH")
     source = base or str(find_base_model(directory, configured) or configured)
     try:
         base_model = load_saved(source, dtype=dtype, show_progress=show_progress)  # may be an adapter itself

@@ -132,6 +132,33 @@ def with_base_models(names: Iterable[str | None]) -> Iterator[str]:
                     yield str(find_base_model(adapter, base) or base)
 
 
+def is_local(name: str) -> bool:
+    """Whether a model's name is a path; no name on the hub looks so."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def missing_archive(key: str, path: Path, role: str = "", how: str = "") -> UserError:
+    """An error for a model that does not exist.
+
+    Args:
+        role: who names it.
+        how: a copy of it is given.
+    """
+    problem = f"{key}: {path} does not exist"
+    problem += f", and {role}" if role else ""
+    fix = f"put it back, or give a copy or an export of it {how}" if role else "give a run, checkpoint or policy.pt"
+    if others := [checkpoint.name for checkpoint in checkpoints(path.parent)]:
+        problem += f" ({', '.join(others)} beside it {'has' if len(others) == 1 else 'have'} other weights)"
+    return UserError("CHECKPOINT", problem, fix.strip())
+
+
+def check_base_exists(adapter: Path, name: str, key: str, how: str) -> None:
+    """Raise a UserError if the base model named by an adapter is a path that does not exist."""
+    if is_local(name) and find_base_model(adapter, name) is None:
+        role = f"{adapter / ADAPTER_CONFIG} names it as the base model of {adapter}"
+        raise missing_archive(key, Path(name), role, how)
+
+
 def find_base_model(adapter: Path, name: str) -> Path | None:
     """Find the directory of an adapter's base model.
 

@@ -25,7 +25,7 @@ from engine.models.adapters import (
     is_quantized_weight,
     is_trained,
 )
-from engine.models.archives import find_base_model, find_checkpoint, locate
+from engine.models.archives import check_base_exists, find_base_model, find_checkpoint, locate, missing_archive
 from engine.models.hashing import weights_hash
 from engine.models.layers import find_layers
 from engine.models.loading import differing_values, hf_config_of, load_model
@@ -54,6 +54,8 @@ def load_policy(
     Raises:
         UserError: CONFIG or CHECKPOINT, if settings, model and archive do not match.
     """
+    if settings.model.archive is not None and not Path(settings.model.archive).exists():
+        raise missing_archive("model.archive", Path(settings.model.archive))
     archive = None if settings.model.archive is None else adapter_archive(Path(settings.model.archive))
     if isinstance(settings.peft, LoraSettings):
         return _load_with_adapters(settings, settings.peft, archive, tokenizer, dtype, device, run_dir, load)
@@ -211,9 +213,11 @@ def _with_base_of_adapter(
     """_with_base() for an archived adapter."""
     model = settings.model
     name = read_adapter_config(archive).get("base_model_name_or_path")
+    if name:
+        check_base_exists(archive, name, "model.archive", "by its path in that file")
     path = find_base_model(archive, name) if name else None
     if path is None and model.architecture is not None:
-        problem = f"the base model of {archive}, {name}, does not exist" if name else f"{archive} names no base model"
+        problem = f"{name}, the base model of {archive}, is not on disk" if name else f"{archive} names no base model"
         raise UserError("CHECKPOINT", f"model.archive: {problem}", "restore it, or name it in adapter_config.json")
     if path is None and not name:
         print(f"model.archive: {archive} names no base model; using model.name_or_path={model.name_or_path}")

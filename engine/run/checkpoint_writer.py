@@ -22,6 +22,7 @@ from engine.models.archives import FORMAT, MANIFEST_FILE, checkpoints, find_corr
 from engine.models.shards import ShardPermutations, barrier, full_tensor, rank_and_size
 from engine.placement.process_group import post, rank_0_first, receive
 from engine.run.fail_points import fail_point
+from engine.run.model_pins import users_of
 from engine.run.run_files import log_sizes, remove_checkpoint, update_link
 from utils import UserError, apply_umask, as_os_errors, fsync, write_atomically
 
@@ -97,6 +98,7 @@ class CheckpointWriter:
     def __init__(self, run_dir: Path, keep: int | None):
         self._run_dir, self._keep = run_dir, keep
         self.notices: list[str] = []
+        self._kept: set[Path] = set()  # named in a notice
         self._executor = ThreadPoolExecutor(1)
         self._running: Future[Path] | None = None
 
@@ -195,15 +197,26 @@ class CheckpointWriter:
             self.notices.append(f"removed {self._run_dir / name}; {notice}")
 
     def _remove_old(self, target: Path, keep: int) -> None:
-        """Remove all but the newest checkpoints, counted back from target. BEST stays."""
+        """Remove all but the newest checkpoints, counted back from target. BEST and those of other runs stay."""
         # A resumed run may have damaged checkpoints after target. They do not count.
         saved, best = checkpoints(self._run_dir), (self._run_dir / "BEST").resolve()
         for old in saved[: saved.index(target) + 1][:-keep]:
             with suppress(OSError):
-                if old.resolve() != best:
+                if old.resolve() != best and not self._is_used(old):
                     old.rename(_temporary(old))
+                    if users_of(old):  # pinned just now
+                        _temporary(old).rename(old)
+                        continue
                     fail_point("during_retention")
                     self._remove(_temporary(old), old.name)
+
+    def _is_used(self, checkpoint: Path) -> bool:
+        """Whether other runs build on a checkpoint; the first time, note which."""
+        users = users_of(checkpoint)
+        if users and checkpoint not in self._kept:
+            self._kept.add(checkpoint)
+            self.notices.append(f"kept {checkpoint} beyond keep_checkpoints, as {', '.join(users)} builds on it")
+        return bool(users)
 
 
 # ---- Ranks ----

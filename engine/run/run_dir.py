@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from engine.models.archives import checkpoints, find_checkpoint, is_checkpoint, names_checkpoint
+from engine.run.model_pins import take_models
 from engine.run.resume_check import check_settings
 from engine.run.run_files import locked, remove_temporaries, restore_links, rewind, unwritable, update_link
 from engine.settings.schema import Names, Settings
@@ -19,21 +20,22 @@ from utils import UserError, local_dir, write_atomically
 RUN_MARK, BRANCH_MARK = "# The settings of a run of train.py", ", which went on from "
 
 
-def open_run(settings: Settings, locks: ExitStack) -> tuple[Names, Path, Path | None]:
+def open_run(settings: Settings, locks: ExitStack) -> tuple[Names, Path, Path | None, dict[str, str]]:
     """Derive unset names and open the run directory.
 
     Args:
         locks: until it is closed, no other process can open the directory.
 
     Returns:
-        the names, the directory, and the checkpoint to resume from.
+        the names, the directory, the checkpoint to resume from, and the models of take_models().
     """
     names = derive_names(settings)
     if settings.resume not in (None, "auto") and not names_checkpoint(Path(settings.resume)):
         raise no_checkpoint(Path(settings.resume))  # before a directory is created
     settings = settings.named(**names)
     locks.enter_context(locked(Path(names["local_run_dir"])))
-    return names, *open_run_dir(settings)
+    run_dir, checkpoint = open_run_dir(settings)
+    return names, run_dir, checkpoint, take_models(settings, run_dir, checkpoint)
 
 
 def derive_names(settings: Settings) -> Names:

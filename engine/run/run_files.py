@@ -123,9 +123,7 @@ def rewind(run_dir: Path, sizes: dict[str, int], num_examples: int) -> None:
         if _are_later(run_dir / name, size_then, num_examples):
             os.truncate(run_dir / name, size_then)
         else:
-            print(
-                f"{run_dir / name}: not all rows after byte {size_then:,} are later than the checkpoint; all are kept"
-            )
+            print(f"{run_dir / name}: rows after byte {size_then:,} stay, as not all are later than the checkpoint")
 
 
 def _are_later(log: Path, start: int, num_examples: int) -> bool:
