@@ -101,7 +101,13 @@ class BasicTrainer:
         evaluates_first = self.settings.do_first_eval
         if checkpoint is not None:
             evaluates_first = self.resume(checkpoint)
-        if self.placement.rank == 0:
+        is_complete = self.counters["examples"] >= self.source.num_examples and not evaluates_first
+        if checkpoint is not None and is_complete:
+            print(
+                f"the run is complete, after {self.counters['examples']:,} examples: nothing is left to train; "
+                "n_examples or n_epochs extends it, with resume_allow=[n_examples,n_epochs]"
+            )
+        elif self.placement.rank == 0:
             self.loggers = Loggers(self.settings, self.run_dir, self.source.num_examples, self.counters["examples"])
         is_done = False
         try:
