@@ -20,9 +20,10 @@ from engine.placement import launcher, process_group, worker_link
 from engine.placement.processes import check_processes, choose_num_processes, uses_process_group
 from engine.placement.worker import STOPPED
 from engine.placement.world import World, world_from_environment
-from engine.run.failures import CRASH_NOTE, as_failure
+from engine.run.failures import CRASH_NOTE, as_failure, as_user_error
 from engine.run.model_pins import with_models
 from engine.run.run_dir import crash_log, derive_names, open_run
+from engine.run.run_files import is_untrained
 from engine.settings.hydra_errors import explain_hydra_error
 from engine.settings.hydra_guard import check_command_line
 from engine.settings.reading import read_settings, settings_from_text, settings_to_text
@@ -68,13 +69,19 @@ def run_here(settings: Settings) -> int:
         try:
             stopped_by = train(settings, run_dir, checkpoint)
         except Exception as error:
-            log = crash_log(settings, process_group.world().rank)
-            with suppress(OSError):
-                log.write_text(redact(traceback.format_exc(), settings.source), encoding="utf-8")
-                error.add_note(f"{CRASH_NOTE}{log}")
+            write_crash_log(error, settings, run_dir)
             raise
     print(f"run_dir: {run_dir}", flush=True)
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def write_crash_log(error: Exception, settings: Settings, run_dir: Path) -> None:
+    """Write the traceback of an error into the run directory. Before training, errors for users need none."""
+    with suppress(OSError):
+        if as_user_error(error) is None or not is_untrained(run_dir):
+            log = crash_log(settings, process_group.world().rank)
+            log.write_text(redact(traceback.format_exc(), settings.source), encoding="utf-8")
+            error.add_note(f"{CRASH_NOTE}{log}")
 
 
 def train(settings: Settings, run_dir: Path, checkpoint: Path | None) -> int | None:
@@ -85,7 +92,7 @@ def train(settings: Settings, run_dir: Path, checkpoint: Path | None) -> int | N
     """
     from trainers import TRAINERS
 
-    print(f"run directory: {run_dir}")
+    print(f"run directory: {run_dir}\ncache directory: {settings.cache_dir}")
     tokenizer, splits = load_data(settings)
     trainer = TRAINERS[settings.trainer](settings, run_dir, tokenizer, *splits)
     return trainer.train(checkpoint)

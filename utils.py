@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -317,7 +318,8 @@ def is_reachable(url: str, timeout: float = 5) -> bool:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file completely or not at all, even across a crash. Readers never see half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: other machines, and other containers, may write to the same disk.
+    temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**15)}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -1,10 +1,14 @@
 """Settings of all tests: no network, no accounts, one thread (fastest for tiny models)."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HOME", str(Path("~/.cache/huggingface").expanduser()))  # before the next line moves it
+os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir(), f"trainer-tests-{os.getuid()}"))  # spares the user's
 
 import pytest
 import torch

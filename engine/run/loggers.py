@@ -113,9 +113,10 @@ class Loggers:
             with open(self._run_dir / name, "a", encoding="utf-8") as file:
                 file.write(lines)
         except OSError as error:
+            reason = error.strerror if self._run_dir.is_dir() else "the directory is gone"
             raise UserError(
                 "STORAGE",
-                f"{self._run_dir / name} cannot be written ({error.strerror})",
+                f"{self._run_dir / name} cannot be written ({reason})",
                 "make room or check the disk, then continue with resume=",
             ) from error
 

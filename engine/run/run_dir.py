@@ -52,8 +52,25 @@ def derive_names(settings: Settings) -> Names:
     elif run_dir is None:
         now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
         run_dir = str(root / f"{exp_name}_{now}")
-    cache_dir = str(root / "cache") if settings.cache_dir is None else settings.cache_dir
+    cache_dir = str(default_cache_dir(root)) if settings.cache_dir is None else settings.cache_dir
     return {"exp_name": exp_name, "cache_dir": cache_dir, "local_run_dir": run_dir}
+
+
+def default_cache_dir(root: Path) -> Path:
+    """Where caches are kept by default, the same in every working directory.
+
+    Args:
+        root: of runs. A relative one holds the cache only if the user's cache directory is unwritable.
+    """
+    if root.is_absolute():
+        return root / "cache"
+    try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "preference-trainer"
+    except RuntimeError:  # a user without a home
+        return root / "cache"
+    existing = next((path for path in (directory, *directory.parents) if path.exists()), root)
+    is_usable = directory.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    return directory if is_usable else root / "cache"
 
 
 def crash_log(settings: Settings, rank: int) -> Path:

@@ -1,20 +1,23 @@
 """Files of a run directory: links, logs, the lock, temporaries."""
 
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from engine.models.archives import MANIFEST_FILE, checkpoints, find_corruption, is_checkpoint
+from engine.run.model_pins import RECORD
 from utils import UserError, fsync
 
 # Unfinished checkpoints, links and base models of adapters, and the temporaries of write_atomically().
 TEMPORARY = re.compile(r"\.(step-\d+|LATEST|BEST|base|(config\.yaml|nonfinite-\d+\.json)\.\d+)\.tmp")
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
+EARLY_FILES = ("config.yaml", RECORD, "base")  # of a run that has not begun to train
 
 
 def update_link(target: Path, name: str = "LATEST") -> None:
@@ -66,30 +69,70 @@ def log_sizes(run_dir: Path) -> dict[str, int]:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Lock a run directory inside a with block, so no other process writes to it.
+    """Make and lock a run directory inside a with block, so no other process writes to it.
+
+    A directory made here is removed if the block fails before training.
 
     Raises:
         UserError: STORAGE if another process holds the lock, or the directory is unwritable.
     """
+    descriptor, made = _open_locked(run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir, os.O_RDONLY)
-    except OSError as error:
-        raise unwritable(run_dir, error) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                "STORAGE", f"local_run_dir: {run_dir} is in use by another process", "wait for it, or set another one"
-            ) from error
-        except OSError as error:  # a file system without locks
-            print(
-                f"warning: {run_dir} cannot be locked ({error.strerror}): nothing keeps a second run from writing there"
-            )
         yield
+    except BaseException:
+        with suppress(OSError):  # stops at the first one with other files
+            if run_dir in made and is_untrained(run_dir):
+                remove_temporaries(run_dir)
+                for name in EARLY_FILES:
+                    path = run_dir / name
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                for directory in made:
+                    directory.rmdir()
+        raise
     finally:
         os.close(descriptor)
+
+
+def _open_locked(run_dir: Path) -> tuple[int, list[Path]]:
+    """Make, open and lock a run directory.
+
+    Returns:
+        its file descriptor, and the directories that did not exist, the lowest first.
+    """
+    for attempts_left in reversed(range(10)):
+        try:
+            made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+            run_dir.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(run_dir, os.O_RDONLY)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempts_left:
+                continue  # another run failed, and removed it just now
+            raise unwritable(run_dir, error) from error
+        try:
+            _lock(run_dir, descriptor)
+            if run_dir.exists() and os.path.samestat(os.fstat(descriptor), run_dir.stat()):
+                return descriptor, made
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # of a removed directory
+    raise unwritable(run_dir, FileNotFoundError(errno.ENOENT, "it is removed again and again"))
+
+
+def _lock(run_dir: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            "STORAGE", f"local_run_dir: {run_dir} is in use by another process", "wait for it, or set another one"
+        ) from error
+    except OSError as error:  # a file system without locks
+        print(f"warning: {run_dir} cannot be locked ({error.strerror}): nothing keeps a second run from writing there")
+
+
+def is_untrained(run_dir: Path) -> bool:
+    """Whether a run directory holds only files written before training: no log, no checkpoint. Hidden ones are free."""
+    return all(path.name in EARLY_FILES or path.name.startswith(".") for path in run_dir.iterdir())
 
 
 def unwritable(run_dir: Path, error: OSError) -> UserError:

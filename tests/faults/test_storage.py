@@ -1,5 +1,6 @@
 """Full disks, read-only disks, and directories with other files."""
 
+import contextlib
 import errno
 import os
 import random
@@ -182,6 +183,21 @@ def test_a_directory_in_use(inputs: Path, uninterrupted_run: Path, tmp_path: Pat
     status, _, err = complete(command(inputs, run_dir), tmp_path / "second")
     assert status == 0, err
     assert_equal_runs(run_dir, uninterrupted_run)
+
+
+def test_two_runs_fill_one_cache(inputs: Path, uninterrupted_run: Path, tmp_path: Path) -> None:
+    """Both fill the token cache and the reference cache at the same time, and train as alone."""
+    cache = tmp_path / "cache"
+    with contextlib.ExitStack() as stack:
+        arguments = {name: command(inputs, tmp_path / name, f"cache_dir={cache}") for name in ("one", "two")}
+        runs = [stack.enter_context(Process(arguments[name], tmp_path / f"{name}-output")) for name in arguments]
+        assert [run.wait() for run in runs] == [0, 0], [run.err for run in runs]
+    for name in arguments:
+        assert_equal_runs(tmp_path / name, uninterrupted_run)
+    assert len(list((cache / "tokens").iterdir())) == 2  # train and test
+    (reference,) = (cache / "reference").glob("*.sqlite")
+    status, out, err = complete(command(inputs, tmp_path / "three", f"cache_dir={cache}"), tmp_path / "output")
+    assert status == 0 and f"all log-probs are in {reference}" in out, err
 
 
 def write_until_a_later_step() -> None:
