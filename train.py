@@ -1,9 +1,15 @@
 """Train a language model on preference data: python train.py loss=dpo loss.beta=0.1 (see README.md)."""
 
+import process_start
+
+if __name__ == "__main__":  # before the slow imports
+    process_start.begin()
+
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout, suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -24,11 +30,13 @@ from engine.run.failures import CRASH_NOTE, as_failure, as_user_error
 from engine.run.model_pins import with_models
 from engine.run.run_dir import crash_log, derive_names, open_run
 from engine.run.run_files import is_untrained
+from engine.run.stop_notice import stop_notice
 from engine.settings.hydra_errors import explain_hydra_error
-from engine.settings.hydra_guard import check_command_line
+from engine.settings.hydra_guard import check_command_line, split_arguments
 from engine.settings.reading import read_settings, settings_from_text, settings_to_text
 from engine.settings.schema import Settings
 from engine.settings.secrets import redact
+from engine.settings.sweeps import sweep_name
 from utils import BestEffortStream, local_dir
 
 if TYPE_CHECKING:  # they take seconds to import
@@ -37,11 +45,18 @@ if TYPE_CHECKING:  # they take seconds to import
     from engine.data.examples import Split
 
 
-def run(config: DictConfig) -> int:
-    """Run training, here or in workers; returns the exit status. Slow imports come after the check of settings."""
+def run(config: DictConfig, varied: Sequence[str] = ()) -> int:
+    """Run training, here or in workers; returns the exit status. Slow imports come after the check of settings.
+
+    Args:
+        varied: keys that differ between the jobs of a sweep.
+    """
     from preference_datasets import DATASETS
 
     settings = read_settings(config, DATASETS)
+    if varied:
+        name = sweep_name(derive_names(settings)["exp_name"], HydraConfig.get().overrides.task, varied)
+        settings = settings.model_copy(update={"exp_name": name})
     given = world_from_environment()
     num_processes = given.size if given else choose_num_processes(settings)
     check_processes(settings, num_processes, is_given=given is not None)
@@ -52,9 +67,10 @@ def run(config: DictConfig) -> int:
     if given or num_processes == 1:
         status = run_here(settings)
     else:
-        status = launcher.launch(settings_to_text(settings, derive_names(settings)), num_processes)
-    if status == 128 + signal.SIGINT:
-        raise KeyboardInterrupt
+        names = derive_names(settings)
+        status = launcher.launch(settings_to_text(settings, names), num_processes)
+        if status in STOPPED:
+            print(stop_notice(status - 128, settings.named(**names)), file=sys.stderr)
     if status in STOPPED:
         sys.exit(status)  # skips the next jobs of a sweep
     return status
@@ -72,7 +88,11 @@ def run_here(settings: Settings) -> int:
             write_crash_log(error, settings, run_dir)
             raise
     print(f"run_dir: {run_dir}", flush=True)
-    return 0 if stopped_by is None else 128 + stopped_by
+    if stopped_by is None:
+        return 0
+    if process_group.world().rank == 0 and not worker_link.is_worker():  # the launcher prints it for workers
+        print(stop_notice(stopped_by, settings), file=sys.stderr)
+    return 128 + stopped_by
 
 
 def write_crash_log(error: Exception, settings: Settings, run_dir: Path) -> None:
@@ -132,13 +152,13 @@ def load_data(settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[Split]
     return tokenizer, splits
 
 
-def run_job(config: DictConfig) -> int:
+def run_job(config: DictConfig, varied: Sequence[str]) -> int:
     """Run one job of the command line, print its error, if any, and return its exit status."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         print(f"job {hydra_config.job.num}: {redact(' '.join(hydra_config.overrides.task), config)}", flush=True)
     try:
-        return run(config)
+        return run(config, varied)
     except Exception as error:
         world = world_from_environment() or World()
         failure = as_failure(error, config)
@@ -202,16 +222,19 @@ def run_command_line() -> int:
 
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, replace=True, use_cache=True)
     statuses: list[int] = []
+    varied: list[str] = []
 
     @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="config")
     def command(config: DictConfig) -> None:
-        statuses.append(run_job(config))
+        statuses.append(run_job(config, varied))
 
     try:
-        check_command_line(sys.argv[1:], command)
+        options, overrides = split_arguments(sys.argv[1:])
+        sys.argv[1:] = [*options, *overrides]
+        varied += check_command_line(sys.argv[1:], command)
         command()
     except KeyboardInterrupt:
-        print("interrupted; resume= continues from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     except SystemExit as exit:  # of --help, or an unknown option
         return int(exit.code or 0)

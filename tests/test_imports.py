@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = [("train", "export", "chat"), ("trainers",), ("preference_datasets",), ("engine",), ("losses",), ("utils",)]
+LAYERS = [
+    ("train", "export", "chat"),
+    ("trainers",),
+    ("preference_datasets",),
+    ("engine",),
+    ("losses",),
+    ("utils",),
+    ("process_start",),
+]
 
 
 def imports_of(path: Path) -> set[str]:

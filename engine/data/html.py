@@ -1,6 +1,7 @@
 """HTML as text."""
 
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -66,7 +67,10 @@ def strip_many(items: Iterable[tuple[T, list[str]]]) -> Iterator[tuple[T, list[s
     """
     items = iter(items)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(mp_context=spawn) as pool, Progress("stripping HTML", unit="texts") as progress:
+    with (
+        ProcessPoolExecutor(mp_context=spawn, initializer=_ignore_interrupts) as pool,
+        Progress("stripping HTML", unit="texts") as progress,
+    ):
         while chunk := list(islice(items, CHUNK_SIZE)):
             html = [piece for _, pieces in chunk for piece in pieces]
             # The pool starts its processes on first use. Daemons may not start any.
@@ -75,6 +79,11 @@ def strip_many(items: Iterable[tuple[T, list[str]]]) -> Iterator[tuple[T, list[s
             for item, pieces in chunk:
                 yield item, list(islice(texts, len(pieces)))
                 progress.update(len(pieces))
+
+
+def _ignore_interrupts() -> None:
+    """Leave Ctrl-C to the parent process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _holders_of_blocks(soup: "Tag") -> set[int]:

@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from engine.placement.worker_link import LINK_VARIABLE, Failure
+from engine.placement.worker_link import Failure
+from process_start import LINK_VARIABLE
 from utils import EXIT_STATUS
 
 KEPT_STDERR = 2**16  # bytes

@@ -9,7 +9,8 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
-LINK_VARIABLE = "TRAIN_WORKER"  # the launcher's process id and the descriptors it hands to a worker
+from process_start import LINK_VARIABLE  # the launcher's process id and the descriptors it hands to a worker
+
 PR_SET_PDEATHSIG = 1
 
 

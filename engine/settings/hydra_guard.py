@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from engine.settings.presets import CONFIG_DIR
+from engine.settings.sweeps import check_run_dirs
 from utils import UserError, clipped
 
 HYDRA_TARGETS = {
@@ -30,14 +31,37 @@ HYDRA_TARGETS = {
 SWEEP_DIR = "${sweep_dir:}"  # as in config.yaml
 
 
-def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) -> None:
-    """Refuse a command line with code for Hydra to run.
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options with their values, and the overrides. Hydra reads them in this order only."""
+    known = {text: action for action in get_args_parser()._actions for text in action.option_strings}
+    options: list[str] = []
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        (options if argument.startswith("-") else overrides).append(argument)
+        action = known.get(argument)
+        is_optional = action is not None and action.nargs == "?"
+        if (
+            action is not None
+            and rest
+            and (action.nargs is None or (is_optional and rest[0] in (action.choices or ())))
+        ):
+            options.append(rest.pop(0))
+    return options, overrides
+
+
+def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) -> list[str]:
+    """Refuse a command line with code for Hydra to run, or a sweep with one directory for two jobs.
 
     Hydra instantiates classes named in a config right after composing it. Composing alone runs nothing. So every config
     of the command is composed and checked here first.
 
     Args:
         command: the function for Hydra to call. Relative config paths start from its file.
+
+    Returns:
+        the keys that differ between the jobs of a sweep.
 
     Raises:
         UserError: CONFIG.
@@ -52,10 +76,10 @@ def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) ->
     except argparse.ArgumentError as error:
         raise UserError("CONFIG", str(error), "python train.py --help lists every option") from error
     if unknown:
-        problem = f"{clipped(' '.join(unknown))}: no option, or a key after an option"
-        raise UserError("CONFIG", problem, "options come first, unabbreviated: python train.py -m lr=1e-6,1e-5")
+        fix = "write options unabbreviated: python train.py -m lr=1e-6,1e-5; --help lists them"
+        raise UserError("CONFIG", f"{clipped(' '.join(unknown))}: no such option", fix)
     if options.shell_completion:
-        return
+        return []
 
     where = detect_calling_file_or_module_from_task_function(command)
     search_path = create_automatic_config_search_path(*where, options.config_path or str(CONFIG_DIR))
@@ -71,12 +95,14 @@ def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) ->
         return config
 
     config = compose(options.overrides)
-    if options.multirun or config.hydra.mode == RunMode.MULTIRUN:  # each job may choose other files
-        written: Any = OmegaConf.to_container(config.hydra.overrides)
-        params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
-        overrides = OverridesParser.create().parse_overrides([*params, *written["task"]])
-        for job in BasicSweeper.split_arguments(overrides, None)[0]:
-            compose([*written["hydra"], *job])
+    if not options.multirun and config.hydra.mode != RunMode.MULTIRUN:
+        return []
+    written: Any = OmegaConf.to_container(config.hydra.overrides)
+    params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*params, *written["task"]])
+    jobs = BasicSweeper.split_arguments(overrides, None)[0]
+    check_run_dirs([compose([*written["hydra"], *job]) for job in jobs])  # each job may choose other files
+    return [override.key_or_group for override in overrides if override.is_sweep_override()]
 
 
 def check_hydra(config: DictConfig) -> None:

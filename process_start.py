@@ -1,0 +1,72 @@
+"""Prepare a process before its slow imports: standard streams, and signals outside training."""
+
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+
+LINK_VARIABLE = "TRAIN_WORKER"  # set by the launcher, for a worker
+PATIENCE = 10.0  # seconds to leave with blocks after a signal
+MERGE_SECONDS = 1.0  # a job and its launcher may send the same signal
+
+
+def begin() -> None:
+    """Prepare this process. Call it first."""
+    open_missing_streams()
+    end_on_signals()
+
+
+def open_missing_streams() -> None:
+    """Open /dev/null in place of closed standard streams.
+
+    Otherwise the next file would get the descriptor of stdout or stderr, and messages would damage it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            os.set_inheritable(descriptor, True)  # workers write there too
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # Python found it closed
+            stream = open(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM, SIGINT and SIGHUP end this process with one line and status 128 + signal.
+
+    The first signal raises SystemExit, so with blocks are left. If they take long, or with a second signal, the process
+    ends at once. Training handles signals itself (StopRequest). Under nohup, SIGHUP stays ignored.
+    """
+    noted_at: float | None = None
+
+    def end(number: int, frame: object) -> None:
+        nonlocal noted_at
+        now = time.monotonic()
+        if noted_at is not None:
+            if now > noted_at + MERGE_SECONDS:
+                os._exit(128 + number)
+            return
+        noted_at = now
+        if prints_signals():
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"stopped by {signal.Signals(number).name} outside training: nothing to save\n".encode())
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))  # a destructor may swallow the exception
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
+
+
+def prints_signals() -> bool:
+    """Whether no other process of the run says it: the launcher, or rank 0 of torchrun or Slurm."""
+    is_first = (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+    return is_first and LINK_VARIABLE not in os.environ
