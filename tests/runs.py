@@ -72,13 +72,11 @@ class Program:
     def __call__(self, *overrides: str, defaults: tuple[str, ...] = SMALL + QUICK) -> Run:
         override_keys = {override.split("=")[0].lstrip("+") for override in overrides}
         kept_defaults = [default for default in defaults if default.split("=")[0] not in override_keys]
-        flags = [override for override in overrides if override.startswith("-")]  # the parser wants them first
         arguments = [
-            *flags,
             f"local_dirs=[{self.directory}]",
             f"cache_dir={self._cache}",
             *kept_defaults,
-            *(override for override in overrides if override not in flags),
+            *overrides,
         ]
         is_plain = not any(argument.startswith("-") or set("@$") & set(argument) for argument in arguments)
         is_plain &= not any("hydra" in argument or "_target_" in argument for argument in arguments)

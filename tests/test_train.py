@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.settings.hydra_guard import split_arguments
+from engine.settings.sweeps import MAX_LENGTH, sweep_name
 from tests.runs import QUICK, SMALL, Program
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,10 +122,133 @@ def test_a_sweep_runs_every_job_in_a_separate_directory(program: Program) -> Non
     assert not (ROOT / "multirun.yaml").exists()
 
 
+def test_runs_of_a_sweep_are_named_by_what_varies(program: Program) -> None:
+    run = program.ok("loss=dpo,ipo", "-m", "++loss.beta=0.1,0.5", "n_examples=4", "lr=1e-5")
+    names = [line.rpartition("/")[2] for line in run.out.splitlines() if line.startswith("run_dir: ")]
+    assert [re.sub(r"_\d{4}-.*", "", name) for name in names] == [
+        f"films_tiny_{loss}_beta-{beta}" for loss in ("dpo", "ipo") for beta in (0.1, 0.5)
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides, varied, expected",
+    [
+        (["lr=1e-6", "seed=3"], ["seed"], "x_seed-3"),
+        (
+            ["optim.lr=1", "loss.lr=2", "model=a/b c"],
+            ["optim.lr", "loss.lr", "model"],
+            "x_optim.lr-1_loss.lr-2_model-a-b-c",
+        ),
+        (["exp_name=x", "local_run_dir=r"], ["exp_name", "local_run_dir"], "x"),
+        (["+experiment=x", "loss.beta=-1"], ["experiment", "loss.beta"], "x_beta--1"),
+    ],
+)
+def test_the_name_of_a_job(overrides: list[str], varied: list[str], expected: str) -> None:
+    assert sweep_name("x", overrides, varied) == expected
+
+
+def test_long_names_of_jobs_stay_short_and_apart() -> None:
+    names = [sweep_name("x", [f"datasets=/data/{'long-' * 60}{end}"], ["datasets"]) for end in "ab"]
+    assert len(set(names)) == 2 and all(len(name) <= len("x_") + MAX_LENGTH for name in names)
+
+
+@pytest.mark.parametrize(
+    "overrides, jobs",
+    [
+        (["seed=1,2", "local_run_dir={}/a"], "local_run_dir: jobs 0 and 1"),
+        (["seed=1,2", "resume={}/a"], "resume: jobs 0 and 1"),
+        (["seed=1,2", "local_run_dir={}/a,{}/b"], "local_run_dir: jobs 0 and 2"),
+        (["local_run_dir={}/a,{}/./a"], "local_run_dir: jobs 0 and 1"),
+    ],
+)
+def test_two_jobs_in_one_directory_are_refused(overrides: list[str], jobs: str, program: Program) -> None:
+    run = program("-m", *(override.replace("{}", str(program.directory)) for override in overrides))
+    assert run.status == 2 and run.err.startswith(f"error[CONFIG] {jobs} of the sweep would both write ")
+    assert "run directory" not in run.out and list(program.directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("names", ["{}/1,{}/2", "{}/$\\{seed\\}", "'{}/${hydra:job.num}'"])
+def test_a_sweep_may_name_a_directory_for_each_job(names: str, program: Program) -> None:
+    sweep = [
+        "n_examples=4",
+        "do_first_eval=false",
+        "local_run_dir=" + names.replace("{}", str(program.directory)).replace("\\", ""),
+    ]
+    run = program.ok("-m", *sweep, *(["seed=1,2"] if "," not in names else []))
+    assert run.out.count("run_dir: ") == 2
+    assert {path.name for path in program.directory.iterdir()} in ({"1", "2"}, {"0", "1"})
+
+
+@pytest.mark.parametrize(
+    "arguments, options, overrides",
+    [
+        ("lr=1,2 -m seed=1", "-m", "lr=1,2 seed=1"),
+        ("lr=1 -cn x --cfg job loss=dpo", "-cn x --cfg job", "lr=1 loss=dpo"),
+        ("--info all a=1 -i b=1 --config-dir=/x ~c", "--info all -i --config-dir=/x", "a=1 b=1 ~c"),
+    ],
+)
+def test_options_may_follow_overrides(arguments: str, options: str, overrides: str) -> None:
+    assert split_arguments(arguments.split()) == (options.split(), overrides.split())
+
+
 def test_a_sweep_continues_after_a_failed_job(program: Program) -> None:
     run = program("-m", "loss=dpo", "loss.beta=0.3,-1,0.5", "n_examples=4")
     assert run.status == 2 and run.err.count("error[CONFIG]") == 1
     assert run.out.count("run_dir: ") == 2
+
+
+CLOSED = {
+    "stdout": ">&-",
+    "stderr": "2>&-",
+    "all": "<&- >&- 2>&-",
+    "full device": ">/dev/full 2>/dev/full",
+    "broken pipe": "2>&1 | head -n 1",
+}
+
+
+@pytest.mark.parametrize("how", CLOSED)
+def test_a_run_needs_no_terminal(how: str, tmp_path: Path) -> None:
+    """Python has no sys.stdout then. Files must not get the descriptors of closed streams."""
+    overrides = [*SMALL, *QUICK, "n_examples=4", "do_first_eval=false", f"local_run_dir={tmp_path}/run"]
+    script = f'set -o pipefail; {sys.executable} {ROOT / "train.py"} "$@" {CLOSED[how]}'
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(["bash", "-c", script, "bash", *overrides], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert "step-4" in {path.name for path in (tmp_path / "run").iterdir()}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    if how == "stderr":
+        assert result.stdout.splitlines()[-1] == f"run_dir: {tmp_path}/run"
+
+
+def test_a_plain_locale(tmp_path: Path) -> None:
+    """LANG=C without Python's own remedies: files are UTF-8 all the same."""
+    rows = [{"prompt": f"東京 {n}?", "chosen": f" é{n}.", "rejected": f" ü{n} 🙂"} for n in range(12)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    overrides = (*SMALL, *QUICK, f"datasets={path}", "test_fraction=0.25", "sample_during_eval=true")
+    locale = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = process(
+        *overrides, "n_eval_model_samples=1", f"local_run_dir={tmp_path}/run", directory=tmp_path, **locale
+    )
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert (
+        "東京" in json.loads((tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])["prompt"]
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("n_examples=4",), ("n_examples=4", "do_first_eval=false", "test_fraction=0")]
+)
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+def test_a_learning_rate_of_1e30(loss: str, overrides: tuple[str, ...], program: Program) -> None:
+    """The weights leave the range of fp32 at once. No checkpoint keeps them."""
+    path = write_pairs(program.directory / "mine.jsonl", 40)
+    run_dir = program.directory / "run"
+    beta = ("loss.beta=0.1",) if loss == "dpo" else ()
+    run = program(f"datasets={path}", f"loss={loss}", *beta, "lr=1e30", f"local_run_dir={run_dir}", *overrides)
+    assert run.status == 5 and run.err.startswith("error[NONFINITE] ") and run.err.count("\n") == 1, run.err
+    assert not list(run_dir.glob("*step-*"))
 
 
 def test_an_unreachable_hub_is_reported_within_seconds(tmp_path) -> None:

@@ -14,6 +14,9 @@ from engine.placement.placement import Placement
 from engine.settings.schema import Settings
 from utils import UserError, write_atomically
 
+# The square of a larger weight is Inf in fp32, so a norm of it is too. It fits into no working model.
+LARGEST_WEIGHT = torch.finfo(torch.float32).max ** 0.5
+
 
 class NonFinitePolicy:
     """Applies on_nonfinite: abort, skip the batch, or roll back to the last checkpoint.
@@ -71,13 +74,15 @@ class NonFinitePolicy:
         self._log(f"{what}: rolled back to {checkpoint}, training continues with the next batch")
 
     def check_weights(self, policy: PreTrainedModel) -> None:
-        """Abort if a trained weight is NaN or Inf. All ranks call this together."""
+        """Abort if a trained weight is NaN, Inf or beyond LARGEST_WEIGHT. All ranks call this together."""
         device = self._placement.device
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        num_bad = torch.stack([(~local_shard(p).isfinite()).sum().to(device) for p in trained]).sum().double()
+        shards = [local_shard(parameter) for parameter in trained]
+        bad = [(~(shard.isfinite() & (shard.abs() <= LARGEST_WEIGHT))).sum().to(device) for shard in shards]
+        num_bad = torch.stack(bad).sum().double()
         self._placement.all_reduce_sum(num_bad)
         if num_bad > 0:
-            self.fail("a weight is NaN or Inf")
+            self.fail(f"a weight is NaN, Inf or larger than {LARGEST_WEIGHT:.1g}")
 
     def fail(self, what: str) -> NoReturn:
         """Abort the run."""

@@ -1,6 +1,9 @@
 """SIGTERM and SIGINT: the step is finished and saved; a second signal ends the run at once."""
 
+import itertools
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import process_start
+from engine.placement import process_group
+from engine.run.evaluation import Evaluator
 from engine.step.microbatches import MicrobatchRunner
+from engine.step.reference import LiveReference
 from tests.faults.processes import Process, assert_checkpoints_intact, assert_equal_runs, command, complete, rows, saved
 from trainers import BasicTrainer, Batch, Step
 from utils import StopRequest
@@ -120,6 +127,133 @@ def test_a_signal_ends_an_evaluation(
     arguments = command(inputs, run_dir, *overrides)
     status, out, err = complete(arguments, tmp_path / "output", num_ranks)
     assert status == 0 and f"resumed from {run_dir}/step-{4 * update}" in out, err
+    assert_equal_runs(run_dir, uninterrupted_run)
+
+
+def signal_in_sampling(update: int, on_rank: int) -> None:
+    """Send this process SIGTERM while responses are sampled."""
+    sample = Evaluator.sample_policy
+
+    def signalled(evaluator: Evaluator, num_examples: int, token_budget: int) -> Any:
+        if num_examples == 4 * update and process_group.world().rank == on_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(evaluator, num_examples, token_budget)
+
+    Evaluator.sample_policy = signalled  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_signal_while_sampling_ends_the_run_after_it(
+    tmp_path: Path, request: pytest.FixtureRequest, num_ranks: int
+) -> None:
+    """The samples are complete: they are logged, and not sampled again."""
+    suffix, overrides = ("", ()) if num_ranks == 1 else ("_on_two", FSDP)
+    inputs, uninterrupted = (request.getfixturevalue(name) for name in ("inputs", f"uninterrupted_run{suffix}"))
+    run_dir = tmp_path / "run"
+    arguments = command(inputs, run_dir, *overrides)
+    prepare = partial(signal_in_sampling, 8, num_ranks - 1)
+    status, _, err = complete(arguments, tmp_path / "output", num_ranks, prepare=prepare)
+    assert status == 128 + signal.SIGTERM, err
+    sampled = [json.loads(line)["examples"] for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert saved(run_dir)[-1] in ("step-32", "step-36") and sampled[-1] == 32  # after the next step at the latest
+    status, _, err = complete(arguments, tmp_path / "output", num_ranks)
+    assert status == 0, err
+    assert_equal_runs(run_dir, uninterrupted)
+
+
+def signal_in_fill(num_batches: int) -> None:
+    """Send this process SIGTERM while the reference's log-probs are computed, as train.py prepares it."""
+    process_start.begin()
+    logps, num_done = LiveReference.logps, itertools.count()
+
+    def signalled(reference: LiveReference, batch: Any) -> Tensor:
+        if next(num_done) == num_batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return logps(reference, batch)
+
+    LiveReference.logps = signalled  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_signal_while_the_reference_is_computed(
+    tmp_path: Path, request: pytest.FixtureRequest, num_ranks: int
+) -> None:
+    suffix, overrides = ("", ()) if num_ranks == 1 else ("_on_two", FSDP)
+    inputs, uninterrupted = (request.getfixturevalue(name) for name in ("inputs", f"uninterrupted_run{suffix}"))
+    run_dir, cache = tmp_path / "run", tmp_path / "cache"
+    arguments = command(inputs, run_dir, *overrides, f"cache_dir={cache}")
+    prepare = partial(signal_in_fill, 3)
+    status, _, err = complete(arguments, tmp_path / "output", num_ranks, prepare=prepare)
+    assert status == 128 + signal.SIGTERM, err
+    assert err == "stopped by SIGTERM outside training: nothing to save\n"
+    assert saved(run_dir) == [] and not (run_dir / "crash.log").exists()
+    status, _, err = complete(arguments, tmp_path / "output", num_ranks)
+    assert status == 0, err
+    assert_equal_runs(run_dir, uninterrupted)
+
+
+def handles(pid: int, signal_number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
+    return bool(int(caught, 16) >> signal_number - 1 & 1)
+
+
+@pytest.mark.parametrize("signal_number", [*SIGNALS, signal.SIGHUP])
+@pytest.mark.parametrize("begun", ["", "run directory: "])  # during the first imports; while data are loaded
+def test_a_signal_before_training(inputs: Path, tmp_path: Path, signal_number: int, begun: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "train.py", *command(inputs, tmp_path / "run", f"cache_dir={tmp_path}/cache")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while not handles(process.pid, signal.SIGTERM):
+        time.sleep(0.001)
+    while begun and not process.stdout.readline().startswith(begun):
+        assert process.poll() is None
+    process.send_signal(signal_number)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal_number
+    assert err == f"stopped by {signal.Signals(signal_number).name} outside training: nothing to save\n"
+
+
+@pytest.mark.parametrize("begun", ["starting", "waiting"])
+def test_a_signal_before_workers_train(inputs: Path, tmp_path: Path, begun: str) -> None:
+    """At the start of the workers, and while they wait for each other."""
+    run_dir = tmp_path / "run"
+    launcher = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *command(inputs, run_dir, *FSDP, "num_processes=2")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    while len(children.read_text().split()) < 2 or (begun == "waiting" and not run_dir.exists()):
+        assert launcher.poll() is None
+        time.sleep(0.005)
+    launcher.send_signal(signal.SIGINT)
+    err = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == 128 + signal.SIGINT
+    assert err == "stopped by SIGINT before the first checkpoint; repeat the command\n"
+
+
+def test_the_last_line_of_a_stopped_run_resumes_it(inputs: Path, uninterrupted_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "a run, of (mine)"
+    arguments = [each for each in command(inputs, run_dir) if not each.startswith(("local_run_dir=", "resume="))]
+    arguments += [f"local_run_dir='{run_dir}'"]
+    prepare = partial(signal_in_step, 3, signal.SIGINT, 0)
+    status, _, err = complete(arguments, tmp_path / "output", prepare=prepare)
+    assert status == 128 + signal.SIGINT, err
+    hint = err.splitlines()[-1]
+    assert hint.startswith("stopped by SIGINT; to resume: ")
+    resumed = shlex.split(hint.partition("to resume: ")[2])
+    assert resumed[1] == "train.py" and resumed[2:] == [*arguments[:-1], arguments[-1], "resume=auto"]
+    status, out, err = complete(resumed[2:], tmp_path / "output")
+    assert status == 0 and f"resumed from {run_dir}/step-12" in out, err
     assert_equal_runs(run_dir, uninterrupted_run)
 
 
