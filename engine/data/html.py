@@ -4,7 +4,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from html.parser import HTMLParser
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
@@ -66,19 +66,29 @@ def strip_many(items: Iterable[tuple[T, list[str]]]) -> Iterator[tuple[T, list[s
         Each object, and the text of its pieces; for an unreadable piece a ValueError instead.
     """
     items = iter(items)
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(mp_context=spawn, initializer=_ignore_interrupts) as pool,
-        Progress("stripping HTML", unit="texts") as progress,
-    ):
+    with _process_pool() as pool, Progress("stripping HTML", unit="texts") as progress:
         while chunk := list(islice(items, CHUNK_SIZE)):
             html = [piece for _, pieces in chunk for piece in pieces]
-            # The pool starts its processes on first use. Daemons may not start any.
-            is_parallel = len(chunk) == CHUNK_SIZE and not multiprocessing.current_process().daemon
-            texts = pool.map(stripped_or_error, html, chunksize=256) if is_parallel else map(stripped_or_error, html)
+            if pool is not None and len(chunk) == CHUNK_SIZE:  # the pool starts its processes on first use
+                texts = pool.map(stripped_or_error, html, chunksize=256)
+            else:
+                texts = map(stripped_or_error, html)
             for item, pieces in chunk:
                 yield item, list(islice(texts, len(pieces)))
                 progress.update(len(pieces))
+
+
+@contextmanager
+def _process_pool() -> Iterator[ProcessPoolExecutor | None]:
+    """Processes for a with block; None where there can be none: daemons, or a full /dev/shm."""
+    pool = None
+    if not multiprocessing.current_process().daemon:
+        try:
+            pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
+        except OSError as error:  # of its semaphores
+            print(f"stripping HTML in one process: no shared memory ({error.strerror})", flush=True)
+    with pool or nullcontext():
+        yield pool
 
 
 def _ignore_interrupts() -> None:

@@ -1,8 +1,11 @@
 """HTML as text."""
 
+import errno
+from multiprocessing import synchronize
+
 import pytest
 
-from engine.data.html import strip_html
+from engine.data.html import CHUNK_SIZE, strip_html, strip_many
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,15 @@ def test_strip_html(html, text):
 def test_html_as_deep_as_may_be():
     assert strip_html("<b>" * 248 + "x<p>y") == "x\n\ny"
     assert strip_html("<b>" * 249 + "x") == "x"
+
+
+def test_without_shared_memory_html_is_stripped_in_one_process(monkeypatch, capsys):
+    """As in containers with a small /dev/shm: semaphores are kept there."""
+
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(synchronize._multiprocessing, "SemLock", full)
+    items = [(number, [f"<p>{number}</p>"]) for number in range(CHUNK_SIZE + 1)]
+    assert list(strip_many(items)) == [(number, [str(number)]) for number in range(CHUNK_SIZE + 1)]
+    assert capsys.readouterr().out == "stripping HTML in one process: no shared memory (No space left on device)\n"
