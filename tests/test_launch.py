@@ -1,6 +1,7 @@
 """Workers on this machine: output and exit status of good runs and of lost ranks."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from omegaconf import OmegaConf
 
 import train
 from engine.placement import launcher
+from engine.placement.launcher import PROGRAM
 from engine.placement.rendezvous import choose_interface
 from engine.placement.worker import process_state
 from engine.placement.world import World, slurm_address, world_from_environment
+from tests.runs import QUICK, SMALL
 from utils import StopRequest, UserError
 
 pytestmark = pytest.mark.alone
@@ -182,6 +185,20 @@ def test_workers_listen_on_loopback_only_get_signals_and_show_no_secrets(tmp_pat
         process.send_signal(signal.SIGTERM)
         assert outcome(process) == (128 + signal.SIGTERM, "", "")
         assert not any(map(is_alive, pids))
+
+
+def test_a_small_shared_memory_is_enough(tmp_path) -> None:
+    """As in containers: gloo and the launcher need none."""
+    script = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"'
+    mount = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    overrides = [*SMALL, *QUICK, "n_examples=4", "trainer=FSDPTrainer", "num_processes=2"]
+    command = [sys.executable, PROGRAM, *overrides, f"local_run_dir={tmp_path}/run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*mount, *command], capture_output=True, text=True, env=environment, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-1] == f"run_dir: {tmp_path}/run"
 
 
 @pytest.mark.slow

@@ -1,11 +1,16 @@
-"""Helpers: prefetching, and reachable addresses."""
+"""Helpers: prefetching, reachable addresses, and standard streams."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from utils import is_reachable, prefetch
+from engine.settings.options import Options, run_command
+from utils import BestEffortStream, Progress, is_reachable, prefetch
 
 
 def test_prefetch_keeps_items_and_order() -> None:
@@ -53,3 +58,54 @@ def test_closing_prefetch_ends_its_thread() -> None:
 @pytest.mark.parametrize("url", ["http://x:abc", "http://[::1", "http://127.0.0.1:99999", "http://127.0.0.1:9"])
 def test_invalid_addresses_are_not_reachable(url: str) -> None:
     assert not is_reachable(url)
+
+
+STREAMS = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r})
+import process_start
+process_start.open_missing_streams()
+file = open(sys.argv[1], "w")
+assert file.fileno() > 2, file.fileno()
+import subprocess
+for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+    print("text", file=stream, flush=True)
+assert sys.stdin.read() == ""
+subprocess.run(["sh", "-c", "echo a && echo b >&2 && cat"], check=True)  # children inherit them
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", "2>&-", "<&- >&- 2>&-", ">&- 2>&-"])
+def test_no_file_takes_the_place_of_a_closed_stream(closed: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    script = f'"$@" {closed}'
+    command = ["sh", "-c", script, "sh", sys.executable, "-c", STREAMS, file]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    assert result.returncode == 0 and file.read_bytes() == b"", result
+    assert b"text" in result.stdout if closed == "2>&-" else result.stdout == b""
+
+
+def test_a_command_without_streams_shows_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python sets closed streams to None."""
+    for name in ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__"):
+        monkeypatch.setattr(sys, name, None)
+    num_done = []
+
+    def work(options: Options) -> None:
+        with Progress("working", total=1) as progress:
+            progress.update()
+        num_done.append(progress.num_done)
+
+    assert run_command(work, "usage", Options, []) == 0 and num_done == [1]
+
+
+def test_best_effort_streams_survive_their_reader() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    raw = os.fdopen(writer, "w")
+    stream = BestEffortStream(raw)
+    assert stream.write("x" * 100_000) == 100_000
+    stream.flush()
+    raw.detach()  # its buffer cannot be flushed
+    assert stream.write("y") == 1
+    stream.flush()

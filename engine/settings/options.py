@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import process_start
 from engine.settings.annotations import STRICT, WrongValue, checked, field_type, is_text_type
 from engine.settings.messages import bracketed, did_you_mean, nearest
 from utils import UserError, is_out_of_memory
@@ -85,6 +86,7 @@ def help_text(usage: str, options: type[Options]) -> str:
 
 def run_command(function: Callable[[O], None], usage: str, options: type[O], arguments: Sequence[str]) -> int:
     """Run a function on parsed arguments and print its error, if any, on one line; returns the exit status."""
+    process_start.open_missing_streams()
     if {"-h", "--help"} & set(arguments):
         print(help_text(usage, options))
         return 0

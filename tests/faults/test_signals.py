@@ -211,6 +211,7 @@ def test_a_signal_before_training(inputs: Path, tmp_path: Path, signal_number: i
     )
     assert process.stdout is not None
     while not handles(process.pid, signal.SIGTERM):
+        assert process.poll() is None
         time.sleep(0.001)
     while begun and not process.stdout.readline().startswith(begun):
         assert process.poll() is None
@@ -255,6 +256,20 @@ def test_the_last_line_of_a_stopped_run_resumes_it(inputs: Path, uninterrupted_r
     status, out, err = complete(resumed[2:], tmp_path / "output")
     assert status == 0 and f"resumed from {run_dir}/step-12" in out, err
     assert_equal_runs(run_dir, uninterrupted_run)
+
+
+def test_a_stopped_job_of_a_sweep_is_resumed_alone(inputs: Path, tmp_path: Path) -> None:
+    arguments = [each for each in command(inputs, tmp_path) if not each.startswith(("local_run_dir=", "resume="))]
+    prepare = partial(signal_in_step, 3, signal.SIGTERM, 0)
+    sweep = ["seed=5,6", *arguments, "-m", f"local_dirs=[{tmp_path}]", "n_examples=16"]
+    status, out, err = complete(sweep, tmp_path / "output", prepare=prepare)
+    assert status == 128 + signal.SIGTERM and "job 1" not in out, err
+    resumed = shlex.split(err.splitlines()[-1].partition("to resume: ")[2])[2:]
+    assert "seed=5" in resumed and "-m" not in resumed and resumed[-1] == "resume=auto"
+    status, out, err = complete(resumed, tmp_path / "output")
+    assert status == 0 and "/step-12" in out, err
+    run_dir = Path(out.splitlines()[-1].removeprefix("run_dir: "))
+    assert "_seed-5_" in run_dir.name and saved(run_dir)[-1] == "step-16"
 
 
 def test_a_signal_to_one_rank_stops_all(inputs: Path, uninterrupted_run_on_two: Path, tmp_path: Path) -> None:
@@ -317,6 +332,8 @@ def test_a_launched_run_is_signalled(inputs: Path, uninterrupted_run_on_two: Pat
         launcher.send_signal(signal.SIGINT)
     err = launcher.communicate(timeout=60)[1]
     assert launcher.returncode == 128 + signal.SIGTERM, err
+    assert err.splitlines()[-1].endswith(f" num_processes=2 local_run_dir={run_dir} resume=auto"), err
+    assert err.count("to resume: ") == 1
     assert len(saved(run_dir)) > 0
     assert_checkpoints_intact(run_dir)
     assert saved(run_dir)[-1] == f"step-{rows(run_dir)[-1]['counters/examples']}"
