@@ -223,7 +223,7 @@ def test_hydra_leaves_no_sweep_file(tmp_path, monkeypatch: pytest.MonkeyPatch, p
         assert run.status == 2 and run.err.count("\n") == 1 and f"{key}: Hydra would write" in run.err
     found: list[Path] = []
 
-    def look(config: DictConfig) -> int:
+    def look(config: DictConfig, varied: list[str]) -> int:
         found.extend(tmp_path.rglob("multirun.yaml"))
         assert HF_TOKEN not in read_all(tmp_path)
         return 0

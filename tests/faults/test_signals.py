@@ -3,11 +3,14 @@
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,8 +190,13 @@ def test_a_signal_while_the_reference_is_computed(
     assert status == 128 + signal.SIGTERM, err
     assert err == "stopped by SIGTERM outside training: nothing to save\n"
     assert saved(run_dir) == [] and not (run_dir / "crash.log").exists()
-    status, _, err = complete(arguments, tmp_path / "output", num_ranks)
+    status, out, err = complete(arguments, tmp_path / "output", num_ranks)
     assert status == 0, err
+    computed = re.search(r"reference: (\d+) log-probs computed", out)
+    (database,) = (cache / "reference").glob("*.sqlite")
+    with closing(sqlite3.connect(database)) as connection:
+        (num_all,) = connection.execute("SELECT count(*) FROM logps").fetchone()
+    assert computed and 0 < int(computed[1]) < num_all  # the others were kept
     assert_equal_runs(run_dir, uninterrupted)
 
 
