@@ -194,7 +194,7 @@ def test_a_small_shared_memory_is_enough(tmp_path) -> None:
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
         pytest.skip("no file system may be mounted here")
     overrides = [*SMALL, *QUICK, "n_examples=4", "trainer=FSDPTrainer", "num_processes=2"]
-    command = [sys.executable, PROGRAM, *overrides, f"local_run_dir={tmp_path}/run"]
+    command = [sys.executable, str(PROGRAM), *overrides, f"local_run_dir={tmp_path}/run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run([*mount, *command], capture_output=True, text=True, env=environment, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")

@@ -79,7 +79,7 @@ subprocess.run(["sh", "-c", "echo a && echo b >&2 && cat"], check=True)  # child
 def test_no_file_takes_the_place_of_a_closed_stream(closed: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
     script = f'"$@" {closed}'
-    command = ["sh", "-c", script, "sh", sys.executable, "-c", STREAMS, file]
+    command = ["sh", "-c", script, "sh", sys.executable, "-c", STREAMS, str(file)]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     assert result.returncode == 0 and file.read_bytes() == b"", result
     assert b"text" in result.stdout if closed == "2>&-" else result.stdout == b""

@@ -142,7 +142,7 @@ def signal_in_sampling(update: int, on_rank: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return sample(evaluator, num_examples, token_budget)
 
-    Evaluator.sample_policy = signalled  # type: ignore[method-assign]
+    Evaluator.sample_policy = signalled  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -174,7 +174,7 @@ def signal_in_fill(num_batches: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return logps(reference, batch)
 
-    LiveReference.logps = signalled  # type: ignore[method-assign]
+    LiveReference.logps = signalled  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
