@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils import UserError, content_hash
@@ -23,7 +23,11 @@ def check_run_dirs(jobs: Sequence[DictConfig]) -> None:
     """
     job_of: dict[str, int] = {}
     for number, job in enumerate(jobs):
-        with suppress(OmegaConfBaseException):  # ${hydra:job.num} has no value yet, and differs
+        written = OmegaConf.to_container(job)
+        assert isinstance(written, dict)
+        if "${hydra:job." in str(written["local_run_dir"]):  # ${hydra:job.num} has no value yet, and differs
+            continue
+        with suppress(OmegaConfBaseException):  # run_job reports it
             run_dir = job.local_run_dir or (None if job.resume == "auto" else job.resume)
             if run_dir is None or job.plan is True:
                 continue

@@ -40,7 +40,7 @@ def test_without_shared_memory_html_is_stripped_in_one_process(monkeypatch, caps
     def full(*arguments, **keywords):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("_multiprocessing.SemLock", full)
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
     items = [(number, [f"<p>{number}</p>"]) for number in range(CHUNK_SIZE + 1)]
     assert list(strip_many(items)) == [(number, [str(number)]) for number in range(CHUNK_SIZE + 1)]
     assert capsys.readouterr().out == "stripping HTML in one process: no shared memory (No space left on device)\n"
