@@ -109,6 +109,45 @@ def test_values_from_the_environment_are_redacted(monkeypatch: pytest.MonkeyPatc
     }
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "${oc.env:BLAND}",
+        '${oc.env:"BLAND"}',
+        "${oc.env:'BLAND'}",
+        "${ oc.env : BLAND }",
+        "a-${oc.env:'BLAND'}-b",
+        "${oc.env:${oc.env:NAME}}",
+        "${oc.env:NOT_THERE,${oc.env:BLAND}}",
+        "${oc.env:NOT_THERE,swordfish-4711}",
+        "${oc.select:missing,${oc.env:'BLAND'}}",
+        "${oc.select:nothing,${oc.env:'BLAND'}}",
+        "${other.${oc.env:'BLAND'}}",
+        '${oc.decode:"[swordfish-4711, ${oc.env:NAME}]"}${oc.env:"BLAND"}',
+        "${oc.decode:${oc.env:LIST}}",
+    ],
+)
+def test_environment_values_are_redacted_in_every_syntax(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"BLAND": "swordfish-4711", "NAME": "BLAND", "LIST": "[swordfish-4711, other-value-2]"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    config = OmegaConf.create({"entity": written, "alias": "${entity}", "other": {}, "missing": None})
+    assert redact('must be a number, not "swordfish-4711"', config) == f'must be a number, not "{REDACTED}"'
+    if "other." in written:  # no config with this error has public values
+        config.entity = config.alias = ""
+    assert "swordfish" not in json.dumps(public(config)) + json.dumps(comparable(config))
+
+
+def test_short_secrets_are_redacted_where_they_stand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_PASSWORD", "x9!")
+    monkeypatch.setenv("MY_PIN", "q-7b")
+    monkeypatch.setenv("DISABLE_AUTH", "true")  # named like a secret, and not in the config
+    config = OmegaConf.create({"a": "${oc.env:'MY_PASSWORD'}", "b": "${oc.env:MY_PIN}", "c": "${a}", "d": True})
+    text = "not \"x9!\", not 'q-7b': q-7b and seq-7b-x9!y are true"
+    assert redact(text, config) == f"not \"{REDACTED}\", not '{REDACTED}': {REDACTED} and seq-7b-x9!y are true"
+    assert public(config) == {"a": "${oc.env:'MY_PASSWORD'}", "b": "${oc.env:MY_PIN}", "c": REDACTED, "d": True}
+
+
 def test_redacted_values_differ_by_their_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     config = OmegaConf.create(
         {"lr": "${oc.decode:${oc.env:LR}}", "a": ["${oc.env:BLAND}", "x"], "b": {"c": "${oc.env:BLAND}"}, "d": True}
@@ -157,6 +196,7 @@ def read_all(directory: Path) -> str:
         (f"+model.architecture.note={HF_TOKEN}", "model.architecture.note"),
         (f"optimizer={HF_TOKEN}", "optimizer"),
         ("optimizer=${oc.env:BLAND}", "optimizer"),
+        ("optimizer=${oc.env:'BLAND'}", "optimizer"),
         ("+api_key=swordfish-0815", "api_key"),
         ("api_key=swordfish-0815", "api_key"),
         ("api_key='swordfish-0815", "api_key"),
