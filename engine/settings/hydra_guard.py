@@ -8,6 +8,7 @@ from typing import Any
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import (
@@ -17,10 +18,12 @@ from hydra._internal.utils import (
 )
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from engine.settings.presets import CONFIG_DIR
+from engine.settings.secrets import redact
 from engine.settings.sweeps import check_run_dirs
 from utils import UserError, clipped
 
@@ -29,6 +32,30 @@ HYDRA_TARGETS = {
     "hydra.sweeper._target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
 }
 SWEEP_DIR = "${sweep_dir:}"  # as in config.yaml
+
+
+class GuardedLoader(ConfigLoaderImpl):
+    """A loader of configs from files alone. Hydra would import the package of a search path pkg://NAME."""
+
+    def _process_config_searchpath(
+        self, config_name: str | None, parsed_overrides: list[Override], repo: CachingConfigRepository
+    ) -> None:
+        loaded = repo.load_config(config_name) if config_name else None
+        paths = [OmegaConf.select(loaded.config, "hydra.searchpath") if loaded else None]
+        paths += [each.value() for each in parsed_overrides if each.get_key_element() == "hydra.searchpath"]
+        for path in (str(path) for each in paths if isinstance(each, Sequence) for path in each):
+            check_search_path(path)
+        super()._process_config_searchpath(config_name, parsed_overrides, repo)
+
+
+def check_search_path(path: str) -> None:
+    """Refuse a package as a place of configs.
+
+    Raises:
+        UserError: CONFIG.
+    """
+    if path.strip().startswith("pkg:"):
+        raise _would_run(f"hydra.searchpath: {clipped(path)}")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -80,13 +107,15 @@ def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) ->
         raise UserError("CONFIG", f"{clipped(' '.join(unknown))}: no such option", fix)
     if options.shell_completion:
         return []
+    for path in (options.config_path, options.config_dir):
+        check_search_path(path or "")
 
     where = detect_calling_file_or_module_from_task_function(command)
     search_path = create_automatic_config_search_path(*where, options.config_path or str(CONFIG_DIR))
     if options.config_dir:
         directory = f"file://{os.path.abspath(options.config_dir)}"
         search_path.prepend("command-line", directory, SearchPathQuery(provider="schema"))
-    composer = Hydra("train", ConfigLoaderImpl(search_path))
+    composer = Hydra("train", GuardedLoader(search_path))
 
     def compose(overrides: Sequence[str]) -> DictConfig:
         name = options.config_name or "config"
@@ -119,9 +148,12 @@ def check_hydra(config: DictConfig) -> None:
             targets |= dict(_targets(OmegaConf.to_container(config.hydra[group], resolve=True), f"hydra.{group}."))
     for key, value in targets.items():
         if HYDRA_TARGETS.get(key) != value:
-            raise _would_run(f"{key}: {value}")
+            raise _would_run(f"{key}: {redact(str(value), config)}")
     if OmegaConf.select(config, "hydra.callbacks"):
         raise _would_run("hydra.callbacks")
+    if OmegaConf.select(config, "hydra.job.env_set"):
+        problem = "hydra.job.env_set would change the environment, and with it the code that a run starts"
+        raise UserError("CONFIG", problem, "leave it out; set variables before the command: NAME=value python train.py")
     settings = written["hydra"]
     for group in ("job_logging", "hydra_logging"):
         if settings[group] not in (OmegaConf.to_container(OmegaConf.load(path)) for path in _presets(group)):

@@ -235,8 +235,8 @@ def test_a_run_leaves_no_secret(tmp_path) -> None:
                 *(sys.executable, "-c", script + "raise SystemExit(train.main())"),
                 *("-m", *SMALL, *QUICK, "n_examples=4", f"local_dirs=[{tmp_path}]"),
                 *("wandb.enabled=true", "tensorboard=true"),
-                f"+hydra.job.env_set.OTHER_TOKEN=hf_{'b' * 30}",
-                "+hydra.job.env_set.PASSWORD=${oc.env:MY_SECRET}",
+                f"hydra.help.header=hf_{'b' * 30}",
+                "hydra.help.footer=${oc.env:'MY_SECRET'}",
                 *("seed=1", "exp_name=a-${oc.env:NAME}"),
             ],
             env=os.environ
@@ -257,7 +257,7 @@ def test_a_run_leaves_no_secret(tmp_path) -> None:
 def test_hydra_leaves_no_sweep_file(tmp_path, monkeypatch: pytest.MonkeyPatch, program: Program) -> None:
     """Requested places are refused; Hydra's temporary file would stay after a kill."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    secret = f"+hydra.job.env_set.HF_TOKEN={HF_TOKEN}"
+    secret = f"hydra.help.footer={HF_TOKEN}"
     for key in ("hydra.sweep.dir", "hydra.output_subdir"):
         run = program("-m", f"{key}={tmp_path / 'kept'}", secret, "seed=1,2")
         assert run.status == 2 and run.err.count("\n") == 1 and f"{key}: Hydra would write" in run.err
@@ -361,7 +361,12 @@ CONFIGS = {
     "loss/logs.yaml": "# @package _global_\nhydra: {job_logging: {handlers: {x: {(): os.makedirs, name: MADE}}}}\n"
     "loss: {name: sft, average_log_prob: false}\n",
     "loss/mine.yaml": "name: sft\naverage_log_prob: true\n",
+    "loss/environment.yaml": "# @package _global_\nhydra: {job: {env_set: {LD_PRELOAD: MADE.so}}}\n"
+    "loss: {name: sft, average_log_prob: false}\n",
+    "experiment/environment.yaml": "# @package _global_\nhydra: {job: {env_set: {PYTHONPATH: MADE}}}\n",
     "main.yaml": "hydra: {callbacks: {x: {_target_: os.makedirs, name: MADE}}}\n",
+    "variables.yaml": "defaults: [config, _self_]\nhydra: {job: {env_set: {PYTHONPATH: MADE}}}\n",
+    "packages.yaml": "defaults: [config, _self_]\nhydra: {searchpath: ['pkg://package_with_code']}\n",
 }
 
 
@@ -390,12 +395,27 @@ def configs(tmp_path) -> Path:
         ("-m", "--config-dir=CONFIGS", "loss=sft,logs"),
         ("--config-path=CONFIGS", "--config-name=main"),
         ("-cd", "CONFIGS", "-cn", "main"),
+        ("+hydra.job.env_set.PYTHONPATH=CONFIGS",),
+        ("hydra.job.env_set={LD_PRELOAD: x.so}",),
+        ("-m", "+hydra.job.env_set.PYTHONPATH=CONFIGS,b"),
+        ("--config-dir=CONFIGS", "loss=environment"),
+        ("-m", "--config-dir=CONFIGS", "loss=sft,environment"),
+        ("--config-dir=CONFIGS", "+experiment=environment"),
+        ("-cd", "CONFIGS", "-cn", "variables"),
+        ("hydra.searchpath=[pkg://package_with_code]",),
+        ("-cd", "CONFIGS", "-cn", "packages"),
+        ("--config-path=pkg://package_with_code",),
+        ("--config-dir=pkg://package_with_code",),
     ],
 )
 def test_code_in_a_config_is_refused(arguments: tuple[str, ...], configs: Path, monkeypatch, capsys) -> None:
+    (configs.parent / "package_with_code").mkdir()
+    (configs.parent / "package_with_code" / "__init__.py").write_text(f"import os; os.mkdir('{configs.parent}/made')")
+    monkeypatch.syspath_prepend(configs.parent)
     monkeypatch.setattr(sys, "argv", ["train.py", *(text.replace("CONFIGS", str(configs)) for text in arguments)])
     status, (out, err) = train.main(), capsys.readouterr()
     assert status == 2 and err.count("\n") == 1 and err.startswith("error[CONFIG] ") and "job 0" not in out
+    assert "would run code" in err or "hydra.job.env_set would change" in err
     assert not (configs.parent / "made").exists()
 
 
