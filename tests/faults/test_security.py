@@ -396,8 +396,8 @@ def configs(tmp_path) -> Path:
         ("--config-path=CONFIGS", "--config-name=main"),
         ("-cd", "CONFIGS", "-cn", "main"),
         ("+hydra.job.env_set.PYTHONPATH=CONFIGS",),
-        ("hydra.job.env_set={LD_PRELOAD: x.so}",),
-        ("-m", "+hydra.job.env_set.PYTHONPATH=CONFIGS,b"),
+        ("++hydra.job.env_set={LD_PRELOAD: x.so}",),
+        ("-m", "+hydra.job.env_set.PYTHONPATH=CONFIGS", "seed=1,2"),
         ("--config-dir=CONFIGS", "loss=environment"),
         ("-m", "--config-dir=CONFIGS", "loss=sft,environment"),
         ("--config-dir=CONFIGS", "+experiment=environment"),
@@ -415,7 +415,10 @@ def test_code_in_a_config_is_refused(arguments: tuple[str, ...], configs: Path, 
     monkeypatch.setattr(sys, "argv", ["train.py", *(text.replace("CONFIGS", str(configs)) for text in arguments)])
     status, (out, err) = train.main(), capsys.readouterr()
     assert status == 2 and err.count("\n") == 1 and err.startswith("error[CONFIG] ") and "job 0" not in out
-    assert "would run code" in err or "hydra.job.env_set would change" in err
+    if "env_set" in str(arguments) or {"loss=environment", "+experiment=environment", "variables"} & {*arguments}:
+        assert "hydra.job.env_set would change" in err
+    if "package" in str(arguments):
+        assert "hydra.searchpath: pkg://package_with_code would run code" in err
     assert not (configs.parent / "made").exists()
 
 
