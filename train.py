@@ -126,7 +126,8 @@ def print_plan(settings: Settings, num_processes: int) -> None:
 
     settings = settings.named(**derive_names(settings))
     tokenizer, (train_split, test_split) = load_data(settings)
-    plan = make_plan(settings, TRAINERS[settings.trainer], tokenizer, train_split, test_split, num_processes)
+    trainer, num_gpus = TRAINERS[settings.trainer], launcher.count_gpus()
+    plan = make_plan(settings, trainer, tokenizer, train_split, test_split, num_processes, num_gpus)
     print(f"\n{format_plan(plan)}")
 
 

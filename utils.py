@@ -160,7 +160,7 @@ class Progress:
             return f"{self._description}: {self.num_done:,} {self._unit}"
         seconds_left = seconds / self.num_done * max(self._total - self.num_done, 0)
         line = f"{self._description}: {self.num_done:,} of {self._total:,} {self._unit}"
-        return f"{line}, {_duration(seconds_left)} left"
+        return f"{line}, {duration(seconds_left)} left"
 
 
 def progress(
@@ -187,7 +187,7 @@ def _is_first_rank() -> bool:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Whole seconds in words: "45 s", "1 min 05 s", "2 h 05 min"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

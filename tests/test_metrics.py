@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 
 import engine.run.loggers
 import engine.step.metrics
-from engine.run.loggers import Loggers, format_metrics
+from engine.run.loggers import Loggers, fit_line
+from engine.run.start_report import warn_of_warmup
 from engine.step.metrics import DeviceTimestamp, MetricAccumulator, to_floats
 from tests.configs import make_settings
 from tests.runs import Program
@@ -70,7 +72,7 @@ def test_timestamps_on_a_cpu_use_the_clock(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_format_leaves_counters_out() -> None:
-    assert format_metrics({"loss/train": 0.693147, "counters/examples": 4}) == "loss/train 0.6931"
+    assert fit_line("train", {"loss/train": 0.693147, "counters/examples": 4}) == "train: loss/train 0.6931"
 
 
 class Broken:
@@ -156,11 +158,53 @@ def test_tensorboard_holds_metrics_and_samples(program: Program) -> None:
     assert "samples/text_summary" in events.Tags()["tensors"]
 
 
+@pytest.mark.parametrize(
+    "warmup_steps, expected",
+    [
+        (4, "4 steps of this run: the learning rate reaches 0.0008 in place of lr=0.001"),
+        (150, "4 steps of this run: the learning rate reaches 2.65e-05 in place of lr=0.001"),
+        (3, None),
+        (0, None),
+    ],
+)
+def test_a_warmup_beyond_the_run_is_told(warmup_steps: int, expected: str | None) -> None:
+    warning = warn_of_warmup(make_settings(f"warmup_steps={warmup_steps}", "lr=1e-3"), num_updates=4)
+    assert warning == (expected and f"warning: warmup_steps={warmup_steps} is not below the {expected}")
+
+
+def test_a_run_shorter_than_its_warmup_says_so(program: Program) -> None:
+    run = program.ok("warmup_steps=9", "n_examples=8")
+    assert run.out.count("warning: warmup_steps=9 is not below the 2 steps of this run") == 1
+    assert run.steps[-1]["learning_rate"] == pytest.approx(2e-4)
+
+
 def test_printed_lines_respect_their_interval(program: Program) -> None:
     often = program.ok("minimum_log_interval_secs=0")
     seldom = program.ok("minimum_log_interval_secs=1000")
     assert often.out.count("train after") == len(often.steps) == 4
     assert seldom.out.count("train after") == 1 and len(seldom.steps) == 4
+
+
+def test_printed_lines_say_how_far_and_are_short(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    seconds = iter([10, 30, 40, 130])
+    settings = make_settings("wandb.enabled=false", "minimum_log_interval_secs=0")
+    loggers = Loggers(settings, tmp_path, 2000, 500, clock=lambda: next(seconds))
+    long = {f"rewards_train/{name}": -123456.789 for name in ("chosen", "rejected", "margins", "accuracies")}
+    long |= {f"logps_train/{name}": 1e-9 for name in ("chosen", "rejected")} | {f"other_{i}/train": i for i in range(9)}
+    long |= {"grad_norm": 12.3456, "learning_rate": 5.123e-7, "tokens_per_second": 12345.6, "loss/train": 0.7}
+    for examples in (600, 700):
+        loggers.train(long | {"counters/examples": examples})
+    loggers.eval({"counters/examples": 700, "loss/eval": 0.5})
+    loggers.train({"counters/examples": 2000, "loss/train": 0.5, "tokens_per_second": 1})
+    loggers.close()
+    first, second, evaluation, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("train after 600 of 2,000 examples: loss/train 0.7, rewards_train/accuracies -1.235e+05")
+    assert second.startswith("train after 700 of 2,000 examples, 4 min 20 s left: loss/train 0.7, ")
+    assert evaluation == "eval after 700 of 2,000 examples, 6 min 30 s left: loss/eval 0.5"
+    assert last == "train after 2,000 of 2,000 examples: loss/train 0.5, tokens_per_second 1"
+    assert 150 < len(second) <= 200 and "learning_rate 5.123e-07" in second
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) > 400
 
 
 def test_rows_with_any_text_are_json(tmp_path) -> None:

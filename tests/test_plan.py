@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import train
 from engine.data.examples import Split
 from engine.data.films import film_tokenizer
 from engine.models.shards import local_shard
@@ -132,6 +133,31 @@ def test_the_program_plans_and_leaves_no_run(program: Program) -> None:
     run = program.ok("plan=true", FSDP, "num_processes=64", "plan_hardware=a100", "loss=dpo", "loss.beta=0.1")
     assert "plan of FSDPTrainer on 64 GPUs" in run.out and "\nfits" in run.out
     assert not list(program.directory.rglob("config.yaml"))
+
+
+@pytest.mark.parametrize(
+    "num_gpus, overrides, expected",
+    [
+        (8, (), "warning: BasicTrainer computes on 1 of 8 GPUs at a time: FSDPTrainer uses all"),
+        (8, (FSDP, "num_processes=2"), "warning: 6 of 8 GPUs are idle: leave num_processes out to use all"),
+        (8, (FSDP, "num_processes=2", "plan_hardware=h100"), None),
+        (2, (FSDP, "num_processes=2"), None),
+        (0, (), None),
+        (
+            0,
+            (FSDP, "num_processes=16", "plan_hardware=h100", "tensor_parallel_size=2"),
+            "warning: 8 of 16 GPUs get no example of a step (batch_size=4) and are idle: a batch_size of at least 8 or"
+            " fewer processes",
+        ),
+    ],
+)
+def test_a_plan_tells_of_idle_gpus(
+    num_gpus: int, overrides: tuple[str, ...], expected: str | None, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.launcher, "count_gpus", lambda: num_gpus)
+    run = program.ok("plan=true", *overrides)
+    warnings = [line for line in run.out.splitlines() if "idle" in line or "at a time:" in line]
+    assert warnings == ([expected] if expected else [])
 
 
 def test_a_model_that_is_too_large_does_not_fit(program: Program) -> None:

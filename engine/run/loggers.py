@@ -5,7 +5,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,14 @@ from engine.run.tensorboard_logger import TensorBoard
 from engine.run.wandb_logger import Wandb
 from engine.settings.schema import Settings
 from engine.settings.secrets import redact
-from utils import UserError, printable
+from utils import UserError, duration, printable
+
+LINE_LENGTH = 200  # of a printed line
+# Parts of the names of metrics, in the order of a printed line.
+TELLING = (
+    "loss/", "accuracies", "margins", "kl_", "ground_truth/", "learning_rate", "grad_norm", "tokens_per_second",
+    "peak_memory", "skipped", "rewards", "logps",
+)  # fmt: skip
 
 
 class NoLoggers:
@@ -32,8 +39,18 @@ class NoLoggers:
 class Loggers:
     """All loggers of a run, and its progress on the terminal."""
 
-    def __init__(self, settings: Settings, run_dir: Path, num_examples: int, first_example: int = 0):
+    def __init__(
+        self,
+        settings: Settings,
+        run_dir: Path,
+        num_examples: int,
+        first_example: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._run_dir = run_dir
+        self._num_examples = num_examples
+        self._clock = clock
+        self._first: tuple[int, float] | None = None  # examples and seconds at the first step of this process
         self._interval = settings.minimum_log_interval_secs
         self._last = -float("inf")
         self._lock = threading.RLock()  # of the terminal; reentrant, as a signal handler may print too
@@ -71,7 +88,8 @@ class Loggers:
         examples = int(metrics["counters/examples"])
         self._write("metrics.jsonl", [metrics])
         self._bar.update(examples - self._bar.n)
-        now = time.monotonic()
+        now = self._clock()
+        self._first = self._first or (examples, now)
         if now - self._last < self._interval:
             return
         self._last = now
@@ -79,15 +97,23 @@ class Loggers:
         postfix = {name: f"{metrics[key]:.4g}" for name, key in short.items() if key in metrics}
         self._bar.set_postfix(postfix | {"tokens/s": f"{metrics['tokens_per_second']:,.0f}"})
         if self._bar.disable:
-            print(f"train after {examples} examples: {format_metrics(metrics)}", flush=True)
+            print(fit_line(f"train {self._progress(examples, now)}", metrics), flush=True)
         self._log(metrics, examples)
 
     def eval(self, metrics: dict[str, float]) -> None:
         """Log an evaluation."""
         examples = int(metrics["counters/examples"])
         self._write("metrics.jsonl", [metrics])
-        self.print(f"eval after {examples} examples: {format_metrics(metrics)}")
+        self.print(fit_line(f"eval {self._progress(examples, self._clock())}", metrics))
         self._log(metrics, examples)
+
+    def _progress(self, examples: int, now: float) -> str:
+        """How far the run is, and the time left at the pace so far."""
+        text = f"after {examples:,} of {self._num_examples:,} examples"
+        if self._first is None or not self._first[0] < examples < self._num_examples:
+            return text
+        seconds = (now - self._first[1]) / (examples - self._first[0]) * (self._num_examples - examples)
+        return f"{text}, {duration(seconds)} left"
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Log sampled responses, and print the first.
@@ -131,8 +157,15 @@ class Loggers:
         self._bar.close()
 
 
-def format_metrics(metrics: Metrics) -> str:
-    """Metrics on one line, the loss first, without counters."""
-    shown = {name: metrics[name] for name in sorted(metrics, key=lambda name: not name.startswith("loss/"))}
-    shown = {name: value for name, value in shown.items() if not name.startswith("counters/")}
-    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+def fit_line(start: str, metrics: Metrics) -> str:
+    """A line with as many metrics as fit, the most telling first, without counters. metrics.jsonl has all of them."""
+
+    def rank(name: str) -> int:
+        return next((i for i, part in enumerate(TELLING) if part in name), len(TELLING))
+
+    line = f"{start}:"
+    for name in sorted(metrics, key=rank):
+        item = f" {name} {metrics[name]:.4g},"
+        if not name.startswith("counters/") and len(line + item) <= LINE_LENGTH + 1:  # the last comma goes
+            line += item
+    return line[:-1]

@@ -29,6 +29,8 @@ class Plan:
 
     Args:
         memory: of the fullest process.
+        num_data_ranks: processes with different examples.
+        num_gpus: of this machine; None if the plan is for others.
         num_tokens: fed in the whole run.
         max_microbatches: of a process in a step.
         max_tokens: fed in the largest microbatch.
@@ -40,6 +42,8 @@ class Plan:
     trainer_name: str
     hardware: Hardware
     num_processes: int
+    num_data_ranks: int
+    num_gpus: int | None
     num_trained: int
     num_parameters: int
     memory: Memory
@@ -71,11 +75,13 @@ def make_plan(
     train_split: Split,
     test_split: Split,
     num_processes: int,
+    num_gpus: int | None = None,
 ) -> Plan:
     """Plan a run by simulating its largest step.
 
     Args:
         base: the trainer of the run.
+        num_gpus: of this machine.
     """
     dtype = getattr(torch, settings.mixed_precision or settings.model.policy_dtype)
     if settings.plan_hardware:
@@ -98,6 +104,8 @@ def make_plan(
             trainer_name=base.__name__,
             hardware=hardware,
             num_processes=num_processes,
+            num_data_ranks=trainer.placement.num_data_ranks,
+            num_gpus=num_gpus if settings.plan_hardware is None else None,
             num_trained=num_trained,
             num_parameters=num_parameters,
             memory=measure_step(trainer, microbatches[largest], max_microbatches),

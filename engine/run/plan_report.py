@@ -10,6 +10,7 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(
         [
             _title(plan),
+            *_idle(plan),
             "",
             f"memory of a {_unit(plan)}, the fullest one, in GB",
             *(f"  {name:18}{size / 1e9:9.3f}  {remark}".rstrip() for name, size, remark in _memory_rows(plan)),
@@ -41,6 +42,22 @@ def _title(plan: Plan) -> str:
         f"plan of {plan.trainer_name} on {units} ({plan.hardware.name}):"
         f" {plan.num_parameters:,} parameters, {plan.num_trained / plan.num_parameters:.2%} are trained"
     )
+
+
+def _idle(plan: Plan) -> list[str]:
+    """Warnings about GPUs, or processes, without work."""
+    lines = []
+    batch_size, num_idle = plan.settings.batch_size, (plan.num_gpus or 0) - plan.num_processes
+    if num_idle > 0 and plan.trainer_name == "BasicTrainer":
+        lines.append(f"warning: BasicTrainer computes on 1 of {plan.num_gpus} GPUs at a time: FSDPTrainer uses all")
+    elif num_idle > 0:
+        lines.append(f"warning: {num_idle} of {plan.num_gpus} GPUs are idle: leave num_processes out to use all")
+    if plan.num_data_ranks > batch_size:
+        share = plan.num_processes // plan.num_data_ranks
+        idle = f"{(plan.num_data_ranks - batch_size) * share} of {plan.num_processes} {_unit(plan)}s"
+        fix = f"a batch_size of at least {plan.num_data_ranks} or fewer processes"
+        lines.append(f"warning: {idle} get no example of a step (batch_size={batch_size}) and are idle: {fix}")
+    return lines
 
 
 def _memory_rows(plan: Plan) -> list[tuple[str, int, str]]:

@@ -3,6 +3,7 @@
 import math
 
 from engine.settings.schema import Settings
+from engine.step.schedule import learning_rate
 
 
 def describe_training(settings: Settings, *, num_examples: int, num_train: int, num_eval: int) -> str:
@@ -21,6 +22,18 @@ def describe_training(settings: Settings, *, num_examples: int, num_train: int, 
     if settings.n_examples is not None and num_examples < settings.n_examples:
         line += f"; n_epochs={settings.n_epochs} ends it before n_examples={settings.n_examples}"
     return line
+
+
+def warn_of_warmup(settings: Settings, num_updates: int) -> str | None:
+    """A warning if the run ends before its warm-up does."""
+    if settings.warmup_steps < num_updates or not num_updates:
+        return None
+    reached = learning_rate(settings, num_updates - 1, num_updates)
+    steps = f"{num_updates:,} step{'s' * (num_updates > 1)}"
+    return (
+        f"warning: warmup_steps={settings.warmup_steps} is not below the {steps} of this run: the learning rate"
+        f" reaches {reached:.3g} in place of lr={settings.lr:g}"
+    )
 
 
 def describe_parameters(num_trained: int, num_all: int) -> str:

@@ -130,6 +130,14 @@ def test_held_out_prompts(tmp_path, tokenizer, folder):
     assert load(path, tokenizer, split="test", test_fraction=0.1).keys() == test.keys()
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_single_prompt_cannot_be_split(tmp_path, tokenizer, split):
+    write(tmp_path / "one.jsonl", numbered(1) * 2)
+    with pytest.raises(UserError, match=r"datasets: .*one\.jsonl has a single prompt, so none can be held out"):
+        load(tmp_path / "one.jsonl", tokenizer, split=split, test_fraction=0.05)
+    assert list(load(tmp_path / "one.jsonl", tokenizer, test_fraction=0)) == ["p0"]
+
+
 def test_held_out_prompts_are_the_same_with_every_template(tmp_path, tokenizer):
     rows = [{**CHAT, "prompt": [user(f"question {i}")]} for i in range(40)]
     held_out = []
@@ -139,7 +147,7 @@ def test_held_out_prompts_are_the_same_with_every_template(tmp_path, tokenizer):
     assert held_out[0] == held_out[1] and len(held_out[0]) == 8
 
 
-@pytest.mark.parametrize(("num_rows", "fraction", "expected"), [(1, 0.5, 0), (2, 0.01, 1), (3, 0.99, 2), (4, 0, 0)])
+@pytest.mark.parametrize(("num_rows", "fraction", "expected"), [(2, 0.01, 1), (3, 0.99, 2), (4, 0, 0)])
 def test_small_files_keep_a_prompt_in_each_split(tmp_path, tokenizer, num_rows, fraction, expected):
     rows = numbered(num_rows)
     assert len(load_rows(tmp_path, rows, tokenizer, split="test", test_fraction=fraction)) == expected
