@@ -37,6 +37,7 @@ from engine.settings.reading import read_settings, settings_from_text, settings_
 from engine.settings.schema import Settings
 from engine.settings.secrets import redact
 from engine.settings.sweeps import sweep_name
+from engine.settings.unused import check_unused
 from utils import BestEffortStream, local_dir
 
 if TYPE_CHECKING:  # they take seconds to import
@@ -57,6 +58,9 @@ def run(config: DictConfig, varied: Sequence[str] = ()) -> int:
     if varied:
         name = sweep_name(derive_names(settings)["exp_name"], HydraConfig.get().overrides.task, varied)
         settings = settings.model_copy(update={"exp_name": name})
+    has_experiment = HydraConfig.initialized() and "experiment" in HydraConfig.get().runtime.choices
+    for warning in check_unused(settings, DATASETS, has_experiment):
+        print(redact(warning, config), flush=True)
     given = world_from_environment()
     num_processes = given.size if given else choose_num_processes(settings)
     check_processes(settings, num_processes, is_given=given is not None)

@@ -1,0 +1,179 @@
+"""Settings that change nothing beside the others: refuse the mistakes, and warn of the rest."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from engine.settings.messages import shown
+from engine.settings.presets import CONFIG_DIR
+from engine.settings.schema import Settings
+from utils import UserError
+
+EMBEDDED = {"films"}  # data sets that read no files
+
+
+@dataclass(frozen=True)
+class Context:
+    """A run's settings, and facts about them.
+
+    Args:
+        named: data sets chosen by name.
+        files: data sets chosen by path.
+        has_reference: the loss compares with a reference model.
+        learns_pairs: the loss needs chosen and rejected.
+    """
+
+    settings: Settings
+    named: list[str]
+    files: list[str]
+    has_reference: bool
+    learns_pairs: bool
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A key without an effect in some contexts.
+
+    Args:
+        key: dotted.
+        reason: of a context; None where the key has an effect.
+        is_mistake: the run would not do what the key asks.
+    """
+
+    key: str
+    reason: Callable[[Context], str | None]
+    is_mistake: bool = False
+
+
+def _only_named(run: Context) -> str | None:
+    return None if run.files else f"it is for files, and datasets={','.join(run.named)} names none"
+
+
+def _without_published_files(run: Context) -> str | None:
+    if {*run.named} - EMBEDDED:
+        return None
+    return f"it holds data sets such as hh, and datasets={','.join(run.settings.datasets)} names none"
+
+
+def _sft_turns(run: Context) -> str | None:
+    return f"loss={run.settings.loss.name} learns pairs, not dialogues" if run.learns_pairs else _only_named(run)
+
+
+def _without_reference(run: Context) -> str | None:
+    return None if run.has_reference else f"loss={run.settings.loss.name} has no reference model here"
+
+
+def _without_wandb(run: Context) -> str | None:
+    if run.settings.debug:
+        return "debug=true logs nothing to wandb"
+    return None if run.settings.wandb.enabled else "wandb.enabled=false"
+
+
+def _without_checkpoints(run: Context) -> str | None:
+    return "debug=true keeps no checkpoints" if run.settings.debug else None
+
+
+def _in_one_process(run: Context) -> str | None:
+    return "trainer=BasicTrainer is one process" if run.settings.trainer == "BasicTrainer" else None
+
+
+def _of_int8(run: Context) -> str | None:
+    return "peft.quant_type=int8" if getattr(run.settings.peft, "quant_type", None) == "int8" else None
+
+
+UNUSED = (
+    Unused("format", _only_named, is_mistake=True),
+    Unused("data_dir", _without_published_files, is_mistake=True),
+    Unused("chat_template", _only_named),
+    Unused("sft_turns", _sft_turns),
+    Unused("test_fraction", _only_named),
+    Unused("reference", _without_reference),
+    Unused("model.reference_dtype", _without_reference),
+    Unused(
+        "model.fsdp_policy_mp",
+        lambda run: (
+            None
+            if run.settings.mixed_precision == run.settings.model.fsdp_policy_mp
+            else f"mixed_precision={shown(run.settings.mixed_precision)} replaces it"
+        ),
+    ),
+    Unused("peft.double_quant", _of_int8),
+    Unused("peft.storage_dtype", _of_int8),
+    Unused("n_eval_model_samples", lambda run: None if run.settings.sample_during_eval else "sample_during_eval=false"),
+    Unused("max_nonfinite", lambda run: "on_nonfinite=abort" if run.settings.on_nonfinite == "abort" else None),
+    Unused("collective_timeout", _in_one_process),
+    Unused("resume_allow", lambda run: None if run.settings.resume else "resume is null"),
+    Unused("plan_hardware", lambda run: None if run.settings.plan else "plan=false"),
+    Unused("wandb.entity", _without_wandb),
+    Unused("wandb.project", _without_wandb),
+    Unused("save_every", _without_checkpoints),
+    Unused("keep_checkpoints", _without_checkpoints),
+    Unused("keep_best", _without_checkpoints),
+)
+
+
+def _value(settings: Settings, key: str) -> Any:
+    """The value of a dotted key; None in a group without it."""
+    value: Any = settings
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _is_shipped(key: str, value: Any, has_experiment: bool) -> bool:
+    """Whether a YAML file of this program gives the key this value, and not the user."""
+    if value is None:
+        return True
+    files = sorted(CONFIG_DIR.rglob("*.yaml"), key=lambda path: path.parent != CONFIG_DIR)  # defaults come first
+    return any(value in _values_in(path, key) for path in files if has_experiment or path.parent.name != "experiment")
+
+
+def _values_in(path: Path, key: str) -> list[Any]:
+    """The values of a dotted key in a YAML file: of a whole config, or of one group."""
+    config = _load(path)
+    names = {key, key.removeprefix(f"{path.parent.name}.")}
+    return [value for name in names if (value := OmegaConf.select(config, name)) is not None]
+
+
+@cache
+def _load(path: Path) -> Any:
+    return OmegaConf.load(path)
+
+
+def check_unused(settings: Settings, dataset_names: Collection[str], has_experiment: bool = False) -> list[str]:
+    """Warnings about settings that change nothing, each a line. Values of this program's YAML files need none.
+
+    Args:
+        dataset_names: the names `datasets` may have beside paths.
+        has_experiment: some values may be of config/experiment.
+
+    Raises:
+        UserError: CONFIG, for settings that are surely a mistake.
+    """
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    loss = LOSSES[settings.loss.name]
+    run = Context(
+        settings,
+        named=[name for name in settings.datasets if name in dataset_names],
+        files=[name for name in settings.datasets if name not in dataset_names],
+        has_reference="reference" in loss.needs and not settings.loss.keywords.get("reference_free"),
+        learns_pairs=loss.batch != "sft",
+    )
+    mistakes, warnings = [], []
+    for each in UNUSED:
+        value, reason = _value(settings, each.key), each.reason(run)
+        if reason is None or _is_shipped(each.key, value, has_experiment):
+            continue
+        if each.is_mistake:
+            mistakes.append(f"{each.key}: {shown(value)} would change nothing: {reason}")
+        else:
+            effect = "changes the exported template alone" if each.key == "chat_template" else "changes nothing"
+            warnings.append(f"warning: {each.key}={shown(value)} {effect}: {reason}")
+    if mistakes:
+        raise UserError("CONFIG", "; ".join(mistakes), "leave the keys named here out")
+    return warnings

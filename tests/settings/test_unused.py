@@ -1,0 +1,95 @@
+"""Settings that change nothing beside the others."""
+
+import pytest
+
+from engine.settings.unused import UNUSED, check_unused
+from preference_datasets import DATASETS
+from tests.configs import CONFIG_DIR, make_settings
+from tests.runs import Program
+from utils import UserError
+
+DPO = ("loss=dpo", "loss.beta=0.1")
+WARNED = {
+    "chat_template": (("chat_template=hh", "datasets=hh"), ("chat_template=hh", f"datasets={__file__}")),
+    "sft_turns": (("sft_turns=last", f"datasets={__file__}", *DPO), ("sft_turns=last", f"datasets={__file__}")),
+    "test_fraction": (("test_fraction=0.2", "datasets=hh"), ("test_fraction=0.2", f"datasets=[hh,{__file__}]")),
+    "reference": (("reference=live",), ("reference=live", *DPO)),
+    "model.reference_dtype": (
+        ("model.reference_dtype=bfloat16", *DPO, "loss.reference_free=true"),
+        ("model.reference_dtype=bfloat16", *DPO),
+    ),
+    "model.fsdp_policy_mp": (
+        ("model.fsdp_policy_mp=bfloat16", "mixed_precision=null", "trainer=FSDPTrainer"),
+        ("model.fsdp_policy_mp=bfloat16",),
+    ),
+    "peft.double_quant": (
+        ("peft=qlora", "peft.double_quant=false", "peft.quant_type=int8"),
+        ("peft=qlora", "peft.double_quant=false"),
+    ),
+    "peft.storage_dtype": (
+        ("peft=qlora", "peft.storage_dtype=bfloat16", "peft.quant_type=int8"),
+        ("peft=qlora", "peft.storage_dtype=bfloat16"),
+    ),
+    "n_eval_model_samples": (("n_eval_model_samples=3", "sample_during_eval=false"), ("n_eval_model_samples=3",)),
+    "max_nonfinite": (("max_nonfinite=3",), ("max_nonfinite=3", "on_nonfinite=skip")),
+    "collective_timeout": (("collective_timeout=7",), ("collective_timeout=7", "trainer=FSDPTrainer")),
+    "resume_allow": (("resume_allow=[lr]",), ("resume_allow=[lr]", "resume=runs/a")),
+    "plan_hardware": (("plan_hardware=h100",), ("plan_hardware=h100", "plan=true")),
+    "wandb.entity": (("wandb.entity=me", "wandb.enabled=false"), ("wandb.entity=me",)),
+    "wandb.project": (("wandb.project=mine", "debug=true"), ("wandb.project=mine",)),
+    "save_every": (("save_every=8", "debug=true"), ("save_every=8",)),
+    "keep_checkpoints": (("keep_checkpoints=7", "debug=true"), ("keep_checkpoints=7",)),
+    "keep_best": (("keep_best=loss/eval", "debug=true"), ("keep_best=loss/eval",)),
+}
+REFUSED = {
+    "format": (("format=strings", "datasets=[hh,films]"), ("format=strings", f"datasets=[hh,{__file__}]")),
+    "data_dir": (("data_dir=.", "datasets=films"), ("data_dir=.", "datasets=[films,shp]")),
+}
+
+
+def warnings_of(*overrides: str) -> list[str]:
+    has_experiment = any(override.startswith("+experiment") for override in overrides)
+    return check_unused(make_settings(*overrides), DATASETS, has_experiment)
+
+
+def test_every_key_has_a_case() -> None:
+    assert {*WARNED, *REFUSED} == {each.key for each in UNUSED}
+
+
+@pytest.mark.parametrize("key", WARNED)
+def test_a_setting_without_effect_is_told(key: str) -> None:
+    without_effect, with_effect = WARNED[key]
+    (warning,) = warnings_of(*without_effect)
+    assert warning.startswith(f"warning: {key}=") and "\n" not in warning
+    assert warnings_of(*with_effect) == []
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_setting_without_effect_on_data_is_refused(key: str) -> None:
+    without_effect, with_effect = REFUSED[key]
+    with pytest.raises(UserError, match=rf"^error\[CONFIG\] {key}: .* would change nothing: .*; fix: leave"):
+        warnings_of(*without_effect)
+    assert warnings_of(*with_effect) == []
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml")))
+def test_shipped_experiments_are_silent(experiment: str) -> None:
+    path = f"model.name_or_path={CONFIG_DIR}" if "llama7b" in experiment else "seed=0"
+    for more in ((), ("sample_during_eval=false", "mixed_precision=null")):
+        overrides = more if experiment.startswith(("demo", "pythia")) else ()
+        assert warnings_of(f"+experiment={experiment}", path, *overrides) == []
+
+
+def test_reference_commands_are_silent() -> None:
+    common = ("datasets=[hh]", "exp_name=x", "gradient_accumulation_steps=2", "batch_size=64", "eval_batch_size=32")
+    model = ("trainer=FSDPTrainer", "sample_during_eval=false", "model=pythia28", "model.fsdp_policy_mp=bfloat16")
+    assert warnings_of(*common, *model, "loss=sft") == warnings_of(*common, *model, *DPO) == []
+
+
+def test_the_program_tells_before_it_trains(program: Program) -> None:
+    run = program.ok("collective_timeout=7", "plan=true")
+    assert run.out.startswith("warning: collective_timeout=7 changes nothing: trainer=BasicTrainer is one process\n")
+    run = program("format=strings")
+    assert run.status == 2 and run.err.startswith(
+        'error[CONFIG] format: "strings" would change nothing: it is for files'
+    )
