@@ -65,16 +65,14 @@ def load_file(
             flush=True,
         )
     if not has_test_file:
-        if test_fraction > 0 and len(data.preferences) == 1:
-            problem = f"datasets: {file} has a single prompt, so none can be held out for evaluation"
-            raise UserError(
-                "DATA", problem, "add rows with other prompts; test_fraction=0 trains without an evaluation"
-            )
         data.keep_split(split, test_fraction)
     if has_test_file or split == "train":
         file_counts.rows = sum(file_counts.dropped.values())
         counts.add(file_counts)
     counts.rows += sum(data.num_rows[prompt] for prompt in data.preferences)
+    if not has_test_file and test_fraction > 0 and len({*data.hashes.values()}) == 1:
+        problem = f"datasets: {path} has a single prompt, so none can be held out for evaluation"
+        raise UserError("DATA", problem, "add rows with other prompts; test_fraction=0 trains without an evaluation")
     return data.preferences
 
 
