@@ -6,12 +6,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pydantic import Field
 
-from engine.data.chat_templates import BOS, JINJA
+from engine.data.chat_templates import BOS, JINJA, read_template
 from engine.data.rows import MARK
 from engine.models.hub import settle_network
 from engine.settings.options import Options, run_command
@@ -80,11 +79,7 @@ class ChatModel:
         self.is_hh = template == "hh" or (template is None and tokenizer_has_hh)
         self.jinja: str | None = None
         if template is not None and not self.is_hh:
-            try:
-                self.jinja = JINJA[template] if template in JINJA else Path(template).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                problem = f"chat_template: {template}, the template of the training data, cannot be read ({error})"
-                raise UserError("CONFIG", problem, "give chat_template=FILE, hh, llama2 or chatml") from error
+            self.jinja = read_template(template, "give chat_template=FILE, hh, llama2 or chatml")
         self.messages: list[Message] = []
         self.reset()
 

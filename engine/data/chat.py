@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from engine.data.chat_templates import JINJA, template_advice
+from engine.data.chat_templates import read_template, template_advice
 from engine.data.rows import BadRow, Row
 from engine.data.special_tokens import MARK, special_token_marker, without_eos
 from utils import UserError, clipped
@@ -48,15 +47,8 @@ class Chat:
         self.mark = special_token_marker(tokenizer)
         self.is_template = chat_template != "hh"
         self.jinja: str | None = None
-        if chat_template in JINJA:
-            self.jinja = JINJA[chat_template]
-        elif chat_template is not None:
-            try:
-                self.jinja = Path(chat_template).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                problem = f"chat_template: {chat_template} cannot be read ({error})"
-                fix = "give null, hh, llama2, chatml or the path of a Jinja file"
-                raise UserError("CONFIG", problem, fix) from error
+        if chat_template is not None:
+            self.jinja = read_template(chat_template, "give null, hh, llama2, chatml or the path of a Jinja file")
 
     def render(
         self, row: Row, messages: list[Message], responses: Sequence[Message], tools: Sequence[Any] = ()

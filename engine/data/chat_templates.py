@@ -1,7 +1,10 @@
 """Chat templates shipped with the program, and the usual template of each model family."""
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from utils import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +44,54 @@ CHATML = (
 )
 
 JINJA = {"hh": HH, "llama2": LLAMA2, "chatml": CHATML}
+MAX_TEMPLATE_BYTES = 1_000_000  # the longest published templates have some 20,000
+
+
+def read_template(name: str, fix: str) -> str:
+    """Read a chat template as Jinja text.
+
+    Args:
+        name: a key of JINJA, or the path of a Jinja file.
+        fix: the remedy in the error.
+
+    Raises:
+        UserError: unless it is a regular file of valid Jinja that reads `messages`.
+    """
+    if name in JINJA:
+        return JINJA[name]
+    try:
+        if Path(name).exists() and not Path(name).is_file():
+            raise ValueError("not a regular file")
+        with open(name, "rb") as file:
+            data = file.read(MAX_TEMPLATE_BYTES + 1)
+        if len(data) > MAX_TEMPLATE_BYTES:
+            raise ValueError(f"more than {MAX_TEMPLATE_BYTES:,} bytes")
+        text = data.decode("utf-8-sig")
+        _check_jinja(text)
+    except (OSError, ValueError) as error:
+        raise UserError("CONFIG", f"chat_template: {name} cannot be read ({error})", fix) from error
+    return text
+
+
+def _check_jinja(text: str) -> None:
+    """Parse a template; nothing of it is evaluated, constants included.
+
+    Raises:
+        ValueError: if it is not Jinja, or reads no messages.
+    """
+    from jinja2 import TemplateSyntaxError, nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        tree = _compile_jinja_template("").environment.parse(text)
+        reads_messages = any(node.name == "messages" for node in tree.find_all(nodes.Name))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"not Jinja: line {error.lineno}: {error.message}") from error
+    except RecursionError as error:
+        raise ValueError("not usable Jinja: nested too deeply") from error
+    if not reads_messages:
+        raise ValueError("not a chat template: it does not read `messages`")
+
 
 # The usual template of a model, where its tokenizer has none.
 _LLAMA2 = "chat_template=llama2 (the template of Llama-2-Chat)"

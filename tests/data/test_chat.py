@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine.data.chat_templates import JINJA, template_advice
+from engine.data.chat_templates import JINJA, read_template, template_advice
 from engine.data.special_tokens import MARK
 from tests.data.samples import CHAT, assistant, byte_tokenizer, load_rows, user
 from utils import UserError
@@ -211,13 +211,26 @@ def test_a_chat_template_is_needed(tmp_path):
         load_rows(tmp_path, [{"instruction": "i", "output": "o"}], byte_tokenizer())
 
 
+def test_a_template_is_parsed_and_not_evaluated(tmp_path):
+    text = "{% generation %}{{ messages ~ 'a' * 10 ** 11 }}{% endgeneration %}"
+    (tmp_path / "t.jinja").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_template(str(tmp_path / "t.jinja"), "-") == text
+
+
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
         (None, r"error\[CONFIG\] chat_template: .* the tokenizer has no chat template; fix: set chat_template=hh"),
         ("missing.jinja", r"error\[CONFIG\] chat_template: missing\.jinja cannot be read"),
-        ("{{ raise_exception('roles must alternate') }}", r"line 1: the chat template refuses it: roles must"),
-        ("{{ messages", r"line 1: the chat template refuses it"),
+        (
+            "{{ raise_exception('roles must ' ~ messages | length) }}",
+            r"line 1: the chat template refuses it: roles must",
+        ),
+        ("{{ messages", r"error\[CONFIG\] .*t\.jinja cannot be read \(not Jinja: line 1: .*; fix: give null, hh"),
+        ("root:x:0:0:{root}", r"error\[CONFIG\] .*\(not a chat template: it does not read `messages`\)"),
+        ("{{ messages }}" + " " * 1_000_000, r"error\[CONFIG\] .*\(more than 1,000,000 bytes\)"),
+        ("{{ messages }}" + "{{ " + "(" * 5000, r"error\[CONFIG\] .*\(not usable Jinja: nested too deeply\)"),
+        ("/dev/zero", r"error\[CONFIG\] chat_template: /dev/zero cannot be read \(not a regular file\)"),
         (
             "{{ messages | length }}",
             r"error\[CONFIG\] .* the text of the dialogue does not start with the text of its prompt",
