@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 from engine.data.chat_templates import read_template, template_advice
 from engine.data.rows import BadRow, Row
 from engine.data.special_tokens import MARK, special_token_marker, without_eos
+from engine.data.template_process import TemplateLimit, render_texts
 from utils import UserError, clipped
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Chat:
             The prompt, and the text of each response after it, without a final EOS.
 
         Raises:
-            UserError: if there is no usable chat template.
+            UserError: if there is no usable chat template, or it loops or grows without end.
             BadRow: if the template raises an error, or leaves out tools, tool calls or their results.
         """
         messages, responses = (list(map(self._without_literal_eos, each)) for each in (messages, responses))
@@ -75,22 +76,18 @@ class Chat:
         if self.jinja is None and not self.tokenizer.chat_template:
             problem = f"chat_template: {row.origin} has messages, but the tokenizer has no chat template"
             raise UserError("CONFIG", problem, f"set {template_advice(self.tokenizer)}")
-        prompt = self._apply(row, messages, tools, add_generation_prompt=True)
-        return prompt, [self._render_response(row, messages, prompt, response, tools) for response in responses]
-
-    def _render_response(
-        self, row: Row, messages: list[Message], prompt: str, response: Message, tools: Sequence[Any]
-    ) -> str:
-        dialogue = [*messages, response]
-        text = self._apply(row, dialogue, tools)
-        if not text.startswith(prompt):
+        dialogues = [[*messages, response] for response in responses]
+        prompt, *texts = self._apply(row, [messages, *dialogues], tools)
+        if not all(text.startswith(prompt) for text in texts):
             problem = (
                 f"chat_template: {row.origin}: the text of the dialogue does not start with the text of its prompt"
             )
             fix = "use a template that appends a text for each message, or chat_template=hh"
             raise UserError("CONFIG", problem, fix)
-        self._check_tools_are_written(row, dialogue, tools)
-        return without_eos(text[len(prompt) :], self.tokenizer) if _says_something(response) else ""
+        for dialogue in dialogues:
+            self._check_tools_are_written(row, dialogue, tools)
+        endings = [without_eos(text[len(prompt) :], self.tokenizer) for text in texts]
+        return prompt, [end if _says_something(each) else "" for end, each in zip(endings, responses, strict=True)]
 
     def _check_tools_are_written(self, row: Row, messages: list[Message], tools: Sequence[Any]) -> None:
         """Raise BadRow if the template leaves out a tool, a tool call or a tool's result.
@@ -101,30 +98,37 @@ class Chat:
         messages, tools = [probe.message(message) for message in messages], [probe.tool(tool) for tool in tools]
         if not probe.expected:
             return
-        text = self._apply(row, messages, tools)
+        (text,) = self._apply(row, [messages], tools)
         for name, what in probe.expected.items():
             if name not in text:
                 fix = "set a chat_template that supports tools, or remove this row"
                 raise BadRow(f"{row.origin}: the chat template leaves out {what}", fix)
 
-    def _apply(
-        self, row: Row, messages: list[Message], tools: Sequence[Any] = (), add_generation_prompt: bool = False
-    ) -> str:
-        marked = [self._marked(message) for message in messages]
+    def _apply(self, row: Row, dialogues: list[list[Message]], tools: Sequence[Any] = ()) -> list[str]:
+        """Write dialogues by the template; those before a response with a generation prompt."""
+        variables = {
+            "chat_template": self.tokenizer.get_chat_template(self.jinja),
+            "tools": self._marked(list(tools)) or None,
+            **self.tokenizer.special_tokens_map,
+        }
+        texts = [
+            {
+                "conversations": [self._marked(dialogue)],
+                "add_generation_prompt": dialogue[-1]["role"] != "assistant",
+            }
+            for dialogue in dialogues
+        ]
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                marked,
-                tools=self._marked(list(tools)) or None,
-                chat_template=self.jinja,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:  # templates raise anything
-            if any(isinstance(arguments, dict) for arguments in _call_arguments(messages)):  # some templates want text
-                return self._apply(row, [_with_json_arguments(m) for m in messages], tools, add_generation_prompt)
+            return [text.replace(TEMPLATE_MARK, MARK) for text in render_texts(variables, texts)]
+        except TemplateLimit as error:  # not BadRow: each row may take as long
+            fix = "set another chat_template, or remove this row if it is an odd one"
+            raise UserError("DATA", f"{row.origin}: the chat template {error}", fix) from error
+        except ValueError as error:
+            if any(isinstance(arguments, dict) for arguments in _call_arguments(dialogues)):  # some templates want text
+                with_text = [[_with_json_arguments(message) for message in dialogue] for dialogue in dialogues]
+                return self._apply(row, with_text, tools)
             fix = "correct this row or remove it, or set another chat_template"
             raise BadRow(f"{row.origin}: the chat template refuses it: {clipped(str(error))}", fix) from error
-        return text.replace(TEMPLATE_MARK, MARK)
 
     def _marked(self, value: Any) -> Any:
         """The value with every literal special token of its texts marked."""
@@ -172,7 +176,8 @@ class ToolProbe:
         return name
 
 
-def _call_arguments(messages: Sequence[Message]) -> list[Any]:
+def _call_arguments(dialogues: Sequence[Sequence[Message]]) -> list[Any]:
+    messages = [message for dialogue in dialogues for message in dialogue]
     return [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", [])]
 
 
