@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from engine.data.json_arrays import ArrayError, ArrayReader
 from engine.data.rows import MAX_LINE_BYTES, BadRow, Row
 from engine.data.table_files import RejectRow, arrow_rows, csv_rows, row_decoder
 from utils import UserError
@@ -53,7 +54,7 @@ def _json_rows(path: Path, file: BinaryIO | gzip.GzipFile, reject: RejectRow) ->
         number += 1
         text = line.strip(b" \t\r\n\xef\xbb\xbf")
         if is_first and text.startswith(b"["):
-            yield from _array_rows(path, line + file.read(), number, reject)
+            yield from _array_rows(path, file, line, number, reject)
             return
         try:
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
@@ -76,16 +77,19 @@ def _skip_line(file: BinaryIO | gzip.GzipFile) -> int:
     return size
 
 
-def _array_rows(path: Path, data: bytes, first_line: int, reject: RejectRow) -> Iterator[Row]:
+def _array_rows(
+    path: Path, file: BinaryIO | gzip.GzipFile, start: bytes, first_line: int, reject: RejectRow
+) -> Iterator[Row]:
+    """Read the rows of an array that opens in `start`; one broken row makes the rest unreadable."""
     try:
-        values = _parse_json(data, path, first_line)
-    except BadRow as error:  # one broken row makes the whole list unreadable
-        raise UserError("DATA", error.what, "correct the file, or write it as .jsonl, one row per line") from error
-    for index, value in enumerate(values):
-        try:
-            yield _as_row(value, f"{path} row {index}")
-        except BadRow as error:
-            reject(error)
+        for index, value in enumerate(ArrayReader(file, start, MAX_LINE_BYTES).values()):
+            try:
+                yield _as_row(value, f"{path} row {index}")
+            except BadRow as error:
+                reject(error)
+    except ArrayError as error:
+        problem = f"{path} line {first_line + error.line - 1} {error}"
+        raise UserError("DATA", problem, "correct the file, or write it as .jsonl, one row per line") from error
 
 
 def _parse_json(data: bytes, path: Path, first_line: int) -> Any:

@@ -1,13 +1,16 @@
 """Files of rows: JSON, JSON lines, CSV, Parquet, Arrow, gzipped or damaged."""
 
 import gzip
+import io
 import json
+import tracemalloc
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from engine.data import json_arrays, row_files
 from engine.data.row_files import read_rows
 from tests.data.samples import PAIR, assistant, load, user, write
 from utils import UserError
@@ -24,6 +27,58 @@ def test_a_json_list(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("\ufeff\n" + json.dumps([PAIR, PAIR], indent=1))
     assert [(row.values, row.origin) for row in read_rows(path)] == [(PAIR, f"{path} row 0"), (PAIR, f"{path} row 1")]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
+def test_values_of_an_array_are_those_of_json(monkeypatch, chunk):
+    monkeypatch.setattr(json_arrays, "CHUNK_BYTES", chunk)
+    values = [{"a": ["文字]", {"b": '\\"'}]}, 12, -1.5e-3, "[,]", None, True, [], {}, 10**40, "😀", 7]
+    for text in (json.dumps(values, indent=1), json.dumps(values, ensure_ascii=False) + " \n", "[ ]", "[12]\n\n"):
+        reader = json_arrays.ArrayReader(io.BytesIO(text.encode()[1:]), text.encode()[:1], 1000)
+        assert list(reader.values()) == json.loads(text)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+@pytest.mark.parametrize(
+    ("text", "line", "problem"),
+    [
+        ('[1,\n 2, {"a" 1}]', 2, "is not JSON: Expecting ':' delimiter, column 10"),
+        ("[1, 2", 1, "is not JSON: Expecting ',' delimiter, column 6"),
+        ("[1,\n", 2, "is not JSON: Expecting value, column 1"),
+        ("[1, 2 3]", 1, "is not JSON: Expecting ',' delimiter, column 7"),
+        ("[1]\n\n x", 3, "is not JSON: Extra data, column 2"),
+        ("[1,]", 1, "is not JSON: Expecting value, column 4"),
+        ('["a"', 1, "is not JSON: Expecting ',' delimiter, column 5"),
+        ('[\n"a', 2, "is not JSON: Unterminated string starting at, column 1"),
+        ('[1,\n"' + "x" * 200 + '"]', 2, "starts a row of over 100 characters"),
+        ("[1,\n" + "[" * 90_000, 2, "starts a row of over 100 characters"),
+    ],
+)
+def test_broken_arrays(monkeypatch, text, line, problem, chunk):
+    monkeypatch.setattr(json_arrays, "CHUNK_BYTES", chunk)
+    with pytest.raises(json_arrays.ArrayError) as error:
+        list(json_arrays.ArrayReader(io.BytesIO(text.encode()[1:]), b"[", 100).values())
+    if "starts" in problem and chunk > 100_000:
+        assert error.value.line == line and str(error.value).startswith((problem, "is not usable JSON: "))
+    else:
+        assert (error.value.line, str(error.value)) == (line, problem)
+
+
+@pytest.mark.parametrize("before", ['["', "[[", '[{"a": 1}, ', '[{"a": 1}, {"b": "', "[" + " " * 50])
+def test_an_array_bomb_is_read_with_little_memory(tmp_path, monkeypatch, before):
+    monkeypatch.setattr(row_files, "MAX_LINE_BYTES", 500_000)
+    filler = b" " if before.endswith(" ") else b"[],"[: 3 if before == "[[" else 1]
+    with gzip.open(tmp_path / "x.json.gz", "wb", compresslevel=1) as file:
+        file.write(before.encode())
+        for _ in range(30):
+            file.write(filler * (1_000_000 // len(filler)))
+    tracemalloc.start()
+    with pytest.raises(UserError) as error:
+        list(read_rows(tmp_path / "x.json.gz"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert error.value.exit_status == 3 and f"{tmp_path}/x.json.gz line 1 " in str(error.value)
+    assert peak < (100e6 if before == "[[" else 10e6)  # an empty list takes 64 bytes
 
 
 def test_parquet(tmp_path, tokenizer):
