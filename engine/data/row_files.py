@@ -1,9 +1,13 @@
 """Rows of files: read JSON, JSON lines, CSV, Parquet and Arrow, plain or gzipped."""
 
+import base64
 import gzip
 import json
+import os
+import subprocess
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +17,9 @@ from engine.data.table_files import RejectRow, arrow_rows, csv_rows, row_decoder
 from utils import UserError
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".arrow")
+
+PARQUET_WORKER = Path(__file__).with_name("parquet_worker.py")
+MAX_PARQUET_BYTES = 4 * 2**30  # memory of the child that reads Parquet
 
 
 def raise_error(error: BadRow) -> None:
@@ -105,24 +112,36 @@ def _parse_json(data: bytes, path: Path, first_line: int) -> Any:
 
 
 def _parquet_rows(path: Path, reject: RejectRow) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+    """Read Parquet in a child process: pages of a small file may unpack to any size."""
+    import pyarrow.ipc
 
-    index = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            decode = row_decoder(file.schema_arrow)
-            for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
-                    yield _as_row(decode(values), f"{path} row {index}")
-                    index += 1
-    except UnicodeDecodeError as error:
+    # -P: modules beside the worker have names of the standard library. Other allocators reserve addresses.
+    command = [sys.executable, "-P", str(PARQUET_WORKER), str(path), str(MAX_PARQUET_BYTES)]
+    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    index, kind, content = 0, "", ""
+    decode: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, start_new_session=True
+    ) as child:
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                kind, content = json.loads(line)
+                if kind == "schema":
+                    decode = row_decoder(pyarrow.ipc.read_schema(pyarrow.py_buffer(base64.b64decode(content))))
+                elif kind == "row" and len(line) <= MAX_LINE_BYTES:
+                    yield _as_row(decode(content), f"{path} row {index}")
+                elif kind == "row":
+                    reject(BadRow(f"{path} row {index} has {len(line):,} bytes, more than {MAX_LINE_BYTES:,}"))
+                index += kind == "row"
+        finally:
+            child.kill()
+    if kind == "not UTF-8":
         problem = f"{path}: text near row {index} is not UTF-8"
-        raise UserError("DATA", problem, "write the file again from valid text") from error
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError("DATA", f"{path} cannot be read: {error}", "check or replace the file") from error
+        raise UserError("DATA", problem, "write the file again from valid text")
+    if kind != "end":
+        reason = content if kind == "unreadable" else "its reader ended; the file is damaged, or needs too much memory"
+        raise UserError("DATA", f"{path} cannot be read: {reason}", "check or replace the file")
 
 
 def _as_row(value: Any, origin: str) -> Row:

@@ -146,6 +146,27 @@ def test_fields_of_several_types_are_read_like_the_library_datasets(tmp_path, su
     assert [row.values for row in read_rows(path)] == rows
 
 
+def test_a_parquet_bomb_is_data_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "MAX_PARQUET_BYTES", 2**30)
+    path = tmp_path / "x.parquet"  # one text of 20 MB in each of 10,000 rows
+    text = pa.array(["x" * 20_000_000])
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), text)
+    pq.write_table(pa.table({"prompt": column}), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(UserError) as error:
+        list(read_rows(path))
+    assert error.value.exit_status == 3
+    assert str(error.value).startswith(f"error[DATA] {path} cannot be read: its rows need more than 1 GB of memory")
+
+
+def test_long_rows_of_parquet_are_bad_rows(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "x" * 17_000_000, "b"]}), path)
+    errors: list = []
+    assert [row.origin for row in read_rows(path, errors.append)] == [f"{path} row 0", f"{path} row 2"]
+    assert "row 1 has 17,000," in errors[0].what
+
+
 def test_empty_lines_and_unusual_line_ends(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xe2\x80\xa8"}\r\n\r\n{"a": 2}')
