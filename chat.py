@@ -1,6 +1,7 @@
 """Chat with a trained model: python chat.py model=RUN, with prompt=TEXT, or with a pipe; see README.md."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -32,6 +33,9 @@ class ChatOptions(Options):
     compare: PossiblePath | None = Field(None, description="a second model, to respond after the first")
     prompt: Text | None = Field(None, description="respond to this and leave")
     stdin: Literal["lines", "whole"] = Field("lines", description="of a pipe: a prompt per line, or all of it as one")
+    output: Literal["text", "jsonl"] = Field(
+        "text", description="of prompt or a pipe: text, or jsonl, a JSON object per prompt: prompt, response, compare"
+    )
     system: Text | None = Field(None, description="a system prompt")
     temperature: NonNegative = Field(0.7, description="of sampling; 0: the likeliest token")
     top_p: Probability = Field(0.95, description="nucleus sampling")
@@ -72,6 +76,7 @@ class ChatModel:
         self.name, self.options = name, options
         self.model: Any = saved.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.tokenizer: PreTrainedTokenizerBase = saved.tokenizer
+        jinja = record.template_text() if options.chat_template is None else None
         template = options.chat_template or record.chat_template
         tokenizer_template = self.tokenizer.chat_template or JINJA["hh"]
         # export.py writes the hh template behind BOS.
@@ -79,7 +84,7 @@ class ChatModel:
         self.is_hh = template == "hh" or (template is None and tokenizer_has_hh)
         self.jinja: str | None = None
         if template is not None and not self.is_hh:
-            self.jinja = read_template(template, "give chat_template=FILE, hh, llama2 or chatml")
+            self.jinja = jinja or read_template(template, "give chat_template=FILE, hh, llama2 or chatml")
         self.messages: list[Message] = []
         self.reset()
 
@@ -229,17 +234,21 @@ def until_next_turn(pieces: Iterable[str]) -> Iterator[str]:
 # ---- The dialogue ----
 
 
-def print_responses(models: list[ChatModel], question: str) -> bool:
+def print_responses(models: list[ChatModel], question: str, output: str = "text") -> bool:
     """Print the response of each model, under its name if there are several.
 
-    Ctrl-C stops the current response only, so all models see the same questions.
+    Ctrl-C stops the current response only, so all models see the same questions. A blank question gets an empty
+    response from each: no model is asked.
+
+    Args:
+        output: text; or jsonl, one line with the question and all responses.
 
     Returns:
         False if Ctrl-C stopped a response.
     """
-    is_complete = True
+    is_complete, responses = True, []
     for model in models:
-        if len(models) > 1:
+        if len(models) > 1 and output == "text":
             print(f"== {model.name}")
         stop = threading.Event()
 
@@ -250,16 +259,26 @@ def print_responses(models: list[ChatModel], question: str) -> bool:
 
         previous = signal.signal(signal.SIGINT, interrupt)
         try:
-            for piece in model.respond(question, stop):
-                print(piece, end="", flush=True)
+            pieces = []
+            for piece in model.respond(question, stop) if question else ():
+                pieces.append(piece)
+                if output == "text":
+                    print(piece, end="", flush=True)
         finally:
             signal.signal(signal.SIGINT, previous)
-        print(flush=True)
+        responses.append("".join(pieces).strip())
+        if output == "text":
+            print(flush=True)
+    if output == "jsonl" and is_complete:
+        named = zip(("response", "compare"), responses, strict=False)
+        print(json.dumps({"prompt": question, **dict(named)}, ensure_ascii=False), flush=True)
     return is_complete
 
 
 def chat(options: ChatOptions) -> None:
     """Load the models, and respond to the prompt, to a pipe, or at the terminal."""
+    if options.output == "jsonl" and options.prompt is None and sys.stdin.isatty():
+        raise UserError("CONFIG", "output: jsonl is for prompt=TEXT or a pipe", "python chat.py ... < prompts.txt")
     names = [name for name in (options.model, options.compare) if name is not None]
     settle_network([*names, options.base])
     import transformers
@@ -271,23 +290,22 @@ def chat(options: ChatOptions) -> None:
     if options.base and not any(model.is_adapter for model in models):
         raise UserError("CONFIG", f"base: {' and '.join(names)} is no adapter, so it has no base", "leave base out")
     if options.prompt is not None:
-        if not print_responses(models, options.prompt):
+        if not print_responses(models, options.prompt, options.output):
             raise KeyboardInterrupt
     elif not sys.stdin.isatty():
-        respond_to_pipe(models, sys.stdin, options.stdin)
+        respond_to_pipe(models, sys.stdin, options)
     else:
         converse(models)
 
 
-def respond_to_pipe(models: list[ChatModel], source: TextIO, mode: str) -> None:
-    """Respond to each line as a dialogue of its own, or to the whole text."""
+def respond_to_pipe(models: list[ChatModel], source: TextIO, options: ChatOptions) -> None:
+    """Respond to each line as a dialogue of its own, or to the whole text; a blank line gets an empty response."""
     try:
-        for prompt in [source.read()] if mode == "whole" else source:
-            if prompt.strip():
-                for model in models:
-                    model.reset()
-                if not print_responses(models, prompt.strip()):
-                    raise KeyboardInterrupt
+        for prompt in [source.read()] if options.stdin == "whole" else source:
+            for model in models:
+                model.reset()
+            if not print_responses(models, prompt.strip(), options.output):
+                raise KeyboardInterrupt
     except UnicodeDecodeError as error:
         raise UserError("DATA", f"stdin is not UTF-8 ({error})", "convert it, with iconv for example") from error
 

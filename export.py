@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field
 
-from engine.data.chat_templates import BOS, JINJA
+from engine.data.chat_templates import BOS, JINJA, read_template
 from engine.models.hub import settle_network
 from engine.settings.options import Options, run_command
 from engine.settings.value_types import ChatTemplate, Count, PossiblePath, Repository
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # it takes seconds to import
     from engine.export.run_record import RunRecord
     from engine.export.saved_models import SavedModel
 
+SUFFIXES = {"gguf": ".gguf", "policy_pt": ".pt"}  # of a file, in place of a directory
 FloatName = Literal["float32", "float16", "bfloat16"]
 GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 FLOATS: dict[str, GGUFType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -59,6 +60,11 @@ def export(options: ExportOptions) -> None:
     if dtype is not None and dtype not in DTYPES[kind]:
         choices = ", ".join(DTYPES[kind])
         raise UserError("CONFIG", f"dtype: {dtype} is for format=gguf, not {kind}", f"choose one of {choices}")
+    right = next((form for form, suffix in SUFFIXES.items() if suffix == target.suffix.lower()), kind)
+    if right != kind:
+        raise UserError(
+            "CONFIG", f"to: {target.name} is no name for format={kind}", f"add format={right}, or rename it"
+        )
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError("CONFIG", f"to: {target} exists", "give another directory, or remove it")
     is_meta = options.source == "meta"
@@ -81,7 +87,8 @@ def export(options: ExportOptions) -> None:
             write_gguf(path, saved, dtype, name, template)
         else:
             write_policy_pt(path, saved, record)
-    print(f"exported: {target}", flush=True)
+    files = [*target.glob("*.gguf")] if kind == "gguf" and target.is_dir() else [target]
+    print(f"exported: {files[0]}", flush=True)
     if options.push_to_hub:
         push(target, options.push_to_hub)
 
@@ -124,16 +131,10 @@ def choose_template(name: str | None, saved: "SavedModel", record: "RunRecord") 
     """The chat template to write, as Jinja text: of that name, else the training data's, else the tokenizer's."""
     from engine.data.encoding import token_prefix
 
-    name = name or record.chat_template
-    if name is None:
-        return saved.tokenizer.chat_template
-    if name == "hh":
-        return BOS + JINJA[name] if token_prefix(saved.tokenizer) else JINJA[name]
-    try:
-        return JINJA[name] if name in JINJA else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = f"chat_template: {name}, the template of the training data, cannot be read ({error})"
-        raise UserError("CONFIG", problem, "give chat_template=FILE") from error
+    if (name or record.chat_template) == "hh":
+        return BOS + JINJA["hh"] if token_prefix(saved.tokenizer) else JINJA["hh"]
+    text = read_template(name, "give chat_template=FILE, hh or llama2") if name else record.template_text()
+    return text or saved.tokenizer.chat_template
 
 
 @contextmanager
@@ -148,7 +149,7 @@ def atomic_target(target: Path, file: str | None) -> Iterator[Path]:
         UserError: STORAGE; the temporary files are removed.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    is_file = file is not None and target.suffix == Path(file).suffix
+    is_file = file is not None and target.suffix.lower() == Path(file).suffix
     try:
         temporary.mkdir(parents=True)
         with as_os_errors():

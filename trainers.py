@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.data.chat_templates import template_to_record
 from engine.data.examples import Example, Split
 from engine.models.adapters import adapter_of
 from engine.models.archives import find_checkpoint
@@ -85,6 +86,7 @@ class BasicTrainer:
     counters: dict[str, int]  # examples, updates, skipped
     eval_metrics: dict[str, float]  # of the last evaluation
     reference_hash: str | None
+    chat_template_text: str | None  # of a Jinja file
 
     @classmethod
     def placement_class(cls, settings: Settings) -> type[Placement]:
@@ -344,6 +346,7 @@ class BasicTrainer:
             "base": self.base_hash,
             "token_budget": self.token_budget,
             "best": self.best.record,
+            "chat_template": self.chat_template_text,
         }
         if adapter is not None and self.runner.reference is not None:
             state["reference_model"] = adapter.description
@@ -411,6 +414,7 @@ class BasicTrainer:
         test_split: Split,
     ):
         self.settings, self.run_dir, self.tokenizer = settings, run_dir, tokenizer
+        self.chat_template_text = template_to_record(settings.chat_template)
         self.source = StoredExamples(
             train_split.examples,
             batch_size=settings.batch_size,

@@ -1,6 +1,7 @@
 """chat.py by script and at the terminal: prompts, ends of responses, stopping."""
 
 import io
+import json
 import signal
 import sys
 import threading
@@ -230,9 +231,25 @@ def test_one_prompt(directory, command, echo):
 
 def test_a_pipe(directory, command, echo):
     status, out, _ = command(f"model={directory}", "system=Be kind.", pipe="one\n\ntwo\n")
-    assert (status, out) == (0, "you said one!!\nyou said two!!\n")
+    assert (status, out) == (0, "you said one!!\n\nyou said two!!\n")  # a response to each line, blank ones too
     assert [message["content"] for message in echo[0].messages] == ["Be kind.", "two", "you said two!!"]  # no history
     assert command(f"model={directory}", "stdin=whole", pipe="one\ntwo\n")[1] == "you said one\ntwo!!\n"
+
+
+def test_a_pipe_as_json_lines(directory, command, echo):
+    status, out, _ = command(f"model={directory}", "output=jsonl", pipe="one\n \nü\n")
+    assert status == 0
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"prompt": "one", "response": "you said one!!"},
+        {"prompt": "", "response": ""},
+        {"prompt": "ü", "response": "you said ü!!"},
+    ]
+    arguments = f"model={directory}", f"compare={directory}", "output=jsonl"
+    status, out, _ = command(*arguments, "prompt=a\nb")
+    assert status == 0 and out.count("\n") == 1
+    assert json.loads(out) == {"prompt": "a\nb", "response": "you said a\nb!!", "compare": "you said a\nb!!"}
+    status, _, err = command(f"model={directory}", "output=jsonl", typed=["one"])
+    assert status == 2 and "output: jsonl is for prompt=TEXT or a pipe" in err
 
 
 def test_bytes_other_than_utf8_are_refused(directory, command):

@@ -162,6 +162,21 @@ def test_buffers_of_older_versions_are_ignored(tokenizer, tmp_path) -> None:
         load_model(settings, tokenizer, torch.float32, CPU)
 
 
+class Malicious:
+    def __reduce__(self):
+        return print, ("this runs code",)
+
+
+def test_a_policy_pt_with_code_is_refused_without_advice_to_run_it(tokenizer, tmp_path, capsys) -> None:
+    torch.save({"state": {"a": Malicious()}}, tmp_path / "policy.pt")
+    settings = config(architecture={"model_type": "gpt2", **SIZES["gpt2"]}, archive=str(tmp_path / "policy.pt"))
+    with pytest.raises(UserError, match="loading it could run code") as caught:
+        load_model(settings, tokenizer, torch.float32, CPU)
+    assert caught.value.exit_status == 4
+    assert not any(word in str(caught.value) for word in ("weights_only", "safe_globals", "trust"))
+    assert "this runs code" not in capsys.readouterr().out
+
+
 def test_weights_of_a_model_with_other_settings_are_refused(tokenizer, tmp_path) -> None:
     """Their shapes fit, so no other check would fail."""
     values = {"model_type": "llama", **SIZES["llama"], "attention_dropout": 0.1}

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import sqlite3
 import struct
 
@@ -85,11 +86,31 @@ def open_at_once(path, barrier) -> None:
     CachedReference(path)
 
 
-def test_a_corrupt_cache_is_named(tmp_path) -> None:
-    (tmp_path / "key.sqlite").write_text("not a database" * 100)
+def test_an_unusable_cache_is_named(tmp_path) -> None:
+    (tmp_path / "key.sqlite").mkdir()
     with pytest.raises(UserError, match=r"key\.sqlite") as caught:
         CachedReference(tmp_path / "key.sqlite")
     assert caught.value.exit_status == 6
+
+
+@pytest.mark.parametrize("kept", [1000, 4096, 5000, "another file", "another table"])
+def test_a_damaged_cache_is_computed_again(tmp_path, model, capsys, kept: int | str) -> None:
+    batch = lay_out(pair_examples())
+    logps = LiveReference(model).logps(batch)
+    path = tmp_path / "key.sqlite"
+    CachedReference(path).add(batch, logps)
+    if isinstance(kept, int):
+        os.truncate(path, kept)
+    elif kept == "another file":
+        path.write_text("not a database" * 100)
+    else:
+        with sqlite3.connect(path) as connection:
+            connection.execute("DROP TABLE logps")
+            connection.execute("CREATE TABLE logps (other)")
+    cache = CachedReference(path)
+    assert cache.missing(batch.responses) and "computed again" in capsys.readouterr().out
+    cache.add(batch, logps)
+    assert torch.equal(CachedReference(path).logps(batch).float(), logps)
 
 
 @pytest.mark.parametrize("what", ["logp", "response"])

@@ -73,6 +73,11 @@ def read_template(name: str, fix: str) -> str:
     return text
 
 
+def template_to_record(name: str | None) -> str | None:
+    """The text of a Jinja file, for checkpoints; None for a name of JINJA or the tokenizer's template."""
+    return None if name is None or name in JINJA else read_template(name, "give the path of a Jinja file")
+
+
 def _check_jinja(text: str) -> None:
     """Parse a template; nothing of it is evaluated, constants included.
 

@@ -1,14 +1,13 @@
 """How a saved model was trained, from its checkpoint and run directory."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from engine.data.chat_templates import JINJA
 from engine.models.archives import STATE_FILE
+from engine.models.records import MetricsRow, ModelState, RunConfig, parse_record, read_record
 from utils import UserError
 
 
@@ -20,13 +19,30 @@ class RunRecord:
         config: the run's config.yaml.
         num_examples: trained on before this checkpoint.
         metrics: of the last evaluation before this checkpoint.
-        chat_template: of the training data: hh, llama2, chatml, a Jinja file, or None for the tokenizer's own.
+        chat_template: of the training data: hh, llama2, chatml, the path of a Jinja file; None for the tokenizer's own.
+        jinja: the text of that Jinja file, as the run recorded it.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
     num_examples: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     chat_template: str | None = None
+    jinja: str | None = None
+
+    def template_text(self) -> str | None:
+        """The recorded chat template as Jinja text; None for the tokenizer's own.
+
+        The path in the config is never opened. Its file may be another by now, and a config may name any file.
+
+        Raises:
+            UserError: CONFIG if the run did not record the text of its Jinja file.
+        """
+        if self.chat_template is None or self.chat_template in JINJA:
+            return JINJA.get(self.chat_template or "")
+        if self.jinja is None:
+            problem = f"chat_template: the run did not record the text of {self.chat_template}"
+            raise UserError("CONFIG", problem, "give chat_template=FILE, hh or llama2")
+        return self.jinja
 
 
 def read_run(directory: Path, chat_form: Callable[[Sequence[str]], str | None]) -> RunRecord:
@@ -40,21 +56,36 @@ def read_run(directory: Path, chat_form: Callable[[Sequence[str]], str | None]) 
         UserError: CHECKPOINT if a file of the run cannot be read.
     """
     record = RunRecord()
-    run_dir = directory.parent
-    try:
-        if not (directory / STATE_FILE).is_file():
-            return record
-        record.num_examples = json.loads((directory / STATE_FILE).read_text())["counters"]["examples"]
-        if (run_dir / "config.yaml").is_file():
-            record.config = yaml.safe_load((run_dir / "config.yaml").read_text())
-            template = record.config.get("chat_template")
-            record.chat_template = chat_form(record.config.get("datasets") or []) if template is None else template
-        if (run_dir / "metrics.jsonl").is_file():
-            for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-                row = json.loads(line)
-                if "loss/eval" in row and row["counters/examples"] <= record.num_examples:
-                    record.metrics = row
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        problem = f"the run of {directory} cannot be read ({type(error).__name__}: {error})"
-        raise UserError("CHECKPOINT", problem, "give another checkpoint") from error
+    run_dir, fix = directory.parent, "give another checkpoint"
+    if not (directory / STATE_FILE).is_file():
+        return record
+    subject = f"the run of {directory}"
+    state = read_record(ModelState, directory / STATE_FILE, subject, fix)
+    record.num_examples, record.jinja = state["counters"]["examples"], state.get("chat_template")
+    if (run_dir / "config.yaml").is_file():
+        record.config = read_record(RunConfig, run_dir / "config.yaml", subject, "restore it, or remove it")
+        template = record.config.get("chat_template")
+        record.chat_template = chat_form(record.config.get("datasets") or []) if template is None else template
+    if (run_dir / "metrics.jsonl").is_file():
+        record.metrics = _last_evaluation(run_dir / "metrics.jsonl", state["counters"]["examples"])
     return record
+
+
+def _last_evaluation(path: Path, num_examples: int) -> dict[str, float]:
+    """The metrics of the last evaluation within num_examples. A row that a kill cut short is skipped."""
+    metrics: dict[str, float] = {}
+    try:
+        *rows, _ = path.read_bytes().split(b"\n")  # what follows the last newline is cut short, or empty
+    except OSError as error:
+        raise UserError(
+            "CHECKPOINT", f"{path} cannot be read ({error.strerror})", "restore it, or remove it"
+        ) from error
+    for number, text in enumerate(rows, start=1):
+        try:
+            row = parse_record(MetricsRow, text)
+        except ValueError as error:
+            problem = f"{path}: line {number} cannot be read ({error})"
+            raise UserError("CHECKPOINT", problem, "remove that line") from error
+        if "loss/eval" in row and row["counters/examples"] <= num_examples:
+            metrics = row
+    return metrics

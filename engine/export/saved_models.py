@@ -1,6 +1,5 @@
 """Find a saved model, load it, and merge its adapters."""
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from engine.models.archives import (
     locate,
 )
 from engine.models.loading import BUFFERS
+from engine.models.records import AdapterConfig, check_shard_index, read_record
 from engine.models.tokenizers import END_OF_TEXT
 from utils import UserError, is_out_of_memory, progress, quiet_bitsandbytes
 
@@ -110,6 +110,7 @@ def load_saved(
 
 
 def _load_model(source: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    check_shard_index(Path(source), "model")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         is_quantised = getattr(config, "quantization_config", None) is not None
@@ -159,11 +160,12 @@ def loading_error(kind: str, source: str, error: Exception) -> UserError:
 
 
 def _load_adapter(directory: Path, dtype: torch.dtype | None, base: str | None, show_progress: bool) -> SavedModel:
+    config = read_record(AdapterConfig, directory / ADAPTER_CONFIG, "adapter", "give another adapter")
+    configured = config.get("base_model_name_or_path") or ""
     try:
-        configured = json.loads((directory / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
         with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:
             stored = set(file.keys())
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise loading_error("adapter", str(directory), error) from error
     if not (base or configured):
         raise UserError("CHECKPOINT", f"{directory} does not name its base model", "give it as base=NAME_OR_PATH")

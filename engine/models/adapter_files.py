@@ -4,7 +4,6 @@ A checkpoint is a directory with adapter_config.json and adapter_model.safetenso
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from engine.models.adapters import TRAINED_ADAPTER, Adapter
 from engine.models.archives import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, find_checkpoint, locate
+from engine.models.records import AdapterConfig, read_record
 from engine.models.shards import copy_to_shard
 from utils import UserError
 
@@ -72,11 +72,7 @@ def write_adapter_config(adapter: Adapter, directory: Path) -> None:
 
 
 def read_adapter_config(archive: Path) -> dict[str, Any]:
-    try:
-        return json.loads((archive / ADAPTER_CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        problem = f"model.archive: {archive / ADAPTER_CONFIG} cannot be read ({error})"
-        raise UserError("CHECKPOINT", problem, "give another checkpoint") from error
+    return read_record(AdapterConfig, archive / ADAPTER_CONFIG, "model.archive", "give another checkpoint")
 
 
 def check_same_adapter(archive: Path, config: Any) -> None:

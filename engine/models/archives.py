@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from engine.models.records import AdapterConfig, Manifest, parse_record
 from utils import UserError
 
 FORMAT = 1
@@ -99,6 +100,7 @@ def find_corruption(checkpoint: Path) -> str | None:
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             return f"its format is {manifest['format']}, not {FORMAT}"
+        parse_record(Manifest, text)
         if text != manifest_bytes(manifest):  # JSON may repeat a key
             return f"{MANIFEST_FILE} was changed"
         names = {name for name in (checkpoint.name, checkpoint.resolve().name) if name.startswith("step-")}
@@ -112,7 +114,7 @@ def find_corruption(checkpoint: Path) -> str | None:
         expected = {STATE_FILE, *(path.name for path in checkpoint.glob("*.safetensors"))}
         if unknown := sorted(expected - manifest["files"].keys()):
             return f"{MANIFEST_FILE} lacks {', '.join(unknown)}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -127,9 +129,10 @@ def with_base_models(names: Iterable[str | None]) -> Iterator[str]:
             yield name
             path = Path(name).expanduser()
             for adapter in (path, path / "LATEST"):
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # loading it raises the error
-                    base = json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-                    yield str(find_base_model(adapter, base) or base)
+                with contextlib.suppress(OSError, ValueError):  # loading it raises the error
+                    config = parse_record(AdapterConfig, (adapter / ADAPTER_CONFIG).read_bytes())
+                    if base := config.get("base_model_name_or_path"):
+                        yield str(find_base_model(adapter, base) or base)
 
 
 def is_local(name: str) -> bool:

@@ -1,5 +1,6 @@
 """Load causal language models from the hub, a directory, or a config."""
 
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.models.archives import find_checkpoint, is_checkpoint
+from engine.models.records import check_shard_index
 from engine.settings.schema import ModelSettings, Settings
 from utils import UserError, clipped, is_out_of_memory
 
@@ -84,6 +86,7 @@ def _load_weights(settings: Settings, hf_config: Any, dtype: torch.dtype, device
     if settings.model.archive is not None:
         return _load_archive(Path(settings.model.archive), kwargs)
     if settings.model.architecture is None:
+        check_shard_index(Path(name), "model.name_or_path")
         try:
             return AutoModelForCausalLM.from_pretrained(name, **kwargs)
         except Exception as error:  # damaged files raise nearly anything
@@ -166,6 +169,7 @@ def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     directory = archive.parent if archive.is_file() else archive
     if is_checkpoint(directory):
         find_checkpoint(directory, "model.archive")  # raises if it is damaged
+    check_shard_index(directory, "model.archive")
     try:
         if (archive.is_dir() or is_checkpoint(directory)) and (directory / "config.json").exists():
             stored = AutoConfig.from_pretrained(directory, trust_remote_code=kwargs["trust_remote_code"])
@@ -184,7 +188,10 @@ def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     except Exception as error:  # a damaged file raises nearly anything
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to load it all the same
+            reason = "it is damaged, or holds more than plain tensors; loading it could run code"
+        else:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError("CHECKPOINT", f"model.archive: cannot load {archive}: {reason}", fix) from error
     info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.endswith(BUFFERS)}
     problems = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in info if info[kind] and kind != "error_msgs"]

@@ -1,10 +1,10 @@
 """Check that a run may resume from a checkpoint: same settings, data and models."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from engine.models.archives import STATE_FILE
+from engine.models.records import TrainingState, parse_record
 from engine.settings.schema import Settings
 from engine.settings.secrets import comparable
 from utils import UserError
@@ -83,9 +83,11 @@ def read_state(checkpoint: Path, data: str, reference: str | None, base: str | N
 
 def read_state_file(checkpoint: Path) -> dict[str, Any]:
     try:
-        return json.loads((checkpoint / STATE_FILE).read_text())
-    except (OSError, ValueError) as error:
+        return parse_record(TrainingState, (checkpoint / STATE_FILE).read_bytes())
+    except OSError as error:
         raise unreadable(checkpoint, error) from error
+    except ValueError as error:
+        raise unreadable(checkpoint, ValueError(f"{STATE_FILE}: {error}")) from error
 
 
 def unreadable(checkpoint: Path, error: Exception) -> UserError:

@@ -34,13 +34,32 @@ class CachedReference:
         self._connection: sqlite3.Connection | None = None
         if rank_and_size()[0] == 0:
             try:
-                self._connection = self._open()
-                self._logps = self._read(self._connection)
+                try:
+                    self._connection, self._logps = self._open_and_read()
+                except sqlite3.DatabaseError as error:
+                    if not _is_damage(error):
+                        raise
+                    print(f"reference: {self.path} is damaged ({error}); its log-probs are computed again")
+                    self._remove()
+                    self._connection, self._logps = self._open_and_read()
             except (OSError, sqlite3.Error) as error:
                 raise self._unusable(error) from error
         else:
             self._logps = {}
         self._logps = gather_from_ranks(self._logps)[0]
+
+    def _open_and_read(self) -> tuple[sqlite3.Connection, dict[bytes, float]]:
+        connection = self._open()
+        try:
+            return connection, self._read(connection)
+        except sqlite3.Error:
+            connection.close()
+            raise
+
+    def _remove(self) -> None:
+        """Remove the file with its journals; another run's open connection keeps the old one."""
+        for suffix in ("-journal", "-wal", "-shm", ""):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +128,12 @@ class CachedReference:
         """Log-probs of the responses of batch, summed over their tokens, [responses]."""
         values = [self._logps[_digest(prompt, response)] for prompt, response in batch.responses]
         return to_device(torch.tensor(values, dtype=torch.float64), batch.input_ids.device)
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether the file itself is damaged: cut short, overwritten, or with other columns."""
+    is_changed = isinstance(error, sqlite3.OperationalError) and "no such column" in str(error)
+    return is_changed or error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def _digest(prompt: np.ndarray, response: np.ndarray) -> bytes:

@@ -10,6 +10,7 @@ import pytest
 
 from engine.export.saved_models import find_saved
 from engine.models.archives import MANIFEST_FILE, STATE_FILE, checkpoints, find_checkpoint, find_corruption
+from engine.run.resume_check import read_state_file
 from tests.faults.processes import assert_equal_runs, command, complete, damaged_copies, saved
 from utils import UserError
 
@@ -156,6 +157,41 @@ def test_a_damaged_archive_is_refused(inputs: Path, stopped_run: Path, tmp_path:
         assert err.startswith("error[CHECKPOINT] model.archive: ") and "is damaged (" in err, err
     with pytest.raises(UserError, match=r"the model: .* is damaged"):
         find_saved(str(stopped_run))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"counters": []}, "counters: "),
+        ({"counters": {"examples": "8", "updates": 2, "skipped": 0}}, "counters.examples: "),
+        ({"log_sizes": {"metrics.jsonl": -1}}, "log_sizes.metrics.jsonl: "),
+        ({"settings": 1}, "settings: "),
+        ({"settings": {}}, "settings.optimizer: "),
+        ({"best": {"metric": "loss/eval", "value": 1.0, "checkpoint": "../step-4"}}, "best."),
+        ({"best": {"value": 1.0}}, "best."),
+        ({"token_budget": None}, "token_budget: "),
+        ({"evaluation_due": "no"}, "evaluation_due: "),
+    ],
+)
+def test_a_training_state_of_another_shape_is_refused(stopped_run: Path, changes: dict, problem: str) -> None:
+    checkpoint = checkpoints(stopped_run)[-1]
+    written = json.loads((checkpoint / STATE_FILE).read_text())
+    assert read_state_file(checkpoint) == written
+    optional = {"chat_template", "reference", "base"}  # added later, or without a reference or adapter
+    (checkpoint / STATE_FILE).write_text(json.dumps({key: written[key] for key in written.keys() - optional}))
+    read_state_file(checkpoint)
+    (checkpoint / STATE_FILE).write_text(json.dumps(written | changes))
+    with pytest.raises(UserError, match=rf"{STATE_FILE}: {problem}.*; fix: resume from another one") as caught:
+        read_state_file(checkpoint)
+    assert caught.value.exit_status == 4
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{", "[" * 100_000])
+def test_a_training_state_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / STATE_FILE).write_text(text)
+    with pytest.raises(UserError, match=f"{STATE_FILE}: ") as caught:
+        read_state_file(tmp_path)
+    assert caught.value.exit_status == 4
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
