@@ -147,4 +147,6 @@ def test_infinite_weights_in_an_archive_are_named(run_dir, tmp_path, program):
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     run = program("loss=sft", f"model.archive={model}")
     assert run.status == 5 and run.err.count("\n") == 1, run.err
-    assert run.err.startswith("error[NONFINITE] ")
+    assert run.err.startswith(
+        "error[NONFINITE] the log-probs of LlamaForCausalLM are NaN or Inf before training; fix: "
+    )

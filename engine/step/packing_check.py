@@ -29,7 +29,7 @@ def use_packed_attention(
         products: dtype of some matrix products; None for the same.
 
     Raises:
-        UserError: CONFIG, naming batching=padded.
+        UserError: CONFIG, naming batching=padded; NONFINITE for weights that give NaN or Inf.
     """
     register_packed_attention()
     name = type(model).__name__
@@ -53,6 +53,9 @@ def use_packed_attention(
             raise
         problem = f"model.architecture: {name} does not run ({type(error).__name__}: {clipped(str(error), 500)})"
         raise UserError("CONFIG", problem, "give consistent values, or another model") from error
+    if not padded.isfinite().all():
+        problem = f"the log-probs of {name} are NaN or Inf before training"
+        raise UserError("NONFINITE", problem, "give weights without NaN and Inf, or a wider dtype")
     try:
         model.set_attn_implementation("packed")
         packed, packed_changed = (logps([first, other], "packed") for first in (example, changed))
