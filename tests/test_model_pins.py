@@ -113,11 +113,11 @@ def test_a_deleted_base_is_named_with_its_remedy(
         assert command.main() == 4
         err = capsys.readouterr().err.splitlines()[-1]
         assert named in err and "step-4 beside it has other weights" in err
-        assert err.endswith("fix: put it back, or give a copy or an export of it as base=PATH")
+        assert err.endswith("fix: give it as base=PATH (a copy or an export of it), or put it back")
     resumed = ("n_examples=8", "resume=auto", "resume_allow=[n_examples]")
     message = refused(program, *LORA, archive, *resumed)
     assert f"resume: {base} does not exist, and the run started from it by {archive}" in message
-    assert "give a copy or an export of it with model.archive=COPY resume_allow=[model.archive]" in message
+    assert "give it with model.archive=COPY resume_allow=[model.archive] (a copy or an export of it)" in message
     message = refused(program, *LORA, f"model.archive={first.dir}", "plan=true")
     assert named in message and message.startswith("error[CHECKPOINT] model.archive: ")
     message = refused(program, *LORA, archive, "plan=true")

@@ -149,10 +149,12 @@ def missing_archive(key: str, path: Path, role: str = "", how: str = "") -> User
     """
     problem = f"{key}: {path} does not exist"
     problem += f", and {role}" if role else ""
-    fix = f"put it back, or give a copy or an export of it {how}" if role else "give a run, checkpoint or policy.pt"
+    fix = (
+        f"give it {how} (a copy or an export of it), or put it back" if role else "give a run, checkpoint or policy.pt"
+    )
     if others := [checkpoint.name for checkpoint in checkpoints(path.parent)]:
         problem += f" ({', '.join(others)} beside it {'has' if len(others) == 1 else 'have'} other weights)"
-    return UserError("CHECKPOINT", problem, fix.strip())
+    return UserError("CHECKPOINT", problem, fix)
 
 
 def check_base_exists(adapter: Path, name: str, key: str, how: str) -> None:
