@@ -49,6 +49,8 @@ def test_padded_rows_by_hand() -> None:
     assert batch.attention_mask is not None
     assert batch.attention_mask.sum(1).tolist() == [6, 5, 2, 4]
     assert batch.predict_index.tolist() == [2, 3, 4, 8, 9, 12, 18, 19, 20]
+    assert batch.num_tokens == 6 + 5 + 2 + 4  # without padding, for tokens per second
+    assert num_fed_tokens(PAIR, "padded") == 2 * 6 and num_fed_tokens(OTHER, "padded") == 2 * 4  # with it, for memory
 
 
 def test_pairs_of_one_prompt_share_it_and_their_responses() -> None:

@@ -41,12 +41,19 @@ def test_cdpo_by_hand(loss: Callable) -> None:
     assert losses.tolist() == pytest.approx(expected, abs=1e-15)
 
 
-def test_reference_free_ignores_the_reference() -> None:
-    losses, chosen_rewards, rejected_rewards = dpo_loss(*LOGPS, beta=0.5, reference_free=True)
-    expected = [-math.log(sigmoid(0.5 * 4)), -math.log(sigmoid(0.5 * 2))]
+@pytest.mark.parametrize("loss, smoothing", [(dpo_loss, 0.0), (dpo_loss, 0.1), (cdpo_loss, 0.1)])
+def test_reference_free_ignores_the_reference(loss: Callable, smoothing: float) -> None:
+    losses, chosen_rewards, rejected_rewards = loss(*LOGPS, beta=0.5, label_smoothing=smoothing, reference_free=True)
+    expected = [-(1 - smoothing) * math.log(sigmoid(m)) - smoothing * math.log(sigmoid(-m)) for m in (2, 1)]
     assert losses.tolist() == pytest.approx(expected, abs=1e-15)
     assert chosen_rewards.tolist() == [-4, -2.5]
     assert rejected_rewards.tolist() == [-6, -3.5]
+
+
+@pytest.mark.parametrize("loss", [dpo_loss, cdpo_loss])
+def test_the_reference_counts_by_default(loss: Callable) -> None:
+    _, chosen_rewards, _ = loss(*LOGPS, beta=0.5, label_smoothing=0.1)
+    assert chosen_rewards.tolist() == [0.5, 0]
 
 
 def test_ipo_by_hand() -> None:
