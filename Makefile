@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-docs soak lint docs bench FORCE
+.PHONY: demo test test-docs soak mutants lint docs bench FORCE
 
 demo: .venv/.installed  ## SFT and then DPO on the embedded model and data
 	$(BIN)/python benchmarks/demo.py
@@ -18,6 +18,10 @@ test-docs: .venv/.installed  ## the slow tests of README, docs/ and benchmarks/
 
 soak: .venv/.installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+mutants: .venv/.installed .mutmut/.installed  ## small changes of the code that quick tests do not notice
+	PYTHONPATH=.mutmut $(BIN)/python -m mutmut run --max-children 2
+	PYTHONPATH=.mutmut $(BIN)/python -m mutmut results
 
 lint: .venv/.installed  ## ruff, mypy and the order of imports
 	$(BIN)/ruff check .
@@ -33,6 +37,10 @@ bench: .venv/.installed .venv-bench/.installed  ## a step beside TRL's; make ben
 
 .venv-bench/.installed: benchmarks/requirements-trl.txt
 	rm -f $@ && $(PYTHON) -m venv .venv-bench && .venv-bench/bin/python -m pip install -r $< && cp $< $@
+
+# Beside .venv and not in it: mutmut brings its own versions of common packages.
+.mutmut/.installed: benchmarks/requirements-mutmut.txt | .venv/.installed
+	rm -rf .mutmut && $(BIN)/python -m pip install --target .mutmut -r $< && cp $< $@
 
 # The stamp is a copy of the requirements that are installed: it is their content that counts, not the age of the file.
 .venv/.installed: requirements.txt FORCE

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RELATIVE = re.compile(r"\b(which|what|that|whose|who|whom)\b", re.IGNORECASE)
 WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
-SKIPPED = {"outputs", "multirun", "results", "__pycache__", "wandb"}  # beside hidden directories
+SKIPPED = {"outputs", "multirun", "results", "mutants", "__pycache__", "wandb"}  # beside hidden directories
 
 
 def tree_files(*suffixes: str, root: Path = ROOT) -> list[Path]:

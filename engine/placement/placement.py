@@ -175,6 +175,8 @@ class Placement:
         targets = checkpoint_weights(policy)
         missing = set(targets)
         for name, tensor in tensors:
+            if tensor.shape != targets[name].shape:  # copying would broadcast a smaller one
+                raise ValueError(f"{name} has the shape {[*tensor.shape]}, not {[*targets[name].shape]}")
             copy_to_shard(targets[name], tensor, self.permutations.get(name))
             missing.remove(name)
         if missing:

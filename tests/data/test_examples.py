@@ -87,6 +87,29 @@ def test_texts_that_fit_stay_as_they_are():
     assert same[0] is prompt and same[1] is responses
 
 
+@pytest.mark.parametrize("num_front, kept", [(0, [3, 4]), (1, [0, 4]), (2, [0, 1]), (3, [0, 1])])
+def test_a_truncated_prompt_is_never_longer_than_its_limit(num_front, kept):
+    """Even if more first tokens should be kept: a template may begin with many."""
+    prompt, (response,) = truncate(np.arange(5), (np.arange(6),), 7, 2, num_front=num_front)
+    assert prompt.tolist() == kept and len(response) == 5
+
+
+def test_repeated_and_contradicting_pairs_are_counted_and_kept(plain, tmp_path):
+    pairs = [(0, 1), (0, 1), (1, 0), (0, 2)]
+    data: Preferences = {"p": {"responses": ["a", "b", "c"], "pairs": pairs, "sft_target": "a"}}
+    split = run(data, plain, tmp_path)
+    letters = [("a", "b"), ("a", "b"), ("b", "a"), ("a", "c")]
+    assert texts(split, plain) == [("p", f"{chosen}<eos>", f"{rejected}<eos>") for chosen, rejected in letters]
+    assert (split.counts["duplicates"], split.counts["contradictions"], split.counts["dropped"]) == (1, 1, {})
+
+
+def test_repeated_demonstrations_are_learned_once(plain, tmp_path):
+    data: Preferences = {"p": {"responses": [], "pairs": [], "sft_target": "b", "demonstrations": ["a", "b", "a"]}}
+    split = run(data, plain, tmp_path, batch="sft")
+    assert texts(split, plain) == [("p", "a<eos>"), ("p", "b<eos>")]
+    assert split.counts["dropped"] == {"duplicate response": 1}
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected", "reason"),
     [
