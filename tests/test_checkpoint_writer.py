@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from engine.models.archives import MANIFEST_FILE, STATE_FILE, checkpoints, find_corruption
+from engine.models.archives import MANIFEST_FILE, STATE_FILE, checkpoints, find_corruption, size_and_hash
 from engine.run import checkpoint_writer
 from engine.run.checkpoint_writer import CheckpointWriter, Contents
 from utils import UserError
@@ -94,11 +94,12 @@ def test_adapters_are_one_file_of_rank_0(rank: int, monkeypatch: pytest.MonkeyPa
 
 def test_permuted_weights_and_their_state_are_put_back_in_order() -> None:
     contents = Contents()
-    tensors = {"a": torch.tensor([2.0, 0.0, 1.0]), "a.exp_avg": torch.tensor([2.0, 0.0, 1.0]), "a.step": torch.ones(())}
-    contents.add("model", tensors, {"a": (0, torch.tensor([2, 0, 1]))})
+    permuted = torch.tensor([2.0, 0.0, 1.0])
+    tensors = {"h.a": permuted, "h.a.exp_avg": permuted, "h.a.step": torch.ones(()), "h.b": permuted}
+    contents.add("model", tensors, {"h.a": (0, torch.tensor([2, 0, 1]))})
     written = contents.files["model.safetensors"]
-    assert written["a"].tolist() == written["a.exp_avg"].tolist() == [0, 1, 2]
-    assert written["a.step"].item() == 1
+    assert written["h.a"].tolist() == written["h.a.exp_avg"].tolist() == [0, 1, 2]
+    assert written["h.a.step"].item() == 1 and written["h.b"].tolist() == [2, 0, 1]
 
 
 # ---- Writing ----
@@ -178,10 +179,89 @@ def test_room_is_needed_for_all_files_and_a_little_more(
     if is_enough:
         writer.start(8, contents_of(), write_state, extra_bytes=1_000_000)
         assert writer.finished(wait=True) == tmp_path / "step-8"
+        assert names(tmp_path) == {"step-8", "LATEST"}
         return
-    with pytest.raises(UserError, match=r"it needs 2 MB, and 2 MB are free"):
+    with pytest.raises(UserError, match=r"step-8 could not be written \(it needs 2 MB, and 2 MB are free\)"):
         writer.start(8, contents_of(), write_state, extra_bytes=1_000_000)
     assert names(tmp_path) == set()
+
+
+# ---- Ranks, with messages in place of processes ----
+
+SECOND = "model-00002-of-00002.safetensors"
+
+
+def rank_0(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], dict[str, object]]) -> list[tuple[str, str]]:
+    """Play rank 1 of two to a writer on rank 0; returns what rank 0 posts."""
+    posted: list[tuple[str, str]] = []
+    topics: list[str] = []
+
+    def receive(topic: str, rank: int) -> str:
+        assert rank == 1
+        topics.append(topic)
+        return json.dumps(answer())
+
+    def post(topic: str, text: str) -> None:
+        posted.append((topic, text))
+        assert topics == [topic]  # after rank 1 has reported
+
+    monkeypatch.setattr(checkpoint_writer, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(checkpoint_writer, "receive", receive)
+    monkeypatch.setattr(checkpoint_writer, "post", post)
+    return posted
+
+
+def test_rank_0_records_the_files_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer() -> dict[str, object]:
+        save_file({"c": TENSORS["c"]}, tmp_path / ".step-8.tmp" / SECOND)
+        return {"files": {SECOND: size_and_hash(tmp_path / ".step-8.tmp" / SECOND)}}
+
+    posted = rank_0(monkeypatch, answer)
+    saved = save(CheckpointWriter(tmp_path, None), 8)
+    assert find_corruption(saved) is None and [text for _, text in posted] == ["over"]
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    assert index["weight_map"]["c"] == SECOND and index["metadata"] == {"total_size": 36}
+    assert json.loads((saved / MANIFEST_FILE).read_text())["files"].keys() == {
+        "model-00001-of-00002.safetensors", SECOND, "model.safetensors.index.json", STATE_FILE,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("is_storage, kind", [(True, UserError), (False, RuntimeError)])
+def test_a_failure_of_another_rank_ends_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_storage: bool, kind: type
+) -> None:
+    posted = rank_0(monkeypatch, lambda: {"error": "OSError: full", "is_storage": is_storage})
+    with pytest.raises(kind, match="rank 1: OSError: full"):
+        save(CheckpointWriter(tmp_path, None), 8)
+    assert names(tmp_path) == set() and [text for _, text in posted] == ["over"]
+
+
+@pytest.mark.parametrize("error, is_storage", [(None, False), (OSError("full"), True), (ValueError("odd"), False)])
+def test_another_rank_writes_its_file_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None, is_storage: bool
+) -> None:
+    (tmp_path / ".step-8.tmp").mkdir()  # by rank 0
+    messages: list[tuple[str, object]] = []
+    monkeypatch.setattr(checkpoint_writer, "rank_and_size", lambda: (1, 2))
+    monkeypatch.setattr(checkpoint_writer, "post", lambda topic, text: messages.append((topic, json.loads(text))))
+    monkeypatch.setattr(checkpoint_writer, "receive", lambda topic, rank: messages.append((topic, rank)))
+    writer = CheckpointWriter(tmp_path, None)
+    if error is None:
+        assert save(writer, 8) == tmp_path / "step-8"
+        expected: list[object] = [{"files": {SECOND: size_and_hash(tmp_path / ".step-8.tmp" / SECOND)}}]
+        assert names(tmp_path) == {".step-8.tmp"} and names(tmp_path / ".step-8.tmp") == {SECOND}
+    else:
+
+        def fail(*arguments: object, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(checkpoint_writer, "save_file", fail)
+        with pytest.raises(UserError if is_storage else type(error), match=str(error)):
+            save(writer, 8)
+        report = {"error": f"{type(error).__name__}: {error}", "is_storage": is_storage}
+        expected = [report, 0]  # and waits for rank 0
+    assert [message for _, message in messages] == expected and len({topic for topic, _ in messages}) == 1
+    assert messages[0][0].startswith("save-")
 
 
 # ---- Retention ----
@@ -212,3 +292,18 @@ def test_later_checkpoints_do_not_count(tmp_path: Path) -> None:
         save(CheckpointWriter(tmp_path, None), num_examples)
     save(CheckpointWriter(tmp_path, 2), 16)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-8", "step-16", "step-100"]
+
+
+def test_an_old_checkpoint_that_stays_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmtree = shutil.rmtree
+
+    def fail(path: Path, *arguments: object, **options: object) -> None:
+        if path.name == ".step-8.tmp":
+            raise OSError("busy")
+        rmtree(path)
+
+    writer = CheckpointWriter(tmp_path, 1)
+    save(writer, 8)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: fail(path) if path.exists() else None)
+    assert save(writer, 16) == tmp_path / "step-16"
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-16"]
