@@ -9,7 +9,7 @@ import torch
 
 import engine.step.sources
 from engine.data.examples import Example
-from engine.step.layout import lay_out, num_fed_tokens
+from engine.step.layout import GroupSpan, empty_microbatch, lay_out, num_fed_tokens
 from engine.step.sources import choose_eval_examples, num_planned, plan_batches
 from engine.step.splitting import split_batch
 from tests.models import pair_examples, random_examples
@@ -187,6 +187,20 @@ def test_the_evaluation_subset_follows_the_seed() -> None:
     larger = [example.prompt_index for example in choose_eval_examples(examples, 12, 0)]
     assert larger[:8] == chosen[0]  # a larger subset contains the smaller one
     assert sorted(example.prompt_index for example in choose_eval_examples(examples, 99, 0)) == list(range(30))
+
+
+def test_an_empty_microbatch_by_hand() -> None:
+    packed, padded = empty_microbatch(2), empty_microbatch(1, "padded")
+    assert packed.input_ids.tolist() == padded.input_ids.tolist() == [[0]]
+    assert packed.position_ids is not None and packed.position_ids.tolist() == [[0]]
+    assert packed.segments is not None and packed.segments.groups == [(1, 0)] and packed.attention_mask is None
+    assert padded.attention_mask is not None and padded.attention_mask.tolist() == [[1]]
+    assert padded.position_ids is None and padded.segments is None
+    assert packed.rejected is not None and len(packed.rejected) == 0 and padded.rejected is None
+    for batch in (packed, padded):
+        assert batch.span == batch.groups[0] == GroupSpan(slice(0, 0), slice(0, 0), slice(0, 0))
+        assert (batch.num_examples, batch.num_tokens, batch.responses, batch.prompt_indices) == (0, 0, [], [])
+        assert len(batch.targets) == len(batch.predict_index) == len(batch.response_index) == 0
 
 
 def test_to_moves_every_tensor() -> None:

@@ -187,6 +187,40 @@ def test_gradients_scale_with_the_loss() -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_chunks_cover_all_targets_without_gradients(
+    with_loss: bool, twice: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluation has a loss and no gradient. The reference has neither."""
+    batch = lay_out(pair_examples())
+    leaves = head_leaves(batch)
+    plain_loss, plain_logps = plain_head(*leaves, batch, pair_loss(batch, 5))
+    monkeypatch.setattr(engine.step.logprobs, "CHUNK_TOKENS", 9)
+    monkeypatch.setattr(engine.step.logprobs, "CHUNK_LOGITS", {"cpu": 1})
+    if twice:
+        make_logits_twice(monkeypatch)
+    with torch.no_grad():
+        loss, logps = chunked_head(*leaves, batch, pair_loss(batch, 5) if with_loss else None)
+    torch.testing.assert_close(logps, plain_logps, rtol=1e-6, atol=1e-5)
+    assert loss.item() == pytest.approx(plain_loss.item() if with_loss else 0, rel=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 1)])
+def test_frozen_tensors_get_no_gradient(frozen: tuple[int, ...]) -> None:
+    """The others get theirs."""
+    batch = lay_out(pair_examples())
+    gradients = []
+    for head in (chunked_head, plain_head):
+        leaves = [leaf.detach().requires_grad_(index not in frozen) for index, leaf in enumerate(head_leaves(batch))]
+        head(*leaves, batch, pair_loss(batch, 5))[0].backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for index, (ours, plain) in enumerate(zip(*gradients, strict=True)):
+        assert (ours is None) == (plain is None) == (index in frozen)
+        if ours is not None:
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
 def test_bf16_hidden_states_meet_unrounded_head_weights() -> None:
     """Mixed precision: the head's weights are not rounded to the dtype of the hidden states, on a CPU."""
     batch = lay_out(pair_examples())
