@@ -160,8 +160,10 @@ def test_a_failed_save_leaves_earlier_checkpoints_alone(tmp_path: Path, kind: ty
     with pytest.raises(UserError if is_storage else kind) as raised:
         save(writer, 16, fail)
     if is_storage:
-        assert raised.value.code == "STORAGE" and f"{tmp_path / 'step-16'} could not be written (no)" in str(
-            raised.value
+        assert (
+            isinstance(raised.value, UserError)
+            and raised.value.code == "STORAGE"
+            and f"{tmp_path / 'step-16'} could not be written (no)" in str(raised.value)
         )
     assert find_corruption(before) is None and names(tmp_path) == {"step-8", "LATEST"}
     assert (tmp_path / "LATEST").resolve() == before

@@ -212,8 +212,10 @@ def test_frozen_tensors_get_no_gradient(frozen: tuple[int, ...]) -> None:
     batch = lay_out(pair_examples())
     gradients = []
     for head in (chunked_head, plain_head):
-        leaves = [leaf.detach().requires_grad_(index not in frozen) for index, leaf in enumerate(head_leaves(batch))]
-        head(*leaves, batch, pair_loss(batch, 5))[0].backward()
+        hidden, weight, bias = leaves = head_leaves(batch)
+        for index in frozen:
+            leaves[index].requires_grad_(False)
+        head(hidden, weight, bias, batch, pair_loss(batch, 5))[0].backward()
         gradients.append([leaf.grad for leaf in leaves])
     for index, (ours, plain) in enumerate(zip(*gradients, strict=True)):
         assert (ours is None) == (plain is None) == (index in frozen)
