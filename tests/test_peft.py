@@ -10,17 +10,21 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import export
 from engine.export.saved_models import load_saved
 from engine.models.adapter_targets import lora_config
+from engine.models.adapters import Adapter, as_reference, inject
 from engine.models.layers import find_layers
 from engine.models.parameters import num_weights
 from engine.settings.schema import LoraSettings
+from engine.step.heads import response_logps
+from engine.step.layout import lay_out
 from tests.configs import make_settings
+from tests.models import pair_examples, tiny_model
 from tests.ranks import make_trainer, trajectory
 from tests.runs import QUICK, Program, Run
 
@@ -121,6 +125,26 @@ def test_an_unquantised_base_shares_the_reference_of_the_full_model(program: Pro
     assert "all log-probs are in" not in run(program, *DPO, *LLAMA, archive).out
     assert "all log-probs are in" in run(program, *DPO, *LLAMA, archive, *LORA).out
     assert "all log-probs are in" not in run(program, *DPO, *LLAMA, archive, *QLORA, "peft.quant_type=fp4").out
+
+
+def test_new_dora_has_a_reference_of_its_own(program: Program) -> None:
+    """It rescales the weights, so its log-probs differ from the base model's in the last bits."""
+    cache = f"cache_dir={program.directory / 'cache'}"
+    base = run(program, *DPO, *LLAMA, *LORA, "n_examples=4", cache)
+    dora = run(program, *DPO, *LLAMA, *LORA, "peft.dora=true", "n_examples=4", cache)
+    assert "log-probs computed in" in base.out and "log-probs computed in" in dora.out
+    assert "adapters off" not in dora.out and "with new DoRA" in dora.out
+
+
+def test_the_frozen_copy_of_adapters_has_no_dropout() -> None:
+    lora = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.5, target_modules=["q_proj"], init_lora_weights=False)
+    model, batch = tiny_model("llama"), lay_out(pair_examples(), "padded")
+    inject(model, Adapter(lora, [], None, True, None, ""), with_copy=True)
+    model.train()
+    policy = [response_logps(model, batch) for _ in range(2)]
+    with as_reference(model):
+        reference = [response_logps(model, batch) for _ in range(2)]
+    assert torch.equal(*reference) and not torch.equal(*policy)
 
 
 @pytest.mark.parametrize("reference", ["cached", "live"])
