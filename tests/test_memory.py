@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +11,15 @@ import torch
 import engine.placement.memory
 import trainers
 from engine.data.examples import Example
+from engine.data.films import film_tokenizer
 from engine.placement.memory import FEWEST_TOKENS, SHARE, max_efficient_tokens, saved_bytes, tokens_that_fit
 from engine.placement.placement import Placement
-from engine.step.microbatches import MicrobatchRunner
+from engine.placement.token_budget import halve_budget
+from engine.step.microbatches import Batch, MicrobatchRunner
+from tests.configs import make_settings
+from tests.models import tiny_model
 from tests.runs import Program
+from utils import UserError
 
 CPU = torch.device("cpu")
 STATE = 10**6
@@ -77,6 +84,34 @@ def test_auto_recomputes_for_long_examples() -> None:
     wanted = 2 * MAX_TOKENS
     _, layers = fits(wanted * 1000, wanted=wanted)
     assert layers > 0
+
+
+def test_ranks_agree_on_what_fits_the_smallest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placement = Placement(make_settings("activation_checkpointing=auto"), film_tokenizer(), tmp_path)
+    monkeypatch.setattr(placement, "bytes_per_token", lambda *arguments: 1000.0)
+    monkeypatch.setattr(placement, "memory", lambda: (False, 10**9))
+    monkeypatch.setattr(placement, "gather_from_data_ranks", lambda fit: [fit, (1700, 2), (1600, 1)])
+    runner = SimpleNamespace(policy=tiny_model("llama"))
+    assert trainers.fit_memory(placement, runner, []) == (1600, 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "budget, sizes, expected",
+    [(4096, [(300, 2), (200, 3)], 150), (250, [(300, 2)], 125), (4096, [(300, 1), (200, 2)], 150), (1, [(9, 2)], 1)],
+)
+def test_a_halved_budget_splits_the_largest_microbatch(
+    budget: int, sizes: list[tuple[int, int]], expected: int
+) -> None:
+    """Half of a budget far above the largest microbatch would split nothing."""
+    microbatches = [(SimpleNamespace(num_tokens=tokens, num_examples=examples), None) for tokens, examples in sizes]
+    assert halve_budget(budget, Batch([], budget, microbatches), "no room") == expected  # type: ignore[arg-type]
+
+
+def test_one_example_at_a_time_is_the_end_of_halving() -> None:
+    microbatches = [(SimpleNamespace(num_tokens=9, num_examples=1), None)]
+    with pytest.raises(UserError, match=r"one example at a time \(no room\)") as raised:
+        halve_budget(4096, Batch([], 4096, microbatches), "no room")  # type: ignore[arg-type]
+    assert raised.value.code == "MEMORY"
 
 
 def test_a_cpu_runs_enough_tokens_to_outweigh_the_gradients() -> None:

@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import export
 from engine.export.saved_models import load_saved
 from engine.models.adapter_targets import lora_config
-from engine.models.adapters import Adapter, as_reference, inject
+from engine.models.adapters import Adapter, as_reference, inject, is_trained
 from engine.models.layers import find_layers
 from engine.models.parameters import num_weights
 from engine.settings.schema import LoraSettings
@@ -476,6 +476,27 @@ def test_shards_of_several_dtypes_are_refused_before_sharding(program: Program) 
 
 def trainable(model: torch.nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_names_of_trained_parameters() -> None:
+    names = (
+        "h.q_proj.lora_A.default.weight",
+        "h.q_proj.lora_A.reference.weight",
+        "h.q_proj.base_layer.weight",
+        "h.q_proj.base_layer.bias",
+        "h.k_proj.bias",
+        "lm_head.weight",
+        "lm_head_norm.weight",
+    )
+
+    def trained(bias: Literal["none", "all", "lora_only"], *full_modules: str) -> list[str]:
+        adapter = Adapter(LoraConfig(bias=bias), [*full_modules], None, False, None, "")
+        return [name for name in names if is_trained(name, adapter)]
+
+    assert trained("none") == [names[0]]
+    assert trained("lora_only") == [names[0], names[3]]  # of the layers with adapters
+    assert trained("all") == [names[0], names[3], names[4]]
+    assert trained("none", "lm_head") == [names[0], names[5]]
 
 
 def test_only_trained_parameters_reach_the_optimizer(tmp_path: Path) -> None:
