@@ -62,7 +62,10 @@ def start(
     """Start a save of a trained model."""
     model, optimizer = trained(seed)
     placement.aliases = named_aliases(model)
-    state = {"counters": {"examples": 8}, "settings": {"optimizer": "AdamW"}}
+    state = {
+        "counters": {"examples": 8, "updates": 2}, "settings": {"optimizer": "AdamW"}, "evaluation_due": False,
+        "log_sizes": {}, "data": "", "token_budget": 1, "best": {},
+    }  # fmt: skip
     start_save(
         writer, placement, model, optimizer, TOKENIZER, state, policy_pt_metrics=policy_pt_metrics, is_best=is_best
     )
@@ -95,7 +98,7 @@ def test_a_checkpoint_is_complete(placement: Placement, tmp_path: Path) -> None:
     files = {path.name for path in checkpoint.iterdir()}
     assert files >= {"model.safetensors", "optimizer.safetensors", "config.json", "generation_config.json"}
     assert "tokenizer.json" in files and "policy.pt" not in files
-    assert json.loads((checkpoint / STATE_FILE).read_text())["counters"] == {"examples": 8}
+    assert json.loads((checkpoint / STATE_FILE).read_text())["counters"] == {"examples": 8, "updates": 2}
     assert json.loads((checkpoint / "config.json").read_text())["hidden_size"] == 32
 
 

@@ -40,7 +40,11 @@ def test_state_is_saved_and_resumed_exactly(name: str, tmp_path: Path) -> None:
     assert has_small_state == name.endswith("8bit")
     for kind, tensors in ((WEIGHTS, named_weights(model)), (OPTIMIZER, named_state(model, optimizer))):
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / f"{kind}.safetensors")
-    (tmp_path / STATE_FILE).write_text(json.dumps({"settings": {"optimizer": name}}))
+    state = {
+        "settings": {"optimizer": name}, "counters": {"examples": 3, "updates": 3}, "evaluation_due": False,
+        "log_sizes": {}, "data": "", "token_budget": 1, "best": {},
+    }  # fmt: skip
+    (tmp_path / STATE_FILE).write_text(json.dumps(state))
     again, other = new_model_and_optimizer(name)
     with torch.no_grad():
         for key, tensor in tensors_of(tmp_path, WEIGHTS):

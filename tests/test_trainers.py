@@ -181,9 +181,7 @@ def test_a_run_directory_is_never_overwritten(program: Program) -> None:
 
 
 def test_a_non_finite_loss_ends_the_run_and_spares_the_checkpoint(program: Program) -> None:
-    run = program(
-        "lr=1e30", "optimizer=SGD", "warmup_steps=0", "save_every=4", f"local_run_dir={program.directory / 'x'}"
-    )
+    run = program("lr=1e30", "optimizer=SGD", "warmup_steps=0", f"local_run_dir={program.directory / 'x'}")
     assert run.status == 5
     assert run.err.startswith("error[NONFINITE] update 2") and "fix:" in run.err
     assert "Traceback" in (program.directory / "x" / "crash.log").read_text()

@@ -6,12 +6,22 @@ from typing import Annotated, Any
 
 import yaml
 from annotated_types import Ge, Len
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from utils import UserError, clipped
 
 Natural = Annotated[int, Ge(0)]
 PlainName = Annotated[str, StringConstraints(pattern=r"^[^/\\]+$")]  # of a file in the same directory
+
+
+def check_inside(name: str) -> str:
+    """The relative path of a file below a directory: tokenizers keep several chat templates in a folder."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"{clipped(name)} is outside the directory")
+    return name
+
+
+InnerPath = Annotated[str, AfterValidator(check_inside)]
 
 
 class Record(BaseModel):
@@ -73,7 +83,7 @@ class WrittenFile(Record):
 
 class Manifest(Record):
     checkpoint: str
-    files: dict[PlainName, WrittenFile]
+    files: dict[InnerPath, WrittenFile]
 
 
 class MetricsRow(Record):

@@ -12,7 +12,7 @@ from engine.models.archives import OPTIMIZER
 from engine.models.weight_files import tensors_of, weights_kind
 from engine.placement.placement import Placement
 from engine.run.resume_check import read_state_file, unreadable
-from utils import is_out_of_memory
+from utils import UserError, is_out_of_memory
 
 
 def restore_checkpoint(
@@ -34,7 +34,7 @@ def _as_checkpoint_errors(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a damaged file raises nearly anything
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or (isinstance(error, UserError) and error.code == "CHECKPOINT"):
             raise
         raise unreadable(checkpoint, error) from error
 

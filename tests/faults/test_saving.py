@@ -108,3 +108,20 @@ def test_a_checkpoint_is_read_back_before_latest_moves_and_older_ones_go(
     save(writer, 3)
     assert os.readlink(tmp_path / "LATEST") == "step-3"
     assert "step-1" not in {path.name for path in checkpoints(tmp_path)}
+
+
+def test_files_of_a_subdirectory_are_part_of_a_checkpoint(tmp_path: Path) -> None:
+    """A tokenizer with several chat templates keeps them in a folder."""
+
+    def write_rest(directory: Path) -> None:
+        write_state(directory)
+        (directory / "additional_chat_templates").mkdir()
+        (directory / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+
+    writer, contents = CheckpointWriter(tmp_path, keep=None), Contents()
+    contents.add(WEIGHTS, {"weight": torch.ones(50)}, {})
+    writer.start(4, contents, write_rest)
+    checkpoint = writer.finished(wait=True)
+    assert checkpoint is not None and checkpoint_writer.find_corruption(checkpoint) is None
+    (checkpoint / "additional_chat_templates" / "tool_use.jinja").write_text("{{ message }}")
+    assert "tool_use.jinja has" in (checkpoint_writer.find_corruption(checkpoint) or "")
