@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.models.precision import parameters_in, run_in_dtype
+from engine.models.precision import parameters_in, round_masters, run_in_dtype
 from engine.step.heads import response_logps, run_head
 from engine.step.layout import lay_out
 from tests.models import pair_examples, tiny_model
@@ -131,3 +131,63 @@ def test_layers_run_in_the_dtype_embeddings_and_head_do_not(architecture: str) -
     with run_in_dtype(model, None):
         response_logps(model, batch)
     assert dtypes[1] == torch.float32
+
+
+def one_step(mixed: torch.dtype | None, rounds: bool, architecture: str = "llama") -> tuple[Tensor, Tensor]:
+    """Log-probs of fp16-stored weights before and after one SGD step of about 1e-9 per weight."""
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.float16))
+    batch = lay_out(pair_examples(), "padded")
+
+    def logps() -> Tensor:
+        with torch.no_grad(), run_in_dtype(model, mixed):
+            return response_logps(model, batch)
+
+    before = logps()
+    if mixed is not None and rounds:
+        assert round_masters(model, mixed)
+        assert torch.equal(logps(), before)  # step 0 is the same, bitwise
+    with run_in_dtype(model, mixed):
+        run_head(model, batch, lambda logps, span: logps.sum())[0].backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-9 * parameter.grad.sign()
+    return before, logps()
+
+
+def test_a_tiny_step_moves_bf16_no_more_than_fp32() -> None:
+    exact_before, exact_after = one_step(None, rounds=False)
+    bound = max((exact_after - exact_before).abs().max().item(), 1e-5)
+    leapt_before, leapt_after = one_step(torch.bfloat16, rounds=False)
+    assert (leapt_after - leapt_before).abs().max() > bound  # fp16 weights halfway between bf16 values are tipped
+    before, after = one_step(torch.bfloat16, rounds=True)
+    assert (after - before).abs().max() <= bound
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_step_0_is_the_same_with_tied_embeddings(architecture: str) -> None:
+    one_step(torch.bfloat16, rounds=True, architecture=architecture)  # asserts it
+
+
+def test_rounding_leaves_head_and_frozen_weights() -> None:
+    model = tiny_model("llama")
+    frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    kept = [frozen, model.get_output_embeddings().weight]
+    before = [weight.clone() for weight in kept]
+    trained = model.model.layers[0].mlp.down_proj.weight
+    expected = trained.detach().to(torch.bfloat16).float()
+    assert round_masters(model, torch.bfloat16)
+    assert all(torch.equal(now, then) for now, then in zip(kept, before, strict=True))
+    assert torch.equal(trained, expected)
+    assert not round_masters(model, torch.bfloat16)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_the_head_runs_in_its_own_dtype(architecture: str) -> None:
+    model = tiny_model(architecture)
+    head = model.get_output_embeddings().weight
+    with run_in_dtype(model, torch.bfloat16):
+        assert model.get_output_embeddings().weight is head and head.dtype == torch.float32

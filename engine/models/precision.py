@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from engine.models.shards import local_shard
+
 
 @contextmanager
 def run_in_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
@@ -38,16 +40,8 @@ def parameters_in(module: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Modul
     Args:
         keep: submodules with their own dtype.
     """
-    kept = {module for submodule in keep for module in submodule.modules()}
-    originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+    originals = list(_cast_parameters(module, dtype, keep))
     copies: dict[int, Tensor] = {}  # one per parameter, shared or not
-    for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if child in kept or parameter is None or parameter.dtype == dtype:
-                continue
-            is_packed = name == "weight" and getattr(child, "is_quantized", False)  # its dtype is for storage only
-            if parameter.is_floating_point() and not is_packed:
-                originals.append((child, name, parameter))
     try:
         for child, name, parameter in originals:
             if id(parameter) not in copies:
@@ -58,3 +52,41 @@ def parameters_in(module: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Modul
     finally:
         for child, name, parameter in originals:
             child._parameters[name] = parameter
+
+
+@torch.no_grad()
+def round_masters(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Round trained weights in place to dtype, where run_in_dtype() casts.
+
+    Weights stored in fp16 often lie halfway between two bf16 values. The smallest update would move their copies by a
+    whole bf16 step. Rounding leaves the copies as they are.
+
+    Returns:
+        whether a weight of this rank changed.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # The output of plain embeddings is cast, so they are rounded too. A scaled output is cast after the product.
+    keep = [head] if type(embeddings) is nn.Embedding else [embeddings, head]
+    kept = {id(parameter) for module in keep for parameter in module.parameters()}  # embeddings tied to the head too
+    has_changed = False
+    for _, _, parameter in _cast_parameters(model, dtype, keep):
+        if parameter.requires_grad and id(parameter) not in kept:
+            master = local_shard(parameter)
+            rounded = master.to(dtype).to(master.dtype)
+            has_changed = has_changed or not torch.equal(master, rounded)
+            master.copy_(rounded)
+    return has_changed
+
+
+def _cast_parameters(
+    module: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Module]
+) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Yield (owner, name, parameter) of all parameters in another dtype, but for modules to keep."""
+    kept = {module for submodule in keep for module in submodule.modules()}
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if child in kept or parameter is None or parameter.dtype == dtype:
+                continue
+            is_packed = name == "weight" and getattr(child, "is_quantized", False)  # its dtype is for storage only
+            if parameter.is_floating_point() and not is_packed:
+                yield child, name, parameter

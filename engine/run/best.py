@@ -1,28 +1,37 @@
 """The best checkpoint of a run, by keep_best."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.data.examples import Example
 from engine.run.run_files import update_link
 from engine.settings.choices import BestMetric, is_better
-from utils import UserError
+from utils import UserError, content_hash
 
 
 class BestCheckpoint:
     """Keeps track of the saved checkpoint with the best evaluation.
 
     Attributes:
-        record: metric, value and checkpoint; empty without one.
+        record: metric, value, checkpoint and a hash of the evaluated examples; empty without one.
     """
 
-    def __init__(self, metric: BestMetric | None):
+    def __init__(self, metric: BestMetric | None, examples: Iterable[Example]):
         self._metric = metric
+        arrays = (array for example in examples for array in (example.prompt, *example.responses))
+        self._evaluated = content_hash(array.tobytes() for array in arrays) if metric else None
         self.record: dict[str, Any] = {}
 
     def resume(self, record: dict[str, Any], run_dir: Path, is_first_rank: bool) -> None:
-        """Continue from the record of a checkpoint, if it has this metric and its checkpoint exists."""
+        """Continue from the record of a checkpoint, if it is comparable.
+
+        It needs the same metric, the same examples, and its checkpoint.
+        """
         if record.get("metric") != self._metric or not (run_dir / record.get("checkpoint", "")).is_dir():
+            return
+        if record and record.get("evaluated", self._evaluated) != self._evaluated:  # old records have no hash
+            print("keep_best: the comparison starts anew, as the evaluation has other examples than before the resume")
             return
         self.record = record
         if record and is_first_rank:  # a killed run may have saved the checkpoint but not the link
@@ -38,5 +47,5 @@ class BestCheckpoint:
         value = metrics[self._metric]
         if self.record and not is_better(self._metric, value, self.record["value"]):
             return False
-        self.record = {"metric": self._metric, "value": value, "checkpoint": checkpoint}
+        self.record = {"metric": self._metric, "value": value, "checkpoint": checkpoint, "evaluated": self._evaluated}
         return True
