@@ -28,6 +28,11 @@ def run_in_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
         yield
 
 
+def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The working copy of a weight; gradients reach the weight."""
+    return parameter.to(dtype)
+
+
 @contextmanager
 def parameters_in(module: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Replace the parameters of module by copies in dtype in a with block.
@@ -45,7 +50,7 @@ def parameters_in(module: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Modul
     try:
         for child, name, parameter in originals:
             if id(parameter) not in copies:
-                copies[id(parameter)] = parameter.to(dtype)
+                copies[id(parameter)] = cast(parameter, dtype)
             # A plain tensor may stand in for a parameter here, though not in module.weight = ...
             child._parameters[name] = copies[id(parameter)]  # type: ignore[assignment]
         yield
