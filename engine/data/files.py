@@ -58,12 +58,8 @@ def load_file(
     data = FilePreferences()
     for row in parse_rows(files, form, Chat(tokenizer, chat_template, sft_turns), file_counts, needs_pairs):
         data.add(row)
-    if data.has_plain_text and split == "train" and chat_template is None and tokenizer.chat_template:
-        print(
-            f"note: {path} holds plain text: its prompts go in as they are, without the chat template of the model "
-            "(format=messages applies it to prompt with chosen and rejected, or completion)",
-            flush=True,
-        )
+    if data.num_plain_text and split == "train" and (chat_template or tokenizer.chat_template):
+        print(_plain_text_notice(path, data, chat_template), flush=True)
     if not has_test_file:
         data.keep_split(split, test_fraction)
     if has_test_file or split == "train":
@@ -74,6 +70,20 @@ def load_file(
         problem = f"datasets: {path} has a single prompt, so none can be held out for evaluation"
         raise UserError("DATA", problem, "add rows with other prompts; test_fraction=0 trains without an evaluation")
     return data.preferences
+
+
+def _plain_text_notice(path: Path, data: "FilePreferences", chat_template: str | None) -> str:
+    """A line about rows of plain text, as no chat template applies to them."""
+    num_rows = data.num_rows.total()
+    is_mixed = data.num_plain_text < num_rows
+    place = f"{data.num_plain_text:,} of {num_rows:,} rows of {path}" if is_mixed else f"{path}"
+    advice = "(format=messages applies it to prompt with chosen and rejected, or completion)"
+    if chat_template is not None:
+        reason = "they are plain text" if is_mixed else "it holds plain text"
+        return f"warning: chat_template={chat_template} changes nothing for {place}: {reason} {advice}"
+    verb, owner = ("are", "their") if is_mixed else ("holds", "its")
+    plain = f"{place} {verb} plain text: {owner} prompts go in as they are"
+    return f"note: {plain}, without the chat template of the model {advice}"
 
 
 def parse_rows(
@@ -116,13 +126,13 @@ def _parse(row: Row, form: str, chat: Chat, *, is_inferred: bool) -> ParsedRow |
 class FilePreferences:
     """Preferences of a file, with everything needed to hold out prompts.
 
-    Rows of one hash stay in one split. has_plain_text: whether a row was text instead of messages.
+    Rows of one hash stay in one split. num_plain_text: rows of text instead of messages.
     """
 
     preferences: Preferences = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)  # by prompt
     num_rows: Counter[str] = field(default_factory=Counter)  # by prompt
-    has_plain_text: bool = False
+    num_plain_text: int = 0
 
     def add(self, row: ParsedRow) -> None:
         turns = (*row.earlier_turns, row)
@@ -138,7 +148,7 @@ class FilePreferences:
                 preference.setdefault("demonstrations", []).append(target)
             self.hashes.setdefault(turn.prompt, row_hash)
         self.num_rows[row.prompt] += 1
-        self.has_plain_text |= row.is_plain_text
+        self.num_plain_text += row.is_plain_text
 
     def keep_split(self, split: SplitName, test_fraction: float) -> None:
         """Keep the prompts of one split; the lowest hashes are the test split."""

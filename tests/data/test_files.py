@@ -105,6 +105,7 @@ PLAIN_TEXT = "holds plain text: its prompts go in as they are, without the chat 
         ({"prompt": "p", "completion": "c"}, {"form": "messages"}, False),
         (CHAT, {}, False),
         (CHAT, {"chat_template": "hh"}, False),
+        (PAIR, {"chat_template": "hh", "form": "messages"}, False),
     ],
 )
 def test_plain_text_for_an_instruct_model_is_said_once(tmp_path, tokenizer, capsys, row, options, is_said):
@@ -114,6 +115,29 @@ def test_plain_text_for_an_instruct_model_is_said_once(tmp_path, tokenizer, caps
     assert said.count("\n") == is_said
     load_rows(tmp_path, [PAIR], byte_tokenizer())  # a base model
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("has_template", [False, True])
+@pytest.mark.parametrize("row", [PAIR, {"prompt": "p", "completion": "c"}, {"prompt": "p", "responses": ["c"]}])
+def test_a_chat_template_beside_plain_text_is_warned_of(tmp_path, tokenizer, capsys, row, has_template):
+    tokenizer = tokenizer if has_template else byte_tokenizer()
+    load_rows(tmp_path, [row, row], tokenizer, chat_template="chatml")
+    load_rows(tmp_path, [row, row], tokenizer, chat_template="chatml", split="test")  # the train split said it
+    warning = f"warning: chat_template=chatml changes nothing for {tmp_path}/rows.jsonl: it holds plain text (format="
+    said = capsys.readouterr().out
+    assert said.startswith(warning) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("is_text_first", [False, True])
+def test_rows_of_plain_text_beside_messages_are_counted(tmp_path, tokenizer, capsys, is_text_first):
+    text, messages = {"prompt": "p", "completion": "c"}, {"prompt": [user("q")], "completion": [assistant("d")]}
+    rows = [text, text, messages] if is_text_first else [messages, text, text]
+    load_rows(tmp_path, rows, tokenizer, chat_template="hh")
+    place = f"2 of 3 rows of {tmp_path}/rows.jsonl"
+    said = capsys.readouterr().out
+    assert said.startswith(f"warning: chat_template=hh changes nothing for {place}: they are plain text (format=")
+    load_rows(tmp_path, rows, tokenizer)
+    assert capsys.readouterr().out.startswith(f"note: {place} are plain text: their prompts go in as they are, ")
 
 
 @pytest.mark.parametrize("folder", [False, True])
