@@ -133,7 +133,7 @@ def choose_template(name: str | None, saved: "SavedModel", record: "RunRecord") 
 
     if (name or record.chat_template) == "hh":
         return BOS + JINJA["hh"] if token_prefix(saved.tokenizer) else JINJA["hh"]
-    text = read_template(name, "give chat_template=FILE, hh or llama2") if name else record.template_text()
+    text = read_template(name, "give chat_template=FILE, hh, llama2 or chatml") if name else record.template_text()
     return text or saved.tokenizer.chat_template
 
 

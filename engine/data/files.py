@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from engine.data.chat import Chat
 from engine.data.forms import FORMS, ParsedRow, detect_form
+from engine.data.messages import read_tools
 from engine.data.preferences import Preferences, SplitName, add_preference
 from engine.data.row_files import read_rows
 from engine.data.rows import BadRow, Row, RowCounts
@@ -112,7 +113,7 @@ def parse_rows(
 def _parse(row: Row, form: str, chat: Chat, *, is_inferred: bool) -> ParsedRow | str:
     try:
         parsed = FORMS[form](row, chat)
-        if row.values.get("tools") and isinstance(parsed, ParsedRow) and parsed.is_plain_text:
+        if isinstance(parsed, ParsedRow) and parsed.is_plain_text and read_tools(row):
             raise row.error("tools", "is for messages, and the row is plain text")
         return parsed
     except BadRow as error:

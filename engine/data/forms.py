@@ -291,7 +291,7 @@ def _nearest_form(columns: list[str]) -> str:
             max((difflib.SequenceMatcher(None, name, column).ratio() for column in known), default=0.0)
             for name in COLUMNS[form]
         ]
-        return sum(best) / len(best)
+        return sum(best) - 0.6 * len(best)  # each similar column counts for a form, each other one against it
 
     form = max(COLUMNS, key=likeness)
-    return f"; the nearest is {form}, without {' and '.join(missing[form])}" if likeness(form) > 0.5 else ""
+    return f"; the nearest is {form}, without {' and '.join(missing[form])}" if likeness(form) > 0 else ""

@@ -31,6 +31,8 @@ def read_message(row: Row, value: Any, name: str) -> Message:
     if role.lower() not in ROLES:
         raise row.error(f"{name}.{role_key}", f"is '{clipped(role)}', not one of {', '.join(ROLES)}")
     message: Message = {"role": ROLES[role.lower()], "content": ""}
+    if value.get("function_call"):  # it would be lost
+        raise row.error(f"{name}.function_call", "is an old form: write it as tool_calls")
     if value.get("tool_calls"):
         message["tool_calls"] = _tool_calls(row, value["tool_calls"], f"{name}.tool_calls")
         if message["role"] != "assistant":

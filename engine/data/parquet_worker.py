@@ -23,7 +23,8 @@ def replies(path: str, max_bytes: int) -> Iterator[list[Any]]:
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # In pieces: a row group may have gigabytes.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
             yield ["schema", base64.b64encode(file.schema_arrow.serialize()).decode()]
             for batch in file.iter_batches(batch_size=64, use_threads=False):
                 for values in batch.to_pylist():

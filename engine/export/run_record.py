@@ -41,7 +41,7 @@ class RunRecord:
             return JINJA.get(self.chat_template or "")
         if self.jinja is None:
             problem = f"chat_template: the run did not record the text of {self.chat_template}"
-            raise UserError("CONFIG", problem, "give chat_template=FILE, hh or llama2")
+            raise UserError("CONFIG", problem, "give chat_template=FILE, hh, llama2 or chatml")
         return self.jinja
 
 

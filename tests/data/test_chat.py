@@ -120,7 +120,14 @@ def test_tools_of_plain_text_are_refused(tmp_path, tokenizer):
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "tools": [TOOL]}]
     with pytest.raises(UserError, match="line 1: field 'tools' is for messages, and the row is plain text"):
         load_rows(tmp_path, rows, tokenizer)
-    assert len(load_rows(tmp_path, [{**rows[0], "tools": []}], tokenizer)) == 1
+    for no_tools in ([], "[]"):
+        assert len(load_rows(tmp_path, [{**rows[0], "tools": no_tools}], tokenizer)) == 1
+
+
+def test_the_old_form_of_tool_calls_is_refused(tmp_path, tokenizer):
+    message = {**assistant(""), "function_call": {"name": "weather", "arguments": "{}"}}
+    with pytest.raises(UserError, match=r"'messages\[1\]\.function_call' is an old form: write it as tool_calls"):
+        load_rows(tmp_path, [{"messages": [user("sunny?"), message]}], tokenizer)
 
 
 def test_a_tool_call_is_a_response_to_prefer(tmp_path):

@@ -282,12 +282,16 @@ def test_missing_fields_and_columns_are_named(tmp_path, tokenizer):
         (["conversation"], "sharegpt, without conversations"),
         (["prompt", "response"], "ranked, without responses"),
         (["instructions", "output"], "alpaca, without instruction"),
+        (["prompts", "choosen", "rejected"], "strings, without prompt and chosen"),
+        (["choosen", "rejected", "source"], "transcripts, without chosen"),
+        (["question", "answer"], None),
     ],
 )
 def test_the_nearest_form_of_unknown_columns(columns, nearest):
     with pytest.raises(UserError) as error:
         detect_form(Row(dict.fromkeys(columns, "x"), "f.jsonl line 1"))
-    assert f"are of no known form; the nearest is {nearest}; fix: rename them" in str(error.value)
+    hint = f"; the nearest is {nearest}" if nearest else ""
+    assert f"are of no known form{hint}; fix: rename them" in str(error.value)
     assert "strings (prompt, chosen, rejected), " in str(error.value) and "dolly (instruction, response)" in str(
         error.value
     )

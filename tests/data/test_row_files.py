@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tracemalloc
 
 import datasets
@@ -157,6 +158,16 @@ def test_a_parquet_bomb_is_data_that_cannot_be_read(tmp_path, monkeypatch):
         list(read_rows(path))
     assert error.value.exit_status == 3
     assert str(error.value).startswith(f"error[DATA] {path} cannot be read: its rows need more than 1 GB of memory")
+
+
+def test_a_large_row_group_of_parquet_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "MAX_PARQUET_BYTES", 2**29)
+    texts = [os.urandom(2**14).hex() for _ in range(2**13)]  # 256 MB in each column
+    table = pa.table({"prompt": texts, "chosen": texts})
+    path = tmp_path / "x.parquet"
+    pq.write_table(table, path, compression="NONE", use_dictionary=False, data_page_size=2**16)
+    assert pq.ParquetFile(path).num_row_groups == 1
+    assert sum(1 for _ in read_rows(path)) == len(texts)
 
 
 def test_long_rows_of_parquet_are_bad_rows(tmp_path):
