@@ -94,7 +94,7 @@ def _ranked(row: Row, chat: Chat) -> ParsedRow:
 
 def _messages(row: Row, chat: Chat) -> ParsedRow | str:
     if "messages" in row.values and not _has_pair(row):
-        return _dialogue(row, chat, read_messages(row, row.value("messages"), "messages"))
+        return _dialogue(row, chat, _with_system(row, read_messages(row, row.value("messages"), "messages")))
     if "completion" in row.values and not _has_pair(row):
         return _completion_messages(row, chat)
     chosen, rejected = (_response_turns(row, name) for name in ("chosen", "rejected"))
@@ -104,7 +104,7 @@ def _messages(row: Row, chat: Chat) -> ParsedRow | str:
     prompts = [dialogue[:-1] or prompt or [] for dialogue in (chosen, rejected)]
     if prompts[0] != prompts[1]:
         return PROMPTS_DIFFER
-    return _render(row, chat, prompts[0], [chosen[-1], rejected[-1]])
+    return _render(row, chat, _with_system(row, prompts[0]), [chosen[-1], rejected[-1]])
 
 
 def _response_turns(row: Row, name: str) -> list[Message]:
@@ -160,7 +160,7 @@ def _completion(row: Row, chat: Chat) -> ParsedRow | str:
 
 
 def _completion_messages(row: Row, chat: Chat) -> ParsedRow | str:
-    messages = _prompt_column(row) or []
+    messages = _with_system(row, _prompt_column(row) or [])
     return _dialogue(row, chat, [*messages, *_response_turns(row, "completion")], start=len(messages))
 
 
@@ -225,7 +225,8 @@ def _with_system(row: Row, messages: list[Message]) -> list[Message]:
     """The messages, after the message of the column `system` if the row has one."""
     if not row.values.get("system"):
         return messages
-    return [{"role": "system", "content": row.text("system")}, *messages]
+    system: Message = {"role": "system", "content": row.text("system")}
+    return messages if messages[:1] == [system] else [system, *messages]
 
 
 def _has_pair(row: Row) -> bool:

@@ -120,8 +120,8 @@ def test_tools_of_plain_text_are_refused(tmp_path, tokenizer):
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "tools": [TOOL]}]
     with pytest.raises(UserError, match="line 1: field 'tools' is for messages, and the row is plain text"):
         load_rows(tmp_path, rows, tokenizer)
-    for no_tools in ([], "[]"):
-        assert len(load_rows(tmp_path, [{**rows[0], "tools": no_tools}], tokenizer)) == 1
+    for row in ({**rows[0], "tools": []}, {**rows[0], "tools": "[]"}):
+        assert len(load_rows(tmp_path, [row], tokenizer)) == 1
 
 
 def test_the_old_form_of_tool_calls_is_refused(tmp_path, tokenizer):

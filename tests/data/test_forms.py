@@ -69,6 +69,22 @@ def test_strings_through_the_chat_template(tmp_path, tokenizer):
     assert (prompt, preference["responses"]) == ("<s><|user|>user\np<eos>\n<|user|>assistant\n", ["a", "b"])
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("hi"), assistant("a")]},
+        {"messages": [{"role": "system", "content": "s"}, user("hi"), assistant("a")]},
+        {"prompt": [user("hi")], "completion": "a"},
+        {"prompt": [user("hi")], "chosen": assistant("a"), "rejected": "b"},
+        {"chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]},
+    ],
+)
+def test_the_system_column_of_messages(tmp_path, tokenizer, row):
+    ((prompt, preference),) = load_rows(tmp_path, [{**row, "system": "s"}], tokenizer).items()
+    assert prompt == "<s><|user|>system\ns<eos>\n<|user|>user\nhi<eos>\n<|user|>assistant\n"
+    assert preference["sft_target"] == "a"
+
+
 def test_sharegpt_system_column(tmp_path, tokenizer):
     rows = [{"conversations": [user("hi")], "system": "Be kind.", "chosen": "a", "rejected": "b"}]
     assert list(load_rows(tmp_path, rows, tokenizer, chat_template="hh")) == ["Be kind.\n\nHuman: hi\n\nAssistant:"]
