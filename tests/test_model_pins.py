@@ -158,6 +158,21 @@ def test_runs_pin_at_the_same_time(tmp_path: Path) -> None:
     assert sorted(users_of(checkpoint)) == sorted(map(str, runs))
 
 
+def test_pins_hold_for_runs_that_are_moved_together(tmp_path: Path) -> None:
+    checkpoint, user = tmp_path / "runs" / "sft" / "step-8", tmp_path / "runs" / "dpo"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / STATE_FILE).touch()
+    user.mkdir()
+    pin_all([str(checkpoint)], user)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / "sft" / "step-8"
+    assert users_of(moved) == [str(tmp_path / "moved" / "dpo")]
+    pin_all([str(moved)], tmp_path / "moved" / "dpo")
+    assert users_of(moved) == [str(tmp_path / "moved" / "dpo")]
+    shutil.rmtree(tmp_path / "moved" / "dpo")
+    assert users_of(moved) == []
+
+
 def test_a_pin_in_doubt_keeps_its_checkpoint(tmp_path: Path) -> None:
     """A damaged pin does; a run of its own never pins itself."""
     checkpoint = write_checkpoint(tmp_path / "sft" / "step-8")

@@ -1,7 +1,8 @@
 """The checkpoints of other runs that a run builds on: found once, recorded, and pinned.
 
 A run needs them again when it resumes; adapters need their base model for good. A pin is a file beside such a
-checkpoint, and names the run. While that run's directory exists, the checkpoint is not removed.
+checkpoint, and names the run. While that run's directory exists, the checkpoint is not removed. A pin holds a relative
+path too, for runs that are moved together.
 """
 
 import json
@@ -122,8 +123,9 @@ def pin_all(models: list[str], run_dir: Path) -> None:
         if not is_checkpoint(checkpoint) or checkpoint.parent == run_dir.resolve():
             continue
         try:
-            data = json.dumps({"run": str(run_dir.resolve())}, indent=1).encode()
-            write_atomically(pins_of(checkpoint) / f"{content_hash([str(run_dir.resolve())])}.json", data)
+            user = str(run_dir.resolve())
+            data = json.dumps({"run": user, "relative": os.path.relpath(user, checkpoint.parent)}, indent=1).encode()
+            write_atomically(pins_of(checkpoint) / f"{content_hash([user])}.json", data)
         except OSError as error:
             reason = f"{checkpoint} cannot be marked as used ({error.strerror})"
             print(f"note: {reason}: keep it, as this run needs it to resume, and its adapters need it for good")
@@ -141,15 +143,19 @@ def users_of(checkpoint: Path) -> list[str]:
     users = []
     for path in sorted(pins_of(checkpoint).glob("*.json")):
         try:
-            run_dir = json.loads(path.read_text())["run"]
+            pin = json.loads(path.read_text())
+            run_dir, moved = pin["run"], checkpoint.parent / pin.get("relative", pin["run"])
+            if not os.path.exists(run_dir) and moved.exists():
+                run_dir = str(moved.resolve())
             os.stat(run_dir)
         except (FileNotFoundError, NotADirectoryError):
             with suppress(OSError):
                 path.unlink()
-        except (OSError, ValueError, KeyError, TypeError):  # in doubt, the checkpoint stays
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # in doubt, the checkpoint stays
             users.append(f"the run named in {path}")
         else:
-            users.append(run_dir)
+            if run_dir not in users:  # a moved run that was resumed has two pins
+                users.append(run_dir)
     if not users:
         with suppress(OSError):
             pins_of(checkpoint).rmdir()

@@ -15,7 +15,9 @@ from engine.run.model_pins import RECORD
 from utils import UserError, fsync
 
 # Unfinished checkpoints, links and base models of adapters, and the temporaries of write_atomically().
-TEMPORARY = re.compile(r"\.(step-\d+|LATEST|BEST|base|(config\.yaml|nonfinite-\d+\.json)\.\d+)\.tmp")
+TEMPORARY = re.compile(
+    rf"\.(step-\d+|LATEST|BEST|base|(config\.yaml|{re.escape(RECORD)}|nonfinite-\d+\.json)\.\d+)\.tmp"
+)
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 EARLY_FILES = ("config.yaml", RECORD, "base")  # of a run that has not begun to train
 

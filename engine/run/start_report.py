@@ -15,7 +15,7 @@ def describe_training(settings: Settings, *, num_examples: int, num_train: int, 
     """
     num_updates = math.ceil(num_examples / settings.batch_size)
     per_epoch = math.ceil(num_train / settings.batch_size)
-    line = f"training on {num_examples:,} examples in {num_updates:,} steps of {settings.batch_size}"
+    line = f"training on {num_examples:,} examples in {_steps(num_updates)} of {settings.batch_size}"
     line += f" ({per_epoch:,} an epoch), evaluating on {num_eval:,}"
     if num_eval < settings.n_eval_examples:
         line += f" (all there are; n_eval_examples={settings.n_eval_examples})"
@@ -24,15 +24,18 @@ def describe_training(settings: Settings, *, num_examples: int, num_train: int, 
     return line
 
 
+def _steps(number: int) -> str:
+    return f"{number:,} step" if number == 1 else f"{number:,} steps"
+
+
 def warn_of_warmup(settings: Settings, num_updates: int) -> str | None:
     """A warning if the run ends before its warm-up does."""
     if settings.warmup_steps < num_updates or not num_updates:
         return None
     reached = learning_rate(settings, num_updates - 1, num_updates)
-    steps = f"{num_updates:,} step{'s' * (num_updates > 1)}"
     return (
-        f"warning: warmup_steps={settings.warmup_steps} is not below the {steps} of this run: the learning rate"
-        f" reaches {reached:.3g} in place of lr={settings.lr:g}"
+        f"warning: warmup_steps={settings.warmup_steps} is not below the {_steps(num_updates)} of this run: the"
+        f" learning rate reaches {reached:.3g} in place of lr={settings.lr:g}"
     )
 
 

@@ -244,7 +244,7 @@ def test_temporary_files_of_a_killed_run_are_removed(inputs: Path, tmp_path: Pat
     assert complete(command(inputs, run_dir, "n_examples=8"), tmp_path / "output", fault="mkdir#2=kill")[0] == -9
     for name in (".step-8.tmp", ".base.tmp"):
         (run_dir / name).mkdir(exist_ok=True)
-    for name in (".config.yaml.4711.tmp", ".nonfinite-3.json.4711.tmp", ".letter.tmp"):
+    for name in (".config.yaml.4711.tmp", ".started_from.json.1.tmp", ".nonfinite-3.json.4711.tmp", ".letter.tmp"):
         (run_dir / name).touch()
     (run_dir / ".BEST.tmp").symlink_to("step-4")
     assert complete(command(inputs, run_dir, "n_examples=8"), tmp_path / "output")[0] == 0
