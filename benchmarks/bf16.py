@@ -1,10 +1,11 @@
 """How closely does mixed_precision=bfloat16 follow fp32? DPO on short pairs, step by step, from the same weights.
 
 - leap: the loss on the pairs of the first batch, before and after one step on them. A tiny lr should move nothing.
-- follow: the margin of those pairs after each step of a run on other pairs, beside that of fp32.
+- follow: the margin of those pairs after each step of a run on other pairs. "seen" is what training computes;
+  "learned" is the change of the fp32 weights, run in fp32.
 
 Variants: fp32; bf16, the product; unrounded, the weights as stored; tied, with embeddings rounded that are tied to the
-head; stochastic, which rounds the copies of the weights at random in each step.
+head; stochastic, as bf16, but the copies of the weights are rounded at random in each step.
 
     .venv/bin/python benchmarks/bf16.py --model MODEL --data DATA
 """
@@ -32,6 +33,7 @@ from benchmarks.common import (
     write_result,
 )
 
+BETA = 0.1
 VARIANTS = ("fp32", "bf16", "unrounded", "tied", "stochastic")
 
 
@@ -81,7 +83,7 @@ def variant_of_training(name: str) -> Iterator[None]:
     from engine.models import precision
 
     with contextlib.ExitStack() as patches:
-        if name in ("unrounded", "stochastic"):
+        if name == "unrounded":
             patches.enter_context(patch.object(trainers.BasicTrainer, "round_policy", lambda trainer: None))
         if name == "stochastic":
             patches.enter_context(patch.object(precision, "cast", stochastic_cast()))
@@ -103,7 +105,7 @@ def stochastic_cast() -> Any:
             return gradient.float()
 
     def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        is_master = values.requires_grad and values.dtype == torch.float32 and torch.is_grad_enabled()
+        is_master = values.requires_grad and values.dtype == torch.float32
         return Cast.apply(values) if is_master else values.to(dtype)
 
     return cast
@@ -128,8 +130,10 @@ def train(
     """Loss and margin of the first batch before training and after each step."""
     import torch
 
+    from engine.step.metrics import MetricAccumulator
+
     overrides = [
-        *("loss=dpo", "loss.beta=0.1", *model, f"lr={lr!r}", "warmup_steps=0", "batch_size=4", "n_examples=4"),
+        *("loss=dpo", f"loss.beta={BETA}", *model, f"lr={lr!r}", "warmup_steps=0", "batch_size=4", "n_examples=4"),
         *("max_length=256", "max_prompt_length=128", "reference=live", "wandb.enabled=false"),
         *([] if variant == "fp32" else ["mixed_precision=bfloat16"]),
     ]
@@ -142,19 +146,23 @@ def train(
                 round_tied(trainer)
             probe = trainer.prepare(trainer.split_batch(batches[0]))
 
-            def measure() -> dict[str, float]:
-                from engine.step.metrics import MetricAccumulator
-
+            def means(mixed: contextlib.AbstractContextManager[None]) -> dict[str, float]:
                 metrics = MetricAccumulator()
-                with torch.no_grad(), trainer.runner.in_mixed_precision():
+                with torch.no_grad(), mixed:
                     for microbatch in probe.microbatches:
                         trainer.runner.loss(microbatch, 4, metrics)
-                means = metrics.reduce(trainer.placement.all_reduce_sum).means
+                reduced = metrics.reduce(trainer.placement.all_reduce_sum).means
+                return {name: value.item() for name, value in reduced.items()}
+
+            def measure() -> dict[str, float]:
+                seen, learned = means(trainer.runner.in_mixed_precision()), means(contextlib.nullcontext())
                 return {
-                    "loss": means["loss"].item(),
-                    "margin": means["rewards/margins"].item() / 0.1,  # difference of log-ratios, in nats
-                    "chosen": means["rewards/chosen"].item() / 0.1,
-                    "rejected": means["rewards/rejected"].item() / 0.1,
+                    "loss": seen["loss"],
+                    # Log-ratios of policy to reference, in nats.
+                    "chosen": seen["rewards/chosen"] / BETA,
+                    "rejected": seen["rewards/rejected"] / BETA,
+                    "seen": seen["rewards/margins"] / BETA,
+                    "learned": learned["rewards/margins"] / BETA,
                 }
 
             found = [measure()]
@@ -162,6 +170,8 @@ def train(
                 torch.manual_seed(index)
                 trainer.step(trainer.prepare(trainer.split_batch(batch)))
                 found.append(measure())
+    for row in reversed(found):
+        row["learned"] -= found[0]["learned"]  # rounding at the start is not learned
     return found
 
 
@@ -182,9 +192,10 @@ def main(texts: Sequence[str]) -> None:
         for variant in variants:
             before, after = train(model, examples, variant, arguments.leap_lr, batches[:1])
             leaps[variant] = {"before": before, "after": after}
+            moved = {name: f"{after[name] - before[name]:+.4f}" for name in ("chosen", "rejected")}
             print(
-                f"leap    {variant:11} loss {before['loss']:.6f} -> {after['loss']:.6f}, log-ratios of chosen"
-                f" {after['chosen'] - before['chosen']:+.4f}, of rejected {after['rejected'] - before['rejected']:+.4f}",
+                f"leap    {variant:11} loss {before['loss']:.6f} -> {after['loss']:.6f},"
+                f" log-ratios of chosen {moved['chosen']}, of rejected {moved['rejected']}",
                 flush=True,
             )
         runs: dict[str, dict[str, list[dict[str, float]]]] = {}
@@ -192,8 +203,9 @@ def main(texts: Sequence[str]) -> None:
             runs[lr] = {}
             for variant in variants:
                 runs[lr][variant] = train(model, examples, variant, float(lr), batches)
-                margins = [f"{row['margin']:+.3f}" for row in runs[lr][variant]]
-                print(f"follow  {variant:11} lr {lr}: margins {' '.join(margins)}", flush=True)
+                for kind in ("seen", "learned"):
+                    margins = [f"{row[kind]:+.2f}" for row in runs[lr][variant]]
+                    print(f"follow  {variant:11} lr {lr} {kind:8} {' '.join(margins)}", flush=True)
     record = {
         "command": shown_command("bf16", texts, arguments.data),
         **machine(arguments.threads),

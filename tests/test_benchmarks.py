@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, demo, growth, memory, scaling, soak, step
+from benchmarks import bf16, common, demo, growth, memory, scaling, soak, step
 from benchmarks.pairs import hh_pairs, make_batches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,11 +32,22 @@ def result(folder, name):
     return record
 
 
-@pytest.mark.parametrize("script", ["step", "growth", "memory", "scaling", "demo", "digits"])
+@pytest.mark.parametrize("script", ["step", "growth", "memory", "scaling", "demo", "digits", "bf16"])
 def test_help_from_another_folder(script, tmp_path):
     outcome = run(script, "--help", cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.startswith("usage:")
+
+
+def test_bf16(tmp_path):
+    """All variants, one step each; a tiny step moves rounded weights less than weights as stored."""
+    sizes = ("--steps", "1", "--max-tokens", "128", "--lr", "1e-5", "--leap-lr", "1e-9", "--threads", "1")
+    bf16.main([*sizes, "--results", str(tmp_path)])
+    record = result(tmp_path, "bf16-tiny")
+    assert [*record["leaps"]] == [*record["runs"]["1e-5"]] == [*bf16.VARIANTS]
+    for variant in ("fp32", "bf16", "unrounded", "stochastic"):
+        assert record["leaps"][variant]["before"]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+        assert len(record["runs"]["1e-5"][variant]) == 2
 
 
 # ---- step.py ----

@@ -1,15 +1,22 @@
 """Temporary casts of parameters: the cast ones, their restoration, and the gradients."""
 
 import copy
+import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.models.precision import parameters_in, round_masters, run_in_dtype
+from engine.models.shards import full_tensor
 from engine.step.heads import response_logps, run_head
 from engine.step.layout import lay_out
 from tests.models import pair_examples, tiny_model
+from tests.ranks import make_trainer, on_ranks
+from tests.runs import Program
 
 TOKENS = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 4, 5, 1])]
 
@@ -191,3 +198,67 @@ def test_the_head_runs_in_its_own_dtype(architecture: str) -> None:
     head = model.get_output_embeddings().weight
     with run_in_dtype(model, torch.bfloat16):
         assert model.get_output_embeddings().weight is head and head.dtype == torch.float32
+
+
+# ---- Placements ----
+
+MIXED = ("mixed_precision=bfloat16", "reference=live")
+PLACEMENTS = {
+    "basic": (),
+    "lora": ("peft=lora", "peft.rank=4"),
+    "qlora": ("peft=qlora", "peft.rank=4"),
+    "package": ("trainer=TensorParallelTrainer", "tensor_parallel.backend=package", "tensor_parallel_size=2"),
+}
+
+
+def round_and_step(overrides: tuple[str, ...], directory: Path) -> tuple[set[str], dict[str, float]]:
+    """Round the weights of a trainer, and take a step.
+
+    Returns:
+        names of trained weights with values between those of bf16, and the metrics of step 0.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    trainer = make_trainer(("llama", "dpo", (*MIXED, *overrides)), directory / str(rank))
+    trainer.round_policy()
+    names = set()
+    for name, parameter in trainer.policy.named_parameters():
+        if parameter.requires_grad:
+            full = full_tensor(parameter).detach()
+            if not torch.equal(full, full.to(torch.bfloat16).to(full.dtype)):
+                names.add(name)
+    values = trainer.step(trainer.prepare(next(trainer.train_batches()))).values
+    return names, {name: value.item() for name, value in values.items()}
+
+
+def check_rounded(found: tuple[set[str], dict[str, float]]) -> None:
+    """Only the head keeps its digits, and step 0 is exact: the margin is 0, the loss ln 2."""
+    unrounded, metrics = found
+    assert all("lm_head" in name for name in unrounded)
+    assert metrics["rewards_train/margins"] == metrics["rewards_train/chosen"] == 0
+    assert metrics["loss/train"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_every_placement_rounds_what_runs_in_bf16(name: str, tmp_path: Path) -> None:
+    check_rounded(round_and_step(PLACEMENTS[name], tmp_path))
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
+def test_shards_round_what_runs_in_bf16(trainer: str, tmp_path: Path) -> None:
+    for found in on_ranks(2, round_and_step, (f"trainer={trainer}",), tmp_path):
+        check_rounded(found)
+
+
+def test_a_run_rounds_at_its_start_and_not_on_resume(program: Program) -> None:
+    """A checkpoint's weights hold progress smaller than a step of bf16."""
+    common = ("loss=dpo", "loss.beta=0.1", "mixed_precision=bfloat16", "lr=1e-7", "save_every=8", "n_eval_examples=2")
+    directories = [f"local_run_dir={program.directory / name}" for name in ("a", "b")]
+    run = program.ok(*common, directories[0])
+    assert "mixed_precision: trained weights of the layers are rounded once to bfloat16" in run.out
+    again = program.ok(*common, directories[1], f"resume={run.dir}/step-8")
+    assert "rounded once" not in again.out
+    ours, theirs = (load_file(each.dir / "LATEST" / "model.safetensors") for each in (again, run))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    weight = theirs["model.layers.0.self_attn.q_proj.weight"]
+    assert not torch.equal(weight, weight.bfloat16().float())
