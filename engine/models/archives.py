@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.models.records import AdapterConfig, Manifest, parse_record
-from utils import UserError
+from utils import UserError, clipped
 
 FORMAT = 1
+OTHER_FORMAT = "has the checkpoint format"  # starts the description of a checkpoint by another version
 STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"  # prefixes of file names
 MAX_LINKS = 40  # followed in a row, as by Linux
@@ -79,15 +80,18 @@ def find_checkpoint(path: Path, key: str = "resume") -> Path | None:
     else:
         candidates = [path.resolve() / checkpoint.name for checkpoint in reversed(checkpoints(path))]
     problems: list[str] = []
+    is_other = False  # by another version
     for checkpoint in candidates:
         problem = find_corruption(checkpoint)
         if problem is None:
             for line in problems:
                 print(f"{key}: {line}; using {checkpoint}")
             return checkpoint
-        problems.append(f"{checkpoint} is damaged ({problem})")
+        is_other = problem.startswith(OTHER_FORMAT)
+        problems.append(f"{checkpoint} {problem}" if is_other else f"{checkpoint} is damaged ({problem})")
     if problems:
-        raise UserError("CHECKPOINT", f"{key}: {'; '.join(problems)}", "give another one; nothing was deleted")
+        fix = "use the version that wrote it" if is_other else "give another one; nothing was deleted"
+        raise UserError("CHECKPOINT", f"{key}: {'; '.join(problems)}", fix)
     return None
 
 
@@ -99,7 +103,7 @@ def find_corruption(checkpoint: Path) -> str | None:
         text = (checkpoint / MANIFEST_FILE).read_bytes()
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, not {FORMAT}"
+            return f"{OTHER_FORMAT} {clipped(str(manifest['format']))}, and this version reads format {FORMAT}"
         parse_record(Manifest, text)
         if text != manifest_bytes(manifest):  # JSON may repeat a key
             return f"{MANIFEST_FILE} was changed"

@@ -54,7 +54,7 @@ def change_manifest(checkpoint: Path) -> Iterator[str]:
         path.write_text(json.dumps(manifest, indent=1, sort_keys=True))
 
     write(written | {"format": 2})
-    yield "its format is 2, not 1"
+    yield "has the checkpoint format 2, and this version reads format 1"
     write(written | {"checkpoint": "step-4"})
     yield "it was written as step-4"
     write({**written, "files": {name: file for name, file in written["files"].items() if name != STATE_FILE}})
