@@ -12,6 +12,7 @@ head; stochastic, as bf16, but the copies of the weights are rounded at random i
 
 import argparse
 import contextlib
+import gc
 import io
 import sys
 import tempfile
@@ -132,6 +133,7 @@ def train(
 
     from engine.step.metrics import MetricAccumulator
 
+    gc.collect()  # the trainer before is part of cycles
     overrides = [
         *("loss=dpo", f"loss.beta={BETA}", *model, f"lr={lr!r}", "warmup_steps=0", "batch_size=4", "n_examples=4"),
         *("max_length=256", "max_prompt_length=128", "reference=live", "wandb.enabled=false"),
