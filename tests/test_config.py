@@ -166,7 +166,7 @@ def test_accepted(overrides):
     settings = read(composed(*overrides))
     for override in overrides:
         key, _, text = override.partition("=")
-        if key not in ("loss", "model", "model.architecture", "+hydra.anything"):
+        if key not in ("loss", "model", "peft", "model.architecture", "+hydra.anything"):
             value = yaml.safe_load(text)
             assert value_of(settings, key) in (value, [value])  # datasets=hh is a list of one
 
