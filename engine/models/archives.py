@@ -13,7 +13,7 @@ from engine.models.records import AdapterConfig, Manifest, parse_record
 from utils import UserError, clipped
 
 FORMAT = 1
-OTHER_FORMAT = "has the checkpoint format"  # starts the description of a checkpoint by another version
+OTHER_VERSION = "was written by"  # starts the description of a checkpoint by another version
 STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"  # prefixes of file names
 MAX_LINKS = 40  # followed in a row, as by Linux
@@ -73,25 +73,25 @@ def find_checkpoint(path: Path, key: str = "resume") -> Path | None:
         None if there is no checkpoint.
 
     Raises:
-        UserError: CHECKPOINT, if it is damaged; for a run directory, if all are.
+        UserError: CHECKPOINT, if it is damaged or by another version; for a run directory, if all are damaged.
     """
     if path.name == "LATEST" or is_checkpoint(path):
         candidates = [locate(path)]
     else:
         candidates = [path.resolve() / checkpoint.name for checkpoint in reversed(checkpoints(path))]
     problems: list[str] = []
-    is_other = False  # by another version
     for checkpoint in candidates:
         problem = find_corruption(checkpoint)
         if problem is None:
             for line in problems:
                 print(f"{key}: {line}; using {checkpoint}")
             return checkpoint
-        is_other = problem.startswith(OTHER_FORMAT)
-        problems.append(f"{checkpoint} {problem}" if is_other else f"{checkpoint} is damaged ({problem})")
+        if problem.startswith(OTHER_VERSION):  # a run from an older checkpoint would replace this one
+            fix = "use the version that wrote it, or name another checkpoint; nothing was deleted"
+            raise UserError("CHECKPOINT", f"{key}: {checkpoint} {problem}", fix)
+        problems.append(f"{checkpoint} is damaged ({problem})")
     if problems:
-        fix = "use the version that wrote it" if is_other else "give another one; nothing was deleted"
-        raise UserError("CHECKPOINT", f"{key}: {'; '.join(problems)}", fix)
+        raise UserError("CHECKPOINT", f"{key}: {'; '.join(problems)}", "give another one; nothing was deleted")
     return None
 
 
@@ -102,8 +102,9 @@ def find_corruption(checkpoint: Path) -> str | None:
     try:
         text = (checkpoint / MANIFEST_FILE).read_bytes()
         manifest = json.loads(text)
-        if manifest["format"] != FORMAT:
-            return f"{OTHER_FORMAT} {clipped(str(manifest['format']))}, and this version reads format {FORMAT}"
+        if (written := manifest["format"]) != FORMAT:
+            version = "a newer" if isinstance(written, int) and written > FORMAT else "another"
+            return f"{OTHER_VERSION} {version} version (checkpoint format {clipped(str(written))}, not {FORMAT})"
         parse_record(Manifest, text)
         if text != manifest_bytes(manifest):  # JSON may repeat a key
             return f"{MANIFEST_FILE} was changed"

@@ -1,16 +1,17 @@
 """Schemas of the JSON and YAML that a run leaves and reads back."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from annotated_types import Ge, Len
+from annotated_types import Ge, Le, Len
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from utils import UserError, clipped
 
-Natural = Annotated[int, Ge(0)]
+Natural = Annotated[int, Ge(0), Le(sys.maxsize)]
 PlainName = Annotated[str, StringConstraints(pattern=r"^[^/\\]+$")]  # of a file in the same directory
 
 
@@ -56,7 +57,7 @@ class StateSettings(Record):
 class BestRecord(Record):
     metric: str
     value: float
-    checkpoint: PlainName
+    checkpoint: Annotated[str, StringConstraints(pattern=r"^step-\d+$")]
 
 
 class TrainingState(ModelState):
@@ -67,7 +68,7 @@ class TrainingState(ModelState):
     log_sizes: dict[str, Natural]
     settings: StateSettings
     data: str
-    token_budget: Natural
+    token_budget: Annotated[Natural, Ge(1)]
     reference: str | None = None
     base: str | None = None
     best: BestRecord | Annotated[dict[str, Any], Len(0, 0)]
@@ -112,7 +113,7 @@ class LossSection(Record):
 
 
 class RunConfig(Record):
-    datasets: list[str] | None = None
+    datasets: list[str] | str | None = None  # text: an interpolation, of the environment for example
     chat_template: str | None = None
     model: ModelSection | None = None
     loss: LossSection | None = None

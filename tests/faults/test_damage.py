@@ -54,7 +54,7 @@ def change_manifest(checkpoint: Path) -> Iterator[str]:
         path.write_text(json.dumps(manifest, indent=1, sort_keys=True))
 
     write(written | {"format": 2})
-    yield "has the checkpoint format 2, and this version reads format 1"
+    yield "was written by a newer version (checkpoint format 2, not 1)"
     write(written | {"checkpoint": "step-4"})
     yield "it was written as step-4"
     write({**written, "files": {name: file for name, file in written["files"].items() if name != STATE_FILE}})
@@ -77,6 +77,15 @@ def change_manifest(checkpoint: Path) -> Iterator[str]:
 def test_a_wrong_manifest_is_reported(stopped_run: Path) -> None:
     for expected in change_manifest(checkpoints(stopped_run)[-1]):
         assert expected in (find_corruption(checkpoints(stopped_run)[-1]) or ""), expected
+
+
+def test_a_checkpoint_of_a_newer_version_is_kept(stopped_run: Path) -> None:
+    """An older checkpoint in its place would let the run write over it."""
+    newest = checkpoints(stopped_run)[-1]
+    manifest = json.loads((newest / MANIFEST_FILE).read_text())
+    (newest / MANIFEST_FILE).write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(UserError, match=r"step-60 was written by a newer version .*; fix: use the version"):
+        find_checkpoint(stopped_run)
 
 
 def test_a_missing_file_is_named(stopped_run: Path) -> None:
@@ -164,12 +173,15 @@ def test_a_damaged_archive_is_refused(inputs: Path, stopped_run: Path, tmp_path:
     [
         ({"counters": []}, "counters: "),
         ({"counters": {"examples": "8", "updates": 2, "skipped": 0}}, "counters.examples: "),
+        ({"counters": {"examples": 10**30, "updates": 2, "skipped": 0}}, "counters.examples: "),
         ({"log_sizes": {"metrics.jsonl": -1}}, "log_sizes.metrics.jsonl: "),
         ({"settings": 1}, "settings: "),
         ({"settings": {}}, "settings.optimizer: "),
         ({"best": {"metric": "loss/eval", "value": 1.0, "checkpoint": "../step-4"}}, "best."),
+        ({"best": {"metric": "loss/eval", "value": 1.0, "checkpoint": ".."}}, "best."),
         ({"best": {"value": 1.0}}, "best."),
         ({"token_budget": None}, "token_budget: "),
+        ({"token_budget": 0}, "token_budget: "),
         ({"evaluation_due": "no"}, "evaluation_due: "),
     ],
 )
