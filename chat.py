@@ -63,7 +63,7 @@ class ChatModel:
         import torch
 
         from engine.export.run_record import RunRecord, read_run
-        from engine.export.saved_models import find_saved, load_saved
+        from engine.export.saved_models import check_finite, find_saved, load_saved
         from engine.models.archives import ADAPTER_CONFIG
         from preference_datasets import chat_form
 
@@ -73,6 +73,8 @@ class ChatModel:
         dtype = options.dtype and getattr(torch, options.dtype)
         base = options.base if self.is_adapter else None
         saved = load_saved(name, dtype=dtype, base=base, show_progress=sys.stderr.isatty())
+        fix = "dtype=bfloat16 has a wider range" if options.dtype == "float16" else "chat with another checkpoint"
+        check_finite(saved.model, fix, show_progress=sys.stderr.isatty())
         self.name, self.options = name, options
         self.model: Any = saved.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.tokenizer: PreTrainedTokenizerBase = saved.tokenizer

@@ -1,6 +1,5 @@
 """Export a trained model: python export.py from=RUN to=DIR (format=hf, gguf or policy_pt); see README.md."""
 
-import math
 import os
 import shutil
 import sys
@@ -15,7 +14,7 @@ from engine.data.chat_templates import BOS, JINJA, read_template
 from engine.models.hub import settle_network
 from engine.settings.options import Options, run_command
 from engine.settings.value_types import ChatTemplate, Count, PossiblePath, Repository
-from utils import UserError, apply_umask, as_os_errors, progress
+from utils import UserError, apply_umask, as_os_errors
 
 if TYPE_CHECKING:  # it takes seconds to import
     from engine.export.run_record import RunRecord
@@ -56,6 +55,8 @@ class ExportOptions(Options):
 def export(options: ExportOptions) -> None:
     """Check the options, load the model, and write the export atomically."""
     target, kind = Path(options.to).expanduser(), options.format
+    if not target.name:  # "." may be an empty directory
+        raise UserError("CONFIG", f"to: {target} has no name", "give a new directory")
     dtype = FLOATS.get(options.dtype or "", options.dtype)
     if dtype is not None and dtype not in DTYPES[kind]:
         choices = ", ".join(DTYPES[kind])
@@ -79,12 +80,13 @@ def export(options: ExportOptions) -> None:
 
     saved, record = load(options, dtype)
     name = target.name.removesuffix(".gguf").removesuffix(".pt")
+    gguf_dtype = dtype or FLOATS.get(str(saved.model.dtype).removeprefix("torch."), "f32")  # as stored
     template = choose_template(options.chat_template, saved, record)
-    with atomic_target(target, {"gguf": f"{name}-{{}}.gguf", "policy_pt": "policy.pt"}.get(kind)) as path:
+    with atomic_target(target, {"gguf": f"{name}-{gguf_dtype}.gguf", "policy_pt": "policy.pt"}.get(kind)) as path:
         if kind == "hf":
             write_hf(path, saved, record, name, template)
         elif kind == "gguf":
-            write_gguf(path, saved, dtype, name, template)
+            write_gguf(path, saved, gguf_dtype, name, template)
         else:
             write_policy_pt(path, saved, record)
     files = [*target.glob("*.gguf")] if kind == "gguf" and target.is_dir() else [target]
@@ -104,7 +106,7 @@ def load(options: ExportOptions, dtype: str | None) -> "tuple[SavedModel, RunRec
 
     from engine.export.meta_llama import load_meta
     from engine.export.run_record import RunRecord, read_run
-    from engine.export.saved_models import find_saved, load_saved, max_magnitude
+    from engine.export.saved_models import check_finite, find_saved, load_saved
     from preference_datasets import chat_form
 
     transformers.logging.set_verbosity_error()
@@ -119,11 +121,7 @@ def load(options: ExportOptions, dtype: str | None) -> "tuple[SavedModel, RunRec
         saved = load_saved(options.source, base=options.base)
     if options.format != "gguf" and dtype is not None:
         saved.model = saved.model.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype])
-    state = saved.model.state_dict()
-    for key, tensor in progress(state.items(), description="checking weights", unit="tensors"):
-        if tensor.numel() and not math.isfinite(max_magnitude(tensor)):
-            fix = "dtype=bfloat16 has a wider range" if dtype == "f16" else "export another checkpoint"
-            raise UserError("NONFINITE", f"{key} contains NaN or Inf", fix)
+    check_finite(saved.model, "dtype=bfloat16 has a wider range" if dtype == "f16" else "export another checkpoint")
     return saved, record
 
 
@@ -181,16 +179,14 @@ def write_hf(path: Path, saved: "SavedModel", record: "RunRecord", name: str, te
     (path / "README.md").write_text(model_card(name, saved, record), encoding="utf-8")
 
 
-def write_gguf(path: Path, saved: "SavedModel", dtype: str | None, name: str, template: Any) -> None:
-    """Write a file for llama.cpp; dtype None keeps the stored dtype."""
+def write_gguf(path: Path, saved: "SavedModel", dtype: str, name: str, template: Any) -> None:
+    """Write a file for llama.cpp."""
     from engine.export.gguf import plan_gguf
 
-    stored = FLOATS.get(str(saved.model.dtype).removeprefix("torch."), "f32")
-    dtype = dtype or stored
     plan = plan_gguf(saved.model, saved.tokenizer, dtype, name=name, chat_template=template)
     for note in plan.notes:
         print(f"note: {note}")
-    plan.write(path.with_name(path.name.format(dtype)))
+    plan.write(path)
 
 
 def write_policy_pt(path: Path, saved: "SavedModel", record: "RunRecord") -> None:

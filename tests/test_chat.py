@@ -332,6 +332,17 @@ def test_ctrl_c_stops_the_response_and_not_the_dialogue(directory, command, echo
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_model_with_infinite_weights_is_refused(tmp_path, command):
+    model = tiny_model("llama", vocab_size=400)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.inf
+    model.save_pretrained(tmp_path)
+    byte_level().save_pretrained(tmp_path)
+    status, out, err = command(f"model={tmp_path}", "prompt=hi")
+    problem = "model.norm.weight contains NaN or Inf; fix: chat with another checkpoint"
+    assert (status, out, err) == (5, "", f"error[NONFINITE] {problem}\n")
+
+
 def test_an_error_about_a_question_does_not_end_the_dialogue(directory, command):
     status, _, err = command(f"model={directory}", "max_new_tokens=1", typed=["x " * 200, "hi"])
     assert status == 0

@@ -206,6 +206,20 @@ def test_gguf(run_dir, tmp_path, command, to):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("to", ["x{}.gguf", "a{b}"])
+def test_gguf_takes_any_name(run_dir, tmp_path, command, to):
+    status, out, err = command(f"from={run_dir}", f"to={tmp_path}/{to}", "format=gguf")
+    assert (status, err) == (0, "")
+    written = tmp_path / (to if to.endswith(".gguf") else f"{to}/{to}-f32.gguf")
+    assert out == f"exported: {written}\n" and gguf.GGUFReader(written).tensors
+
+
+def test_a_target_without_a_name_is_refused(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command("from=x", "to=.")
+    assert (status, err) == (2, "error[CONFIG] to: . has no name; fix: give a new directory\n")
+
+
 def test_the_tokenizers_template_stays_unless_another_is_given(run_dir, tmp_path, command):
     plain = tmp_path / "plain"
     shutil.copytree(run_dir / "LATEST", plain)  # without a run directory

@@ -61,7 +61,7 @@ DAMAGED = [
     ("config.yaml", "a: [", "config.yaml cannot be read"),
     ("config.yaml", "\x00", "config.yaml cannot be read"),
     ("config.yaml", "[a]", "valid dictionary"),
-    ("config.yaml", "datasets: 3", "(datasets: "),
+    ("config.yaml", "datasets: 3", "(datasets.list[str]: "),
     ("config.yaml", "model: x", "(model: "),
     ("config.yaml", "model: {archive: [1]}", "(model.archive: "),
     ("config.yaml", "loss: {name: {}}", "(loss.name: "),
@@ -116,6 +116,33 @@ def test_a_run_records_the_text_of_its_chat_template(tmp_path, command, program)
     assert AutoTokenizer.from_pretrained(tmp_path / "to").chat_template == text
 
 
+def test_data_sets_of_the_environment_stay_unread(run_dir, tmp_path, command):
+    run = copy_run(run_dir, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"datasets": "${oc.decode:${oc.env:DATA}}"}))
+    assert command(f"from={run}", f"to={tmp_path}/x")[0] == 0
+    assert "- Data: \n" in (tmp_path / "x" / "README.md").read_text()
+
+
+class Harmful:
+    """Unpickling it would call a function."""
+
+    def __reduce__(self):
+        return os.getcwd, ()
+
+
+def test_malicious_weights_are_refused_without_the_advice_to_load_them(run_dir, tmp_path, command, program):
+    model = Path(shutil.copytree((run_dir / "LATEST").resolve(), tmp_path / "model"))
+    for name in ("manifest.json", "training_state.json", "model.safetensors"):
+        (model / name).unlink()
+    torch.save({"weight": Harmful()}, model / "pytorch_model.bin")
+    trained = program("loss=sft", "model=blank_model", f"model.name_or_path={model}", defaults=QUICK)
+    status, _, err = command(f"from={model}", f"to={tmp_path}/x")
+    assert (trained.status, status) == (2, 4)
+    for line in (trained.err, err):
+        assert "holds more than plain tensors; loading it could run code" in line and "weights_only" not in line
+
+
 @pytest.mark.parametrize(("to", "kind"), [("x.gguf", "hf"), ("x.GGUF", "policy_pt"), ("x.pt", "gguf")])
 def test_a_file_of_another_format_is_refused(run_dir, tmp_path, command, to, kind):
     status, _, err = command(f"from={run_dir}", f"to={tmp_path}/{to}", f"format={kind}")
@@ -145,6 +172,8 @@ def test_infinite_weights_in_an_archive_are_named(run_dir, tmp_path, program):
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][0] = torch.inf
     save_file(weights, model / "model.safetensors", {"format": "pt"})
+    padded = program("loss=sft", f"model.archive={model}", "batching=padded")
+    assert padded.status == 5 and "; fix: give weights without NaN and Inf" in padded.err, padded.err
     run = program("loss=sft", f"model.archive={model}")
     assert run.status == 5 and run.err.count("\n") == 1, run.err
     assert run.err.startswith(

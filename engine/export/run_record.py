@@ -64,8 +64,10 @@ def read_run(directory: Path, chat_form: Callable[[Sequence[str]], str | None]) 
     record.num_examples, record.jinja = state["counters"]["examples"], state.get("chat_template")
     if (run_dir / "config.yaml").is_file():
         record.config = read_record(RunConfig, run_dir / "config.yaml", subject, "restore it, or remove it")
+        if not isinstance(record.config.get("datasets"), list):
+            record.config.pop("datasets", None)
         template = record.config.get("chat_template")
-        record.chat_template = chat_form(record.config.get("datasets") or []) if template is None else template
+        record.chat_template = chat_form(record.config.get("datasets", [])) if template is None else template
     if (run_dir / "metrics.jsonl").is_file():
         record.metrics = _last_evaluation(run_dir / "metrics.jsonl", state["counters"]["examples"])
     return record

@@ -1,5 +1,6 @@
 """Find a saved model, load it, and merge its adapters."""
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from engine.models.archives import (
     is_local,
     locate,
 )
-from engine.models.loading import BUFFERS
+from engine.models.loading import BUFFERS, reason_of
 from engine.models.records import AdapterConfig, check_shard_index, read_record
 from engine.models.tokenizers import END_OF_TEXT
 from utils import UserError, is_out_of_memory, progress, quiet_bitsandbytes
@@ -42,6 +43,21 @@ def max_magnitude(tensor: torch.Tensor) -> float:
     """The largest magnitude in a tensor, in one pass; NaN or Inf if the tensor contains any."""
     low, high = tensor.aminmax()
     return max(-low.item(), high.item())
+
+
+def check_finite(model: PreTrainedModel, fix: str, *, show_progress: bool = True) -> None:
+    """Refuse a model with NaN or Inf in its weights.
+
+    Args:
+        fix: the remedy in the error.
+
+    Raises:
+        UserError: NONFINITE, naming the tensor.
+    """
+    state = model.state_dict()
+    for key, tensor in progress(state.items(), description="checking weights", unit="tensors", is_shown=show_progress):
+        if tensor.numel() and not math.isfinite(max_magnitude(tensor)):
+            raise UserError("NONFINITE", f"{key} contains NaN or Inf", fix)
 
 
 # ---- Finding ----
@@ -148,10 +164,9 @@ def loading_error(kind: str, source: str, error: Exception) -> UserError:
     if "trust_remote_code" in str(error):
         problem = f"{source} brings Python code of its own, never run here"
         return UserError("CHECKPOINT", problem, "give a model supported by transformers itself")
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
         "CHECKPOINT",
-        f"no {kind} can be loaded from {source} ({reason})",
+        f"no {kind} can be loaded from {source} ({reason_of(error)})",
         f"give a directory with a {kind}, or a name on the hub; without network only cached names work",
     )
 

@@ -25,16 +25,22 @@ HARMLESS = re.compile(
 )
 
 
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be loaded, on one line."""
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to load it all the same
+        return "it is damaged, or holds more than plain tensors; loading it could run code"
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def loading_error(kind: str, key: str, name: str, error: Exception) -> UserError:
     if is_out_of_memory(error):
         return UserError("MEMORY", f"out of memory while loading the {kind} {name}", "a smaller model, or more memory")
     if "trust_remote_code" in str(error):
         problem = f"{key}: {name} brings Python code of its own, and trust_remote_code is false"
         return UserError("CONFIG", problem, "read that code, then set model.trust_remote_code=true")
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
         "CONFIG",
-        f"{key}: no {kind} can be loaded from '{name}' ({reason})",
+        f"{key}: no {kind} can be loaded from '{name}' ({reason_of(error)})",
         "give a local directory, or a name on the hub (reachable, or in the local cache)",
     )
 
@@ -188,11 +194,8 @@ def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     except Exception as error:  # a damaged file raises nearly anything
         if is_out_of_memory(error):
             raise
-        if isinstance(error, pickle.UnpicklingError):  # torch advises to load it all the same
-            reason = "it is damaged, or holds more than plain tensors; loading it could run code"
-        else:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError("CHECKPOINT", f"model.archive: cannot load {archive}: {reason}", fix) from error
+        problem = f"model.archive: cannot load {archive}: {reason_of(error)}"
+        raise UserError("CHECKPOINT", problem, fix) from error
     info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.endswith(BUFFERS)}
     problems = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in info if info[kind] and kind != "error_msgs"]
     if problems:

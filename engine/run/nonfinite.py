@@ -86,11 +86,11 @@ class NonFinitePolicy:
 
     def fail(self, what: str) -> NoReturn:
         """Abort the run."""
-        raise UserError(
-            "NONFINITE",
-            f"{what} (counters/updates is {self._counters['updates']})",
-            "lower lr or raise warmup_steps, and check the data; the last checkpoint is untouched",
-        )
+        updates = self._counters["updates"]
+        fix = "lower lr or raise warmup_steps, and check the data; the last checkpoint is untouched"
+        if updates == 0:
+            fix = "give weights without NaN and Inf, or a wider dtype"
+        raise UserError("NONFINITE", f"{what} (counters/updates is {updates})", fix)
 
 
 def _as_json(example: Example) -> dict[str, object]:
