@@ -87,7 +87,7 @@ def find_checkpoint(path: Path, key: str = "resume") -> Path | None:
                 print(f"{key}: {line}; using {checkpoint}")
             return checkpoint
         if problem.startswith(OTHER_VERSION):  # a run from an older checkpoint would replace this one
-            fix = "use the version that wrote it, or name another checkpoint; nothing was deleted"
+            fix = "use the version that wrote it; nothing was deleted"
             raise UserError("CHECKPOINT", f"{key}: {checkpoint} {problem}", fix)
         problems.append(f"{checkpoint} is damaged ({problem})")
     if problems:
