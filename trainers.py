@@ -106,8 +106,8 @@ class BasicTrainer:
             evaluates_first = self.resume(checkpoint)
         else:
             self.round_policy()
-        is_complete = self.counters["examples"] >= self.source.num_examples and not evaluates_first
-        if checkpoint is not None and is_complete:
+        is_last = self.counters["examples"] >= self.source.num_examples
+        if checkpoint is not None and is_last and not evaluates_first:
             print(
                 f"the run is complete, after {self.counters['examples']:,} examples: nothing is left to train; "
                 "n_examples or n_epochs extends it, with resume_allow=[n_examples,n_epochs]"
@@ -117,7 +117,6 @@ class BasicTrainer:
         is_done = False
         try:
             with self.stop:
-                is_last = self.counters["examples"] >= self.source.num_examples
                 if evaluates_first and not self.evaluate():
                     self.save(is_last, evaluation_due=True)
                 else:

@@ -1,6 +1,7 @@
 """Settings of all tests: no network, no accounts, one thread (fastest for tiny models)."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,3 +27,31 @@ def program(tmp_path, cache, capsys, monkeypatch):
     from tests.runs import Program  # libraries read the environment on import
 
     return Program(tmp_path, cache, capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def sft_run(tmp_path_factory):
+    """Directory of an SFT run on the films, one per test file."""
+    import train
+    from tests.runs import QUICK, SMALL
+
+    directory = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = [*SMALL, *QUICK, f"local_dirs=[{directory}]", f"local_run_dir={directory}/films", "loss=sft"]
+        patch.setattr(sys, "argv", ["train.py", *arguments, f"cache_dir={directory}/cache"])
+        assert train.main() == 0
+    return directory / "films"
+
+
+@pytest.fixture
+def run_export(monkeypatch, capsys):
+    """Run export.py; returns (exit status, stdout, stderr)."""
+    import export
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
+        capsys.readouterr()
+        status = export.main()
+        return status, *capsys.readouterr()
+
+    return run

@@ -1,4 +1,4 @@
-"""keep_best: which checkpoint is kept as the best, and what it is compared with."""
+"""keep_best: the best checkpoint is kept, and compared over the same examples."""
 
 import json
 from pathlib import Path

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import stat
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import export
-import train
 from engine.data.chat_templates import JINJA
 from engine.data.films import film_tokenizer
 from engine.export.gguf import plan_gguf
@@ -31,59 +29,34 @@ from engine.models import hub
 from engine.settings.options import keys_of
 from tests.faults.processes import small_disk
 from tests.models import tiny_model
-from tests.runs import QUICK, SMALL
 from tests.tokenizer_files import TEXTS, byte_level, sentencepiece, sentencepiece_pieces
 from utils import UserError
 
 FORMATS = ("hf", "gguf", "policy_pt")
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """An SFT run on the films."""
-    directory = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        arguments = [*SMALL, *QUICK, f"local_dirs=[{directory}]", f"local_run_dir={directory}/films", "loss=sft"]
-        patch.setattr(sys, "argv", ["train.py", *arguments, f"cache_dir={directory}/cache"])
-        assert train.main() == 0
-    return directory / "films"
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run export.py; returns (exit status, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
-        capsys.readouterr()
-        status = export.main()
-        return status, *capsys.readouterr()
-
-    return run
-
-
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_full_disk_gives_one_line_and_leaves_no_files(command, run_dir, tmp_path, form):
-    status, _, err = command(f"from={run_dir}", f"to={tmp_path / 'complete'}", f"format={form}")
+def test_a_full_disk_gives_one_line_and_leaves_no_files(run_export, sft_run, tmp_path, form):
+    status, _, err = run_export(f"from={sft_run}", f"to={tmp_path / 'complete'}", f"format={form}")
     assert status == 0, err
     size = sum(path.stat().st_size for path in (tmp_path / "complete").iterdir())
     with small_disk(tmp_path / "disk", 2 * size) as disk:
         for room in (0.02, 0.3, 0.6, 0.9, 0.95):
             (disk / "ballast").write_bytes(bytes(int((2 - room) * size)))
-            status, _, err = command(f"from={run_dir}", f"to={disk / 'model'}", f"format={form}")
+            status, _, err = run_export(f"from={sft_run}", f"to={disk / 'model'}", f"format={form}")
             assert (status, err.count("\n")) == (6, 1) and "cannot write" in err, (room, status, err)
             assert [path.name for path in disk.iterdir()] == ["ballast"], room
             (disk / "ballast").unlink()
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_files_have_the_mode_of_the_umask(command, run_dir, tmp_path, umask):
+def test_files_have_the_mode_of_the_umask(run_export, sft_run, tmp_path, umask):
     before = os.umask(umask)
     try:
         for form in FORMATS:
-            assert command(f"from={run_dir}", f"to={tmp_path / form}", f"format={form}")[0] == 0
+            assert run_export(f"from={sft_run}", f"to={tmp_path / form}", f"format={form}")[0] == 0
             assert modes(tmp_path / form) == {0o666 & ~umask}
-        assert command(f"from={run_dir}", f"to={tmp_path / 'x.gguf'}", "format=gguf")[0] == 0
+        assert run_export(f"from={sft_run}", f"to={tmp_path / 'x.gguf'}", "format=gguf")[0] == 0
         assert modes(tmp_path) == {0o666 & ~umask}
     finally:
         os.umask(before)
@@ -120,11 +93,11 @@ def loaded(path: Path, **options: Any):
 # ---- Formats ----
 
 
-def test_hf(run_dir, tmp_path, command):
+def test_hf(sft_run, tmp_path, run_export):
     target = tmp_path / "mine"
-    status, out, err = command(f"from={run_dir}", f"to={target}")
+    status, out, err = run_export(f"from={sft_run}", f"to={target}")
     assert (status, out, err) == (0, f"exported: {target}\n", "")
-    trained = loaded(run_dir / "LATEST")
+    trained = loaded(sft_run / "LATEST")
     model = loaded(target)
     assert torch.equal(logits(model), logits(trained))
     assert model.generation_config.eos_token_id == 0
@@ -136,7 +109,7 @@ def test_hf(run_dir, tmp_path, command):
     assert not {"optimizer.safetensors", "training_state.json"} & {path.name for path in target.iterdir()}
 
     card = (target / "README.md").read_text()
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((sft_run / "metrics.jsonl").read_text().splitlines()[-1])
     for part in (
         "# mine",
         "- Loss: sft",
@@ -145,7 +118,7 @@ def test_hf(run_dir, tmp_path, command):
         f"| loss/eval | {last['loss/eval']:.6g} |",
     ):
         assert part in card
-    assert str(run_dir.parent) not in card  # no local path
+    assert str(sft_run.parent) not in card  # no local path
 
 
 def test_a_card_has_no_local_paths():
@@ -173,64 +146,64 @@ def test_a_record_takes_the_template_of_the_config_or_of_the_data_sets(tmp_path)
     assert error.value.code == "CHECKPOINT"
 
 
-def test_dtypes(run_dir, tmp_path, command):
-    assert command(f"from={run_dir}/LATEST", f"to={tmp_path}/x", "dtype=bfloat16")[0] == 0
+def test_dtypes(sft_run, tmp_path, run_export):
+    assert run_export(f"from={sft_run}/LATEST", f"to={tmp_path}/x", "dtype=bfloat16")[0] == 0
     model = loaded(tmp_path / "x")
     assert model.dtype == torch.bfloat16
-    trained = loaded(run_dir / "LATEST")
+    trained = loaded(sft_run / "LATEST")
     torch.testing.assert_close(logits(model.float()), logits(trained), atol=0.02, rtol=0.02)
 
 
-def test_policy_pt_is_an_archive_for_later_runs(run_dir, tmp_path, command, program):
-    assert command(f"from={run_dir}", f"to={tmp_path}/x.pt", "format=policy_pt")[0] == 0
+def test_policy_pt_is_an_archive_for_later_runs(sft_run, tmp_path, run_export, program):
+    assert run_export(f"from={sft_run}", f"to={tmp_path}/x.pt", "format=policy_pt")[0] == 0
     policy = torch.load(tmp_path / "x.pt", weights_only=True)
     assert policy["step_idx"] == 16 and policy["metrics"]["loss/eval"] > 0
-    expected = torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)
+    expected = torch.load(sft_run / "LATEST" / "policy.pt", weights_only=True)
     assert policy["state"].keys() == expected["state"].keys()
     assert all(torch.equal(policy["state"][name], tensor) for name, tensor in expected["state"].items())
     program.ok("loss=dpo", "loss.beta=0.1", f"model.archive={tmp_path}/x.pt", "debug=true", "n_examples=4")
 
 
 @pytest.mark.parametrize("to", ["folder", "x.gguf"])
-def test_gguf(run_dir, tmp_path, command, to):
-    status, out, err = command(f"from={run_dir}", f"to={tmp_path}/{to}", "format=gguf", "dtype=q8_0")
+def test_gguf(sft_run, tmp_path, run_export, to):
+    status, out, err = run_export(f"from={sft_run}", f"to={tmp_path}/{to}", "format=gguf", "dtype=q8_0")
     assert (status, err) == (0, "")
     assert out.startswith("note: 2 tensors stay in f16")  # intermediate_size is 48
     reader = gguf.GGUFReader(tmp_path / (to if "." in to else "folder/folder-q8_0.gguf"))
     field = reader.get_field("tokenizer.chat_template")
     assert field is not None and field.contents() == JINJA["hh"]
     weights = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
-    trained = loaded(run_dir / "LATEST")
+    trained = loaded(sft_run / "LATEST")
     expected = trained.model.embed_tokens.weight.detach().numpy()
     assert np.abs(weights["token_embd.weight"] - expected).max() <= np.abs(expected).max() / 127
     assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("to", ["x{}.gguf", "a{b}"])
-def test_gguf_takes_any_name(run_dir, tmp_path, command, to):
-    status, out, err = command(f"from={run_dir}", f"to={tmp_path}/{to}", "format=gguf")
+def test_gguf_takes_any_name(sft_run, tmp_path, run_export, to):
+    status, out, err = run_export(f"from={sft_run}", f"to={tmp_path}/{to}", "format=gguf")
     assert (status, err) == (0, "")
     written = tmp_path / (to if to.endswith(".gguf") else f"{to}/{to}-f32.gguf")
     assert out == f"exported: {written}\n" and gguf.GGUFReader(written).tensors
 
 
-def test_a_target_without_a_name_is_refused(tmp_path, command, monkeypatch):
+def test_a_target_without_a_name_is_refused(tmp_path, run_export, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, _, err = command("from=x", "to=.")
+    status, _, err = run_export("from=x", "to=.")
     assert (status, err) == (2, "error[CONFIG] to: . has no name; fix: give a new directory\n")
 
 
-def test_the_tokenizers_template_stays_unless_another_is_given(run_dir, tmp_path, command):
+def test_the_tokenizers_template_stays_unless_another_is_given(sft_run, tmp_path, run_export):
     plain = tmp_path / "plain"
-    shutil.copytree(run_dir / "LATEST", plain)  # without a run directory
+    shutil.copytree(sft_run / "LATEST", plain)  # without a run directory
     (plain / "chat_template.jinja").write_text("{{ messages }}")
     for arguments, expected in (((), "{{ messages }}"), (("chat_template=llama2",), JINJA["llama2"])):
         target = tmp_path / f"to{len(arguments)}"
-        assert command(f"from={plain}", f"to={target}", *arguments)[0] == 0
+        assert run_export(f"from={plain}", f"to={target}", *arguments)[0] == 0
         assert AutoTokenizer.from_pretrained(target).chat_template == expected
 
 
-def test_push_to_hub(run_dir, tmp_path, command, monkeypatch):
+def test_push_to_hub(sft_run, tmp_path, run_export, monkeypatch):
     calls: list[Any] = []
 
     class FakeApi:
@@ -245,11 +218,11 @@ def test_push_to_hub(run_dir, tmp_path, command, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
     monkeypatch.setattr(export, "settle_network", lambda names: None)
-    status, out, _ = command(f"from={run_dir}", f"to={tmp_path}/x", "format=policy_pt", "push_to_hub=me/tiny")
+    status, out, _ = run_export(f"from={sft_run}", f"to={tmp_path}/x", "format=policy_pt", "push_to_hub=me/tiny")
     assert (status, out.splitlines()[-1]) == (0, "uploaded: https://huggingface.co/me/tiny")
     assert calls == ["whoami", ("me/tiny", {"private": True, "exist_ok": True}), ["policy.pt"]]
     monkeypatch.setattr(FakeApi, "whoami", lambda self: 1 / 0)
-    status, _, err = command(f"from={run_dir}", f"to={tmp_path}/y", "push_to_hub=me/tiny")
+    status, _, err = run_export(f"from={sft_run}", f"to={tmp_path}/y", "push_to_hub=me/tiny")
     assert status == 2 and "push_to_hub: you are not logged in to the hub" in err
     assert not (tmp_path / "y").exists()
 
@@ -286,35 +259,35 @@ def save_adapter(path: Path, model, base: str, **options: Any):
         ("gpt_neox", {"target_modules": ["query_key_value"], "bias": "lora_only"}),
     ],
 )
-def test_adapters_are_merged_into_their_base(tmp_path, command, architecture, options):
+def test_adapters_are_merged_into_their_base(tmp_path, run_export, architecture, options):
     base = save_base(tmp_path / "base", architecture)
     before = logits(base)
     adapted = save_adapter(tmp_path / "adapter", base, str(tmp_path / "base"), **options)
     expected = logits(adapted)
     assert (expected - before).abs().max() > 0.1
-    assert command(f"from={tmp_path}/adapter", f"to={tmp_path}/merged") == (0, f"exported: {tmp_path}/merged\n", "")
+    assert run_export(f"from={tmp_path}/adapter", f"to={tmp_path}/merged") == (0, f"exported: {tmp_path}/merged\n", "")
     merged = loaded(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("the cat")["input_ids"]
     assert "Adapters were merged into base." in (tmp_path / "merged" / "README.md").read_text()
 
 
-def test_an_adapter_on_an_adapter_and_a_moved_base(tmp_path, command):
+def test_an_adapter_on_an_adapter_and_a_moved_base(tmp_path, run_export):
     base = save_base(tmp_path / "base", "llama")
     first = save_adapter(tmp_path / "first", base, "../base", target_modules=["q_proj"])  # relative to the adapter
     second = save_adapter(tmp_path / "second", first.merge_and_unload(), "/gone", target_modules=["v_proj"])
-    status, _, err = command(f"from={tmp_path}/second", f"to={tmp_path}/merged")
+    status, _, err = run_export(f"from={tmp_path}/second", f"to={tmp_path}/merged")
     assert status == 4
     assert "the base model of" in err and "fix: give it as base=PATH" in err
-    assert command(f"from={tmp_path}/second", f"to={tmp_path}/merged", f"base={tmp_path}/first")[0] == 0
+    assert run_export(f"from={tmp_path}/second", f"to={tmp_path}/merged", f"base={tmp_path}/first")[0] == 0
     torch.testing.assert_close(logits(loaded(tmp_path / "merged")), logits(second), atol=1e-4, rtol=1e-5)
 
 
-def test_long_phases_show_progress_without_a_terminal(tmp_path, command, monkeypatch):
+def test_long_phases_show_progress_without_a_terminal(tmp_path, run_export, monkeypatch):
     monkeypatch.setattr("utils.Progress.INTERVAL", 0.0)
     base = save_base(tmp_path / "base", "llama")
     save_adapter(tmp_path / "adapter", base, str(tmp_path / "base"), target_modules=["q_proj"])
-    _, out, err = command(f"from={tmp_path}/adapter", f"to={tmp_path}/x.gguf", "format=gguf")
+    _, out, err = run_export(f"from={tmp_path}/adapter", f"to={tmp_path}/x.gguf", "format=gguf")
     assert err == ""
     for line in (
         "merging adapters: 2 of 2 layers",
@@ -324,34 +297,34 @@ def test_long_phases_show_progress_without_a_terminal(tmp_path, command, monkeyp
         assert line in out
 
 
-def test_merged_weights_are_rounded_once(tmp_path, command):
+def test_merged_weights_are_rounded_once(tmp_path, run_export):
     base = save_base(tmp_path / "base", "llama", torch.bfloat16)
     adapted = save_adapter(tmp_path / "adapter", base, str(tmp_path / "base"), target_modules=["q_proj"])
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
     exact = (
         layer.base_layer.weight.float() + 2 * layer.lora_B.default.weight.float() @ layer.lora_A.default.weight.float()
     )
-    assert command(f"from={tmp_path}/adapter", f"to={tmp_path}/merged")[0] == 0
+    assert run_export(f"from={tmp_path}/adapter", f"to={tmp_path}/merged")[0] == 0
     merged = loaded(tmp_path / "merged")
     assert merged.dtype == torch.bfloat16
     assert torch.equal(merged.model.layers[0].self_attn.q_proj.weight, exact.bfloat16())
 
 
-def test_mismatching_adapters_are_refused(tmp_path, command):
+def test_mismatching_adapters_are_refused(tmp_path, run_export):
     base = save_base(tmp_path / "base", "llama")
     save_adapter(tmp_path / "adapter", base, str(tmp_path / "base"), target_modules=["q_proj"])
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     weights.pop(min(weights))
     save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
-    status, _, err = command(f"from={tmp_path}/adapter", f"to={tmp_path}/merged")
+    status, _, err = run_export(f"from={tmp_path}/adapter", f"to={tmp_path}/merged")
     assert status == 4 and "1 of its 4 tensors are not in adapter_model.safetensors" in err
     save_base(tmp_path / "other", "gpt2")
-    status, _, err = command(f"from={tmp_path}/adapter", f"to={tmp_path}/merged", f"base={tmp_path}/other")
+    status, _, err = run_export(f"from={tmp_path}/adapter", f"to={tmp_path}/merged", f"base={tmp_path}/other")
     assert status == 4 and "no adapter can be loaded" in err
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
-    status, _, err = command(f"from={tmp_path}/adapter", f"to={tmp_path}/merged")
+    status, _, err = run_export(f"from={tmp_path}/adapter", f"to={tmp_path}/merged")
     assert status == 4 and "base is stored quantised; fix: give it as base=PATH" in err
     assert not (tmp_path / "merged").exists()
 
@@ -375,21 +348,21 @@ def test_mismatching_adapters_are_refused(tmp_path, command):
         (["from={0}", "to={0}/x", "tokenizer=a"], 2, "tokenizer and context are for from=meta"),
     ],
 )
-def test_errors_are_one_line(tmp_path, command, arguments, status, problem):
+def test_errors_are_one_line(tmp_path, run_export, arguments, status, problem):
     (tmp_path / "file").touch()
-    found, out, err = command(*(argument.format(tmp_path) for argument in arguments))
+    found, out, err = run_export(*(argument.format(tmp_path) for argument in arguments))
     assert (found, out, err.count("\n")) == (status, "", 1)
     assert problem.format(tmp_path) in err and err.startswith("error[")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_failed_write_leaves_no_files(run_dir, tmp_path, command, monkeypatch):
+def test_a_failed_write_leaves_no_files(sft_run, tmp_path, run_export, monkeypatch):
     def fail(self, path, **options):
         (Path(path) / "half").touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
-    status, _, err = command(f"from={run_dir}", f"to={tmp_path}/x")
+    status, _, err = run_export(f"from={sft_run}", f"to={tmp_path}/x")
     assert status == 6 and err.startswith("error[STORAGE] to: cannot write")
     assert list(tmp_path.iterdir()) == []
 
@@ -406,22 +379,22 @@ def test_an_unreachable_hub_for_a_base_model_is_found_before_loading(tmp_path, m
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-def test_nan_and_inf_are_refused(tmp_path, command):
+def test_nan_and_inf_are_refused(tmp_path, run_export):
     model = save_base(tmp_path / "base", "llama")
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 1e5
     model.save_pretrained(tmp_path / "base")
-    status, _, err = command(f"from={tmp_path}/base", f"to={tmp_path}/x", "dtype=float16")
+    status, _, err = run_export(f"from={tmp_path}/base", f"to={tmp_path}/x", "dtype=float16")
     assert status == 5 and "lm_head.weight contains NaN or Inf; fix: dtype=bfloat16" in err
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "base")
-    assert command(f"from={tmp_path}/base", f"to={tmp_path}/x", "format=gguf")[0] == 5
+    assert run_export(f"from={tmp_path}/base", f"to={tmp_path}/x", "format=gguf")[0] == 5
     assert not (tmp_path / "x").exists()
 
 
-def test_help_lists_every_option(command):
-    status, out, _ = command("--help")
+def test_help_lists_every_option(run_export):
+    status, out, _ = run_export("--help")
     assert status == 0 and all(f"  {key}=" in out for key in keys_of(export.ExportOptions))
 
 
@@ -477,11 +450,11 @@ def write_sentencepiece(path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])
-def test_meta(tmp_path, command, num_shards):
+def test_meta(tmp_path, run_export, num_shards):
     model = tiny_model("llama", vocab_size=400, rope_parameters={"rope_theta": 10000.0})
     save_meta(tmp_path / "meta", model, num_shards)
     write_sentencepiece(tmp_path / "tokenizer.model")  # in the parent, as in Meta's downloads of LLaMA 1
-    status, out, err = command("from=meta", f"path={tmp_path}/meta", f"to={tmp_path}/hf")
+    status, out, err = run_export("from=meta", f"path={tmp_path}/meta", f"to={tmp_path}/hf")
     assert (status, err) == (0, "")
     assert out.splitlines()[0] == "context: 2048 positions, inferred from params.json; context=N overrides"
     converted = loaded(tmp_path / "hf")
@@ -493,7 +466,7 @@ def test_meta(tmp_path, command, num_shards):
     plan_gguf(converted, tokenizer, "f32", name="tiny")
 
 
-def test_meta_llama3(tmp_path, command):
+def test_meta_llama3(tmp_path, run_export):
     """Scaled rotary embedding, a vocabulary split among shards, key heads in several shards, a tiktoken file."""
     rope = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
@@ -504,7 +477,7 @@ def test_meta_llama3(tmp_path, command):
     byte = {character: i for i, character in enumerate(byte_characters())}
     lines = [base64.b64encode(bytes(byte[c] for c in token)) + b" %d\n" % i for token, i in vocabulary.items()]
     (tmp_path / "meta" / "tokenizer.model").write_bytes(b"".join(lines))
-    assert command("from=meta", f"path={tmp_path}/meta", f"to={tmp_path}/hf")[0] == 0
+    assert run_export("from=meta", f"path={tmp_path}/meta", f"to={tmp_path}/hf")[0] == 0
     converted = loaded(tmp_path / "hf")
     assert torch.equal(logits(converted), logits(model))
     assert converted.config.max_position_embeddings == 131072
@@ -536,28 +509,28 @@ class Malicious:
         return os.system, ("touch touched",)
 
 
-def test_incomplete_and_unsafe_meta_files_are_refused(tmp_path, command, monkeypatch):
+def test_incomplete_and_unsafe_meta_files_are_refused(tmp_path, run_export, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_model("llama", vocab_size=400)
     save_meta(tmp_path / "meta", model, 2)
     arguments = ("from=meta", f"path={tmp_path}/meta", f"to={tmp_path}/hf")
-    assert "tokenizer.model is missing" in command(*arguments)[2]
+    assert "tokenizer.model is missing" in run_export(*arguments)[2]
     write_sentencepiece(tmp_path / "meta" / "tokenizer.model")
     first = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
     torch.save({"x": Malicious()}, tmp_path / "meta" / "consolidated.00.pth")
-    status, _, err = command(*arguments)
+    status, _, err = run_export(*arguments)
     assert status == 4 and "is not a complete LLaMA checkpoint of Meta's" in err
     assert not (tmp_path / "touched").exists()
     torch.save(
         {name: tensor for name, tensor in first.items() if "ffn_norm" not in name},
         tmp_path / "meta" / "consolidated.00.pth",
     )
-    assert "consolidated.01.pth has other weights than consolidated.00.pth" in command(*arguments)[2]
+    assert "consolidated.01.pth has other weights than consolidated.00.pth" in run_export(*arguments)[2]
     torch.save(first, tmp_path / "meta" / "consolidated.00.pth")
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
     for wrong in ({"n_heads": None}, {"n_layers": 9}, {"dim": 48}):
         (tmp_path / "meta" / "params.json").write_text(json.dumps(params | wrong))
-        assert command(*arguments)[0] == 4
+        assert run_export(*arguments)[0] == 4
     (tmp_path / "meta" / "consolidated.00.pth").unlink()
-    assert "are missing" in command(*arguments)[2]
+    assert "are missing" in run_export(*arguments)[2]
     assert not (tmp_path / "hf").exists()

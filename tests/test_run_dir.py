@@ -1,4 +1,4 @@
-"""The run directory and the cache: where they are, what is left there, and who else uses them."""
+"""Run directories: their places, their leftovers, and runs that race for one."""
 
 import os
 import shutil

@@ -1,6 +1,6 @@
 """Examples: preferences as truncated token ids."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -12,6 +12,7 @@ from engine.data.preferences import Preference, Preferences
 from engine.data.rows import RowCounts
 from engine.data.special_tokens import without_eos
 from engine.data.token_cache import encode_cached
+from utils import content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,11 @@ class Example:
     responses: tuple[np.ndarray, ...]  # int32 [response tokens] each, with EOS unless truncated: (target,) for SFT,
     # (chosen, rejected) for pairs
     prompt_index: int  # shared by all examples of a prompt: 0, 1, ... in the order of the data
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """A hash of the tokens of examples, in their order."""
+    return content_hash(array.tobytes() for example in examples for array in (example.prompt, *example.responses))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import yaml
 from annotated_types import Ge, Le, Len
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, StringConstraints, ValidationError
 
 from utils import UserError, clipped
 
@@ -98,6 +98,24 @@ class AdapterConfig(Record):
     target_modules: list[str] | str | None = None
 
 
+class ModelStart(Record):
+    """A path in the settings, and the model it stood for when the run started."""
+
+    given: str
+    taken: str
+
+
+class ModelStarts(RootModel[dict[str, ModelStart]]):
+    """By key of the settings."""
+
+
+class Pin(Record):
+    """A run that builds on a checkpoint, and its path from there."""
+
+    run: str
+    relative: str | None = None
+
+
 class ShardIndex(Record):
     weight_map: dict[str, PlainName]
 
@@ -122,7 +140,7 @@ class RunConfig(Record):
 # ---- Reading ----
 
 
-def parse_record(schema: type[Record], data: bytes, *, is_yaml: bool = False) -> dict[str, Any]:
+def parse_record(schema: type[BaseModel], data: bytes, *, is_yaml: bool = False) -> dict[str, Any]:
     """Parse JSON or YAML, and check it by a schema.
 
     Raises:

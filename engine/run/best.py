@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.data.examples import Example
+from engine.data.examples import Example, fingerprint
 from engine.run.run_files import update_link
 from engine.settings.choices import BestMetric, is_better
-from utils import UserError, content_hash
+from utils import UserError
 
 
 class BestCheckpoint:
@@ -19,8 +19,7 @@ class BestCheckpoint:
 
     def __init__(self, metric: BestMetric | None, examples: Iterable[Example]):
         self._metric = metric
-        arrays = (array for example in examples for array in (example.prompt, *example.responses))
-        self._evaluated = content_hash(array.tobytes() for array in arrays) if metric else None
+        self._evaluated = fingerprint(examples) if metric else None
         self.record: dict[str, Any] = {}
 
     def resume(self, record: dict[str, Any], run_dir: Path, is_first_rank: bool) -> None:

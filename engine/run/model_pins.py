@@ -9,7 +9,6 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TypedDict
 
 from engine.models.archives import (
     checkpoints,
@@ -19,18 +18,14 @@ from engine.models.archives import (
     missing_archive,
     with_base_models,
 )
+from engine.models.records import ModelStarts, Pin, parse_record
 from engine.settings.schema import Settings
 from utils import UserError, content_hash, write_atomically
 
 RECORD = "started_from.json"  # in a run directory
 
 
-class Start(TypedDict):
-    """A path in the settings, and the model it stood for when the run started."""
-
-    given: str
-    taken: str
-
+Start = dict[str, str]  # the fields of records.ModelStart
 
 # ---- The models of a run ----
 
@@ -47,7 +42,7 @@ def take_models(settings: Settings, run_dir: Path, checkpoint: Path | None) -> d
     given = {"model.archive": settings.model.archive}
     if settings.model.architecture is None:
         given["model.name_or_path"] = settings.model.name_or_path
-    before = {} if checkpoint is None else read_record(checkpoint.parent)
+    before = {} if checkpoint is None else read_starts(checkpoint.parent)
     record: dict[str, Start] = {}
     for key, path in given.items():
         taken = None if path is None else take_model(key, path, before.get(key))
@@ -56,7 +51,7 @@ def take_models(settings: Settings, run_dir: Path, checkpoint: Path | None) -> d
             if str(taken) != path:
                 since = " since the start of the run" if key in before else ""
                 print(f"{key}: {path} stands for {taken}{since}")
-    write_record(run_dir, record)
+    write_starts(run_dir, record)
     if not settings.debug:  # it saves nothing to resume from
         pin_all([start["taken"] for start in record.values()], run_dir)
     return {key: start["taken"] for key, start in record.items()}
@@ -91,16 +86,15 @@ def with_models(settings: Settings, taken: dict[str, str]) -> Settings:
     return settings.model_copy(update={"model": settings.model.model_copy(update=values)})
 
 
-def read_record(run_dir: Path) -> dict[str, Start]:
+def read_starts(run_dir: Path) -> dict[str, Start]:
     """Key -> model of a run; empty for a run without a record, or with a damaged one."""
     try:
-        record = json.loads((run_dir / RECORD).read_text())
-        return {key: Start(given=str(start["given"]), taken=str(start["taken"])) for key, start in record.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return parse_record(ModelStarts, (run_dir / RECORD).read_bytes())
+    except (OSError, ValueError):
         return {}
 
 
-def write_record(run_dir: Path, record: dict[str, Start]) -> None:
+def write_starts(run_dir: Path, record: dict[str, Start]) -> None:
     path = run_dir / RECORD
     try:
         if record:
@@ -143,15 +137,15 @@ def users_of(checkpoint: Path) -> list[str]:
     users = []
     for path in sorted(pins_of(checkpoint).glob("*.json")):
         try:
-            pin = json.loads(path.read_text())
-            run_dir, moved = pin["run"], checkpoint.parent / pin.get("relative", pin["run"])
+            pin = parse_record(Pin, path.read_bytes())
+            run_dir, moved = pin["run"], checkpoint.parent / (pin.get("relative") or pin["run"])
             if not os.path.exists(run_dir) and moved.exists():
                 run_dir = str(moved.resolve())
             os.stat(run_dir)
         except (FileNotFoundError, NotADirectoryError):
             with suppress(OSError):
                 path.unlink()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # in doubt, the checkpoint stays
+        except (OSError, ValueError):  # in doubt, the checkpoint stays
             users.append(f"the run named in {path}")
         else:
             if run_dir not in users:  # a moved run that was resumed has two pins

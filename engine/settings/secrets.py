@@ -88,15 +88,18 @@ def _environment_reads() -> Iterator[list[EnvironmentRead]]:
 
 def secrets_of(config: DictConfig | None = None) -> set[str]:
     """Secrets of the environment and of a config. No run may write them."""
+    return _secrets_in([] if config is None else _leaves(config))
+
+
+def _secrets_in(leaves: "list[Leaf]") -> set[str]:
     found = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= MIN_LENGTH}
-    if config is not None:
-        for leaf in _leaves(config):
-            if is_secret_name(leaf.key):
-                found |= {*leaf.values}
-            if secret_reads := [read for read in leaf.reads if read.is_secret]:
-                found |= {read.value for read in secret_reads}
-                if len(leaf.values) > 1:  # a variable of several values, by oc.decode
-                    found |= {value for value in leaf.values if not _is_plain(value)}
+    for leaf in leaves:
+        if is_secret_name(leaf.key):
+            found |= {*leaf.values}
+        if secret_reads := [read for read in leaf.reads if read.is_secret]:
+            found |= {read.value for read in secret_reads}
+            if len(leaf.values) > 1:  # a variable of several values, by oc.decode
+                found |= {value for value in leaf.values if not _is_plain(value)}
     return found - {""}
 
 
@@ -188,8 +191,9 @@ def _without(text: str, secrets: set[str]) -> str:
 
 def public(config: DictConfig) -> dict[str, Any]:
     """The values of a config without secrets; values of the environment stay names, ${oc.env:NAME}."""
-    secrets = secrets_of(config)
-    from_environment = {leaf.key for leaf in _leaves(config) if any(read.key == leaf.key for read in leaf.reads)}
+    leaves = _leaves(config)
+    secrets = _secrets_in(leaves)
+    from_environment = {leaf.key for leaf in leaves if any(read.key == leaf.key for read in leaf.reads)}
 
     def shown(written: Any, value: Any, key: str) -> Any:
         if isinstance(written, str) and key in from_environment:

@@ -6,9 +6,8 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import Protocol
 
-from engine.data.examples import Example
+from engine.data.examples import Example, fingerprint
 from engine.step.layout import num_fed_tokens
-from utils import content_hash
 
 
 class Source(Protocol):
@@ -65,8 +64,7 @@ class StoredExamples:
 
     @cached_property
     def fingerprint(self) -> str:
-        arrays = (array for example in self.examples for array in (example.prompt, *example.responses))
-        return content_hash(array.tobytes() for array in arrays)
+        return fingerprint(self.examples)
 
     def batches(self, start: int = 0) -> Iterator[list[Example]]:
         plan = plan_batches(

@@ -133,6 +133,12 @@ def test_a_signal_ends_an_evaluation(
     assert_equal_runs(run_dir, uninterrupted_run)
 
 
+def uninterrupted_on(num_ranks: int, request: pytest.FixtureRequest) -> tuple[Path, Path, tuple[str, ...]]:
+    """The inputs, the run directory and the overrides of an uninterrupted run on one rank or two."""
+    suffix, overrides = ("", ()) if num_ranks == 1 else ("_on_two", FSDP)
+    return request.getfixturevalue("inputs"), request.getfixturevalue(f"uninterrupted_run{suffix}"), overrides
+
+
 def signal_in_sampling(update: int, on_rank: int) -> None:
     """Send this process SIGTERM while responses are sampled."""
     sample = Evaluator.sample_policy
@@ -150,8 +156,7 @@ def test_a_signal_while_sampling_ends_the_run_after_it(
     tmp_path: Path, request: pytest.FixtureRequest, num_ranks: int
 ) -> None:
     """The samples are complete: they are logged, and not sampled again."""
-    suffix, overrides = ("", ()) if num_ranks == 1 else ("_on_two", FSDP)
-    inputs, uninterrupted = (request.getfixturevalue(name) for name in ("inputs", f"uninterrupted_run{suffix}"))
+    inputs, uninterrupted, overrides = uninterrupted_on(num_ranks, request)
     run_dir = tmp_path / "run"
     arguments = command(inputs, run_dir, *overrides)
     prepare = partial(signal_in_sampling, 8, num_ranks - 1)
@@ -181,8 +186,7 @@ def signal_in_fill(num_batches: int) -> None:
 def test_a_signal_while_the_reference_is_computed(
     tmp_path: Path, request: pytest.FixtureRequest, num_ranks: int
 ) -> None:
-    suffix, overrides = ("", ()) if num_ranks == 1 else ("_on_two", FSDP)
-    inputs, uninterrupted = (request.getfixturevalue(name) for name in ("inputs", f"uninterrupted_run{suffix}"))
+    inputs, uninterrupted, overrides = uninterrupted_on(num_ranks, request)
     run_dir, cache = tmp_path / "run", tmp_path / "cache"
     arguments = command(inputs, run_dir, *overrides, f"cache_dir={cache}")
     prepare = partial(signal_in_fill, 3)
