@@ -4,9 +4,11 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 LINK_VARIABLE = "TRAIN_WORKER"  # set by the launcher, for a worker
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 10.0  # seconds to leave with blocks after a signal
 MERGE_SECONDS = 1.0  # a job and its launcher may send the same signal
 
@@ -61,9 +63,25 @@ def end_on_signals() -> None:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, end)
+    release_signals()
+
+
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Hold stop signals in a with block. A process started there holds them until release_signals()."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def release_signals() -> None:
+    """Get the stop signals held since this process was started."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def prints_signals() -> bool:

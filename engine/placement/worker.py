@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from engine.placement.worker_link import Failure
-from process_start import LINK_VARIABLE
+from process_start import LINK_VARIABLE, holding_signals
 from utils import EXIT_STATUS
 
 KEPT_STDERR = 2**16  # bytes
@@ -60,15 +60,16 @@ class Worker:
             LINK_VARIABLE: json.dumps(link),
         }
         try:
-            self.process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=output_for(sys.stdout) if rank == 0 else subprocess.DEVNULL,
-                stderr=output_for(sys.stderr) if rank == 0 else subprocess.PIPE,
-                pass_fds=[end for end in (report_end, rendezvous_fd) if end is not None],
-                start_new_session=True,  # signals come from the launcher, not from the terminal
-            )
+            with holding_signals():  # until the worker can handle them: Python would print a traceback
+                self.process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=output_for(sys.stdout) if rank == 0 else subprocess.DEVNULL,
+                    stderr=output_for(sys.stderr) if rank == 0 else subprocess.PIPE,
+                    pass_fds=[end for end in (report_end, rendezvous_fd) if end is not None],
+                    start_new_session=True,  # signals come from the launcher, not from the terminal
+                )
         finally:
             os.close(report_end)
         assert self.process.stdin is not None

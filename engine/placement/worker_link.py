@@ -9,7 +9,8 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
-from process_start import LINK_VARIABLE  # the launcher's process id and the descriptors it hands to a worker
+# LINK_VARIABLE: the launcher's process id and the descriptors it hands to a worker.
+from process_start import LINK_VARIABLE, release_signals
 
 PR_SET_PDEATHSIG = 1
 
@@ -37,6 +38,7 @@ def is_worker() -> bool:
 
 def attach() -> str:
     """End this worker when its launcher ends; returns the text passed to launch()."""
+    release_signals()
     launcher = json.loads(os.environ[LINK_VARIABLE])["launcher_pid"]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
