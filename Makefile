@@ -1,10 +1,11 @@
 # Needs python3 (3.11 or newer) and make; everything else is installed into .venv, once per requirements.txt.
 
 PYTHON ?= python3
+GPU ?= --results .cache/gpu
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-docs soak mutants lint docs bench FORCE
+.PHONY: demo test test-docs soak mutants lint docs gpu bench FORCE
 
 demo: .venv/.installed  ## SFT and then DPO on the embedded model and data
 	$(BIN)/python benchmarks/demo.py
@@ -31,6 +32,9 @@ lint: .venv/.installed  ## ruff, mypy and the order of imports
 
 docs: .venv/.installed  ## docs/config.md, from the comments of config/
 	$(BIN)/python -m docs.make_config
+
+gpu: .venv/.installed  ## tests and benchmarks of a GPU; make gpu GPU="--results DIR --limit 600"
+	$(BIN)/python benchmarks/gpu_plan.py $(GPU)
 
 bench: .venv/.installed .venv-bench/.installed  ## a step beside TRL's; make bench BENCH="--data DIR --model pythia-70m"
 	$(BIN)/python benchmarks/step.py $(BENCH)

@@ -63,10 +63,35 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
     },
     # For a GPU, with the systems *-weights-bf16.
+    "pythia-410m": {
+        **PYTHIA,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    # GPT-2's vocabulary is odd, and matrix products of odd sizes are slow on GPUs.
+    "gpt2-124m": {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
     "pythia-2.8b": {
         **PYTHIA,
         "hidden_size": 2560,
         "intermediate_size": 10240,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "llama-7b": {
+        **LLAMA,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
     },
@@ -194,14 +219,14 @@ def take_step(trainer: "BasicTrainer", batch: Any, of_memory: bool) -> dict[str,
 # ---- Results ----
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, trl_python: Path = TRL_PYTHON) -> dict[str, Any]:
     """Commit, changed files, hardware and versions of a result."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "changed_since": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
         "machine": f"{_cpu_name()}, {threads} threads",
         "gpus": gpus(),
-        "versions": versions(),
+        "versions": versions(trl_python),
     }
 
 
@@ -225,13 +250,13 @@ def gpus() -> list[dict[str, Any]]:
     ]
 
 
-def versions() -> dict[str, str]:
+def versions(trl_python: Path = TRL_PYTHON) -> dict[str, str]:
     """Versions of Python, torch, transformers and, if it is installed, TRL."""
     from importlib.metadata import version
 
     found = {name: version(name) for name in ("torch", "transformers")}
-    if TRL_PYTHON.exists():
-        found["trl"] = _first_line([str(TRL_PYTHON), "-c", "from importlib.metadata import *; print(version('trl'))"])
+    if trl_python.exists():
+        found["trl"] = _first_line([str(trl_python), "-c", "from importlib.metadata import *; print(version('trl'))"])
     return found | {"python": platform.python_version()}
 
 
@@ -244,24 +269,25 @@ def shown_command(script: str, arguments: Sequence[str], data: Path | None = Non
     return " ".join([f"benchmarks/{script}.py", *("DATA" if text == str(data) else text for text in arguments)])
 
 
-def write_result(folder: Path, name: str, record: dict[str, Any]) -> Path:
-    """Write a result as <name>-<date>.json, and print where it is."""
+def write_result(folder: Path, name: str, record: dict[str, Any], silently: bool = False) -> Path:
+    """Write a result as <name>-<date>.json, and print where it is unless silently."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{date.today()}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+    if not silently:
+        print(f"\nwritten to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
     return path
 
 
 def _git(*arguments: str) -> str:
-    return _output(["git", *arguments], cwd=ROOT)
+    return output_of(["git", *arguments], cwd=ROOT)
 
 
 def _first_line(command: Sequence[str]) -> str:
-    return _output(command).partition("\n")[0]
+    return output_of(command).partition("\n")[0]
 
 
-def _output(command: Sequence[str], cwd: Path | None = None) -> str:
+def output_of(command: Sequence[str], cwd: Path | None = None) -> str:
     """What a command prints; "unknown" if it is not installed or fails. Results are worth more than their origin."""
     try:
         result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)

@@ -41,8 +41,9 @@ SYSTEMS: dict[str, tuple[str, Any]] = {
     "ours": ("ours", []),
     "ours-padded": ("ours", ["batching=padded"]),
     "trl-default": ("trl", {}),
-    # TRL 1.16 has switched padding_free off, and its fused head (Liger) needs a GPU.
+    # TRL 1.16 has switched padding_free off. Its head is fused by default.
     "trl-best": ("trl", {**TRL_BEST, "bf16": True}),
+    "trl-liger": ("trl", {**TRL_BEST, "bf16": True, "use_liger_kernel": True}),  # Liger's layers; on GPUs only
     "trl-best-fp32": ("trl", {**TRL_BEST, "bf16": False}),
     "ours-weights-bf16": ("ours", ["model.policy_dtype=bfloat16", "mixed_precision=null"]),
     "trl-weights-bf16": ("trl", {**TRL_BEST, "bf16": True, "dtype": "bfloat16"}),
@@ -69,7 +70,8 @@ def run_systems(
         def start(name: str) -> Worker:
             worker, settings = SYSTEMS[name]
             job = {"worker": worker, "settings": settings, "model": folder, "batches": batches}
-            started = Worker(Path(folder, name), job | {"batch_size": arguments.batch_size}, arguments.threads)
+            sizes = {"batch_size": arguments.batch_size}
+            started = Worker(Path(folder, name), job | sizes, arguments.threads, arguments.trl_python)
             print(f"{name}: ready after {started.seconds_to_start:.0f} s", flush=True)
             return started
 
@@ -196,6 +198,9 @@ def parse(texts: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--grouped", action="store_true", help="batches of similar lengths, for all systems")
     parser.add_argument("--one-at-a-time", action="store_true", help="run one system after another; always on a GPU")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--trl-python", type=Path, default=TRL_PYTHON, help="of TRL's environment (default: %(default)s)"
+    )
     add_results_option(parser)
     arguments = parser.parse_args(texts)
     if arguments.steps < 1:
@@ -211,8 +216,8 @@ def main(texts: Sequence[str]) -> None:
 
     arguments.one_at_a_time |= torch.cuda.is_available()
     names = arguments.systems.split(",")
-    if not TRL_PYTHON.exists():
-        print("TRL is not measured: .venv-bench does not exist (make bench builds it)")
+    if not arguments.trl_python.exists():
+        print(f"TRL is not measured: {arguments.trl_python} does not exist (make bench builds it)")
         names = [name for name in names if SYSTEMS[name][0] != "trl"]
     model = MODELS[arguments.model]
     vocabulary = model["vocab_size"]
@@ -222,7 +227,7 @@ def main(texts: Sequence[str]) -> None:
     steps = run_systems(names, model, batches, arguments)
     record = {
         "command": shown_command("step", texts, arguments.data),
-        **machine(arguments.threads),
+        **machine(arguments.threads, arguments.trl_python),
         "one_at_a_time": arguments.one_at_a_time,
         **summary(steps, batches, arguments),
     }

@@ -34,14 +34,15 @@ class Worker:
     Args:
         folder: gets the job and the caches.
         job: worker ("ours" or "trl"), settings, model (folder), batches, batch_size.
+        trl_python: the interpreter of TRL's environment.
         threads: of the CPU.
     """
 
-    def __init__(self, folder: Path, job: dict[str, Any], threads: int):
+    def __init__(self, folder: Path, job: dict[str, Any], threads: int, trl_python: Path = TRL_PYTHON):
         folder.mkdir()
         path = folder / "job.json"
         path.write_text(json.dumps(job | {"cache": str(folder)}))
-        python = sys.executable if job["worker"] == "ours" else str(TRL_PYTHON)
+        python = sys.executable if job["worker"] == "ours" else str(trl_python)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         start = time.perf_counter()
         self._process = subprocess.Popen(
