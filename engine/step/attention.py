@@ -4,14 +4,14 @@ A response sees its prompt and itself, no sibling and no other group.
 
 Transformers calls it by a registered name, `packed`. Models pass `segments` through from their call to it.
 
-packed: one response at a time on a CPU, one variable-length kernel on a GPU.
+packed: one response at a time on a CPU, one kernel for the row on a GPU.
 packed_dense: builds the full mask. It is the readable twin, and every other version is tested against it.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -21,10 +21,21 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from engine.step.attention_kernels import (
+    Capability,
+    VariableLengths,
+    efficient_attention,
+    efficient_runs,
+    flash_attention,
+    flash_runs,
+)
 from utils import to_device
 
 # Queries of a block. Larger tiles waste work on masked keys, smaller ones make small matrix products.
 BLOCK = 128
+
+# Kernels for a GPU, the quickest first. Where none of them runs, packed() computes by blocks.
+GPU_KERNELS: tuple[str, ...] = ("flash", "efficient")
 
 
 @dataclass(frozen=True)
@@ -74,20 +85,6 @@ class Branch:
         return blocks
 
 
-@dataclass(frozen=True)
-class VariableLengths:
-    """A packed row as a list of branches, for a variable-length kernel.
-
-    Queries stay in the order of the row. The keys of a prompt repeat for each of its responses.
-    """
-
-    key_index: Tensor  # int64 [keys], into the row
-    query_starts: Tensor  # int32 [branches + 1]
-    key_starts: Tensor  # int32 [branches + 1]
-    longest_query: int
-    longest_key: int
-
-
 class Segments:
     """The division of a packed row into prompts and responses.
 
@@ -132,17 +129,13 @@ class Segments:
     def varlen(self, device: torch.device) -> VariableLengths:
         """The row as a variable-length kernel on device takes it."""
         if device not in self._varlen:
-            spans = [span for branch in self.branches for span in (branch.prompt, branch.response)]
-            num_queries = torch.tensor([branch.rows.stop - branch.rows.start for branch in self.branches])
-            num_keys = torch.tensor([branch.num_keys for branch in self.branches])
-            self._varlen[device] = VariableLengths(
-                to_device(torch.cat([torch.arange(span.start, span.stop) for span in spans]), device),
-                to_device(F.pad(num_queries.cumsum(0), (1, 0)).int(), device),
-                to_device(F.pad(num_keys.cumsum(0), (1, 0)).int(), device),
-                int(num_queries.max()),
-                int(num_keys.max()),
-            )
+            self._varlen[device] = _variable_lengths(self.branches, device)
         return self._varlen[device]
+
+    def effective_window(self, sliding_window: int | None) -> int | None:
+        """The sliding window, or None if it hides no key of the row."""
+        is_wide = sliding_window is None or sliding_window >= max(branch.num_keys for branch in self.branches)
+        return None if is_wide else sliding_window
 
     def mask(self, num_queries: int, num_keys: int, sliding_window: int | None, like: Tensor) -> Tensor:
         """The additive mask of the last num_queries of num_keys positions, [queries, keys].
@@ -157,6 +150,38 @@ class Segments:
             mask = torch.zeros(allowed.shape, dtype=like.dtype).masked_fill_(~allowed, -torch.inf)
             self._masks[key] = mask.to(like.device)
         return self._masks[key]
+
+
+def _variable_lengths(branches: list[Branch], device: torch.device) -> VariableLengths:
+    def index(*spans: slice | range) -> Tensor:
+        return to_device(torch.cat([torch.arange(span.start, span.stop) for span in spans]), device)
+
+    def starts(lengths: list[int]) -> Tensor:
+        return to_device(F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(), device)
+
+    first_copies: list[range] = []
+    repeats: list[list[tuple[slice, range]]] = []  # per further response: prompts, and their copies in the keys
+    start = number = 0
+    for branch in branches:
+        stop, response_start = start + branch.num_keys, start + branch.prompt.stop - branch.prompt.start
+        first_copies.append(range(start if branch.is_first else response_start, stop))
+        number = 0 if branch.is_first else number + 1
+        if number > len(repeats):
+            repeats.append([])
+        if number:
+            repeats[number - 1].append((branch.prompt, range(start, response_start)))
+        start = stop
+    num_queries = [branch.rows.stop - branch.rows.start for branch in branches]
+    num_keys = [branch.num_keys for branch in branches]
+    return VariableLengths(
+        index(*(span for branch in branches for span in (branch.prompt, branch.response))),
+        starts(num_queries),
+        starts(num_keys),
+        max(num_queries),
+        max(num_keys),
+        index(*first_copies),
+        [(index(*prompts), index(*copies)) for prompts, copies in (zip(*spans, strict=True) for spans in repeats)],
+    )
 
 
 def _causal(queries: Tensor, keys: Tensor, sliding_window: int | None) -> Tensor:
@@ -214,6 +239,24 @@ def packed_dense(
     return output.transpose(1, 2), None
 
 
+@cache
+def _capability(device: torch.device) -> Capability:
+    return torch.cuda.get_device_capability(device)
+
+
+def choose_kernel(device: torch.device, head_dim: int, dtype: torch.dtype, sliding_window: int | None) -> str:
+    """The kernel of packed attention: flash, efficient or blocks."""
+    if device.type == "cuda":
+        capability = _capability(device)
+        if "flash" in GPU_KERNELS and flash_runs(capability, head_dim, dtype):
+            return "flash"
+        # ROCm has other kernels under these names. They are untested here.
+        can_run = sliding_window is None and torch.version.hip is None and efficient_runs(capability, head_dim, dtype)
+        if "efficient" in GPU_KERNELS and can_run:
+            return "efficient"
+    return "blocks"
+
+
 @torch.compiler.disable
 def packed(
     module: torch.nn.Module,
@@ -244,8 +287,13 @@ def packed(
     """
     _refuse(kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    sliding_window = segments.effective_window(sliding_window)
+    kernel = choose_kernel(query.device, query.shape[-1], query.dtype, sliding_window)
+    if kernel == "flash":
         return packed_varlen(query[0], key[0], value[0], segments, scaling, sliding_window)[None], None
+    if kernel == "efficient":
+        lengths = segments.varlen(query.device)
+        return efficient_attention(query[0], key[0], value[0], lengths, scaling)[None], None
     output = _PackedAttention.apply(query[0], key[0], value[0], segments, scaling, sliding_window)
     return output.transpose(0, 1)[None], None
 
@@ -270,19 +318,7 @@ def packed_varlen(
     Returns:
         [tokens, heads, head_dim].
     """
-    lengths = segments.varlen(query.device)
-    return kernel(
-        query.transpose(0, 1),
-        key.transpose(0, 1)[lengths.key_index],
-        value.transpose(0, 1)[lengths.key_index],
-        lengths.query_starts,
-        lengths.key_starts,
-        lengths.longest_query,
-        lengths.longest_key,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[0] != key.shape[0],
-    )
+    return flash_attention(query, key, value, segments.varlen(query.device), scaling, sliding_window, kernel)
 
 
 class _PackedAttention(torch.autograd.Function):
