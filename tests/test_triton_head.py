@@ -169,26 +169,56 @@ def test_offsets_past_32_bits(kernels: Kernels) -> None:
     assert_close(gradient.cpu(), exact(logits, targets)[1], 3e-6 + ROUNDING[torch.bfloat16], 1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_kernels_compile_for_a_gpu(dtype: str, tmp_path, monkeypatch) -> None:
-    """The compiler is stricter than the interpreter, and needs no GPU."""
-    triton = pytest.importorskip("triton")
+def compile_for_a_gpu(name: str, dtype: str, divisible: tuple[str, ...]) -> str:
+    """Compile a kernel for pointers of 16 bytes, without a GPU.
+
+    Args:
+        divisible: numbers that are multiples of 16.
+
+    Returns:
+        its PTX.
+    """
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(head_kernels, f"_{name}_kernel")
+    block, warps = (getattr(head_kernels, f"{name.upper()}_{value}") for value in ("BLOCK", "WARPS"))
     pointers = {"logits": f"*{dtype}", "targets": "*i64", "out": "*bf16"}
-    for kernel, block, warps in [
-        (head_kernels._normalize_kernel, head_kernels.NORMALIZE_BLOCK, head_kernels.NORMALIZE_WARPS),
-        (head_kernels._gradient_kernel, head_kernels.GRADIENT_BLOCK, head_kernels.GRADIENT_WARPS),
-    ]:
-        signature = {
-            name: "i32" if name in ("vocabulary", "row_stride", "out_stride") else pointers.get(name, "*fp32")
-            for name in kernel.arg_names
-        }
-        source = ASTSource(kernel, {**signature, "block": "constexpr"}, {"block": block})
-        compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": warps})
-        assert compiled.asm["cubin"]
+    signature = {
+        name: "i32" if name in ("vocabulary", "row_stride", "out_stride") else pointers.get(name, "*fp32")
+        for name in kernel.arg_names
+        if name != "block"
+    }
+    aligned = {name for name, kind in signature.items() if kind.startswith("*")} | {*divisible}
+    hints = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name in aligned}
+    source = ASTSource(kernel, {**signature, "block": "constexpr"}, {"block": block}, hints)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": warps})
+    assert compiled.asm["cubin"]
+    return compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["normalize", "gradient"])
+def test_kernels_compile_for_a_gpu(name: str, dtype: str, tmp_path, monkeypatch) -> None:
+    """The compiler is stricter than the interpreter, and needs no GPU. Rows of 16 logits are loaded in wide pieces."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert "ld.global.v4" not in compile_for_a_gpu(name, dtype, ("row_stride", "out_stride"))
+    ptx = compile_for_a_gpu(name, dtype, ("vocabulary", "row_stride", "out_stride"))
+    assert "ld.global.v4" in ptx and ("st.global.v4" in ptx) == (name == "gradient")
+
+
+def test_padding_of_minus_infinity_is_no_token(kernels: Kernels) -> None:
+    """The head pads rows to a multiple."""
+    logits, targets = (tensor.to(kernels.device) for tensor in random_case(3, 1000))
+    padded = torch.nn.functional.pad(logits, (0, 24), value=-torch.inf)
+    normalizer, _ = kernels(normalize, padded, targets)
+    assert_close(normalizer, logits.double().logsumexp(-1), 1e-6, 1e-6)
+    out = torch.full_like(padded, torch.nan, dtype=torch.bfloat16)
+    kernels(gradient_of_logits, padded, normalizer, targets, out)
+    assert_close(out[:, :1000], exact(logits, targets)[1], 3e-6 + ROUNDING[torch.bfloat16], 1e-6)
+    assert (out[:, 1000:] == 0).all()
 
 
 def test_without_triton_there_are_no_kernels(monkeypatch) -> None:
@@ -198,6 +228,16 @@ def test_without_triton_there_are_no_kernels(monkeypatch) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert not module.has_triton(torch.device("cuda"))
+
+
+def test_compilers_are_looked_up_once(monkeypatch) -> None:
+    looked_up: list[str] = []
+    monkeypatch.setattr(head_kernels.shutil, "which", looked_up.append)
+    monkeypatch.delenv("CC", raising=False)
+    head_kernels._has_compiler.cache_clear()
+    assert not has_triton(torch.device("cuda")) and not has_triton(torch.device("cuda", 1))
+    head_kernels._has_compiler.cache_clear()
+    assert len(looked_up) in (0, 2)  # none without Triton
 
 
 def test_kernels_are_for_gpus_only() -> None:

@@ -10,6 +10,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor
 
+import engine.models.wide_products
 import engine.step.logprobs
 from engine.placement.rendezvous import choose_interface
 from engine.step.layout import GroupSpan, Microbatch, empty_microbatch, lay_out
@@ -74,6 +75,10 @@ def run_rank(rank: int, directory: Path) -> None:
             # The last rank has fewer logits per target, but must use the same chunks as the others.
             engine.step.logprobs.CHUNK_LOGITS = {"cpu": chunk * largest}
             results[num_shards, bias, chunk] = head_results(lay_out(pair_examples()), bias, rows, shard)
+        with pytest.MonkeyPatch.context() as patch:  # rows as on a GPU: the next shard's tokens stand beyond the last
+            for module in (engine.models.wide_products, engine.step.logprobs):
+                patch.setattr(module, "has_wide_products", lambda device: True)
+            results[num_shards, "rows of a GPU"] = head_results(lay_out(pair_examples()), True, rows, shard)
         results[num_shards, "nothing"] = head_results(empty_microbatch(2), True, rows, shard)
     torch.save(results, directory / f"{rank}.pt")
     dist.destroy_process_group()
@@ -104,6 +109,14 @@ def test_a_split_vocabulary_equals_the_full_one(by_rank, num_shards: int, bias: 
     for name in ("weight", "bias") if bias else ("weight",):
         assert [len(result[name]) for result in results] == ([31, 30] if num_shards == 2 else [21, 21, 19])
         assert_same(torch.cat([result[name] for result in results]), truth[name])
+
+
+@pytest.mark.parametrize("num_shards", SHARDS)
+def test_shards_padded_for_a_gpu_equal_those_without(by_rank, num_shards: int) -> None:
+    for results in by_rank[:num_shards]:
+        padded, plain = results[num_shards, "rows of a GPU"], results[num_shards, True, CHUNKS[-1]]
+        for name, value in padded.items():
+            assert_same(value, plain[name])
 
 
 @pytest.mark.parametrize("num_shards", SHARDS)

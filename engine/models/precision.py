@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.models.shards import local_shard
+from engine.models.wide_products import copy_for_products, has_wide_products
 
 
 @contextmanager
@@ -15,7 +16,8 @@ def run_in_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
     """Run model in dtype in a with block; None does nothing.
 
     - Embeddings keep their dtype, as few of their rows are used. Their output is cast.
-    - The head keeps its dtype, as its results are summed over many tokens.
+    - The head keeps its dtype, as its results are summed over many tokens. It gets a copy in dtype for products with
+      wide sums.
     """
     if dtype is None:
         yield
@@ -24,8 +26,34 @@ def run_in_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
     with (
         parameters_in(model, dtype, keep=(embeddings, head)),
         embeddings.register_forward_hook(lambda module, inputs, output: output.to(dtype)),
+        low_weight_in(head, dtype, is_trained=any(parameter.requires_grad for parameter in model.parameters())),
     ):
         yield
+
+
+@contextmanager
+def low_weight_in(head: nn.Module, dtype: torch.dtype, is_trained: bool) -> Iterator[None]:
+    """Keep one low_weight() of a head for all passes in a with block.
+
+    Args:
+        is_trained: whether the model has trained weights. A CPU needs the copy for gradients alone.
+    """
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    is_needed = has_wide_products(weight.device) or (is_trained and torch.is_grad_enabled())
+    if not is_needed or low_weight(head, dtype) is not None:  # an outer block has made it
+        yield
+        return
+    head.low_weight = weight, copy_for_products(weight, dtype)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del head.low_weight
+
+
+def low_weight(head: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """The head's copy in dtype, [rows of copy_for_products(), hidden size]; None outside of low_weight_in()."""
+    weight, copy = getattr(head, "low_weight", (None, None))
+    return copy if weight is head.weight and copy is not None and copy.dtype == dtype else None
 
 
 def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:

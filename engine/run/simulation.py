@@ -36,7 +36,7 @@ from engine.settings.hardware import Hardware
 from engine.settings.schema import Settings
 from engine.step.attention import packed_varlen, register_packed_attention
 from engine.step.layout import num_fed_tokens
-from engine.step.logprobs import CHUNK_LOGITS, CHUNK_TOKENS
+from engine.step.logprobs import CHUNK_LOGITS, CHUNK_TOKENS, chunk_logits
 from engine.step.metrics import MetricAccumulator
 from engine.step.microbatches import MicrobatchRunner, Prepared
 from engine.step.reference import LiveReference, Reference
@@ -183,6 +183,10 @@ class Simulated(Placement):
         return CPU  # GPU tensors need a GPU, even without memory
 
     @property
+    def chunk_logits(self) -> int:
+        return chunk_logits("cuda" if self.is_on_gpu else "cpu", self.hardware.memory)
+
+    @property
     def mesh_or_none(self) -> DeviceMesh | None:
         return getattr(self, "mesh", None)
 
@@ -190,8 +194,7 @@ class Simulated(Placement):
     def simulated(self) -> Iterator[None]:
         """Make tensors without memory inside a with block, and count it."""
         # Fake tensors are on the CPU, also for a planned GPU.
-        logits = {"cpu": CHUNK_LOGITS["cuda" if self.is_on_gpu else "cpu"]}
-        with self.fake, self.live, patch.dict(CHUNK_LOGITS, logits):
+        with self.fake, self.live, patch.dict(CHUNK_LOGITS, cpu=self.chunk_logits):
             yield
 
     def gather_from_data_ranks(self, value: Any) -> list[Any]:
@@ -307,8 +310,7 @@ def measure_step(trainer: "BasicTrainer", largest: Sequence[Example], num_microb
     num_logits = len(batch.targets) if batch.attention_mask is None else batch.input_ids.numel()
     vocabulary = gathered_shape(head)[0]
     if batch.attention_mask is None:
-        logits = CHUNK_LOGITS["cuda" if placement.is_on_gpu else "cpu"]
-        num_logits = min(num_logits, max(CHUNK_TOKENS, logits // vocabulary))
+        num_logits = min(num_logits, max(CHUNK_TOKENS, placement.chunk_logits // vocabulary))
     return Memory(
         parameters=_bytes(parameters),
         gradients=gradients,

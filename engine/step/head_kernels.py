@@ -6,10 +6,13 @@ matrix product.
 
 They compute in fp32, whatever the dtype of the logits. Logits in fp64, and all logits without Triton, go through the
 readable twin, engine.step.logprobs.softmax_. Tests compare the two.
+
+Rows of a multiple of 16 logits are loaded in wide pieces, and others one by one. The head pads its rows with -inf.
 """
 
 import os
 import shutil
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,8 +33,12 @@ def has_triton(device: torch.device) -> bool:
 
     Triton needs a C compiler for its launchers.
     """
-    compilers = (os.environ.get("CC"), "gcc", "clang")
-    return device.type == "cuda" and triton is not None and any(shutil.which(name) for name in compilers if name)
+    return device.type == "cuda" and triton is not None and _has_compiler()
+
+
+@cache
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name)
 
 
 def normalize(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from engine.models.precision import low_weight
 from engine.step.layout import Microbatch
 from engine.step.logprobs import SpanLoss, VocabularyShard, chunked_head, plain_token_logps, sum_by_response
 
@@ -50,9 +51,11 @@ def run_unsharded_head(
     hidden = model.base_model(
         batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, use_cache=False
     ).last_hidden_state
-    weight, bias, shard = _head_shard(model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    weight, bias, shard = _head_shard(head)
     # With layers split among GPUs, the last layer may be on another device than head and batch.
-    return chunked_head(hidden[0].to(weight.device), weight, bias, batch, span_loss, shard)
+    hidden = hidden[0].to(weight.device)
+    return chunked_head(hidden, weight, bias, batch, span_loss, shard, low_weight(head, hidden.dtype))
 
 
 def _head_shard(head: nn.Module) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:

@@ -43,6 +43,7 @@ class Microbatch:
     targets: Tensor  # int64 [targets], the tokens of all responses
     response_index: Tensor  # int64 [targets], number of each target's response, ascending
     response_lengths: Tensor  # int64 [responses]
+    num_responses: Tensor  # int64 [groups]
     chosen: Tensor  # int64 [examples], number of the chosen response (the target of SFT)
     rejected: Tensor | None  # int64 [examples]; None for SFT
     groups: list[GroupSpan]
@@ -128,6 +129,7 @@ def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: i
         "targets": _tensor([response for _, response in responses]),
         "response_index": torch.from_numpy(np.repeat(np.arange(len(responses)), lengths)),
         "response_lengths": torch.from_numpy(lengths),
+        "num_responses": torch.tensor([len(group.responses) for group in groups]),
         "chosen": indices[:, 0].contiguous(),
         "rejected": indices[:, 1].contiguous() if indices.shape[1] == 2 else None,
         "groups": spans,
@@ -154,6 +156,7 @@ def empty_microbatch(num_responses: int, layout: str = "packed") -> Microbatch:
         targets=no_tokens,
         response_index=no_tokens,
         response_lengths=no_tokens,
+        num_responses=no_tokens,
         chosen=no_tokens,
         rejected=no_tokens if num_responses == 2 else None,
         groups=[GroupSpan(empty, empty, empty)],

@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.models.wide_products import add_product, copy_for_products, has_wide_products
 from engine.step.head_kernels import gradient_of_logits, has_triton, normalize
 from engine.step.layout import GroupSpan, Microbatch
 
 # Tokens of a chunk of logits, at least; a small vocabulary has room for more. Every chunk reads the weights and their
 # gradient anew, and with few tokens the matrix products would wait for memory.
-CHUNK_TOKENS, CHUNK_LOGITS = 512, {"cpu": 2**22, "cuda": 2**26}
+CHUNK_TOKENS, CHUNK_LOGITS = 512, {"cpu": 2**22, "cuda": 2**26, "large cuda": 2**28}
+LARGE_MEMORY = 40 * 10**9  # bytes of a GPU with room for large chunks
 
 # Takes the token log-probs of a span of groups, [targets of the span], and the span. Returns its share of the loss, a
 # scalar.
@@ -44,6 +46,11 @@ class VocabularyShard:
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         dist.all_reduce(wide, group=self.group)
         return values.copy_(wide)
+
+
+def chunk_logits(device_type: str, memory: int) -> int:
+    """Logits of a chunk on a device with this many bytes of memory."""
+    return CHUNK_LOGITS["large cuda" if device_type == "cuda" and memory >= LARGE_MEMORY else device_type]
 
 
 def plain_token_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -77,6 +84,7 @@ def chunked_head(
     batch: Microbatch,
     span_loss: SpanLoss | None = None,
     shard: VocabularyShard | None = None,
+    low_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and token log-probs of a packed row, from its hidden states.
 
@@ -84,12 +92,13 @@ def chunked_head(
         hidden: [tokens, hidden size], after the final norm.
         weight, bias: of the LM head, [vocabulary, hidden size] and [vocabulary] or None.
         shard: the slice of the vocabulary of weight and bias; None for all of it.
+        low_weight: copy_for_products() of weight in the dtype of hidden; None to make it here.
 
     Returns:
         the same as run_head().
     """
     with_gradient = span_loss is not None and torch.is_grad_enabled()
-    return _ChunkedHead.apply(hidden, weight, bias, batch, span_loss, with_gradient, shard)
+    return _ChunkedHead.apply(hidden, weight, bias, batch, span_loss, with_gradient, shard, low_weight)
 
 
 class _HeadInChunks:
@@ -105,15 +114,23 @@ class _HeadInChunks:
     """
 
     def __init__(
-        self, selected: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shard: VocabularyShard | None
+        self,
+        selected: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        shard: VocabularyShard | None,
+        low_weight: Tensor | None,
     ):
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.low_weight = weight.to(selected.dtype)  # for the gradients' products
-        self._wide_weight = self.low_weight if selected.is_cuda else weight.to(self.dtype)
-        self._selected, self._bias, self._targets = selected, bias, targets
-        vocabulary = shard.largest if shard else len(weight)
-        self.max_targets = max(CHUNK_TOKENS, CHUNK_LOGITS[selected.device.type] // vocabulary)
-        self._buffer = selected.new_empty(min(self.max_targets, len(selected)), len(weight), dtype=self.dtype)
+        # For the gradients' products. On a GPU it has more rows than weight, for speed.
+        self.low_weight = copy_for_products(weight, selected.dtype) if low_weight is None else low_weight
+        self._wide_weight = self.low_weight if has_wide_products(selected.device) else weight.to(self.dtype)
+        self._selected, self._bias, self._targets, self._vocabulary = selected, bias, targets, len(weight)
+        limit = chunk_logits(selected.device.type, _memory_limit(selected.device))
+        self.max_targets = max(CHUNK_TOKENS, limit // (shard.largest if shard else len(weight)))
+        rows = min(self.max_targets, len(selected))
+        self._buffer = selected.new_empty(rows, len(self._wide_weight), dtype=self.dtype)
         is_for_kernels = has_triton(selected.device) and self.dtype == torch.float32
         self._normalize = _normalize_on_gpu if is_for_kernels else softmax_
         if shard is not None:
@@ -122,10 +139,14 @@ class _HeadInChunks:
     def log_probs(self, targets: slice) -> tuple[Tensor, GradientOfLogits]:
         """Log-probs of a slice of targets, and their gradient.
 
-        The gradient is valid until the next call.
+        The gradient is valid until the next call. It has a column for each row of low_weight.
         """
-        buffer = self._buffer[: targets.stop - targets.start]
-        logits = _logits(self._selected[targets], self._wide_weight, self._bias, buffer)
+        logits = self._buffer[: targets.stop - targets.start]
+        _products(self._selected[targets], self._wide_weight, logits)
+        if self._bias is not None:
+            logits[:, : self._vocabulary] += self._bias
+        if logits.shape[1] > self._vocabulary:
+            logits[:, self._vocabulary :] = -torch.inf  # no token: its probability and gradient are 0
         return self._normalize(logits, self._targets[targets])
 
 
@@ -134,7 +155,7 @@ class _HeadGradients:
 
     Args:
         selected: hidden states at the predicting positions, [targets, hidden size].
-        low_weight: in the dtype of selected.
+        low_weight: in the dtype of selected, [columns, hidden size].
         dtype: of the sums for weight and bias.
         needs: a gradient of hidden states, weight, bias.
     """
@@ -151,7 +172,7 @@ class _HeadGradients:
         """Add the gradients of a slice of targets.
 
         Args:
-            grad_logits: of the sum of log-probs, [targets of the slice, vocabulary].
+            grad_logits: of the sum of log-probs, [targets of the slice, columns].
             scale: gradient of the loss with respect to each log-prob, [targets of the slice, 1]. It scales the thin
                 side of each product, not the logits.
         """
@@ -160,29 +181,42 @@ class _HeadGradients:
             self._grad_selected[targets] = (grad_logits @ self._low_weight).mul_(scale)
         if self._needs_weight:
             scaled = (self._selected[targets] * scale).to(low_dtype)
-            self._grad_weight = _add_product(self._grad_weight, grad_logits.T, scaled, self._dtype)
+            self._grad_weight = add_product(self._grad_weight, grad_logits.T, scaled, self._dtype)
         if self._needs_bias:
-            self._grad_bias = _add_product(self._grad_bias, grad_logits.T, scale.to(low_dtype), self._dtype)
+            self._grad_bias = add_product(self._grad_bias, grad_logits.T, scale.to(low_dtype), self._dtype)
 
     def finish(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, shard: VocabularyShard | None
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Microbatch, shard: VocabularyShard | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients in the shapes and dtypes of hidden, weight and bias.
-
-        Args:
-            index: rows of hidden behind selected, int64 [targets].
-        """
+        """The gradients in the shapes and dtypes of hidden, weight and bias."""
         grad_hidden = None
         if self._grad_selected is not None:
             if shard is not None:
                 shard.sum(self._grad_selected)
-            grad_hidden = torch.zeros_like(hidden).index_add_(0, index, self._grad_selected)
+            grad_hidden = scatter_selected(self._grad_selected, hidden, batch)
         grad_weight, grad_bias = self._grad_weight, self._grad_bias
         return (
             grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias[:, 0].to(bias.dtype),
+            None if grad_weight is None else grad_weight[: len(weight)].to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias[: len(bias), 0].to(bias.dtype),
         )
+
+
+def scatter_selected(grad_selected: Tensor, hidden: Tensor, batch: Microbatch) -> Tensor:
+    """The gradient of hidden [tokens, hidden size] from that of hidden[batch.predict_index].
+
+    The last position of a prompt predicts the first token of each response. Sums over a prompt's responses are taken
+    in their order. index_add_ would take them in any order on a GPU.
+    """
+    first_targets = batch.response_lengths.cumsum(0) - batch.response_lengths  # [responses]
+    first_responses = batch.num_responses.cumsum(0) - batch.num_responses  # [groups]
+    wide = torch.promote_types(grad_selected.dtype, torch.float32)
+    sums = torch.segment_reduce(
+        grad_selected[first_targets].to(wide), "sum", lengths=batch.num_responses, axis=0, unsafe=True
+    )
+    last_of_prompts = batch.predict_index[first_targets[first_responses]]
+    grad_hidden = torch.zeros_like(hidden).index_copy_(0, batch.predict_index, grad_selected)
+    return grad_hidden.index_copy_(0, last_of_prompts, sums.to(hidden.dtype))  # over one of the summands
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -198,10 +232,11 @@ class _ChunkedHead(torch.autograd.Function):
         span_loss: SpanLoss | None,
         with_gradient: bool,
         shard: VocabularyShard | None,
+        low_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
         selected = hidden[batch.predict_index]
-        head = _HeadInChunks(selected, weight, bias, batch.targets, shard)
+        head = _HeadInChunks(selected, weight, bias, batch.targets, shard, low_weight)
         gradients = _HeadGradients(selected, head.low_weight, head.dtype, (needs_hidden, needs_weight, needs_bias))
         loss = hidden.new_zeros((), dtype=head.dtype)
         logps = hidden.new_empty(len(selected), dtype=head.dtype)
@@ -225,7 +260,7 @@ class _ChunkedHead(torch.autograd.Function):
                 scale = grad_logps[targets.start - span.targets.start : targets.stop - span.targets.start, None]
                 gradients.add(targets, grad_logits, scale)
         ctx.mark_non_differentiable(logps)
-        ctx.gradients = gradients.finish(hidden, weight, bias, batch.predict_index, shard)
+        ctx.gradients = gradients.finish(hidden, weight, bias, batch, shard)
         return loss, logps
 
     @staticmethod
@@ -234,16 +269,15 @@ class _ChunkedHead(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if grad_loss.is_cuda or grad_loss != 1:  # reading the value on a GPU would wait for the queue
             gradients = tuple(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients)
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
-def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Write inputs @ weight.T + bias to out, summed in its dtype."""
-    if inputs.is_cuda and inputs.dtype != out.dtype:
+def _products(inputs: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write inputs @ weight.T to out, summed in its dtype."""
+    if has_wide_products(inputs.device) and inputs.dtype != out.dtype:
         torch.mm(inputs, weight.T, out_dtype=out.dtype, out=out)
     else:
         torch.mm(inputs.to(out.dtype), weight.T, out=out)
-    return out if bias is None else out.add_(bias)
 
 
 def softmax_(logits: Tensor, targets: Tensor) -> tuple[Tensor, GradientOfLogits]:
@@ -269,7 +303,7 @@ def softmax_of_shards_(shard: VocabularyShard, logits: Tensor, targets: Tensor) 
     No rank ever has all logits.
     """
     local_targets = targets - shard.first
-    is_local = (local_targets >= 0) & (local_targets < logits.shape[-1])
+    is_local = (local_targets >= 0) & (local_targets < shard.largest)
     local_targets = local_targets.where(is_local, 0)[:, None]
     largest = logits.amax(-1)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
@@ -296,13 +330,12 @@ def _normalize_on_gpu(logits: Tensor, targets: Tensor) -> tuple[Tensor, Gradient
     return target_logits - normalizer, gradient
 
 
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Add left @ right to total in place; None starts a total."""
-    if total is None:
-        return (left @ right).to(dtype)
-    if left.dtype == dtype:
-        return total.addmm_(left, right)
-    return total.add_(left @ right)
+def _memory_limit(device: torch.device) -> int:
+    """Bytes of memory this process may use on a GPU; 0 on other devices."""
+    if device.type != "cuda":
+        return 0
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(total * torch.cuda.get_per_process_memory_fraction(device))
 
 
 def _slices(targets: slice, longest: int) -> Iterator[slice]:
