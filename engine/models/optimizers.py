@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.models.rmsprop_kernel import FusedRMSprop, runs_on
 from engine.models.shards import ShardPermutations, copy_to_shard
 from utils import quiet_bitsandbytes
 
@@ -16,8 +17,10 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, may_fuse
     """Build an optimizer of torch, or else of bitsandbytes.
 
     Args:
-        may_fuse: use torch's fused version, one pass over the weights, if there is one.
+        may_fuse: use a fused version, one pass over the weights, if there is one.
     """
+    if name == "RMSprop" and may_fuse and runs_on(parameter for group in groups for parameter in group["params"]):
+        return FusedRMSprop(groups, lr)
     kind = getattr(torch.optim, name, None)
     if kind is not None:
         fused = {"fused": True} if may_fuse and "fused" in inspect.signature(kind).parameters else {}

@@ -228,10 +228,11 @@ class Simulated(Placement):
 
     def build_optimizer(self, policy: PreTrainedModel) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(policy)
+        is_fused = self.settings.optimizer == "RMSprop"  # by a kernel; see engine/models/rmsprop_kernel.py
         if self.is_on_gpu and self.mesh_or_none is None:  # torch's default on GPUs, with temporary copies
             for group in optimizer.param_groups:
                 if "foreach" in group:
-                    group["foreach"] = not group.get("fused")
+                    group["foreach"] = not (is_fused or group.get("fused"))
         return optimizer
 
     def memory(self) -> tuple[bool, int]:
