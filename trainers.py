@@ -41,7 +41,7 @@ from engine.run.start_report import describe_parameters, describe_training, warn
 from engine.run.throughput import throughput
 from engine.settings.schema import LoraSettings, Settings
 from engine.step.gradient_check import check_gradients
-from engine.step.metrics import DeviceTimestamp, MetricAccumulator, prefix_metrics, to_floats
+from engine.step.metrics import DeviceTimestamp, MetricAccumulator, PendingScalars, prefix_metrics
 from engine.step.microbatches import Batch, MicrobatchRunner
 from engine.step.objectives import make_objective
 from engine.step.reference import Reference
@@ -56,11 +56,11 @@ class Step:
     """A started update of the policy. It is logged when it is done.
 
     Args:
-        values: scalars on the device, known once the update is done.
+        values: known once the update is done.
         facts: metrics known already.
     """
 
-    values: dict[str, Tensor]
+    values: PendingScalars
     facts: dict[str, float]
     batch: Batch
     end: DeviceTimestamp
@@ -195,8 +195,9 @@ class BasicTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.counters["examples"] += len(batch.examples)
         self.counters["updates"] += 1
+        values = prefix_metrics(means, "train") | {"grad_norm": grad_norm, "tokens": num_tokens, "stop": stop}
         return Step(
-            values=prefix_metrics(means, "train") | {"grad_norm": grad_norm, "tokens": num_tokens, "stop": stop},
+            values=PendingScalars(values),
             facts={"learning_rate": lr, "peak_memory_gb": peak_memory_gb(self.device)} | self.progress_counters(),
             batch=batch,
             end=DeviceTimestamp(self.device),
@@ -232,11 +233,11 @@ class BasicTrainer:
     def update(self, is_finite: Tensor) -> None:
         """Take an optimizer step if loss and gradients are finite."""
         checks_itself = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        if self.runs_ahead and checks_itself and self.placement.num_ranks == 1:
-            # Fused optimizers check on the GPU, so the host does not wait.
+        if self.runs_ahead and checks_itself and not self.settings.fsdp.cpu_offload:
+            # Fused optimizers check on the GPU, so the host does not wait. All ranks have the same loss and norm.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, (~is_finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif is_finite:
+        elif is_finite:  # bitsandbytes' optimizers and unfused ones cannot check: here the host waits for a GPU
             self.optimizer.step()
 
     # ---- Batches ----
@@ -267,7 +268,7 @@ class BasicTrainer:
             start: when the step began.
         """
         seconds = step.end.seconds_since(start)
-        metrics = to_floats(step.values)
+        metrics = step.values.read()
         num_tokens = metrics.pop("tokens")
         self.must_stop |= metrics.pop("stop") > 0
         loss, grad_norm = metrics["loss/train"], metrics["grad_norm"]

@@ -201,6 +201,11 @@ def to_device(tensor: "Tensor", device: "torch.device") -> "Tensor":
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def to_host(tensor: "Tensor") -> "Tensor":
+    """Copy tensor to the CPU. A copy from a GPU returns at once; its values are there when the queue so far is done."""
+    return tensor.to("cpu", non_blocking=True)  # into pinned memory
+
+
 class StopRequest:
     """Handles SIGTERM, SIGINT and SIGHUP inside a with block: the first is noted, the second ends the process.
 

@@ -212,7 +212,7 @@ def measured(of_memory: bool) -> Iterator[dict[str, float]]:
 def take_step(trainer: "BasicTrainer", batch: Any, of_memory: bool) -> dict[str, float]:
     """Take a measured step; returns loss, seconds and, if asked, memory."""
     with measured(of_memory) as found:
-        found["loss"] = trainer.step(batch).values["loss/train"].item()
+        found["loss"] = trainer.step(batch).values.read()["loss/train"]
     return found
 
 

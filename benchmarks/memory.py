@@ -111,7 +111,7 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, float]:
     start = time.monotonic()
     num_steps = 0
     for microbatches in trainer.train_batches():
-        trainer.step(trainer.prepare(microbatches)).values["loss/train"].item()
+        trainer.step(trainer.prepare(microbatches)).values.read()
         num_steps += 1
     seconds = (time.monotonic() - start) / num_steps
     peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM") - before

@@ -1,12 +1,17 @@
-"""Optimizers of bitsandbytes: each is saved and resumed bitwise."""
+"""Optimizers: those of bitsandbytes are saved and resumed bitwise; fused ones skip updates by themselves."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.models.archives import OPTIMIZER, STATE_FILE, WEIGHTS
 from engine.models.optimizers import build_optimizer, load_optimizer_state
@@ -55,3 +60,23 @@ def test_state_is_saved_and_resumed_exactly(name: str, tmp_path: Path) -> None:
     run_steps(model, optimizer, 3, 6)
     run_steps(again, other, 3, 6)
     assert torch.equal(model.weight, again.weight) and torch.equal(model.bias, again.bias)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+def test_sharded_updates_are_skipped_by_a_flag(name: str) -> None:
+    """Without the host: found_inf is a plain scalar beside sharded weights, in torch's fused optimizers."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
+        optimizer = build_optimizer(name, [{"params": list(model.parameters())}], 1e-2)
+        weights = [model.weight.to_local().clone()]
+        for found_inf in (0.0, 1.0, 0.0):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, torch.nan if found_inf else 1.0)
+            optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(found_inf)  # type: ignore[attr-defined]
+            optimizer.step()
+            weights.append(model.weight.to_local().clone())
+        assert [torch.equal(*pair) for pair in pairwise(weights)] == [False, True, False]
+        assert optimizer.state[model.weight]["step"] == 2 and weights[-1].isfinite().all()
+    finally:
+        dist.destroy_process_group()

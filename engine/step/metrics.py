@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils import to_host
+
 
 class ReducedMetrics(NamedTuple):
     """Metrics of all ranks: scalars in fp64, on the device of the values."""
@@ -36,8 +38,9 @@ class MetricAccumulator:
             stop: whether this rank was told to stop.
         """
         joined = [torch.cat(values).double() for values in self._values.values()]
-        counts = joined[0].new_tensor([len(joined[0]), self.num_tokens, stop])
-        totals = torch.cat([torch.stack([values.sum() for values in joined]), counts])
+        # Filled on the device: a copy from the host would wait for the queue.
+        counts = [joined[0].new_full((), count) for count in (len(joined[0]), self.num_tokens, stop)]
+        totals = torch.stack([*(values.sum() for values in joined), *counts])
         all_reduce_sum(totals)
         *sums, num_examples, num_tokens, num_stopped = totals.unbind()
         means = totals[: len(sums)] / num_examples
@@ -45,10 +48,36 @@ class MetricAccumulator:
 
 
 def to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """The values of scalars, in one transfer to the CPU."""
+    """The values of scalars, in one transfer to the CPU. Waits for the device."""
+    return dict(zip(scalars, _stack(scalars).tolist(), strict=True))
+
+
+class HostCopy:
+    """A copy of a tensor, on its way to the CPU. Starting it does not wait for the device."""
+
+    def __init__(self, tensor: Tensor):
+        self._copy, self._end = to_host(tensor), DeviceTimestamp(tensor.device)
+
+    def read(self) -> Tensor:
+        """The copy, once it is there."""
+        self._end.wait()
+        return self._copy
+
+
+class PendingScalars:
+    """Scalars on their way to the CPU, in one transfer."""
+
+    def __init__(self, scalars: Mapping[str, Tensor]):
+        self._names, self._values = [*scalars], HostCopy(_stack(scalars))
+
+    def read(self) -> dict[str, float]:
+        """The values, once they are there."""
+        return dict(zip(self._names, self._values.read().tolist(), strict=True))
+
+
+def _stack(scalars: Mapping[str, Tensor]) -> Tensor:
     device = next(iter(scalars.values())).device  # layers may be split among GPUs
-    values = torch.stack([value.double().to(device) for value in scalars.values()]).tolist()
-    return dict(zip(scalars, values, strict=True))
+    return torch.stack([value.double().to(device) for value in scalars.values()])
 
 
 def prefix_metrics(means: Mapping[str, Tensor], split: str) -> dict[str, Tensor]:
@@ -70,9 +99,14 @@ class DeviceTimestamp:
             self._event.record(torch.cuda.current_stream(device))
         self._time = time.monotonic()
 
+    def wait(self) -> None:
+        """Wait until the work is done."""
+        if self._event is not None:
+            self._event.synchronize()
+
     def seconds_since(self, earlier: "DeviceTimestamp") -> float:
         """Seconds from earlier to this moment. Waits for the device if it must."""
         if self._event is None or earlier._event is None:
             return self._time - earlier._time
-        self._event.synchronize()
+        self.wait()
         return earlier._event.elapsed_time(self._event) / 1000
