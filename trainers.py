@@ -474,7 +474,9 @@ class BasicTrainer:
     def prepare_policy(self) -> None:
         """Switch the policy to training, after the reference has used it."""
         if self.num_checkpointed:
-            self.policy.activation_checkpointing_enable({"use_reentrant": False})
+            policy = self.policy
+            old_name = policy.gradient_checkpointing_enable  # transformers 5.17 has no other
+            getattr(policy, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
             for layer in find_layers(self.policy, self.settings.model.block_name)[self.num_checkpointed :]:
                 setattr(layer, "gradient_checkpointing", False)  # noqa: B010  mypy knows no such attribute
         self.policy.train()

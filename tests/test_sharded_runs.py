@@ -377,6 +377,12 @@ def test_the_world_size_must_divide_the_model(config: PretrainedConfig, message:
         check_divides(config, 2)
 
 
+def test_embeddings_in_a_plan_of_transformers_are_split_as_ever() -> None:
+    config = LlamaConfig()
+    config.base_model_tp_plan = {"embed_tokens": "embedding_rowwise", **config.base_model_tp_plan}  # as in 5.17
+    assert check_divides(config, 2) == LlamaConfig().base_model_tp_plan
+
+
 # ---- Two machines ----
 
 

@@ -21,6 +21,12 @@ def barrier() -> None:
         dist.barrier()
 
 
+def all_gather(gathered: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
+    """Write the shards of all ranks of a group to gathered, one after another."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(gathered, shard, group=group)
+
+
 def copy_to_shard(target: Tensor, full: Tensor, permutation: tuple[int, Tensor] | None = None) -> None:
     """Copy a full tensor, or this rank's shard of it, to target."""
     if permutation is not None:
@@ -90,5 +96,5 @@ def _gather(shard: Tensor, group: dist.ProcessGroup, dimension: int, size: int) 
     padded = shard.new_zeros(largest, *shard.movedim(dimension, 0).shape[1:])
     padded[: shard.shape[dimension]] = shard.movedim(dimension, 0)
     gathered = padded.new_empty(group.size() * largest, *padded.shape[1:])
-    dist.all_gather_single(gathered, padded, group=group)
+    all_gather(gathered, padded, group)
     return gathered[:size].movedim(0, dimension)

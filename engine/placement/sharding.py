@@ -105,12 +105,14 @@ def shard_model(
         embeddings.register_forward_hook(lambda module, inputs, output: output.to(mixed_precision))
         head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
     shard(model, None)
+    model.canonical_sums = []
     for module in fsdp_modules(model):
         # Losses are divided by the global count already, so gradients are summed, not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         if deterministic:
-            module.set_custom_reduce_scatter(CanonicalReduceScatter())
+            model.canonical_sums.append(CanonicalReduceScatter())
+            module.set_custom_reduce_scatter(model.canonical_sums[-1])
     model.run_sharded = types.MethodType(run_unsharded_head, model)  # gathers the LM head's weight
     register_fsdp_forward_method(model, "run_sharded")
     return permutations
@@ -226,9 +228,7 @@ class CanonicalReduceScatter(ReduceScatter):
         output_tensor.copy_(total)
 
 
-def finish_sums(model: nn.Module) -> None:
+def finish_sums(model: PreTrainedModel) -> None:
     """Reset the sums after a batch. The next batch starts from zero."""
-    for module in fsdp_modules(model):
-        for group in module._get_fsdp_state()._fsdp_param_groups:
-            if isinstance(group._reduce_scatter_comm, CanonicalReduceScatter):
-                group._reduce_scatter_comm.total = None
+    for sums in model.canonical_sums:
+        sums.total = None

@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from engine.models.shards import all_gather
 from utils import UserError
 
 # Plans missing in transformers: module -> style. fused_colwise: queries, keys and values in one matrix.
@@ -61,7 +62,7 @@ class _Gather(torch.autograd.Function):
         ctx.rank_slice = slice(group.rank() * largest, group.rank() * largest + part.shape[-1])
         padded = F.pad(part, (0, largest - part.shape[-1]))
         gathered = padded.new_empty(group.size() * len(padded), *padded.shape[1:])
-        dist.all_gather_single(gathered, padded, group=group)
+        all_gather(gathered, padded, group)
         return gathered.view(group.size(), *padded.shape).movedim(0, -2).flatten(-2)[..., :total].contiguous()
 
     @staticmethod
@@ -82,8 +83,9 @@ def check_divides(hf_config: PretrainedConfig, size: int) -> dict[str, str]:
         UserError: CONFIG if no plan fits.
     """
     name, fix = hf_config.model_type, "trainer=FSDPTrainer splits any model"
-    plan = PLANS.get(name) or getattr(hf_config, "base_model_tp_plan", None)
-    unknown = sorted(set(plan.values()) - set(STYLES)) if plan else []
+    plan = dict(PLANS.get(name) or getattr(hf_config, "base_model_tp_plan", None) or {})
+    plan.pop("embed_tokens", None)  # split_products splits the embeddings of every model
+    unknown = sorted(set(plan.values()) - set(STYLES))
     if not plan or unknown:
         reason = f"its plan has {', '.join(unknown)}" if unknown else "it has no plan for tensor parallelism"
         raise UserError("CONFIG", f"tensor_parallel_size: {name} cannot be split: {reason}", fix)
