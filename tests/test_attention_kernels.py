@@ -271,8 +271,9 @@ def test_copies_by_hand() -> None:
     """The keys P P r | P P s | P P t | Q u of the row P P r s t | Q u."""
     lengths = Segments([(2, 1, 1, 0, 1), (1, 1)]).varlen(CPU)
     assert lengths.first_copies.tolist() == [0, 1, 2, 5, 8, 9, 10]
-    rows_and_copies = [(rows.tolist(), copies.tolist()) for rows, copies in lengths.repeats]
-    assert rows_and_copies == [([0, 1], [3, 4]), ([0, 1], [6, 7])]
+    assert lengths.repeat_rows.tolist() == [0, 1, 0, 1]
+    assert lengths.repeat_copies.tolist() == [3, 4, 6, 7]
+    assert lengths.repeat_sizes.tolist() == [2, 2]
 
 
 # ---- Memory-efficient attention ----

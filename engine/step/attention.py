@@ -154,7 +154,8 @@ class Segments:
 
 def _variable_lengths(branches: list[Branch], device: torch.device) -> VariableLengths:
     def index(*spans: slice | range) -> Tensor:
-        return to_device(torch.cat([torch.arange(span.start, span.stop) for span in spans]), device)
+        positions = [torch.arange(span.start, span.stop) for span in spans]
+        return to_device(torch.cat([torch.empty(0, dtype=torch.int64), *positions]), device)
 
     def starts(lengths: list[int]) -> Tensor:
         return to_device(F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(), device)
@@ -180,7 +181,9 @@ def _variable_lengths(branches: list[Branch], device: torch.device) -> VariableL
         max(num_queries),
         max(num_keys),
         index(*first_copies),
-        [(index(*prompts), index(*copies)) for prompts, copies in (zip(*spans, strict=True) for spans in repeats)],
+        index(*(prompt for spans in repeats for prompt, _ in spans)),
+        index(*(copy for spans in repeats for _, copy in spans)),
+        torch.tensor([sum(len(copy) for _, copy in spans) for spans in repeats], dtype=torch.int64),
     )
 
 

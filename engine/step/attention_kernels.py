@@ -33,7 +33,9 @@ class VariableLengths:
     longest_query: int
     longest_key: int
     first_copies: Tensor  # int64 [tokens], where each row stands first among the keys
-    repeats: list[tuple[Tensor, Tensor]]  # per further response: int64 rows of prompts, and their copies in the keys
+    repeat_rows: Tensor  # int64 [repeats], rows of prompts, by response number from the second on
+    repeat_copies: Tensor  # int64 [repeats], where they stand among the keys
+    repeat_sizes: Tensor  # int64 [further responses], on the CPU
 
 
 def flash_runs(capability: Capability, head_dim: int, dtype: torch.dtype) -> bool:
@@ -63,6 +65,22 @@ def takes_gqa(kernel: Callable[..., Any]) -> bool:
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 
+def _gather(states: Tensor, lengths: VariableLengths) -> Tensor:
+    return states.index_select(0, lengths.key_index)
+
+
+def _sum_copies(copies: Tensor, lengths: VariableLengths) -> Tensor:
+    """Sum over the copies of each row: [keys, heads, head_dim] -> [tokens, heads, head_dim]."""
+    total = copies.index_select(0, lengths.first_copies)
+    sizes = lengths.repeat_sizes.tolist()
+    if len(sizes) > 1:  # Three or more terms: round once, at the end.
+        total = total.to(torch.promote_types(total.dtype, torch.float32))
+    for rows, index in zip(lengths.repeat_rows.split(sizes), lengths.repeat_copies.split(sizes), strict=True):
+        # Under torch.use_deterministic_algorithms, index_add_ sorts after all. The sum is the same.
+        total.index_add_(0, rows, copies.index_select(0, index).to(total.dtype))
+    return total.to(copies.dtype)
+
+
 class _GatherKeys(torch.autograd.Function):
     """Keys and values of all branches.
 
@@ -75,22 +93,11 @@ class _GatherKeys(torch.autograd.Function):
     def forward(ctx: Any, key: Tensor, value: Tensor, lengths: VariableLengths) -> tuple[Tensor, Tensor]:
         """[tokens, heads, head_dim] -> [keys, heads, head_dim]."""
         ctx.lengths = lengths
-        return key.index_select(0, lengths.key_index), value.index_select(0, lengths.key_index)
+        return _gather(key, lengths), _gather(value, lengths)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return *(_sum_copies(grad, ctx.lengths) for grad in grads), None
-
-
-def _sum_copies(copies: Tensor, lengths: VariableLengths) -> Tensor:
-    """Sum over the copies of each row: [keys, heads, head_dim] -> [tokens, heads, head_dim]."""
-    total = copies.index_select(0, lengths.first_copies)
-    if len(lengths.repeats) > 1:  # Three or more terms: round once, at the end.
-        total = total.to(torch.promote_types(total.dtype, torch.float32))
-    for rows, index in lengths.repeats:
-        # Under torch.use_deterministic_algorithms, index_add_ sorts after all. The sum is the same.
-        total.index_add_(0, rows, copies.index_select(0, index).to(total.dtype))
-    return total.to(copies.dtype)
 
 
 def gather_keys(key: Tensor, value: Tensor, lengths: VariableLengths) -> tuple[Tensor, Tensor]:
