@@ -276,8 +276,7 @@ class BasicTrainer:
             self.nonfinite.handle(step.batch.examples, step.facts, loss, grad_norm)
             return None
         metrics |= step.facts | self.skip_counter()
-        num_examples, num_ranks = len(step.batch.examples), self.placement.num_ranks
-        return metrics | throughput(self.policy, self.device, num_ranks, num_examples, num_tokens, seconds)
+        return metrics | throughput(self, step.batch.examples, num_tokens, seconds)
 
     @property
     def runs_ahead(self) -> bool:

@@ -7,15 +7,19 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import engine.run.loggers
 import engine.step.metrics
+from engine.data.examples import Example
 from engine.run.loggers import Loggers, fit_line
 from engine.run.start_report import warn_of_warmup
+from engine.run.throughput import throughput
 from engine.step.metrics import DeviceTimestamp, MetricAccumulator, to_floats
 from tests.configs import make_settings
+from tests.ranks import make_trainer
 from tests.runs import Program
 
 DPO = ("loss=dpo", "loss.beta=0.1")
@@ -213,3 +217,21 @@ def test_rows_with_any_text_are_json(tmp_path) -> None:
     loggers.close()
     (line,) = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert json.loads(line)["prompt"] == 'a "b"\n\u2028\ud7ff'
+
+
+def test_mfu_counts_work_of_fed_tokens_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: no padding, no embeddings, no recomputation; the head at targets alone."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    trainer = make_trainer(("llama", "dpo", ("batching=padded", "activation_checkpointing=true")), tmp_path)
+    prompt, chosen, rejected = (np.arange(2, 2 + length, dtype=np.int32) for length in (10, 4, 6))
+    examples = [Example(prompt, (chosen, rejected), 0)] * 2  # one pair, twice
+    trainer.placement.device = torch.device("cuda")
+    metrics = throughput(trainer, examples, num_tokens=18, seconds=0.5)
+    hidden, mlp, layers, vocabulary = 32, 48, 2, trainer.policy.config.vocab_size
+    weights = layers * (hidden * hidden * 3 + 3 * hidden * mlp + 2 * hidden)  # with 2 of 4 key heads, and 2 norms
+    pairs = 10**2 / 2 + 4 * (10 + 2) + 6 * (10 + 3)
+    flops = 6 * weights * 18 + 12 * hidden * layers * pairs + 6 * vocabulary * hidden * (4 + 6)
+    assert metrics["mfu"] == pytest.approx(flops / (0.5 * 989e12))
+    assert metrics["tokens_per_second"] == 36 and metrics["examples_per_second"] == 4
+    trainer.placement.device = torch.device("cpu")
+    assert "mfu" not in throughput(trainer, examples, 18, 0.5)

@@ -14,7 +14,7 @@ from engine.models.tokenizers import load_tokenizer
 from engine.settings.schema import Settings
 from engine.step.heads import response_logps
 from engine.step.layout import lay_out
-from engine.step.packing_check import use_packed_attention
+from engine.step.packing_check import tolerance_of, use_packed_attention
 from tests.configs import make_settings, with_model
 from tests.models import SIZES, pair_examples, tiny_model
 from utils import UserError
@@ -191,3 +191,15 @@ def test_weights_of_a_model_with_other_settings_are_refused(tokenizer, tmp_path)
         with pytest.raises(UserError, match="does not fit the model") as caught:
             load_model(settings, tokenizer, torch.float32, CPU)
         assert f"{next(iter(changed))} is " in str(caught.value) and caught.value.exit_status == 4
+
+
+@pytest.mark.parametrize("precision, bits", [("highest", 23), ("high", 10), ("medium", 7)])
+def test_fp32_log_probs_may_differ_by_the_precision_of_products(precision: str, bits: int) -> None:
+    """A few roundings of each factor: TF32 keeps 10 bits of a mantissa, bf16 7."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert 2 * 2.0**-bits <= tolerance_of(torch.float32) <= max(1e-4, 6 * 2.0**-bits)
+        assert tolerance_of(torch.float64) == 1e-9 and tolerance_of(torch.bfloat16) == 0.02
+    finally:
+        torch.set_float32_matmul_precision(before)

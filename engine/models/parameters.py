@@ -21,15 +21,6 @@ def num_weights(model: nn.Module) -> tuple[int, int]:
     return trained, sum(packed.get(id(p), p.numel()) for p in model.parameters()) - copies
 
 
-def flops_per_token(model: nn.Module) -> int:
-    """FLOPs of a forward and a backward pass per token.
-
-    Frozen weights need no weight gradient.
-    """
-    trained, total = num_weights(model)
-    return 4 * total + 2 * trained
-
-
 def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Parameters and saved buffers of a model by name.
 

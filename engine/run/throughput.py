@@ -1,22 +1,34 @@
 """Metrics of speed."""
 
-import torch
-from torch import nn
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from engine.models.parameters import flops_per_token
+import torch
+
+from engine.data.examples import Example
+from engine.run.workload import Work, flops_of
 from engine.settings.hardware import peak_flops
+
+if TYPE_CHECKING:  # trainers import the engine, not the other way round
+    from trainers import BasicTrainer
 
 
 def throughput(
-    policy: nn.Module, device: torch.device, num_ranks: int, num_examples: int, num_tokens: float, seconds: float
+    trainer: "BasicTrainer", examples: Sequence[Example], num_tokens: float, seconds: float
 ) -> dict[str, float]:
     """Examples and tokens per second; on a known GPU also MFU, the fraction of its peak FLOP/s.
 
+    MFU counts the work of fed tokens: no padding, no embeddings, no recomputation. The head's is for targets alone.
+
     Args:
-        num_examples, num_tokens: of a step, over all ranks.
+        examples, num_tokens: of a step, over all ranks.
     """
-    metrics = {"examples_per_second": num_examples / seconds, "tokens_per_second": num_tokens / seconds}
+    metrics = {"examples_per_second": len(examples) / seconds, "tokens_per_second": num_tokens / seconds}
+    device = trainer.device
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak:
-        metrics["mfu"] = flops_per_token(policy) * metrics["tokens_per_second"] / (peak * num_ranks)
+        work = replace(Work.of(examples, "packed"), tokens=int(num_tokens))
+        flops = flops_of(trainer, counts_recomputation=False)(work, True)
+        metrics["mfu"] = flops / (seconds * peak * trainer.placement.num_ranks)
     return metrics

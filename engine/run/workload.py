@@ -72,10 +72,10 @@ def work_of(batches: Iterable[list[list[Example]]], layout: str) -> BatchWork:
 # ---- Time ----
 
 
-def flops_of(trainer: "BasicTrainer") -> Callable[[Work, bool], float]:
+def flops_of(trainer: "BasicTrainer", counts_recomputation: bool = True) -> Callable[[Work, bool], float]:
     """A function: work, with a backward pass or without -> operations of all tensor-parallel ranks.
 
-    It assumes that each weight of a layer is used once per token.
+    It assumes that each weight of a layer is used once per token. Embeddings are looked up, and cost none.
     """
     config, policy = trainer.policy.config, trainer.policy
     layers = find_layers(policy, trainer.settings.model.block_name)
@@ -85,8 +85,8 @@ def flops_of(trainer: "BasicTrainer") -> Callable[[Work, bool], float]:
     first = 0 if trains_embeddings else next((index for index, num in enumerate(trained) if num), len(layers))
     num_backward = len(layers) - first
     head = policy.get_output_embeddings().weight
-    width = (getattr(config, "head_dim", None) or 0) * config.num_attention_heads or config.hidden_size
-    recomputed = trainer.num_checkpointed / len(layers)
+    width = (getattr(config, "head_dim", None) or 0) * getattr(config, "num_attention_heads", 0) or config.hidden_size
+    recomputed = trainer.num_checkpointed / len(layers) if counts_recomputation else 0
 
     def flops(work: Work, with_backward: bool) -> float:
         of_head = 2 * head.numel() * work.targets
