@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import engine.step.logprobs
 import train
 from engine.data.examples import Split
 from engine.data.films import film_tokenizer
@@ -127,6 +129,22 @@ def test_more_processes_need_less_and_are_faster() -> None:
     assert [plan.memory.parameters * plan.num_processes for plan in plans] == [plans[0].memory.parameters] * 3
     seconds = [plan.seconds["training"] for plan in plans if plan.seconds]
     assert seconds == sorted(seconds, reverse=True) and len(set(seconds)) == 3
+
+
+@pytest.mark.parametrize("hardware, dtype", [("plan_hardware=h100", torch.bfloat16), ("n_epochs=1", torch.float32)])
+def test_a_planned_gpu_has_no_wide_copy_of_a_low_head(
+    hardware: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes = set()
+
+    def products(inputs: Tensor, weight: Tensor, out: Tensor) -> None:
+        dtypes.add(weight.dtype)
+        compute(inputs, weight, out)
+
+    compute = engine.step.logprobs._products
+    monkeypatch.setattr(engine.step.logprobs, "_products", products)
+    planned(configured("llama", "model.policy_dtype=bfloat16", hardware))
+    assert dtypes == {dtype}
 
 
 def test_the_program_plans_and_leaves_no_run(program: Program) -> None:

@@ -194,7 +194,8 @@ class Simulated(Placement):
     def simulated(self) -> Iterator[None]:
         """Make tensors without memory inside a with block, and count it."""
         # Fake tensors are on the CPU, also for a planned GPU.
-        with self.fake, self.live, patch.dict(CHUNK_LOGITS, cpu=self.chunk_logits):
+        products = patch("engine.step.logprobs.has_wide_products", lambda device: self.is_on_gpu)
+        with self.fake, self.live, patch.dict(CHUNK_LOGITS, cpu=self.chunk_logits), products:
             yield
 
     def gather_from_data_ranks(self, value: Any) -> list[Any]:
