@@ -1,4 +1,4 @@
-"""Prepare a process before its slow imports: standard streams, and signals outside training."""
+"""Prepare a process before its slow imports: standard streams, signals outside training, GPU memory."""
 
 import os
 import signal
@@ -17,6 +17,17 @@ def begin() -> None:
     """Prepare this process. Call it first."""
     open_missing_streams()
     end_on_signals()
+    let_segments_grow()
+
+
+def let_segments_grow() -> None:
+    """Let torch grow its blocks of GPU memory, unless the user has chosen.
+
+    Rows of tokens vary in length. Blocks of fixed sizes would leave gaps between them. Torch reads the variable when it
+    first allocates.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():  # the second is the older name
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def open_missing_streams() -> None:

@@ -22,6 +22,7 @@ from engine.models.archives import find_checkpoint
 from engine.models.layers import find_layers
 from engine.models.parameters import num_weights
 from engine.models.precision import round_masters
+from engine.placement.determinism import set_deterministic
 from engine.placement.memory import peak_memory_gb
 from engine.placement.placement import Placement
 from engine.placement.process_group import is_lost_peer
@@ -441,6 +442,7 @@ class BasicTrainer:
 
         torch.set_float32_matmul_precision(settings.matmul_precision)
         self.placement = self.placement_class(settings)(settings, tokenizer, run_dir)
+        set_deterministic(settings.deterministic, self.device)
         self.policy = self.placement.place_model(getattr(torch, settings.model.policy_dtype))
         print(describe_parameters(*num_weights(self.policy)), flush=True)
         self.runner = MicrobatchRunner(

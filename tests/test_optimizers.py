@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from engine.models.archives import OPTIMIZER, STATE_FILE, WEIGHTS
 from engine.models.optimizers import build_optimizer, load_optimizer_state
 from engine.models.parameters import named_state, named_weights
-from engine.models.shards import copy_to_shard
+from engine.models.shards import copy_to_shard, local_shard
 from engine.models.weight_files import tensors_of
 from engine.run.checkpoint_reader import state_by_parameter
 from engine.settings.choices import BITSANDBYTES_OPTIMIZERS
@@ -67,15 +67,16 @@ def test_sharded_updates_are_skipped_by_a_flag(name: str) -> None:
     """Without the host: found_inf is a plain scalar beside sharded weights, in torch's fused optimizers."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
+        model = nn.Linear(4, 4)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         optimizer = build_optimizer(name, [{"params": list(model.parameters())}], 1e-2)
-        weights = [model.weight.to_local().clone()]
+        weights = [local_shard(model.weight).clone()]
         for found_inf in (0.0, 1.0, 0.0):
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, torch.nan if found_inf else 1.0)
             optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(found_inf)  # type: ignore[attr-defined]
             optimizer.step()
-            weights.append(model.weight.to_local().clone())
+            weights.append(local_shard(model.weight).clone())
         assert [torch.equal(*pair) for pair in pairwise(weights)] == [False, True, False]
         assert optimizer.state[model.weight]["step"] == 2 and weights[-1].isfinite().all()
     finally:

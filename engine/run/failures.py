@@ -28,6 +28,9 @@ def as_user_error(error: Exception) -> UserError | None:
             f"out of memory ({reason})",
             "a smaller token_budget, activation_checkpointing=true, mixed_precision=bfloat16 or a smaller max_length",
         )
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
+        problem = f"deterministic: {str(error).split()[0]}, an operation of this model, has no such form on a GPU"
+        return UserError("CONFIG", problem, "set deterministic=false")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError("STORAGE", f"the disk is full ({error})", "make room, then continue with resume=")
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE):
