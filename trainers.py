@@ -318,6 +318,9 @@ class BasicTrainer:
 
     def sync_stop_request(self) -> bool:
         """Whether any rank has a stop request. All ranks call this together."""
+        if self.placement.num_ranks == 1:  # a GPU need not finish its queue for it
+            self.must_stop |= self.stop.signal is not None
+            return self.must_stop
         requests = torch.tensor([self.stop.signal is not None], dtype=torch.float64, device=self.device)
         self.placement.all_reduce_sum(requests)
         self.must_stop |= requests.item() > 0

@@ -11,10 +11,11 @@ import torch
 import transformers
 
 from engine.models.hashing import weights_hash
+from engine.step import reference_cache
 from engine.step.heads import response_logps
-from engine.step.layout import lay_out
+from engine.step.layout import Microbatch, lay_out
 from engine.step.packing_check import use_packed_attention
-from engine.step.reference import LiveReference, reference_key
+from engine.step.reference import LiveReference, fill_cache, reference_key
 from engine.step.reference_cache import CachedReference
 from tests.models import pair_examples, random_examples, tiny_model
 from tests.runs import Program
@@ -66,6 +67,46 @@ def test_two_processes_may_fill_one_cache(tmp_path, model) -> None:
     first.add(batch, logps)
     second.add(batch, logps + 1)
     assert torch.equal(CachedReference(tmp_path / "key.sqlite").logps(batch).float(), logps)
+
+
+def test_a_fill_commits_by_time(tmp_path, model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And at its end. In between, other processes can write."""
+    clock = [100.0]
+    monkeypatch.setattr(reference_cache.time, "monotonic", lambda: clock[0])
+    path = tmp_path / "key.sqlite"
+    cache, on_disk = CachedReference(path), []
+    examples = pair_examples()
+    with cache.committing_every(5.0):
+        for example, now in zip(examples[:4], (101.0, 104.0, 106.0, 107.0), strict=True):
+            clock[0] = now
+            batch = lay_out([example])
+            cache.add(batch, LiveReference(model).logps(batch))
+            assert not cache.missing(batch.responses)
+            on_disk.append(len(CachedReference(path)))
+        other = lay_out(examples[4:])
+        CachedReference(path).add(other, LiveReference(model).logps(other))
+    assert on_disk == [0, 0, 6, 6] and len(CachedReference(path)) == 9
+
+
+def test_a_failed_fill_keeps_what_was_computed(tmp_path, model) -> None:
+    """Each microbatch is added while the next one runs, so the last one is lost."""
+    cache = CachedReference(tmp_path / "key.sqlite")
+    done: list[Microbatch] = []
+
+    class Failing(LiveReference):
+        def logps(self, batch: Microbatch) -> torch.Tensor:
+            if len(done) == 3:
+                raise RuntimeError("no more")
+            done.append(batch)
+            return super().logps(batch)
+
+    batches = [[[example] for example in pair_examples()]]
+    with pytest.raises(RuntimeError, match="no more"):
+        fill_cache(cache, Failing(model), batches, lay_out, data_rank=0, num_data_ranks=1)
+    kept = CachedReference(tmp_path / "key.sqlite")
+    assert [len(kept.missing(batch.responses)) for batch in done] == [0, 0, 2]
+    fill_cache(kept, LiveReference(model), batches, lay_out, data_rank=0, num_data_ranks=1)
+    assert not CachedReference(tmp_path / "key.sqlite").missing(lay_out(pair_examples()).responses)
 
 
 def test_simultaneous_processes_do_not_lock_each_other_out(tmp_path) -> None:

@@ -14,8 +14,11 @@ from engine.models.adapters import as_reference
 from engine.models.precision import run_in_dtype
 from engine.step.heads import response_logps
 from engine.step.layout import Microbatch
+from engine.step.metrics import HostCopy
 from engine.step.reference_cache import CachedReference
-from utils import content_hash, progress
+from utils import content_hash, prefetch, progress
+
+COMMIT_SECONDS = 5.0  # a commit waits for the disk; a killed run loses the log-probs of so many seconds
 
 
 class LiveReference:
@@ -81,9 +84,9 @@ def fill_cache(
         data_rank, num_data_ranks: each data-parallel rank runs every num_data_ranks-th microbatch.
     """
     rounds, planned, num_before = [], set[bytes](), len(cached)
-    for batch in batches:
-        for start in range(0, len(batch), num_data_ranks):  # one microbatch per rank
-            microbatches = batch[start : start + num_data_ranks]
+    for parts in batches:
+        for start in range(0, len(parts), num_data_ranks):  # one microbatch per rank
+            microbatches = parts[start : start + num_data_ranks]
             examples = [example for microbatch in microbatches for example in microbatch]
             missing = cached.missing(
                 (example.prompt, response) for example in examples for response in example.responses
@@ -95,9 +98,14 @@ def fill_cache(
         print(f"reference: all log-probs are in {cached.path}")
         return
     started = time.monotonic()
-    with live.in_mixed_precision():
-        for microbatches in progress(rounds, description="reference log-probs", unit="microbatches"):
-            microbatch = lay_out(microbatches[data_rank])
-            cached.add(microbatch, live.logps(microbatch))
+    with live.in_mixed_precision(), cached.committing_every(COMMIT_SECONDS):
+        running: tuple[Microbatch, HostCopy] | None = None
+        laid_out = prefetch(lay_out(microbatches[data_rank]) for microbatches in rounds)
+        for batch in progress(laid_out, description="reference log-probs", total=len(rounds), unit="microbatches"):
+            previous, running = running, (batch, HostCopy(live.logps(batch)))
+            if previous is not None:  # added while a GPU runs this one
+                cached.add(previous[0], previous[1].read())
+        assert running is not None
+        cached.add(running[0], running[1].read())
     seconds = time.monotonic() - started
     print(f"reference: {len(cached) - num_before:,} log-probs computed in {seconds:.1f} s, kept in {cached.path}")

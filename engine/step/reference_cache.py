@@ -2,7 +2,9 @@
 
 import hashlib
 import sqlite3
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ class CachedReference:
     def __init__(self, path: Path, gather_from_ranks: Callable[[Any], list[Any]] = lambda value: [value]):
         self.path = path
         self._gather_from_ranks = gather_from_ranks
+        self._unwritten: list[tuple[bytes, float, int, str]] = []
+        self._commit_interval, self._committed_at = 0.0, 0.0  # seconds
         self._connection: sqlite3.Connection | None = None
         if rank_and_size()[0] == 0:
             try:
@@ -105,7 +109,7 @@ class CachedReference:
     def add(self, batch: Microbatch, logps: Tensor) -> None:
         """Store the log-probs of this and the other ranks' batches.
 
-        Existing rows stay.
+        Existing rows stay. On disk they are at once, or as committing_every() says.
 
         Args:
             logps: [responses].
@@ -115,14 +119,31 @@ class CachedReference:
             for (prompt, response), logp in zip(batch.responses, logps.tolist(), strict=True)
         ]
         rows = [row for rows_of_rank in self._gather_from_ranks(rank_rows) for row in rows_of_rank]
-        if self._connection is not None:
+        for digest, logp, *_ in rows:
+            self._logps.setdefault(digest, logp)
+        self._unwritten += rows
+        if time.monotonic() >= self._committed_at + self._commit_interval:
+            self._commit()
+
+    @contextmanager
+    def committing_every(self, seconds: float) -> Iterator[None]:
+        """Write added log-probs every so many seconds in a with block, and at its end, after an error too."""
+        self._commit_interval, self._committed_at = seconds, time.monotonic()
+        try:
+            yield
+        finally:
+            self._commit_interval = 0.0
+            self._commit()
+
+    def _commit(self) -> None:
+        """Write rows in one short transaction, as other runs may write to the file too."""
+        rows, self._unwritten, self._committed_at = self._unwritten, [], time.monotonic()
+        if self._connection is not None and rows:
             try:
                 self._connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?, ?)", rows)
                 self._connection.commit()
             except sqlite3.Error as error:
                 raise self._unusable(error) from error
-        for digest, logp, *_ in rows:
-            self._logps.setdefault(digest, logp)
 
     def logps(self, batch: Microbatch) -> Tensor:
         """Log-probs of the responses of batch, summed over their tokens, [responses]."""
