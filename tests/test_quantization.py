@@ -1,9 +1,11 @@
 """Quantised layers against their dequantised weights, also after a cast, move or copy."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from bitsandbytes import functional
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +46,19 @@ def test_output_is_the_product_with_the_dequantised_weight(
     (gradient,) = torch.autograd.grad(packed(inputs).square().sum(), inputs)
     (expected_gradient,) = torch.autograd.grad(expected.square().sum(), inputs)
     torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_dequantised_weights_are_those_of_bitsandbytes(kind: str, double_quant: bool, dtype: torch.dtype) -> None:
+    layer = linear(320, 200)  # more blocks than one scale of scales serves
+    arguments: dict[str, Any] = {"blocksize": 64, "compress_statistics": double_quant, "quant_type": kind}
+    expected_packed, state = functional.quantize_4bit(layer.weight.detach(), **arguments)
+    state.dtype = dtype
+    packed = quantized(layer, kind, double_quant=double_quant)
+    assert torch.equal(packed.weight, expected_packed)
+    assert torch.equal(packed.dequantize(dtype), functional.dequantize_4bit(expected_packed, state))
 
 
 @pytest.mark.parametrize("kind", KINDS)

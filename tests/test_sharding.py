@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.placement.sharding import make_mesh
 from tests.ranks import Job, Trajectory, on_ranks, trajectories
 
 pytestmark = pytest.mark.alone
@@ -79,6 +80,16 @@ def test_all_placements_train_the_same(name: str, architecture: str, loss: str, 
     assert weights.keys() == expected_weights.keys()
     difference = sum((weights[key] - value).square().sum() for key, value in expected_weights.items())
     assert difference.sqrt() / sum(value.square().sum() for value in expected_weights.values()).sqrt() < 1e-5
+
+
+def group_timeouts() -> list[float]:
+    groups = make_mesh(torch.device("cpu"), (1, 2, 1), timeout_s=77).get_all_groups()
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def test_every_group_of_a_mesh_has_the_time_out_of_the_settings() -> None:
+    assert on_ranks(2, group_timeouts) == [[77, 77, 77]] * 2
 
 
 def test_ordered_sums_are_bitwise_equal(results) -> None:

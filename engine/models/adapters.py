@@ -78,6 +78,8 @@ def inject(model: PreTrainedModel, adapter: Adapter, with_copy: bool) -> None:
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
+    from engine.models.lora_linear import fuse_lora
+
     is_meta = model.get_input_embeddings().weight.is_meta
     names = (TRAINED_ADAPTER, REFERENCE_ADAPTER) if with_copy else (TRAINED_ADAPTER,)
     for name in names:
@@ -92,6 +94,7 @@ def inject(model: PreTrainedModel, adapter: Adapter, with_copy: bool) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module._active_adapter = [TRAINED_ADAPTER]
+    fuse_lora(model)
     model.adapter = adapter
 
 

@@ -58,6 +58,7 @@ class QuantizedLinear(nn.Linear):
     ):
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # [out, in]
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        bitsandbytes_functional()  # registers the operators for _dequantize
         self.quant_type, self.compute_dtype = quant_type, compute_dtype
         self.bias = layer.bias
         self.requires_grad_(False)
@@ -127,24 +128,17 @@ def _empty(shape: torch.Size, kind: str, double_quant: bool, storage: torch.dtyp
 
 
 def _dequantize(packed: Tensor, kind: str, shape: tuple[int, int], scales: list[Tensor], dtype: torch.dtype) -> Tensor:
-    functional = bitsandbytes_functional()
+    # The operators themselves: bitsandbytes' functions build several objects for each call.
+    operators = torch.ops.bitsandbytes
     if kind == "int8":
-        return functional.int8_vectorwise_dequant(packed, scales[0]).to(dtype)
-    nested = None
+        return operators.int8_vectorwise_dequant(packed, scales[0]).to(dtype)
+    largest = scales[0]  # of each block
     if len(scales) > 2:
-        nested = functional.QuantState(absmax=scales[3], code=scales[4], blocksize=NESTED_BLOCK, dtype=torch.float32)
+        offset, nested_scales, nested_code = scales[2:]
+        largest = operators.dequantize_blockwise(largest, nested_scales, nested_code, NESTED_BLOCK, torch.float32)
+        largest += offset
     wide = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
-    state = functional.QuantState(
-        absmax=scales[0],
-        shape=torch.Size(shape),
-        code=scales[1],
-        blocksize=BLOCK,
-        quant_type=kind,
-        dtype=wide,
-        offset=scales[2] if nested else None,
-        state2=nested,
-    )
-    return functional.dequantize_4bit(packed, state).to(dtype)
+    return operators.dequantize_4bit(packed, largest, BLOCK, kind, shape, wide).to(dtype)
 
 
 class _Product(torch.autograd.Function):

@@ -52,7 +52,7 @@ class ShardedProcesses(Placement):
                 f" = {tensor} x {replicas}",
                 "choose numbers that divide it",
             )
-        self.mesh = make_mesh(self.device, replicas, shards, tensor)
+        self.mesh = make_mesh(self.device, (replicas, shards, tensor), settings.collective_timeout)
         self.data_rank, self.num_data_ranks = self.rank // tensor, replicas * shards
         self.compute_dtype = None  # FSDP casts
 

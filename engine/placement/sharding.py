@@ -4,6 +4,7 @@ import math
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,9 +31,17 @@ from engine.step.heads import run_unsharded_head
 from utils import UserError
 
 
-def make_mesh(device: torch.device, replicas: int, shards: int, tensor: int) -> DeviceMesh:
-    """The mesh of all processes. Neighbours are tensor-parallel ranks: they communicate the most."""
-    return init_device_mesh(device.type, (replicas, shards, tensor), mesh_dim_names=("replica", "shard", "tensor"))
+def make_mesh(device: torch.device, shape: tuple[int, int, int], timeout_s: int) -> DeviceMesh:
+    """The mesh of all processes. Neighbours are tensor-parallel ranks: they communicate the most.
+
+    Args:
+        shape: numbers of replicas, of shards, and of tensor-parallel processes.
+        timeout_s: seconds until a collective fails.
+    """
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard", "tensor"))
+    for group in mesh.get_all_groups():  # torch gives new groups its default, not that of all processes
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+    return mesh
 
 
 def without_weights(full: PreTrainedModel | None, trust_remote_code: bool = False) -> PreTrainedModel:
