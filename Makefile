@@ -5,7 +5,7 @@ GPU ?= --results .cache/gpu
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-docs soak mutants lint docs gpu bench FORCE
+.PHONY: demo test test-oldest test-docs soak mutants lint docs gpu bench FORCE
 
 demo: .venv/.installed  ## SFT and then DPO on the embedded model and data
 	$(BIN)/python benchmarks/demo.py
@@ -13,6 +13,12 @@ demo: .venv/.installed  ## SFT and then DPO on the embedded model and data
 test: .venv/.installed  ## the tests that every change must pass
 	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" -n 3 --dist loadfile
 	$(BIN)/python -m pytest -m "alone and not slow and not gpu" -n 2 --dist loadfile
+
+OLDEST_TESTS := $(addprefix tests/, test_attention.py test_batching.py invariants/test_packing.py test_triton_head.py \
+	test_vocabulary_shards.py test_quantization.py test_lora_linear.py test_trainers.py test_sharding.py test_sharded_peft.py)
+
+test-oldest: .venv-oldest/.installed  ## the same under the oldest torch and transformers, of what depends on them most
+	.venv-oldest/bin/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile $(OLDEST_TESTS)
 
 test-docs: .venv/.installed  ## the slow tests of README, docs/ and benchmarks/
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/test_docs.py tests/test_extend.py tests/test_experiments.py tests/test_benchmarks.py
@@ -41,6 +47,14 @@ bench: .venv/.installed .venv-bench/.installed  ## a step beside TRL's; make ben
 
 .venv-bench/.installed: benchmarks/requirements-trl.txt
 	rm -f $@ && $(PYTHON) -m venv .venv-bench && .venv-bench/bin/python -m pip install -r $< && cp $< $@
+
+# The pins of requirements.txt, but for those in tests/requirements-oldest.txt.
+.venv-oldest/.installed: requirements.txt tests/requirements-oldest.txt
+	@echo "make: downloads about 2.8 GB into .venv-oldest, as this torch brings CUDA libraries; 5.5 GB on disk"
+	rm -f $@ && $(PYTHON) -m venv .venv-oldest
+	sed -n 's/==.*//p' tests/requirements-oldest.txt | sed 's/.*/^&==/' | grep -v -f - requirements.txt | \
+		cat - tests/requirements-oldest.txt > .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install -r .venv-oldest/requirements.txt && cp .venv-oldest/requirements.txt $@
 
 # Beside .venv and not in it: mutmut brings its own versions of common packages.
 .mutmut/.installed: benchmarks/requirements-mutmut.txt | .venv/.installed
