@@ -38,6 +38,7 @@ from benchmarks.common import (
 )
 from benchmarks.gpu_profile import grouped_seconds
 from benchmarks.pairs import make_example, synthetic_pairs
+from process_start import let_segments_grow
 
 if TYPE_CHECKING:
     import torch
@@ -462,6 +463,7 @@ def main(texts: Sequence[str]) -> None:
     import torch
 
     arguments, started = parse(texts), time.monotonic()
+    let_segments_grow()  # as train.py does
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; --device cpu --tiny tries all cases on the CPU")
     card = torch.cuda.get_device_name().split()[1].lower() if arguments.device == "cuda" else "cpu"

@@ -17,6 +17,12 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """Only tests marked gpu see the GPUs of this machine. The others expect the bits of a CPU."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")

@@ -57,12 +57,14 @@ Trajectory = tuple[Tensor, Tensor, dict[str, Tensor]]  # losses and gradient nor
 def trajectory(job: Job, run_dir: Path) -> Trajectory:
     """Train a job to its end."""
     trainer = make_trainer(job, run_dir)
-    steps = [trainer.step(batch).values for batch in map(trainer.prepare, trainer.train_batches())]
+    steps = [trainer.step(batch).values.read() for batch in map(trainer.prepare, trainer.train_batches())]
     weights = {
         name: full_tensor(tensor, trainer.placement.permutations.get(name)).detach().clone()
         for name, tensor in trainer.placement.named_tensors(trainer.policy, trainer.optimizer)[0].items()
     }
-    losses, norms = (torch.stack([values[name].double() for values in steps]) for name in ("loss/train", "grad_norm"))
+    losses, norms = (
+        torch.tensor([values[name] for values in steps], dtype=torch.float64) for name in ("loss/train", "grad_norm")
+    )
     return losses, norms, weights
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.placement.memory import total_memory
 from engine.placement.placement import Placement
+from engine.settings.choices import TORCH_OPTIMIZERS
 from engine.step.attention import Segments, packed, packed_dense
 from engine.step.layout import GroupSpan, lay_out
 from engine.step.logprobs import chunked_head, plain_head
@@ -111,19 +112,18 @@ def test_training_matches_the_cpu(architecture: str, batching: str, tmp_path: Pa
     job = (architecture, "dpo", (f"batching={batching}", "n_examples=40", "n_epochs=null"))
     losses, norms, weights = trajectory(job, tmp_path / "gpu")
     expected_losses, expected_norms, expected_weights = on_the_cpu(lambda: trajectory(job, tmp_path / "cpu"))
-    torch.testing.assert_close(losses.cpu(), expected_losses, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(norms.cpu(), expected_norms, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-3, atol=1e-5)
     for name, weight in expected_weights.items():
         torch.testing.assert_close(weights[name].cpu(), weight, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW"])
+@pytest.mark.parametrize("optimizer", TORCH_OPTIMIZERS)
 def test_optimizers_match_the_cpu(optimizer: str, tmp_path: Path) -> None:
-    """The fused versions, with weights in fp32."""
     job = ("llama", "dpo", (f"optimizer={optimizer}", "n_examples=40", "n_epochs=null"))
     _, norms, weights = trajectory(job, tmp_path / "gpu")
     _, expected_norms, expected_weights = on_the_cpu(lambda: trajectory(job, tmp_path / "cpu"))
-    torch.testing.assert_close(norms.cpu(), expected_norms, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-3, atol=1e-5)
     for name, weight in expected_weights.items():
         torch.testing.assert_close(weights[name].cpu(), weight, rtol=1e-3, atol=2e-4)
 
@@ -245,4 +245,4 @@ def test_a_step_never_waits_for_the_gpu(overrides: tuple[str, ...], tmp_path: Pa
         steps = [trainer.step(batch) for batch in batches[2:]]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(step.values["loss/train"].isfinite() for step in steps)
+    assert all(math.isfinite(step.values.read()["loss/train"]) for step in steps)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -19,7 +20,7 @@ from engine.models.parameters import named_state, named_weights
 from engine.models.shards import copy_to_shard, local_shard
 from engine.models.weight_files import tensors_of
 from engine.run.checkpoint_reader import state_by_parameter
-from engine.settings.choices import BITSANDBYTES_OPTIMIZERS
+from engine.settings.choices import BITSANDBYTES_OPTIMIZERS, TORCH_OPTIMIZERS
 
 
 def run_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -34,6 +35,16 @@ def new_model_and_optimizer(name: str) -> tuple[nn.Linear, torch.optim.Optimizer
     torch.manual_seed(0)
     model = nn.Linear(96, 64)  # the weight gets 8-bit state, the small bias does not
     return model, build_optimizer(name, [{"params": list(model.parameters())}], 1e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in TORCH_OPTIMIZERS if name not in ("SGD", "Adafactor")])  # read values
+def test_optimizers_take_weights_on_a_gpu(name: str) -> None:
+    with FakeTensorMode():
+        parameter = nn.Parameter(torch.empty(2, device="cuda"))
+        optimizer = build_optimizer(name, [{"params": [parameter]}], 1e-2)
+        if type(optimizer).__module__.startswith("torch."):  # kernels of Triton take no fake tensors
+            parameter.grad = torch.empty(2, device="cuda")
+            optimizer.step()
 
 
 @pytest.mark.filterwarnings("error")

@@ -226,8 +226,7 @@ def round_and_step(overrides: tuple[str, ...], directory: Path) -> tuple[set[str
             full = full_tensor(parameter).detach()
             if not torch.equal(full, full.to(torch.bfloat16).to(full.dtype)):
                 names.add(name)
-    values = trainer.step(trainer.prepare(next(trainer.train_batches()))).values
-    return names, {name: value.item() for name, value in values.items()}
+    return names, trainer.step(trainer.prepare(next(trainer.train_batches()))).values.read()
 
 
 def check_rounded(found: tuple[set[str], dict[str, float]]) -> None:

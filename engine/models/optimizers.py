@@ -12,6 +12,8 @@ from engine.models.rmsprop_kernel import FusedRMSprop, runs_on
 from engine.models.shards import ShardPermutations, copy_to_shard
 from utils import quiet_bitsandbytes
 
+FUSED_ON_CPUS_ALONE = ("Adagrad",)
+
 
 def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, may_fuse: bool = True) -> torch.optim.Optimizer:
     """Build an optimizer of torch, or else of bitsandbytes.
@@ -19,8 +21,10 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, may_fuse
     Args:
         may_fuse: use a fused version, one pass over the weights, if there is one.
     """
-    if name == "RMSprop" and may_fuse and runs_on(parameter for group in groups for parameter in group["params"]):
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if name == "RMSprop" and may_fuse and runs_on(parameters):
         return FusedRMSprop(groups, lr)
+    may_fuse &= name not in FUSED_ON_CPUS_ALONE or all(parameter.device.type == "cpu" for parameter in parameters)
     kind = getattr(torch.optim, name, None)
     if kind is not None:
         fused = {"fused": True} if may_fuse and "fused" in inspect.signature(kind).parameters else {}

@@ -12,6 +12,7 @@ BitsandbytesOptimizer = Literal[
     "PagedAdamW8bit", "PagedLion8bit", "PagedAdEMAMix8bit", "PagedAdam32bit", "PagedAdamW32bit", "PagedLion32bit",
 ]  # fmt: skip
 BITSANDBYTES_OPTIMIZERS: tuple[str, ...] = get_args(BitsandbytesOptimizer)
+TORCH_OPTIMIZERS: tuple[str, ...] = get_args(TorchOptimizer)
 
 # Metrics for keep_best, by direction.
 LowerIsBetter = Literal["loss/eval", "kl_eval"]
