@@ -1,5 +1,6 @@
 """GPU kernels of packed attention, with plain kernels of the same signatures in their place."""
 
+import copy
 import random
 from collections.abc import Iterator
 from functools import partial
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.step.attention
-from engine.step.attention import Segments, choose_kernel, packed, packed_varlen
+from engine.models.layers import find_layers
+from engine.step.attention import Segments, choose_kernel, packed, packed_varlen, register_packed_attention
 from engine.step.attention_kernels import (
     VariableLengths,
     efficient_attention,
@@ -24,6 +27,8 @@ from engine.step.attention_kernels import (
     plain_gather_keys,
     takes_gqa,
 )
+from engine.step.layout import lay_out
+from tests.models import random_examples, tiny_model
 from tests.test_attention import GROUPS, HEADS, SCALING, by_blocks, by_varlen, dense, plain_varlen_attn, run, states
 
 CPU = torch.device("cpu")
@@ -328,6 +333,123 @@ def test_installed_efficient_attention_takes_the_call() -> None:
 )
 def test_efficient_runs(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, runs: bool) -> None:
     assert efficient_runs(capability, head_dim, dtype) == runs
+
+
+# ---- torch.compile ----
+
+
+@torch.library.custom_op("tests::varlen_attn", mutates_args=())
+def varlen_operator(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    query, key, value = (tensor[None].contiguous() for tensor in (query, key, value))
+    output, logsumexp, *_ = plain_efficient_forward(
+        query, key, value, None, cu_seq_q, cu_seq_k, max_q, max_k, 0.0, 2, compute_log_sumexp=True, scale=scale
+    )
+    return output[0], logsumexp
+
+
+@varlen_operator.register_fake
+def _(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale):
+    logsumexp = query.new_empty(cu_seq_q.shape[0] - 1, query.shape[1], (max_q + 31) // 32 * 32)
+    return query.new_empty(query.shape), logsumexp
+
+
+@torch.library.custom_op("tests::varlen_attn_backward", mutates_args=())
+def varlen_backward_operator(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = key.shape[1], query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(shape[1], dim=1) for tensor in (key, value))
+    query, key, value = (tensor[None].contiguous() for tensor in (query, key, value))
+    none = torch.empty(())
+    grad_query, *grads, _ = plain_efficient_backward(
+        grad[None], query, key, value, None, output[None], cu_seq_q, cu_seq_k, max_q, max_k, logsumexp, 0.0, none, none,
+        2, False, scale=scale,
+    )  # fmt: skip
+    grad_key, grad_value = (tensor[0].unflatten(1, shape).sum(2) for tensor in grads)
+    return grad_query[0], grad_key, grad_value
+
+
+@varlen_backward_operator.register_fake
+def _(grad, query, key, value, *others):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.numbers = inputs[5:]
+
+
+varlen_operator.register_autograd(
+    lambda ctx, grad, _: (*varlen_backward_operator(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * 5),
+    setup_context=_save,
+)
+
+
+def varlen_attn_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> Tensor:
+    assert window_size == (-1, 0)
+    return varlen_operator(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+def test_layers_with_flash_compile_as_one_graph(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of any lengths share few graphs. The kernel is plain, and graphs run without a code generator."""
+    choose = torch.compiler.assume_constant_result(lambda *arguments: "flash")  # as choose_kernel is
+    monkeypatch.setattr(engine.step.attention, "choose_kernel", choose)
+    monkeypatch.setattr(packed_varlen, "__defaults__", (varlen_attn_operator,))
+    register_packed_attention()
+    graphs = CompileCounterWithBackend("aot_eager")
+    model = tiny_model(architecture, torch.float64, num_hidden_layers=1)
+    compiled = copy.deepcopy(model)
+    compiled.set_attn_implementation("packed_compiled")
+    model.set_attn_implementation("packed_dense")
+    torch.compiler.reset()
+    for layer in find_layers(compiled, None):
+        layer.compile(dynamic=True, fullgraph=True, backend=graphs)
+    for seed in range(5):
+        generator = random.Random(seed)
+        lengths = [(generator.randint(2, 9), *generator.choices(range(2, 9), k=1 + seed % 4)) for _ in range(2 + seed)]
+        microbatch = lay_out(random_examples(lengths, seed))
+        assert microbatch.segments is not None
+        microbatch.segments.varlen(CPU)
+        gradients = []
+        for each in (model, compiled):
+            each.zero_grad()
+            output = each(
+                input_ids=microbatch.input_ids,
+                position_ids=microbatch.position_ids,
+                segments=microbatch.segments,
+                use_cache=False,
+            )
+            output.logits.square().sum().backward()
+            gradients.append([output.logits.detach(), *(parameter.grad for parameter in each.parameters())])
+        for ours, truth in zip(*reversed(gradients), strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-8)
+    assert graphs.frame_count <= 4  # one, two, and more responses are compiled apart
 
 
 # ---- The choice ----

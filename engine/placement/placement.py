@@ -98,6 +98,8 @@ class Placement:
     def compile_layers(self, model: PreTrainedModel) -> PreTrainedModel:
         """Compile the layers of a model, if the settings say so."""
         if self.settings.compile:
+            if self.device.type == "cuda" and model.config._attn_implementation == "packed":
+                model.set_attn_implementation("packed_compiled")
             for layer in find_layers(model, self.settings.model.block_name):
                 # Round wherever the plain layer rounds. Else the reference, without gradients, would differ.
                 layer.compile(dynamic=True, options={"emulate_precision_casts": True})

@@ -247,6 +247,7 @@ def _capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
+@torch.compiler.assume_constant_result
 def choose_kernel(device: torch.device, head_dim: int, dtype: torch.dtype, sliding_window: int | None) -> str:
     """The kernel of packed attention: flash, efficient or blocks."""
     if device.type == "cuda":
@@ -299,6 +300,27 @@ def packed(
         return efficient_attention(query[0], key[0], value[0], lengths, scaling)[None], None
     output = _PackedAttention.apply(query[0], key[0], value[0], segments, scaling, sliding_window)
     return output.transpose(0, 1)[None], None
+
+
+def packed_compiled(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """packed() for compiled layers on a GPU: with flash, torch.compile takes a layer as one graph."""
+    options = {"scaling": scaling, "sliding_window": sliding_window, **kwargs}
+    if choose_kernel(query.device, query.shape[-1], query.dtype, sliding_window) != "flash":
+        return packed(module, query, key, value, attention_mask, segments=segments, **options)
+    _refuse(kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return packed_varlen(query[0], key[0], value[0], segments, scaling, sliding_window)[None], None
 
 
 def packed_varlen(
@@ -415,7 +437,8 @@ def _weights(queries: Tensor, keys: Tensor, segments: Segments, block: Block, sl
 
 
 def register_packed_attention() -> None:
-    """Make packed and packed_dense known to transformers, for set_attn_implementation."""
+    """Make packed, packed_compiled and packed_dense known to transformers, for set_attn_implementation."""
     # Without a mask function of the same name, transformers builds no mask.
     AttentionInterface.register("packed", packed)
+    AttentionInterface.register("packed_compiled", packed_compiled)
     AttentionInterface.register("packed_dense", packed_dense)

@@ -6,10 +6,10 @@ efficient: torch's memory-efficient kernel, for fp32 and for 16-bit states witho
 Both take a row as a list of branches, with gathered keys and values.
 """
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -37,6 +37,11 @@ class VariableLengths:
     repeat_copies: Tensor  # int64 [repeats], where they stand among the keys
     repeat_sizes: Tensor  # int64 [further responses], on the CPU
 
+    @property
+    def copy_indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where each row has its copies among the keys."""
+        return self.first_copies, self.repeat_rows, self.repeat_copies, self.repeat_sizes
+
 
 def flash_runs(capability: Capability, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether flash attention runs forward and backward.
@@ -60,22 +65,25 @@ def efficient_runs(capability: Capability, head_dim: int, dtype: torch.dtype) ->
 
 
 @cache
+def _parameters(kernel: Callable[..., Any]) -> Set[str]:
+    return signature(kernel).parameters.keys()
+
+
+@torch.compiler.assume_constant_result
 def takes_gqa(kernel: Callable[..., Any]) -> bool:
     """Whether a varlen kernel asks for enable_gqa. In torch 2.11, heads may always share keys."""
-    return "enable_gqa" in inspect.signature(kernel).parameters
+    return "enable_gqa" in _parameters(kernel)
 
 
-def _gather(states: Tensor, lengths: VariableLengths) -> Tensor:
-    return states.index_select(0, lengths.key_index)
-
-
-def _sum_copies(copies: Tensor, lengths: VariableLengths) -> Tensor:
+def _sum_copies(
+    copies: Tensor, first_copies: Tensor, repeat_rows: Tensor, repeat_copies: Tensor, repeat_sizes: Tensor
+) -> Tensor:
     """Sum over the copies of each row: [keys, heads, head_dim] -> [tokens, heads, head_dim]."""
-    total = copies.index_select(0, lengths.first_copies)
-    sizes = lengths.repeat_sizes.tolist()
+    total = copies.index_select(0, first_copies)
+    sizes = repeat_sizes.tolist()
     if len(sizes) > 1:  # Three or more terms: round once, at the end.
         total = total.to(torch.promote_types(total.dtype, torch.float32))
-    for rows, index in zip(lengths.repeat_rows.split(sizes), lengths.repeat_copies.split(sizes), strict=True):
+    for rows, index in zip(repeat_rows.split(sizes), repeat_copies.split(sizes), strict=True):
         # Under torch.use_deterministic_algorithms, index_add_ sorts after all. The sum is the same.
         total.index_add_(0, rows, copies.index_select(0, index).to(total.dtype))
     return total.to(copies.dtype)
@@ -92,17 +100,64 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, lengths: VariableLengths) -> tuple[Tensor, Tensor]:
         """[tokens, heads, head_dim] -> [keys, heads, head_dim]."""
-        ctx.lengths = lengths
-        return _gather(key, lengths), _gather(value, lengths)
+        ctx.indices = lengths.copy_indices
+        return key.index_select(0, lengths.key_index), value.index_select(0, lengths.key_index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *(_sum_copies(grad, ctx.lengths) for grad in grads), None
+        return *(_sum_copies(grad, *ctx.indices) for grad in grads), None
 
 
 def gather_keys(key: Tensor, value: Tensor, lengths: VariableLengths) -> tuple[Tensor, Tensor]:
     """Keys and values of all branches: [tokens, heads, head_dim] -> [keys, heads, head_dim]."""
+    if torch.compiler.is_compiling():
+        return _gather_keys_operator(key, value, lengths.key_index, *lengths.copy_indices)
     return _GatherKeys.apply(key, value, lengths)
+
+
+# _GatherKeys as an operator. The compiler would trace a function, and make index_add_ a sort again.
+
+
+@torch.library.custom_op("packed_attention::gather_keys", mutates_args=())
+def _gather_keys_operator(
+    key: Tensor,
+    value: Tensor,
+    key_index: Tensor,
+    first_copies: Tensor,
+    repeat_rows: Tensor,
+    repeat_copies: Tensor,
+    repeat_sizes: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return key.index_select(0, key_index), value.index_select(0, key_index)
+
+
+@_gather_keys_operator.register_fake
+def _(key: Tensor, value: Tensor, key_index: Tensor, *indices: Tensor) -> tuple[Tensor, Tensor]:
+    num_keys = key_index.shape[0]
+    return key.new_empty(num_keys, *key.shape[1:]), value.new_empty(num_keys, *value.shape[1:])
+
+
+@torch.library.custom_op("packed_attention::sum_copies", mutates_args=())
+def _sum_copies_operator(
+    copies: Tensor, first_copies: Tensor, repeat_rows: Tensor, repeat_copies: Tensor, repeat_sizes: Tensor
+) -> Tensor:
+    return _sum_copies(copies, first_copies, repeat_rows, repeat_copies, repeat_sizes)
+
+
+@_sum_copies_operator.register_fake
+def _(copies: Tensor, first_copies: Tensor, *indices: Tensor) -> Tensor:
+    return copies.new_empty(first_copies.shape[0], *copies.shape[1:])
+
+
+def _save_indices(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[3:])
+
+
+def _sum_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return *(_sum_copies_operator(grad, *ctx.saved_tensors) for grad in grads), *[None] * 5
+
+
+_gather_keys_operator.register_autograd(_sum_gradients, setup_context=_save_indices)
 
 
 def plain_gather_keys(key: Tensor, value: Tensor, lengths: VariableLengths) -> tuple[Tensor, Tensor]:
