@@ -109,7 +109,7 @@ class _HeadInChunks:
 
     Args:
         selected: hidden states at the predicting positions, [targets, hidden size].
-        weight, bias, shard: as for chunked_head.
+        weight, bias, shard, low_weight: as for chunked_head.
         targets: int64 [targets].
     """
 
@@ -208,6 +208,9 @@ def scatter_selected(grad_selected: Tensor, hidden: Tensor, batch: Microbatch) -
     The last position of a prompt predicts the first token of each response. Sums over a prompt's responses are taken
     in their order. index_add_ would take them in any order on a GPU.
     """
+    grad_hidden = torch.zeros_like(hidden)
+    if not len(grad_selected):
+        return grad_hidden
     first_targets = batch.response_lengths.cumsum(0) - batch.response_lengths  # [responses]
     first_responses = batch.num_responses.cumsum(0) - batch.num_responses  # [groups]
     wide = torch.promote_types(grad_selected.dtype, torch.float32)
@@ -215,7 +218,7 @@ def scatter_selected(grad_selected: Tensor, hidden: Tensor, batch: Microbatch) -
         grad_selected[first_targets].to(wide), "sum", lengths=batch.num_responses, axis=0, unsafe=True
     )
     last_of_prompts = batch.predict_index[first_targets[first_responses]]
-    grad_hidden = torch.zeros_like(hidden).index_copy_(0, batch.predict_index, grad_selected)
+    grad_hidden.index_copy_(0, batch.predict_index, grad_selected)
     return grad_hidden.index_copy_(0, last_of_prompts, sums.to(hidden.dtype))  # over one of the summands
 
 
