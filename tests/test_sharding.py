@@ -92,6 +92,25 @@ def test_every_group_of_a_mesh_has_the_time_out_of_the_settings() -> None:
     assert on_ranks(2, group_timeouts) == [[77, 77, 77]] * 2
 
 
+def compiled_trajectories(jobs: list[Job], directory: Path) -> tuple[list[Trajectory], int]:
+    """The trajectories, and the number of graphs that were compiled."""
+    from torch._dynamo.utils import counters  # slow to import
+
+    return trajectories(jobs, directory), counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", [FSDP, TENSOR])
+def test_compiled_layers_of_several_processes_train_as_plain_ones(trainer: str, tmp_path: Path) -> None:
+    jobs: list[Job] = [("llama", "dpo", ("n_epochs=1", trainer, f"compile={on}")) for on in ("false", "true")]
+    ((plain, compiled), num_graphs), _ = on_ranks(2, compiled_trajectories, jobs, tmp_path)
+    for expected, found in zip(plain[:2], compiled[:2], strict=True):  # losses, norms
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for name, weight in plain[2].items():
+        torch.testing.assert_close(compiled[2][name], weight, rtol=0, atol=1e-5)
+    assert 0 < num_graphs <= 8  # shared by all layers
+
+
 def test_ordered_sums_are_bitwise_equal(results) -> None:
     overrides = ("llama", "dpo", (*IN_ORDER, FSDP))
     losses, norms, weights = results["in-order-1", ("llama", "dpo", IN_ORDER)]
