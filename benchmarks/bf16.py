@@ -1,11 +1,11 @@
 """How closely does mixed_precision=bfloat16 follow fp32? DPO on short pairs, step by step, from the same weights.
 
-- leap: the loss on the pairs of the first batch, before and after one step on them. A tiny lr should move nothing.
-- follow: the margin of those pairs after each step of a run on other pairs. "seen" is what training computes;
-  "learned" is the change of the fp32 weights, run in fp32.
+- leap: one step at a tiny lr, from the same weights for each batch. How far do the pairs of that batch move?
+- follow: a run of 20 steps. How far do the pairs of its first batch move?
+- "seen" is what training computes; "learned" is the change of the fp32 weights, run in fp32.
 
 Variants: fp32; bf16, the product; unrounded, the weights as stored; tied, with embeddings rounded that are tied to the
-head; stochastic, as bf16, but the copies of the weights are rounded at random in each step.
+head, in policy and reference; stochastic, as bf16, but the copies of the weights are rounded at random in each step.
 
     .venv/bin/python benchmarks/bf16.py --model MODEL --data DATA
 """
@@ -18,7 +18,8 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,6 +35,9 @@ from benchmarks.common import (
     write_result,
 )
 
+if TYPE_CHECKING:
+    from trainers import BasicTrainer
+
 BETA = 0.1
 VARIANTS = ("fp32", "bf16", "unrounded", "tied", "stochastic")
 
@@ -43,7 +47,8 @@ def parse(texts: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="tiny", help="folder of a model and its tokenizer (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="folder with hh/train.jsonl.gz (default: the embedded films)")
     parser.add_argument("--leap-lr", type=float, default=3.3e-9, help="of the single step (default: %(default)s)")
-    parser.add_argument("--lr", default="5e-7,1e-5", help="of the runs (default: %(default)s)")
+    parser.add_argument("--leap-batches", type=int, default=5, help="0: no single steps (default: %(default)s)")
+    parser.add_argument("--lr", default="5e-7,1e-5", help="of the runs; empty: no runs (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of each run (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=48, help="longest prompt or response (default: %(default)s)")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="(default: %(default)s)")
@@ -78,17 +83,35 @@ def load_pairs(arguments: argparse.Namespace, model: list[str], count: int) -> l
 
 
 @contextlib.contextmanager
-def variant_of_training(name: str) -> Iterator[None]:
-    """Patch the product inside a with block."""
+def variant_trainer(model: list[str], examples: list[Any], variant: str, lr: float) -> Iterator["BasicTrainer"]:
+    """A trainer with rounded weights. Inside a with block the product is patched."""
     import trainers
     from engine.models import precision
 
-    with contextlib.ExitStack() as patches:
-        if name == "unrounded":
-            patches.enter_context(patch.object(trainers.BasicTrainer, "round_policy", lambda trainer: None))
-        if name == "stochastic":
-            patches.enter_context(patch.object(precision, "cast", stochastic_cast()))
-        yield
+    gc.collect()  # the trainer before is part of cycles
+    build_reference = trainers.BasicTrainer.build_reference
+
+    def round_tied_first(trainer: Any) -> Any:
+        round_tied(trainer.policy)
+        return build_reference(trainer)
+
+    overrides = [
+        *("loss=dpo", f"loss.beta={BETA}", *model, f"lr={lr!r}", "warmup_steps=0", "batch_size=4", "n_examples=4"),
+        *("max_length=256", "max_prompt_length=128", "reference=live", "wandb.enabled=false"),
+        *([] if variant == "fp32" else ["mixed_precision=bfloat16"]),
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if variant == "tied":
+            stack.enter_context(patch.object(trainers.BasicTrainer, "build_reference", round_tied_first))
+        if variant == "stochastic":
+            stack.enter_context(patch.object(precision, "cast", stochastic_cast()))
+        settings = compose_settings(*overrides, f"cache_dir={folder}/cache", f"local_run_dir={folder}")
+        trainer = make_trainer(settings, Path(folder), examples)
+        if variant != "unrounded":
+            trainer.round_policy()
+        yield trainer
 
 
 def stochastic_cast() -> Any:
@@ -112,11 +135,11 @@ def stochastic_cast() -> Any:
     return cast
 
 
-def round_tied(trainer: Any) -> None:
+def round_tied(policy: Any) -> None:
     """Round embeddings that are tied to the head."""
     import torch
 
-    embeddings, head = trainer.policy.get_input_embeddings(), trainer.policy.get_output_embeddings()
+    embeddings, head = policy.get_input_embeddings(), policy.get_output_embeddings()
     if embeddings.weight is head.weight:
         with torch.no_grad():
             embeddings.weight.copy_(embeddings.weight.bfloat16().float())
@@ -124,57 +147,77 @@ def round_tied(trainer: Any) -> None:
 
 # ---- Measuring ----
 
+Row = dict[str, dict[str, float]]  # seen and learned -> loss, margin and log-ratios
 
-def train(
-    model: list[str], examples: list[Any], variant: str, lr: float, batches: Sequence[Sequence[Any]]
-) -> list[dict[str, float]]:
-    """Loss and margin of the first batch before training and after each step."""
+
+def measure(trainer: "BasicTrainer", batch: Any, has_learned: bool) -> Row:
+    """Loss, margin and log-ratios of policy to reference on a batch, in nats."""
     import torch
 
     from engine.step.metrics import MetricAccumulator
 
-    gc.collect()  # the trainer before is part of cycles
-    overrides = [
-        *("loss=dpo", f"loss.beta={BETA}", *model, f"lr={lr!r}", "warmup_steps=0", "batch_size=4", "n_examples=4"),
-        *("max_length=256", "max_prompt_length=128", "reference=live", "wandb.enabled=false"),
-        *([] if variant == "fp32" else ["mixed_precision=bfloat16"]),
-    ]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        settings = compose_settings(*overrides, f"cache_dir={folder}/cache", f"local_run_dir={folder}")
-        trainer = make_trainer(settings, Path(folder), examples)
-        with variant_of_training(variant):
-            trainer.round_policy()
-            if variant == "tied":
-                round_tied(trainer)
-            probe = trainer.prepare(trainer.split_batch(batches[0]))
+    def means(mixed: contextlib.AbstractContextManager[None]) -> dict[str, float]:
+        metrics = MetricAccumulator()
+        with torch.no_grad(), mixed:
+            for microbatch in batch.microbatches:
+                trainer.runner.loss(microbatch, len(batch.examples), metrics)
+        reduced = metrics.reduce(trainer.placement.all_reduce_sum).means
+        ratios = {name: reduced[f"rewards/{name}"].item() / BETA for name in ("chosen", "rejected", "margins")}
+        return {"loss": reduced["loss"].item(), **ratios}
 
-            def means(mixed: contextlib.AbstractContextManager[None]) -> dict[str, float]:
-                metrics = MetricAccumulator()
-                with torch.no_grad(), mixed:
-                    for microbatch in probe.microbatches:
-                        trainer.runner.loss(microbatch, 4, metrics)
-                reduced = metrics.reduce(trainer.placement.all_reduce_sum).means
-                return {name: value.item() for name, value in reduced.items()}
+    row = {"seen": means(trainer.runner.in_mixed_precision())}
+    if has_learned:
+        row["learned"] = means(contextlib.nullcontext())
+    return row
 
-            def measure() -> dict[str, float]:
-                seen, learned = means(trainer.runner.in_mixed_precision()), means(contextlib.nullcontext())
-                return {
-                    "loss": seen["loss"],
-                    # Log-ratios of policy to reference, in nats.
-                    "chosen": seen["rewards/chosen"] / BETA,
-                    "rejected": seen["rewards/rejected"] / BETA,
-                    "seen": seen["rewards/margins"] / BETA,
-                    "learned": learned["rewards/margins"] / BETA,
-                }
 
-            found = [measure()]
-            for index, batch in enumerate(batches):
-                torch.manual_seed(index)
-                trainer.step(trainer.prepare(trainer.split_batch(batch)))
-                found.append(measure())
-    for row in reversed(found):
-        row["learned"] -= found[0]["learned"]  # rounding at the start is not learned
+def leap(trainer: "BasicTrainer", batches: Sequence[Sequence[Any]]) -> list[tuple[Row, Row]]:
+    """For each batch: before and after one step on it, from the same weights."""
+    import torch
+
+    weights = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
+    found = []
+    for index, examples in enumerate(batches):
+        trainer.policy.load_state_dict(weights)
+        trainer.optimizer.state.clear()
+        torch.manual_seed(index)
+        batch = trainer.prepare(trainer.split_batch(examples))
+        before = measure(trainer, batch, has_learned=False)
+        trainer.step(batch)
+        found.append((before, measure(trainer, batch, has_learned=False)))
     return found
+
+
+def follow(trainer: "BasicTrainer", batches: Sequence[Sequence[Any]]) -> list[Row]:
+    """The first batch before training and after each step. "learned" is from the start, and not of every step."""
+    import torch
+
+    probe = trainer.prepare(trainer.split_batch(batches[0]))
+    found = [measure(trainer, probe, has_learned=True)]
+    for step, batch in enumerate(batches, 1):
+        torch.manual_seed(step)
+        trainer.step(trainer.prepare(trainer.split_batch(batch)))
+        found.append(measure(trainer, probe, has_learned=step <= 2 or step % 5 == 0))
+    found[0]["rounding"] = start = found[0]["learned"].copy()  # the rounded weights run in fp32
+    for row in found:
+        if "learned" in row:
+            row["learned"] = {name: value - start[name] for name, value in row["learned"].items()}
+    return found
+
+
+def show_leap(variant: str, found: Sequence[tuple[Row, Row]], exact: Sequence[tuple[Row, Row]]) -> str:
+    """Mean and standard deviation of what moves, and the mean distance to fp32."""
+
+    def moved(rows: Sequence[tuple[Row, Row]], name: str) -> list[float]:
+        return [after["seen"][name] - before["seen"][name] for before, after in rows]
+
+    texts = []
+    for name in ("margins", "chosen", "rejected"):
+        values = moved(found, name)
+        apart = mean(abs(ours - theirs) for ours, theirs in zip(values, moved(exact, name), strict=True))
+        spread = stdev(values) if len(values) > 1 else 0.0
+        texts.append(f"{name} {mean(values):+.4f} +- {spread:.4f}, {apart:.4f} from the first variant")
+    return f"leap    {variant:11} {'; '.join(texts)}"
 
 
 def main(texts: Sequence[str]) -> None:
@@ -188,26 +231,23 @@ def main(texts: Sequence[str]) -> None:
         if arguments.model == "tiny":
             write_model({**MODELS["tiny"], "tie_word_embeddings": True}, Path(folder), "float16")
             model = ["model=blank_model", f"model.name_or_path={folder}", "model.tokenizer_name_or_path=films"]
-        examples = load_pairs(arguments, model, 4 * arguments.steps)
+        examples = load_pairs(arguments, model, 4 * max(arguments.steps, arguments.leap_batches))
         batches = [examples[start : start + 4] for start in range(0, len(examples), 4)]
-        leaps = {}
-        for variant in variants:
-            before, after = train(model, examples, variant, arguments.leap_lr, batches[:1])
-            leaps[variant] = {"before": before, "after": after}
-            moved = {name: f"{after[name] - before[name]:+.4f}" for name in ("chosen", "rejected")}
-            print(
-                f"leap    {variant:11} loss {before['loss']:.6f} -> {after['loss']:.6f},"
-                f" log-ratios of chosen {moved['chosen']}, of rejected {moved['rejected']}",
-                flush=True,
-            )
-        runs: dict[str, dict[str, list[dict[str, float]]]] = {}
-        for lr in arguments.lr.split(","):
+        leaps: dict[str, list[tuple[Row, Row]]] = {}
+        for variant in variants if arguments.leap_batches else []:
+            with variant_trainer(model, examples, variant, arguments.leap_lr) as trainer:
+                leaps[variant] = leap(trainer, batches[: arguments.leap_batches])
+            print(show_leap(variant, leaps[variant], leaps[variants[0]]), flush=True)
+        runs: dict[str, dict[str, list[Row]]] = {}
+        for lr in filter(None, arguments.lr.split(",")):
             runs[lr] = {}
             for variant in variants:
-                runs[lr][variant] = train(model, examples, variant, float(lr), batches)
+                with variant_trainer(model, examples, variant, float(lr)) as trainer:
+                    runs[lr][variant] = rows = follow(trainer, batches[: arguments.steps])
                 for kind in ("seen", "learned"):
-                    margins = [f"{row[kind]:+.2f}" for row in runs[lr][variant]]
-                    print(f"follow  {variant:11} lr {lr} {kind:8} {' '.join(margins)}", flush=True)
+                    for name in ("margins", "chosen", "rejected"):
+                        values = " ".join(f"{row[kind][name]:+.2f}" if kind in row else "." for row in rows)
+                        print(f"follow  {variant:11} lr {lr} {kind:8} {name:9} {values}", flush=True)
     record = {
         "command": shown_command("bf16", texts, arguments.data),
         **machine(arguments.threads),
