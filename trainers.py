@@ -28,7 +28,7 @@ from engine.placement.placement import Placement
 from engine.placement.process_group import is_lost_peer
 from engine.placement.sharded import FSDP, TensorParallel
 from engine.placement.token_budget import fit_memory, halve_budget
-from engine.run.best import BestCheckpoint
+from engine.run.best import BestCheckpoint, settings_of_metric
 from engine.run.checkpoint_contents import start_save
 from engine.run.checkpoint_reader import restore_checkpoint
 from engine.run.checkpoint_writer import CheckpointWriter
@@ -388,7 +388,7 @@ class BasicTrainer:
             rewind(self.run_dir, state["log_sizes"], state["counters"]["examples"])
         self.counters.update(state["counters"])
         self.token_budget = min(self.token_budget, state["token_budget"])  # smaller if memory has run out
-        self.best.resume(state["best"], self.run_dir, self.placement.rank == 0)
+        self.best.resume(state["best"], state["settings"], self.run_dir, self.placement.rank == 0)
         print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
         return state["evaluation_due"]
 
@@ -463,7 +463,7 @@ class BasicTrainer:
         self.prepare_policy()
         self.optimizer = self.placement.build_optimizer(self.policy)
 
-        self.best = BestCheckpoint(settings.keep_best, eval_examples)
+        self.best = BestCheckpoint(settings.keep_best, eval_examples, settings_of_metric(settings))
         self.eval_metrics = {}
         self.evaluated_at = -1  # examples
         self.writer = CheckpointWriter(run_dir, settings.keep_checkpoints)

@@ -1,7 +1,8 @@
-"""keep_best: the best checkpoint is kept, and compared over the same examples."""
+"""keep_best: the best checkpoint is kept, and compared with evaluations of the same kind."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,13 +17,53 @@ def test_the_best_is_compared_over_the_same_examples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, starts_anew: bool
 ) -> None:
     examples = pair_examples()
-    first = BestCheckpoint("loss/eval", examples[:4])
+    first = BestCheckpoint("loss/eval", examples[:4], {})
     assert first.update({"loss/eval": 0.1}, "step-4")
     (tmp_path / "step-4").mkdir()
-    resumed = BestCheckpoint("loss/eval", examples[:count])
-    resumed.resume(first.record, tmp_path, is_first_rank=True)
+    resumed = BestCheckpoint("loss/eval", examples[:count], {})
+    resumed.resume(first.record, {}, tmp_path, is_first_rank=True)
     assert ("starts anew" in capsys.readouterr().out) == starts_anew
     assert resumed.update({"loss/eval": 0.2}, "step-8") == starts_anew
+
+
+def test_the_best_is_compared_under_the_same_loss(program: Program) -> None:
+    """A smaller beta gives smaller margins: compared with them, the old checkpoint would stay the best."""
+    common = ("loss=dpo", "lr=0.1", "optimizer=SGD", "eval_every=8", "keep_best=rewards_eval/margins")
+    run = program.ok(*common, "loss.beta=0.1", "n_examples=8")
+    changed = ("n_examples=16", "resume=auto", "resume_allow=[n_examples,loss.beta]", f"local_run_dir={run.dir}")
+    resumed = program.ok(*common, "loss.beta=1e-3", *changed)
+    assert "keep_best: the comparison starts anew, as loss.beta was 0.1 and is 0.001" in resumed.out
+    assert run.evals[-1]["rewards_eval/margins"] < run.evals[-2]["rewards_eval/margins"]
+    assert (run.dir / "BEST").resolve().name == "step-16"
+
+
+LOSS, PROMPTS = {"loss.name": "dpo", "loss.beta": 0.1}, {"n_eval_model_samples": 4}
+
+
+@pytest.mark.parametrize(
+    "metric, now, notice",
+    [
+        ("loss/eval", LOSS, ""),
+        ("loss/eval", {"loss.name": "ipo", "loss.beta": 0.2}, "loss.name was dpo and is ipo, loss.beta was 0.1 and is"),
+        ("ground_truth/policy", PROMPTS, ""),
+        ("ground_truth/policy", {"n_eval_model_samples": 2}, "n_eval_model_samples was 4 and is 2"),
+    ],
+)
+@pytest.mark.parametrize("is_old", [False, True])
+def test_the_best_is_compared_under_the_same_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], metric: Any, now: dict[str, Any], notice: str, is_old: bool
+) -> None:
+    examples, run_settings = pair_examples(), LOSS | PROMPTS
+    (tmp_path / "step-4").mkdir()
+    first = BestCheckpoint(metric, examples, LOSS if metric == "loss/eval" else PROMPTS)
+    assert first.update({metric: 0.5}, "step-4")
+    if is_old:  # of a version without the settings
+        del first.record["measured_with"]
+    resumed = BestCheckpoint(metric, examples, now)
+    resumed.resume(first.record, run_settings, tmp_path, is_first_rank=True)
+    said = capsys.readouterr().out
+    assert notice in said if notice else not said
+    assert bool(resumed.record) == (not notice)
 
 
 def test_the_best_checkpoint_is_kept(program: Program) -> None:
@@ -37,6 +78,7 @@ def test_the_best_checkpoint_is_kept(program: Program) -> None:
     state = json.loads((result.dir / "BEST" / "training_state.json").read_text())
     expected = {"metric": "rewards_eval/margins", "value": values[best], "checkpoint": f"step-{best}"}
     assert len(state["best"].pop("evaluated")) > 8  # a hash of the examples
+    assert state["best"].pop("measured_with")["loss.beta"] == 0.1
     assert state["best"] == expected
     lowest = program.ok(*command, "keep_best=loss/eval", f"local_run_dir={program.directory / 'b'}")
     losses = {row["counters/examples"]: row["loss/eval"] for row in lowest.evals[1:]}

@@ -58,6 +58,7 @@ class BestRecord(Record):
     metric: str
     value: float
     checkpoint: Annotated[str, StringConstraints(pattern=r"^step-\d+$")]
+    measured_with: dict[str, Any] = {}
 
 
 class TrainingState(ModelState):
