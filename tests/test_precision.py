@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,12 +141,17 @@ def test_layers_run_in_the_dtype_embeddings_and_head_do_not(architecture: str) -
     assert dtypes[1] == torch.float32
 
 
-def one_step(mixed: torch.dtype | None, rounds: bool, architecture: str = "llama") -> tuple[Tensor, Tensor]:
+def one_step(
+    mixed: torch.dtype | None, *, rounds: bool, architecture: str = "llama", rounds_tied: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probs of fp16-stored weights before and after one SGD step of about 1e-9 per weight."""
     model = tiny_model(architecture)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.float16))
+        if rounds_tied:
+            embeddings = model.get_input_embeddings().weight
+            embeddings.copy_(embeddings.to(torch.bfloat16))
     batch = lay_out(pair_examples(), "padded")
 
     def logps() -> Tensor:
@@ -165,13 +171,27 @@ def one_step(mixed: torch.dtype | None, rounds: bool, architecture: str = "llama
     return before, logps()
 
 
-def test_a_tiny_step_moves_bf16_no_more_than_fp32() -> None:
-    exact_before, exact_after = one_step(None, rounds=False)
-    bound = max((exact_after - exact_before).abs().max().item(), 1e-5)
-    leapt_before, leapt_after = one_step(torch.bfloat16, rounds=False)
-    assert (leapt_after - leapt_before).abs().max() > bound  # fp16 weights halfway between bf16 values are tipped
-    before, after = one_step(torch.bfloat16, rounds=True)
-    assert (after - before).abs().max() <= bound
+def moved(*arguments: torch.dtype | None, **options: Any) -> float:
+    """The largest change of a log-prob by one_step()."""
+    before, after = one_step(*arguments, **options)
+    return (after - before).abs().max().item()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt_neox"])
+def test_a_tiny_step_moves_bf16_no_more_than_fp32(architecture: str) -> None:
+    bound = max(moved(None, rounds=False, architecture=architecture), 1e-5)
+    # As stored, weights halfway between two bf16 values are tipped.
+    assert moved(torch.bfloat16, rounds=False, architecture=architecture) > bound
+    assert moved(torch.bfloat16, rounds=True, architecture=architecture) <= bound
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_a_tiny_step_tips_only_embeddings_tied_to_the_head(architecture: str) -> None:
+    """They stay as stored, as the head reads them in fp32. Rounded too, they would not be tipped."""
+    bound = max(moved(None, rounds=False, architecture=architecture), 1e-5)
+    as_stored = moved(torch.bfloat16, rounds=False, architecture=architecture)
+    assert bound < moved(torch.bfloat16, rounds=True, architecture=architecture) < as_stored
+    assert moved(torch.bfloat16, rounds=True, architecture=architecture, rounds_tied=True) <= bound
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
