@@ -16,7 +16,7 @@ import gc
 import io
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from trainers import BasicTrainer
 
 BETA = 0.1
+Batches = Sequence[Sequence[Any]]  # of examples
 VARIANTS = ("fp32", "bf16", "unrounded", "tied", "stochastic")
 
 
@@ -82,9 +83,14 @@ def load_pairs(arguments: argparse.Namespace, model: list[str], count: int) -> l
 # ---- Variants ----
 
 
-@contextlib.contextmanager
-def variant_trainer(model: list[str], examples: list[Any], variant: str, lr: float) -> Iterator["BasicTrainer"]:
-    """A trainer with rounded weights. Inside a with block the product is patched."""
+def with_trainer(
+    measured: Callable[["BasicTrainer", Batches], list[Any]],
+    model: list[str],
+    variant: str,
+    lr: float,
+    batches: Batches,
+) -> list[Any]:
+    """Build the trainer of a variant, with its weights rounded, and measure it."""
     import trainers
     from engine.models import precision
 
@@ -105,13 +111,13 @@ def variant_trainer(model: list[str], examples: list[Any], variant: str, lr: flo
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         if variant == "tied":
             stack.enter_context(patch.object(trainers.BasicTrainer, "build_reference", round_tied_first))
-        if variant == "stochastic":
-            stack.enter_context(patch.object(precision, "cast", stochastic_cast()))
         settings = compose_settings(*overrides, f"cache_dir={folder}/cache", f"local_run_dir={folder}")
-        trainer = make_trainer(settings, Path(folder), examples)
+        trainer = make_trainer(settings, Path(folder), [example for batch in batches for example in batch])
         if variant != "unrounded":
             trainer.round_policy()
-        yield trainer
+        if variant == "stochastic":  # after the check of packed attention: its two passes would differ
+            stack.enter_context(patch.object(precision, "cast", stochastic_cast()))
+        return measured(trainer, batches)
 
 
 def stochastic_cast() -> Any:
@@ -167,11 +173,11 @@ def measure(trainer: "BasicTrainer", batch: Any, has_learned: bool) -> Row:
 
     row = {"seen": means(trainer.runner.in_mixed_precision())}
     if has_learned:
-        row["learned"] = means(contextlib.nullcontext())
+        row["learned"] = means(contextlib.nullcontext()) if trainer.runner.compute_dtype else row["seen"].copy()
     return row
 
 
-def leap(trainer: "BasicTrainer", batches: Sequence[Sequence[Any]]) -> list[tuple[Row, Row]]:
+def leap(trainer: "BasicTrainer", batches: Batches) -> list[tuple[Row, Row]]:
     """For each batch: before and after one step on it, from the same weights."""
     import torch
 
@@ -188,7 +194,7 @@ def leap(trainer: "BasicTrainer", batches: Sequence[Sequence[Any]]) -> list[tupl
     return found
 
 
-def follow(trainer: "BasicTrainer", batches: Sequence[Sequence[Any]]) -> list[Row]:
+def follow(trainer: "BasicTrainer", batches: Batches) -> list[Row]:
     """The first batch before training and after each step. "learned" is from the start, and not of every step."""
     import torch
 
@@ -235,15 +241,15 @@ def main(texts: Sequence[str]) -> None:
         batches = [examples[start : start + 4] for start in range(0, len(examples), 4)]
         leaps: dict[str, list[tuple[Row, Row]]] = {}
         for variant in variants if arguments.leap_batches else []:
-            with variant_trainer(model, examples, variant, arguments.leap_lr) as trainer:
-                leaps[variant] = leap(trainer, batches[: arguments.leap_batches])
+            first = batches[: arguments.leap_batches]
+            leaps[variant] = with_trainer(leap, model, variant, arguments.leap_lr, first)
             print(show_leap(variant, leaps[variant], leaps[variants[0]]), flush=True)
         runs: dict[str, dict[str, list[Row]]] = {}
         for lr in filter(None, arguments.lr.split(",")):
             runs[lr] = {}
             for variant in variants:
-                with variant_trainer(model, examples, variant, float(lr)) as trainer:
-                    runs[lr][variant] = rows = follow(trainer, batches[: arguments.steps])
+                rows = with_trainer(follow, model, variant, float(lr), batches[: arguments.steps])
+                runs[lr][variant] = rows
                 for kind in ("seen", "learned"):
                     for name in ("margins", "chosen", "rejected"):
                         values = " ".join(f"{row[kind][name]:+.2f}" if kind in row else "." for row in rows)
