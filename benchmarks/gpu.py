@@ -126,12 +126,22 @@ def without_fused_optimizer() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_fused_lora() -> Iterator[None]:
+    """Run peft's own LoRA layers."""
+    from engine.models import lora_linear
+
+    with patch.object(lora_linear, "fuse_lora", lambda model: None):
+        yield
+
+
 # Name -> a context without it.
 FAST_PATHS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "running-ahead": without_running_ahead,
     "sortless-gather": without_sortless_gather,
     "wide-head": without_wide_head,
     "fused-optimizer": without_fused_optimizer,
+    "fused-lora": without_fused_lora,
 }
 PYTHIA = "pythia-2.8b"
 RMSPROP = (BF16, "optimizer=RMSprop")
@@ -187,8 +197,8 @@ def models_made_on(device: str) -> Iterator[None]:
             dtype = torch.bfloat16 if is_frozen else dtype
             return AutoModelForCausalLM.from_config(hf_config_of(settings.model, tokenizer), dtype=dtype)
 
-    def load_policy(*arguments: Any) -> Any:
-        return policy.load_policy(*arguments, load=build)
+    def load_policy(settings: Any, tokenizer: Any, dtype: Any, where: Any, run_dir: Any) -> Any:
+        return policy.load_policy(settings, tokenizer, dtype, where, run_dir, build)
 
     with (
         patch.object(placement, "load_policy", load_policy),

@@ -216,8 +216,8 @@ def test_fsdp_in_one_process_matches_basic(tmp_path: Path) -> None:
     """Over NCCL, in processes of their own."""
 
     def run(name: str, *overrides: str) -> list[dict[str, Any]]:
-        sizes = ("model.architecture.hidden_size=32", "model.architecture.num_attention_heads=2", "n_examples=32")
-        sizes += ("model.architecture.num_key_value_heads=2", "lr=1e-3", "warmup_steps=2", "sample_during_eval=false")
+        sizes = ["model.architecture.hidden_size=32", "model.architecture.num_attention_heads=2", "n_examples=32"]
+        sizes += ["model.architecture.num_key_value_heads=2", "lr=1e-3", "warmup_steps=2", "sample_during_eval=false"]
         command = [sys.executable, "train.py", *DPO, BF16, *sizes, "wandb.enabled=false", "n_eval_examples=8"]
         command += [f"local_run_dir={tmp_path / name}", f"cache_dir={tmp_path / 'cache'}", *overrides]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
