@@ -24,7 +24,7 @@ HEAD = "head"
 
 
 def grouped_seconds(step: Callable[[], Any], on_gpu: bool) -> dict[str, Any]:
-    """Seconds of a step by group of kernels, and the ten longest kernels."""
+    """Seconds of a step by group of kernels, the longest kernels, and what the host calls of CUDA."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -73,15 +73,26 @@ def group_events(events: list[dict[str, Any]]) -> dict[str, Any]:
         groups[group] += kernel["dur"] / 1e6
         longest[f"{group}: {kernel['name'][:120]}"][0] += kernel["dur"] / 1e6
         longest[f"{group}: {kernel['name'][:120]}"][1] += 1
+    calls: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in events:
+        if event.get("cat") in ("cuda_runtime", "cuda_driver"):
+            calls[event["name"]][0] += event["dur"] / 1e6
+            calls[event["name"]][1] += 1
     span = end_of_last - min((event["ts"] for event in kernels), default=0.0)
-    most = sorted(longest.items(), key=lambda item: -item[1][0])[:25]
     return {
         "seconds": {name: round(value, 5) for name, value in sorted(groups.items(), key=lambda item: -item[1])},
         "idle": round(max(0.0, span - busy) / 1e6, 5),
         "span": round(span / 1e6, 5),
         "num_kernels": len(kernels),
-        "longest": {name: [round(seconds, 5), count] for name, (seconds, count) in most},
+        "longest": _most(longest, 25),
+        "calls_of_the_host": _most(calls, 8),
     }
+
+
+def _most(totals: dict[str, list[float]], count: int) -> dict[str, list[float]]:
+    """The largest of name -> (seconds, calls)."""
+    largest = sorted(totals.items(), key=lambda item: -item[1][0])[:count]
+    return {name: [round(seconds, 5), number] for name, (seconds, number) in largest}
 
 
 def _group_of(name: str) -> str:
