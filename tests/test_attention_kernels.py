@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from inspect import signature
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.step.attention
 from engine.models.layers import find_layers
+from engine.placement.placement import Placement
 from engine.step.attention import Segments, choose_kernel, packed, packed_varlen, register_packed_attention
 from engine.step.attention_kernels import (
     VariableLengths,
@@ -450,6 +452,16 @@ def test_layers_with_flash_compile_as_one_graph(architecture: str, monkeypatch: 
         for ours, truth in zip(*reversed(gradients), strict=True):
             torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-8)
     assert graphs.frame_count <= 4  # one, two, and more responses are compiled apart
+
+
+@pytest.mark.parametrize("device, name", [("cuda", "packed_compiled"), ("cpu", "packed")])
+def test_compiled_models_of_a_gpu_switch_their_attention(device: str, name: str) -> None:
+    register_packed_attention()
+    model = tiny_model("llama")
+    model.set_attn_implementation("packed")
+    settings = SimpleNamespace(compile=True, model=SimpleNamespace(block_name=None))
+    placement: Any = SimpleNamespace(settings=settings, device=torch.device(device))
+    assert Placement.compile_layers(placement, model).config._attn_implementation == name
 
 
 # ---- The choice ----
