@@ -16,6 +16,7 @@ from engine.data.examples import Split
 from engine.data.films import film_tokenizer
 from engine.models.shards import local_shard
 from engine.run.plan import Plan, make_plan
+from engine.run.plan_report import format_plan
 from engine.run.workload import Work
 from engine.settings.schema import Settings
 from engine.step.layout import lay_out
@@ -51,6 +52,21 @@ def configured(architecture: str, *overrides: str) -> Settings:
 
 def planned(settings: Settings, num_processes: int = 1) -> Plan:
     return make_plan(settings, TRAINERS[settings.trainer], padding_tokenizer(), EXAMPLES, Split([]), num_processes)
+
+
+@pytest.mark.parametrize(
+    "hardware, overrides, expected",
+    [
+        ("h100", (), "40% of the data sheet (an assumed share)"),
+        ("h100", ("peft=lora",), "40% of the data sheet (an assumed share)"),
+        ("rtx4090", ("peft=qlora",), "32% of the data sheet (an assumed share)"),
+        ("null", (), "50% of the peak measured just now (measured: docs/performance.md)"),
+        ("null", ("peft=qlora",), "50% of the peak measured just now (an assumed share)"),
+    ],
+)
+def test_the_share_of_the_peak_has_a_source_or_is_assumed(hardware: str, overrides: tuple[str, ...], expected) -> None:
+    plan = planned(configured("llama", f"plan_hardware={hardware}", *overrides))
+    assert f"matrix products at {expected}" in format_plan(plan)
 
 
 def padding_tokenizer() -> Any:

@@ -1,7 +1,7 @@
 """A plan as text."""
 
 from engine.run.plan import GPU_MEMORY_FRACTION, PROCESS_BYTES, Plan
-from engine.run.workload import PEAK_FRACTION
+from engine.run.workload import share_of_peak
 from engine.settings.schema import LoraSettings, QLoraSettings
 
 
@@ -131,8 +131,10 @@ def _assumptions(plan: Plan) -> list[str]:
     on_gpus = plan.hardware.kind == "gpu"
     peak = "the data sheet" if on_gpus else "the peak measured just now"
     more_gpus = ", GPUs beyond the first for a model split by layers" if on_gpus and not _is_sharded(plan) else ""
+    share = share_of_peak(plan.settings, plan.hardware)
+    source = f"measured: {share.source}" if share.source else "an assumed share"
     return [
-        f"assumed: matrix products at {PEAK_FRACTION[plan.hardware.kind]:.0%} of {peak}; communication takes no time"
+        f"assumed: matrix products at {share.value:.0%} of {peak} ({source}); communication takes no time"
         f" ({plan.memory.communicated / 1e9:,.2f} GB through a {_unit(plan)} for its largest microbatch);",
         "  nothing is compiled; cache_dir lacks the reference; attention and head without a GPU kernel take the memory"
         " they take on a CPU",

@@ -13,16 +13,13 @@ from engine.data.examples import Example
 from engine.models.layers import find_layers
 from engine.models.parameters import num_weights
 from engine.placement.memory import total_memory
-from engine.settings.hardware import Hardware, peak_flops
-from engine.settings.schema import Settings
+from engine.settings.hardware import PEAK_SHARES, Hardware, PeakShare, peak_flops
+from engine.settings.schema import LoraSettings, Settings
 
 if TYPE_CHECKING:  # trainers import the engine, not the other way round
     from trainers import BasicTrainer
 
 CPU = torch.device("cpu")
-# The fraction of the hardware's peak a step is assumed to reach. On CPUs 50 to 60 % was measured, as in
-# docs/performance.md. No GPU has been measured.
-PEAK_FRACTION = {"gpu": 0.4, "cpu": 0.5}
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def run_seconds(
     if peak is None:
         return None
     num_tensor_ranks = trainer.placement.num_ranks // num_data_ranks
-    rate = peak * (PEAK_FRACTION[hardware.kind] * num_tensor_ranks)
+    rate = peak * (share_of_peak(settings, hardware).value * num_tensor_ranks)
 
     def seconds_of(batches: BatchWork, with_backward: bool) -> float:
         slowest = [  # the other ranks wait for it
@@ -139,6 +136,12 @@ def run_seconds(
 
 
 # ---- Hardware ----
+
+
+def share_of_peak(settings: Settings, hardware: Hardware) -> PeakShare:
+    """The share for this hardware, else for its kind."""
+    task = settings.peft.name if isinstance(settings.peft, LoraSettings) else "full"
+    return PEAK_SHARES.get((hardware.name, task)) or PEAK_SHARES[hardware.kind, task]
 
 
 def peak_rate(settings: Settings, hardware: Hardware, dtype: torch.dtype) -> float | None:

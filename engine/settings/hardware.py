@@ -48,6 +48,29 @@ DATA_SHEETS: dict[tuple[str, ...], Hardware] = {
 }
 
 
+@dataclass(frozen=True)
+class PeakShare:
+    """The share of the peak speed that the matrix products of a step reach.
+
+    Args:
+        source: where it was measured; None for an assumption.
+    """
+
+    value: float
+    source: str | None = None
+
+
+# By the name or kind of hardware, and by what is trained: full weights, or adapters of one kind.
+PEAK_SHARES: dict[tuple[str, str], PeakShare] = {
+    ("cpu", "full"): PeakShare(0.50, "docs/performance.md"),
+    ("cpu", "lora"): PeakShare(0.50),
+    ("cpu", "qlora"): PeakShare(0.50),
+    ("gpu", "full"): PeakShare(0.40),
+    ("gpu", "lora"): PeakShare(0.40),
+    ("gpu", "qlora"): PeakShare(0.32),
+}
+
+
 def peak_flops(name: str) -> float | None:
     """Peak dense bfloat16 FLOP/s of a GPU by its CUDA name; None if unknown."""
     if OTHER_VARIANTS & set(name.split()):
