@@ -75,7 +75,7 @@ class Case:
     lengths: tuple[int, int, int] | None = SPLIT_EVENLY
     num_pairs: int = 64
     num_warmup: int = 2
-    num_steps: int = 6
+    num_steps: int = 4
     with_profile: bool = False
     memory_gb: float | None = None
 
@@ -150,19 +150,19 @@ CASES = (
     Case("pythia-2.8b", PYTHIA, with_profile=True),
     Case("pythia-2.8b-plain", PYTHIA, without=tuple(FAST_PATHS)),
     Case("llama-8b-qlora", "llama-8b", QLORA, num_pairs=32, num_steps=3, with_profile=True),
+    Case("llama-8b-qlora-plain", "llama-8b", QLORA, without=tuple(FAST_PATHS), num_pairs=32, num_steps=3),
     Case("pythia-70m-hh", "pythia-70m", lengths=None, num_steps=20, with_profile=True),
     Case("pythia-70m-hh-plain", "pythia-70m", without=tuple(FAST_PATHS), lengths=None, num_steps=20),
-    Case("pythia-2.8b-compiled", PYTHIA, (*ADAMW, "compile=true"), with_profile=True),
     Case("gpt2-hh", "gpt2-124m", lengths=None, num_steps=20),
     Case("gpt2-hh-plain", "gpt2-124m", without=tuple(FAST_PATHS), lengths=None, num_steps=20),
-    *(Case(f"pythia-2.8b-without-{name}", PYTHIA, without=(name,)) for name in list(FAST_PATHS)[:3]),
-    Case("pythia-2.8b-rmsprop", PYTHIA, RMSPROP),
-    Case("pythia-2.8b-rmsprop-without-fused-optimizer", PYTHIA, RMSPROP, without=("fused-optimizer",)),
-    Case("llama-8b-qlora-plain", "llama-8b", QLORA, without=tuple(FAST_PATHS), num_pairs=32, num_steps=3),
-    Case("llama-8b-qlora-compiled", "llama-8b", (*QLORA, "compile=true"), num_pairs=32, num_steps=3),
-    Case("pythia-70m-hh-compiled", "pythia-70m", (*ADAMW, "compile=true"), lengths=None, num_steps=20),
     Case("llama-7b-qlora-512-in-12gb", "llama-7b", QLORA, num_pairs=16, num_steps=2, memory_gb=12),
     Case("llama-7b-qlora-4096-in-24gb", "llama-7b", QLORA, lengths=LONG, num_pairs=4, num_steps=2, memory_gb=24),
+    Case("pythia-2.8b-compiled", PYTHIA, (*ADAMW, "compile=true")),
+    Case("pythia-2.8b-rmsprop", PYTHIA, RMSPROP),
+    Case("pythia-2.8b-rmsprop-without-fused-optimizer", PYTHIA, RMSPROP, without=("fused-optimizer",)),
+    *(Case(f"pythia-2.8b-without-{name}", PYTHIA, without=(name,)) for name in list(FAST_PATHS)[:3]),
+    Case("llama-8b-qlora-compiled", "llama-8b", (*QLORA, "compile=true"), num_pairs=32, num_steps=3),
+    Case("pythia-70m-hh-compiled", "pythia-70m", (*ADAMW, "compile=true"), lengths=None, num_steps=20),
     Case("pythia-2.8b-fp32", PYTHIA, ("optimizer=AdamW",), num_pairs=16, num_steps=2),
     Case("pythia-2.8b-tf32", PYTHIA, ("optimizer=AdamW", "matmul_precision=high"), num_pairs=16, num_steps=2),
     Case("pythia-2.8b-bf16-weights", PYTHIA, ("model.policy_dtype=bfloat16", "optimizer=AdamW")),

@@ -420,8 +420,6 @@ def varlen_attn_operator(
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
 def test_layers_with_flash_compile_as_one_graph(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of any lengths share few graphs. The kernel is plain, and graphs run without a code generator."""
-    choose = torch.compiler.assume_constant_result(lambda *arguments: "flash")  # as choose_kernel is
-    monkeypatch.setattr(engine.step.attention, "choose_kernel", choose)
     monkeypatch.setattr(packed_varlen, "__defaults__", (varlen_attn_operator,))
     register_packed_attention()
     graphs = CompileCounterWithBackend("aot_eager")
@@ -454,13 +452,23 @@ def test_layers_with_flash_compile_as_one_graph(architecture: str, monkeypatch: 
     assert graphs.frame_count <= 4  # one, two, and more responses are compiled apart
 
 
-@pytest.mark.parametrize("device, name", [("cuda", "packed_compiled"), ("cpu", "packed")])
-def test_compiled_models_of_a_gpu_switch_their_attention(device: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "device, dtype, name",
+    [
+        ("cuda", torch.bfloat16, "packed_compiled"),
+        ("cuda", None, "packed"),  # in fp32, which flash does not take
+        ("cpu", torch.bfloat16, "packed"),
+    ],
+)
+def test_compiled_models_of_a_gpu_switch_their_attention(
+    device: str, dtype: torch.dtype | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.step.attention, "_capability", lambda device: H100)
     register_packed_attention()
     model = tiny_model("llama")
     model.set_attn_implementation("packed")
     settings = SimpleNamespace(compile=True, model=SimpleNamespace(block_name=None))
-    placement: Any = SimpleNamespace(settings=settings, device=torch.device(device))
+    placement: Any = SimpleNamespace(settings=settings, device=torch.device(device), mixed_precision=dtype)
     assert Placement.compile_layers(placement, model).config._attn_implementation == name
 
 

@@ -22,6 +22,7 @@ from engine.models.shards import ShardPermutations, copy_to_shard
 from engine.models.weight_files import checkpoint_weights
 from engine.placement.memory import measure_bytes_per_token, total_memory
 from engine.settings.schema import QLoraSettings, Settings
+from engine.step.attention import flash_serves
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.packing_check import use_packed_attention
 from engine.step.splitting import split_for_ranks
@@ -98,7 +99,8 @@ class Placement:
     def compile_layers(self, model: PreTrainedModel) -> PreTrainedModel:
         """Compile the layers of a model, if the settings say so."""
         if self.settings.compile:
-            if self.device.type == "cuda" and model.config._attn_implementation == "packed":
+            is_packed = model.config._attn_implementation == "packed"
+            if is_packed and flash_serves(model, self.mixed_precision or model.dtype, self.device):
                 model.set_attn_implementation("packed_compiled")
             for layer in find_layers(model, self.settings.model.block_name):
                 # Round wherever the plain layer rounds. Else the reference, without gradients, would differ.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from engine.step.attention_kernels import (
     Capability,
@@ -247,7 +247,6 @@ def _capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
-@torch.compiler.assume_constant_result
 def choose_kernel(device: torch.device, head_dim: int, dtype: torch.dtype, sliding_window: int | None) -> str:
     """The kernel of packed attention: flash, efficient or blocks."""
     if device.type == "cuda":
@@ -259,6 +258,13 @@ def choose_kernel(device: torch.device, head_dim: int, dtype: torch.dtype, slidi
         if "efficient" in GPU_KERNELS and can_run:
             return "efficient"
     return "blocks"
+
+
+def flash_serves(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether packed() of a model chooses flash attention for states of dtype."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return choose_kernel(device, head_dim, dtype, None) == "flash"
 
 
 @torch.compiler.disable
@@ -314,10 +320,7 @@ def packed_compiled(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """packed() for compiled layers on a GPU: with flash, torch.compile takes a layer as one graph."""
-    options = {"scaling": scaling, "sliding_window": sliding_window, **kwargs}
-    if choose_kernel(query.device, query.shape[-1], query.dtype, sliding_window) != "flash":
-        return packed(module, query, key, value, attention_mask, segments=segments, **options)
+    """packed() with flash attention, in a form that torch.compile takes as part of a layer's graph."""
     _refuse(kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return packed_varlen(query[0], key[0], value[0], segments, scaling, sliding_window)[None], None
