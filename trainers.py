@@ -38,7 +38,7 @@ from engine.run.nonfinite import NonFinitePolicy
 from engine.run.reference_setup import build_reference
 from engine.run.resume_check import read_state, settings_of
 from engine.run.run_files import log_sizes, rewind
-from engine.run.start_report import describe_parameters, describe_training, warn_of_warmup
+from engine.run.start_report import describe_parameters, describe_training, warn_of_first_margin, warn_of_warmup
 from engine.run.throughput import throughput
 from engine.settings.schema import LoraSettings, Settings
 from engine.step.gradient_check import check_gradients
@@ -277,6 +277,8 @@ class BasicTrainer:
             self.nonfinite.handle(step.batch.examples, step.facts, loss, grad_norm)
             return None
         metrics |= step.facts | self.skip_counter()
+        if warning := warn_of_first_margin(self.settings, metrics):
+            self.loggers.print(warning)
         return metrics | throughput(self, step.batch.examples, num_tokens, seconds)
 
     @property

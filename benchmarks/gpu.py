@@ -1,7 +1,8 @@
 """How fast is training on a GPU, how much memory does it take, and where does the time go?
 
-Each case trains a model of random weights on synthetic pairs, in this process. Its result is on disk before the next
-case starts. A failed case is recorded, and the others run. No case starts after the time limit.
+Each case trains a model of random weights on synthetic pairs, on a GPU in a process of its own: so each starts with all
+memory, and a failed one spoils no other. Its result is on disk before the next case starts. No case starts after the
+time limit.
 
     .venv/bin/python benchmarks/gpu.py --results DIR --limit 500
     .venv/bin/python benchmarks/gpu.py --device cpu --tiny --results DIR    # does every case run?
@@ -12,13 +13,14 @@ case starts. A failed case is recorded, and the others run. No case starts after
 
 import argparse
 import contextlib
-import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,7 +188,7 @@ def models_made_on(device: str) -> Iterator[None]:
     from transformers import AutoModelForCausalLM
 
     from engine.models import policy
-    from engine.models.loading import hf_config_of
+    from engine.models.loading import hf_config_of, turn_off_dropout
     from engine.placement import placement
     from engine.run import reference_setup
 
@@ -195,7 +197,9 @@ def models_made_on(device: str) -> Iterator[None]:
         is_frozen = settings.peft.name != "none"
         with torch.device(device):
             dtype = torch.bfloat16 if is_frozen else dtype
-            return AutoModelForCausalLM.from_config(hf_config_of(settings.model, tokenizer), dtype=dtype)
+            config = hf_config_of(settings.model, tokenizer)
+            turn_off_dropout(config)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
     def load_policy(settings: Any, tokenizer: Any, dtype: Any, where: Any, run_dir: Any) -> Any:
         return policy.load_policy(settings, tokenizer, dtype, where, run_dir, build)
@@ -270,6 +274,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     on_gpu = arguments.device == "cuda"
     seconds: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         for name in case.without:
             stack.enter_context(FAST_PATHS[name]())
         if case.memory_gb:
@@ -436,13 +441,10 @@ def measure_ceilings(arguments: argparse.Namespace) -> dict[str, float]:
 # ---- The command ----
 
 
-def free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    torch.compiler.reset()
+def run_apart(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    """run_case() in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run_case, case, arguments).result()
 
 
 def shown(name: str, result: dict[str, Any]) -> str:
@@ -489,10 +491,8 @@ def main(texts: Sequence[str]) -> None:
     for case in chosen:
         if time.monotonic() - started > arguments.limit:
             break
-        free_memory()
         try:
-            with contextlib.redirect_stdout(sys.stderr):
-                result = run_case(case, arguments)
+            result = run_apart(case, arguments) if arguments.device == "cuda" else run_case(case, arguments)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
         record["cases"][case.name] = result

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bf16, common, demo, growth, memory, scaling, soak, step
+from benchmarks import bf16, common, demo, gpu, gpu_plan, gpu_profile, growth, memory, scaling, soak, step
 from benchmarks.pairs import hh_pairs, make_batches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,7 @@ def result(folder, name):
     return record
 
 
-@pytest.mark.parametrize("script", ["step", "growth", "memory", "scaling", "demo", "digits", "bf16"])
+@pytest.mark.parametrize("script", ["step", "growth", "memory", "scaling", "demo", "digits", "bf16", "gpu", "gpu_plan"])
 def test_help_from_another_folder(script, tmp_path):
     outcome = run(script, "--help", cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
@@ -223,3 +223,81 @@ def test_record_without_git_and_gpu_tools(tmp_path, monkeypatch, capsys):
 
 def test_command_of_a_record_hides_the_path_of_the_data():
     assert common.shown_command("step", ["--data", "/home/x"], Path("/home/x")) == "benchmarks/step.py --data DATA"
+
+
+# ---- gpu.py ----
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        ["pythia-2.8b", "llama-8b-qlora-plain", "gpt2-hh", "llama-7b-qlora-512-in-12gb"],
+        pytest.param([case.name for case in gpu.CASES], marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_cases_of_a_gpu(cases, tmp_path, capsys):
+    gpu.main(["--device", "cpu", "--tiny", "--cases", ",".join(cases), "--results", str(tmp_path)])
+    record = result(tmp_path, "gpu-cpu")
+    assert record["not_started"] == [] and set(record["cases"]) == set(cases)
+    for name, case in record["cases"].items():
+        assert "error" not in case, (name, case)
+        assert case["seconds_per_step"] > 0 and case["tokens_per_second"] > 0
+        assert case["first_loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_a_failed_case_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    """Nor does the time limit lose what is measured."""
+    run_case = gpu.run_case
+
+    def failing(case, arguments):
+        if case.name == "pythia-2.8b":
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return run_case(case, arguments)
+
+    monkeypatch.setattr(gpu, "run_case", failing)
+    gpu.main(["--device", "cpu", "--tiny", "--cases", "pythia-2.8b,gpt2-hh", "--results", str(tmp_path)])
+    record = result(tmp_path, "gpu-cpu")
+    assert "illegal memory access" in record["cases"]["pythia-2.8b"]["error"]
+    assert record["cases"]["gpt2-hh"]["seconds_per_step"] > 0
+    gpu.main(["--device", "cpu", "--tiny", "--cases", "gpt2-hh", "--limit", "0", "--results", str(tmp_path)])
+    assert result(tmp_path, "gpu-cpu")["not_started"] == ["gpt2-hh"]
+
+
+def test_a_gpu_is_asked_for(capsys):
+    with pytest.raises(SystemExit, match="there is no GPU here"):
+        gpu.main(["--results", "nowhere"])
+    with pytest.raises(SystemExit):
+        gpu.main(["--cases", "pythia", "--device", "cpu"])
+    assert "pythia: choose from" in capsys.readouterr().err
+
+
+def test_kernels_of_a_profile_are_grouped():
+    """Times by hand, in microseconds. Two kernels overlap, and one runs inside the head."""
+    kernels = [
+        ("nvjet_sm90_tst", 0, 100),
+        ("flash_bwd_kernel", 150, 50),
+        ("vectorized_elementwise_kernel", 180, 40),
+        ("nvjet_sm90_tss", 300, 10),
+        ("_normalize_kernel", 310, 10),
+    ]
+    events = [{"cat": "kernel", "name": name, "ts": start, "dur": length} for name, start, length in kernels]
+    events += [{"cat": "gpu_user_annotation", "name": "head", "ts": 299, "dur": 22}]
+    events += [{"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0, "dur": 7}] * 2
+    found = gpu_profile.group_events(events)
+    assert found["seconds"] == {"gemm": 1e-4, "attention": 5e-5, "elementwise": 4e-5, "head": 2e-5}
+    assert found["span"] == 32e-5 and found["idle"] == pytest.approx(13e-5)  # 100 to 150, 220 to 300
+    assert found["num_kernels"] == 5 and found["calls_of_the_host"] == {"cudaLaunchKernel": [1e-5, 2]}
+
+
+def test_the_plan_of_a_gpu(tmp_path):
+    outcome = run("gpu_plan", "--tiny", "--results", tmp_path, "--stages", "cases", "--limit", "300")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "cases: exit status 0" in outcome.stdout
+    assert result(tmp_path, "gpu-cpu")["cases"]["pythia-2.8b"]["seconds_per_step"] > 0
+
+
+def test_a_stage_is_stopped_at_its_limit(tmp_path):
+    """What it has printed stays."""
+    outcome = gpu_plan.run_stage("x", ["-c", "import time; print('begun', flush=True); time.sleep(60)"], 3, tmp_path)
+    assert outcome.startswith("stopped after 3 s") and (tmp_path / "x.log").read_text() == "begun\n"

@@ -13,8 +13,11 @@ import engine.placement.memory
 from engine.data.examples import Example
 from engine.models.layers import find_layers
 from engine.placement import placement
+from engine.run.start_report import warn_of_first_margin
 from engine.step.layout import Microbatch
 from engine.step.microbatches import MicrobatchRunner
+from engine.step.reference_cache import CachedReference
+from tests.configs import make_settings
 from tests.runs import QUICK, Program
 from trainers import BasicTrainer
 
@@ -390,6 +393,38 @@ def test_the_reference_is_computed_once_for_all_epochs(program: Program) -> None
     common = (f"datasets=[{path}]", "test_fraction=0.2", "n_examples=null", f"cache_dir={program.directory / 'own'}")
     run = program.ok(*DPO, *common, "n_epochs=3")
     assert "reference: 20 log-probs computed in" in run.out
+
+
+@pytest.mark.parametrize(
+    "overrides, margin, is_warned",
+    [
+        ((), 0.5, True),
+        (("compile=true",), 0.5, True),
+        ((), 0.0, False),
+        (("model.reference_dtype=bfloat16",), 0.5, False),
+        (("peft=lora", "peft.dropout=0.1"), 0.5, False),
+    ],
+)
+def test_a_margin_before_the_first_update_is_told(overrides: tuple[str, ...], margin: float, is_warned: bool) -> None:
+    settings = make_settings(*DPO, *overrides)
+    first, second = (
+        warn_of_first_margin(settings, {"rewards_train/margins": margin, "counters/updates": updates})
+        for updates in (1, 2)
+    )
+    assert (first is not None) == is_warned and second is None
+    if first is not None:
+        assert "0.5, not 0" in first and ("compiled" in first) == bool(overrides)
+
+
+def test_a_run_warns_of_its_first_margin(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    logps = CachedReference.logps
+
+    def shifted(reference: CachedReference, batch: Microbatch) -> torch.Tensor:
+        return logps(reference, batch) - torch.arange(len(batch.responses))
+
+    assert "the margin before" not in program.ok(*DPO, "n_examples=8").out
+    monkeypatch.setattr(CachedReference, "logps", shifted)
+    assert program.ok(*DPO, "n_examples=8").out.count("warning: the margin before the first update is ") == 1
 
 
 @pytest.mark.slow

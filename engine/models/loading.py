@@ -65,7 +65,7 @@ def load_model(
         raise UserError(
             "CONFIG", f"max_length: {settings.max_length} is more than the {context} positions of the model", "lower it"
         )
-    _turn_off_dropout(hf_config)
+    turn_off_dropout(hf_config)
     model = _load_weights(settings, hf_config, dtype, device)
     if not hasattr(model, "hf_device_map"):
         model = model.to(device)
@@ -153,7 +153,8 @@ def _architecture_error(error: Exception) -> UserError:
     )
 
 
-def _turn_off_dropout(hf_config: Any) -> None:
+def turn_off_dropout(hf_config: Any) -> None:
+    """Set all dropout of a transformers config to 0."""
     # In the config, as attention modules read it when built, and apply dropout without a module.
     for name, value in hf_config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):

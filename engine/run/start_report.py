@@ -1,8 +1,9 @@
 """Lines a run prints when it starts."""
 
 import math
+from collections.abc import Mapping
 
-from engine.settings.schema import Settings
+from engine.settings.schema import LoraSettings, Settings
 from engine.step.schedule import learning_rate
 
 
@@ -41,3 +42,21 @@ def warn_of_warmup(settings: Settings, num_updates: int) -> str | None:
 
 def describe_parameters(num_trained: int, num_all: int) -> str:
     return f"parameters: {num_trained:,} of {num_all:,} are trained ({num_trained / num_all:.2%})"
+
+
+def warn_of_first_margin(settings: Settings, metrics: Mapping[str, float]) -> str | None:
+    """A warning if policy and reference differ before the first update; None if they do not.
+
+    Args:
+        metrics: of a step.
+    """
+    margin = metrics.get("rewards_train/margins", 0.0)
+    has_other_dtype = settings.model.reference_dtype not in (None, settings.model.policy_dtype)
+    has_dropout = isinstance(settings.peft, LoraSettings) and settings.peft.dropout > 0
+    if metrics["counters/updates"] != 1 or has_other_dtype or has_dropout or margin == 0:
+        return None
+    cause = "; compiled layers round differently without gradients" if settings.compile else ""
+    return (
+        f"warning: the margin before the first update is {margin:.3g}, not 0{cause}."
+        " All margins are off by about as much"
+    )

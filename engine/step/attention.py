@@ -174,6 +174,7 @@ def _variable_lengths(branches: list[Branch], device: torch.device) -> VariableL
         start = stop
     num_queries = [branch.rows.stop - branch.rows.start for branch in branches]
     num_keys = [branch.num_keys for branch in branches]
+    num_repeats = tuple(sum(len(copy) for _, copy in spans) for spans in repeats)
     return VariableLengths(
         index(*(span for branch in branches for span in (branch.prompt, branch.response))),
         starts(num_queries),
@@ -183,7 +184,8 @@ def _variable_lengths(branches: list[Branch], device: torch.device) -> VariableL
         index(*first_copies),
         index(*(prompt for spans in repeats for prompt, _ in spans)),
         index(*(copy for spans in repeats for _, copy in spans)),
-        torch.tensor([sum(len(copy) for _, copy in spans) for spans in repeats], dtype=torch.int64),
+        num_repeats,
+        torch.tensor(num_repeats, dtype=torch.int64),
     )
 
 

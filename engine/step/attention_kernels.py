@@ -6,7 +6,7 @@ efficient: torch's memory-efficient kernel, for fp32 and for 16-bit states witho
 Both take a row as a list of branches, with gathered keys and values.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -35,7 +35,8 @@ class VariableLengths:
     first_copies: Tensor  # int64 [tokens], where each row stands first among the keys
     repeat_rows: Tensor  # int64 [repeats], rows of prompts, by response number from the second on
     repeat_copies: Tensor  # int64 [repeats], where they stand among the keys
-    repeat_sizes: Tensor  # int64 [further responses], on the CPU
+    num_repeats: tuple[int, ...]  # of each further response
+    repeat_sizes: Tensor  # the same on the CPU, int64: to a compiled layer, numbers would be constants
 
     @property
     def copy_indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,11 +77,10 @@ def takes_gqa(kernel: Callable[..., Any]) -> bool:
 
 
 def _sum_copies(
-    copies: Tensor, first_copies: Tensor, repeat_rows: Tensor, repeat_copies: Tensor, repeat_sizes: Tensor
+    copies: Tensor, first_copies: Tensor, repeat_rows: Tensor, repeat_copies: Tensor, sizes: Sequence[int]
 ) -> Tensor:
     """Sum over the copies of each row: [keys, heads, head_dim] -> [tokens, heads, head_dim]."""
     total = copies.index_select(0, first_copies)
-    sizes = repeat_sizes.tolist()
     if len(sizes) > 1:  # Three or more terms: round once, at the end.
         total = total.to(torch.promote_types(total.dtype, torch.float32))
     for rows, index in zip(repeat_rows.split(sizes), repeat_copies.split(sizes), strict=True):
@@ -100,7 +100,7 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, lengths: VariableLengths) -> tuple[Tensor, Tensor]:
         """[tokens, heads, head_dim] -> [keys, heads, head_dim]."""
-        ctx.indices = lengths.copy_indices
+        ctx.indices = *lengths.copy_indices[:3], lengths.num_repeats
         return key.index_select(0, lengths.key_index), value.index_select(0, lengths.key_index)
 
     @staticmethod
@@ -141,7 +141,7 @@ def _(key: Tensor, value: Tensor, key_index: Tensor, *indices: Tensor) -> tuple[
 def _sum_copies_operator(
     copies: Tensor, first_copies: Tensor, repeat_rows: Tensor, repeat_copies: Tensor, repeat_sizes: Tensor
 ) -> Tensor:
-    return _sum_copies(copies, first_copies, repeat_rows, repeat_copies, repeat_sizes)
+    return _sum_copies(copies, first_copies, repeat_rows, repeat_copies, repeat_sizes.tolist())
 
 
 @_sum_copies_operator.register_fake

@@ -250,7 +250,7 @@ def test_a_signal_before_workers_train(inputs: Path, tmp_path: Path, begun: str)
         time.sleep(0.005)
     launcher.send_signal(signal.SIGINT)
     err = launcher.communicate(timeout=60)[1]
-    assert launcher.returncode == 128 + signal.SIGINT
+    assert launcher.returncode == 128 + signal.SIGINT, err
     assert err == "stopped by SIGINT before the first checkpoint; repeat the command\n"
 
 
