@@ -65,6 +65,8 @@ PEAK_SHARES: dict[tuple[str, str], PeakShare] = {
     ("cpu", "full"): PeakShare(0.50, "docs/performance.md"),
     ("cpu", "lora"): PeakShare(0.50),
     ("cpu", "qlora"): PeakShare(0.50),
+    ("H200", "full"): PeakShare(0.45, "benchmarks/results/gpu-h200-2026-11-26.md"),
+    ("H200", "qlora"): PeakShare(0.41, "benchmarks/results/gpu-h200-2026-11-26.md"),
     ("gpu", "full"): PeakShare(0.40),
     ("gpu", "lora"): PeakShare(0.40),
     ("gpu", "qlora"): PeakShare(0.32),
