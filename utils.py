@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -302,6 +303,12 @@ def as_os_errors() -> Iterator[None]:
         if "inline_container.cc" in str(error):  # torch.save
             raise OSError(f"torch could not write ({error})") from error
         raise
+
+
+@cache
+def has_c_compiler() -> bool:
+    """Whether the machine has a C compiler, as Triton finds it."""
+    return any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name)
 
 
 def quiet_bitsandbytes() -> None:

@@ -6,6 +6,7 @@ interpreter. In this process transformers may have imported it, and other tests 
 
 import importlib.util
 import multiprocessing
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +22,7 @@ from engine.step.head_kernels import gradient_of_logits, has_triton, normalize
 from engine.step.layout import lay_out
 from engine.step.logprobs import chunked_head, softmax_
 from tests.models import VOCABULARY, pair_examples
+from utils import has_c_compiler
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of the gradient's cast to its dtype: half a unit in the last place, and one more where last bits in fp32 differ.
@@ -232,11 +234,11 @@ def test_without_triton_there_are_no_kernels(monkeypatch) -> None:
 
 def test_compilers_are_looked_up_once(monkeypatch) -> None:
     looked_up: list[str] = []
-    monkeypatch.setattr(head_kernels.shutil, "which", looked_up.append)
+    monkeypatch.setattr(shutil, "which", looked_up.append)
     monkeypatch.delenv("CC", raising=False)
-    head_kernels._has_compiler.cache_clear()
+    has_c_compiler.cache_clear()
     assert not has_triton(torch.device("cuda")) and not has_triton(torch.device("cuda", 1))
-    head_kernels._has_compiler.cache_clear()
+    has_c_compiler.cache_clear()
     assert len(looked_up) in (0, 2)  # none without Triton
 
 

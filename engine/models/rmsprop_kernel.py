@@ -4,16 +4,14 @@ torch's version makes a temporary as large as all weights. It needs the host to 
 host would wait for the GPU. The readable twin is torch.optim.RMSprop(foreach=False). Tests compare the two.
 """
 
-import os
-import shutil
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.models.shards import local_shard
+from utils import has_c_compiler
 
 try:
     import triton
@@ -25,11 +23,9 @@ BLOCK, WARPS = 1024, 4  # weights of a program, a power of two; 8 a thread, in t
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
 def has_triton() -> bool:
     """Whether Triton can build kernels. It needs a C compiler for its launchers."""
-    compilers = (os.environ.get("CC"), "gcc", "clang")
-    return triton is not None and any(shutil.which(name) for name in compilers if name)
+    return triton is not None and has_c_compiler()
 
 
 def runs_on(parameters: Iterable[Tensor]) -> bool:

@@ -10,12 +10,10 @@ readable twin, engine.step.logprobs.softmax_. Tests compare the two.
 Rows of a multiple of 16 logits are loaded in wide pieces, and others one by one. The head pads its rows with -inf.
 """
 
-import os
-import shutil
-from functools import cache
-
 import torch
 from torch import Tensor
+
+from utils import has_c_compiler
 
 try:
     import triton
@@ -33,12 +31,7 @@ def has_triton(device: torch.device) -> bool:
 
     Triton needs a C compiler for its launchers.
     """
-    return device.type == "cuda" and triton is not None and _has_compiler()
-
-
-@cache
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name)
+    return device.type == "cuda" and triton is not None and has_c_compiler()
 
 
 def normalize(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
