@@ -488,6 +488,8 @@ def main(texts: Sequence[str]) -> None:
         "not_started": [case.name for case in chosen],
     }
     print(json.dumps(record["ceilings"]), flush=True)
+    if arguments.device == "cuda":
+        torch.cuda.empty_cache()  # the cases have processes of their own
     for case in chosen:
         if time.monotonic() - started > arguments.limit:
             break

@@ -10,6 +10,8 @@ A stage has a share of the time left, and is stopped at its end. All it has meas
 """
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,12 +44,12 @@ def run_stage(name: str, command: list[str], limit: float, folder: Path) -> str:
     log = folder / f"{name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-u", *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-u", *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too: they would hold the GPU
             process.wait()
             return f"stopped after {limit:.0f} s: {log}"
     return f"exit status {status}: {log}"

@@ -1,6 +1,8 @@
 """Saved bytes of a forward pass and the tokens that fit, by hand."""
 
+import gc
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +49,24 @@ def test_a_storage_is_counted_once_in_full() -> None:
 
     assert saved_bytes(forward) == 40 + 40 + 800
     assert saved_bytes(lambda: (values + 1).sum()) == 0
+
+
+def test_counting_keeps_no_parameter() -> None:
+    """A hook lives as long as its parameter."""
+
+    class Hook:
+        def __call__(self, gradient: torch.Tensor) -> None: ...
+
+    def count() -> weakref.ref[Hook]:
+        model, hook = tiny_model("llama"), Hook()
+        model.get_input_embeddings().weight.register_hook(hook)
+        input_ids = torch.zeros(1, 4, dtype=torch.int64)
+        assert saved_bytes(lambda: model(input_ids, use_cache=False).logits.sum()) > 0
+        return weakref.ref(hook)
+
+    hook = count()
+    gc.collect()
+    assert hook() is None
 
 
 def test_auto_recomputes_nothing_if_the_wanted_tokens_fit() -> None:

@@ -17,7 +17,8 @@ from engine.data.films import film_tokenizer
 from engine.models.shards import local_shard
 from engine.run.plan import Plan, make_plan
 from engine.run.plan_report import format_plan
-from engine.run.workload import Work
+from engine.run.workload import Work, share_of_peak
+from engine.settings.hardware import Hardware, PeakShare
 from engine.settings.schema import Settings
 from engine.step.layout import lay_out
 from engine.step.metrics import MetricAccumulator
@@ -67,6 +68,13 @@ def planned(settings: Settings, num_processes: int = 1) -> Plan:
 def test_the_share_of_the_peak_has_a_source_or_is_assumed(hardware: str, overrides: tuple[str, ...], expected) -> None:
     plan = planned(configured("llama", f"plan_hardware={hardware}", *overrides))
     assert f"matrix products at {expected}" in format_plan(plan)
+
+
+def test_the_share_of_this_machine_is_found_by_its_cuda_name() -> None:
+    settings = make_settings()
+    names = ("NVIDIA H200", "NVIDIA H200 NVL", "Tesla T4")
+    shares = [share_of_peak(settings, Hardware(name, "gpu", 1, {})) for name in names]
+    assert shares[0].source is not None and shares[1:] == [PeakShare(0.40)] * 2
 
 
 def padding_tokenizer() -> Any:

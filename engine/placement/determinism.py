@@ -14,6 +14,6 @@ def set_deterministic(is_on: bool, device: torch.device) -> None:
     is_on = is_on and device.type == "cuda"
     if is_on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it with its first product
-        # By default each new tensor is filled first. It takes time, and no such values are read.
-        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  mypy does not know it
+    # By default each new tensor is filled first. It takes time, and no such values are read.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", not is_on)  # noqa: B010  mypy does not know it
     torch.use_deterministic_algorithms(is_on)  # off too: the jobs of a sweep share a process

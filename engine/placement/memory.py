@@ -49,8 +49,9 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
     kept: dict[int, Tensor] = {}  # keeping the tensors prevents the reuse of their addresses
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+        # Detached: else the graph would hold its own tensors, in a cycle Python cannot see. Nothing would be freed.
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()

@@ -13,7 +13,7 @@ from engine.data.examples import Example
 from engine.models.layers import find_layers
 from engine.models.parameters import num_weights
 from engine.placement.memory import total_memory
-from engine.settings.hardware import PEAK_SHARES, Hardware, PeakShare, peak_flops
+from engine.settings.hardware import PEAK_SHARES, Hardware, PeakShare, data_sheet, peak_flops
 from engine.settings.schema import LoraSettings, Settings
 
 if TYPE_CHECKING:  # trainers import the engine, not the other way round
@@ -141,7 +141,8 @@ def run_seconds(
 def share_of_peak(settings: Settings, hardware: Hardware) -> PeakShare:
     """The share for this hardware, else for its kind."""
     task = settings.peft.name if isinstance(settings.peft, LoraSettings) else "full"
-    return PEAK_SHARES.get((hardware.name, task)) or PEAK_SHARES[hardware.kind, task]
+    sheet = data_sheet(hardware.name) or hardware
+    return PEAK_SHARES.get((sheet.name, task)) or PEAK_SHARES[hardware.kind, task]
 
 
 def peak_rate(settings: Settings, hardware: Hardware, dtype: torch.dtype) -> float | None:

@@ -73,10 +73,14 @@ PEAK_SHARES: dict[tuple[str, str], PeakShare] = {
 }
 
 
-def peak_flops(name: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of a GPU by its CUDA name; None if unknown."""
+def data_sheet(name: str) -> Hardware | None:
+    """The data sheet of a GPU by its CUDA name, such as "NVIDIA H200"; None if unknown."""
     if OTHER_VARIANTS & set(name.split()):
         return None
-    return next(
-        (sheet.peaks["bfloat16"] for words, sheet in DATA_SHEETS.items() if all(w in name for w in words)), None
-    )
+    return next((sheet for words, sheet in DATA_SHEETS.items() if all(word in name for word in words)), None)
+
+
+def peak_flops(name: str) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a GPU by its CUDA name; None if unknown."""
+    sheet = data_sheet(name)
+    return None if sheet is None else sheet.peaks["bfloat16"]
