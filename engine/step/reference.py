@@ -18,6 +18,7 @@ from engine.step.metrics import HostCopy
 from engine.step.reference_cache import CachedReference
 from utils import content_hash, prefetch, progress
 
+KERNELS = 2  # the version of our own kernels: count up when they change log-probs
 COMMIT_SECONDS = 5.0  # a commit waits for the disk; a killed run loses the log-probs of so many seconds
 
 
@@ -59,10 +60,10 @@ def reference_key(weights: str, settings: Iterable[Any], device: torch.device) -
     Args:
         weights: the hash of the reference's weights.
         settings: of precision and layout, as JSON values.
-        device: its kind and the version of torch affect the last bits.
+        device: its kind, the version of torch and our kernels affect the last bits.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return content_hash([weights, *settings, name, torch.__version__])
+    return content_hash([weights, *settings, name, torch.__version__, KERNELS])
 
 
 def fill_cache(
