@@ -5,9 +5,10 @@ Read from the top: train, train_on, step, evaluate, save. The constructor comes 
 
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from engine.run.resume_check import read_state, settings_of
 from engine.run.run_files import log_sizes, rewind
 from engine.run.start_report import describe_parameters, describe_training, warn_of_first_margin, warn_of_warmup
 from engine.run.throughput import throughput
+from engine.run.workload import Work, flops_of
 from engine.settings.schema import LoraSettings, Settings
 from engine.step.gradient_check import check_gradients
 from engine.step.metrics import DeviceTimestamp, MetricAccumulator, PendingScalars, prefix_metrics
@@ -280,6 +282,11 @@ class BasicTrainer:
         if warning := warn_of_first_margin(self.settings, metrics):
             self.loggers.print(warning)
         return metrics | throughput(self, step.batch.examples, num_tokens, seconds)
+
+    @cached_property
+    def flops(self) -> Callable[[Work, bool], float]:
+        """Operations of some work, without recomputation. It counts all weights, so it is made once."""
+        return flops_of(self, counts_recomputation=False)
 
     @property
     def runs_ahead(self) -> bool:

@@ -381,16 +381,14 @@ def speeds(trainer: "BasicTrainer", batches: list[list[Any]], num_steps: int, se
     """Pairs and fed tokens per second, and MFU."""
     import torch
 
-    from engine.run.workload import Work, flops_of
+    from engine.run.workload import Work
     from engine.settings.hardware import peak_flops
 
     used = [batches[index % 2] for index in range(num_steps)]
     work = [Work.of(part, trainer.settings.batching) for batch in used for part in trainer.split_batch(batch)]
     tokens, pairs = sum(each.tokens for each in work), sum(map(len, used))
     found = {"tokens_per_second": tokens / seconds, "pairs_per_second": pairs / seconds}
-    trainer.num_checkpointed, before = 0, trainer.num_checkpointed  # MFU does not count recomputation
-    flops = sum(flops_of(trainer)(each, True) for each in work)
-    trainer.num_checkpointed = before
+    flops = sum(trainer.flops(each, True) for each in work)
     found["tflop_per_second"] = flops / seconds / 1e12
     if torch.cuda.is_available() and (peak := peak_flops(torch.cuda.get_device_name())):
         found["mfu"] = flops / seconds / peak

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.data.examples import Example
-from engine.run.workload import Work, flops_of
+from engine.run.workload import Work
 from engine.settings.hardware import peak_flops
 
 if TYPE_CHECKING:  # trainers import the engine, not the other way round
@@ -29,6 +29,5 @@ def throughput(
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak:
         work = replace(Work.of(examples, "packed"), tokens=int(num_tokens))
-        flops = flops_of(trainer, counts_recomputation=False)(work, True)
-        metrics["mfu"] = flops / (seconds * peak * trainer.placement.num_ranks)
+        metrics["mfu"] = trainer.flops(work, True) / (seconds * peak * trainer.placement.num_ranks)
     return metrics

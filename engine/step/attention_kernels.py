@@ -39,9 +39,9 @@ class VariableLengths:
     repeat_sizes: Tensor  # the same on the CPU, int64: to a compiled layer, numbers would be constants
 
     @property
-    def copy_indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def copy_indices(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where each row has its copies among the keys."""
-        return self.first_copies, self.repeat_rows, self.repeat_copies, self.repeat_sizes
+        return self.first_copies, self.repeat_rows, self.repeat_copies
 
 
 def flash_runs(capability: Capability, head_dim: int, dtype: torch.dtype) -> bool:
@@ -100,7 +100,7 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, lengths: VariableLengths) -> tuple[Tensor, Tensor]:
         """[tokens, heads, head_dim] -> [keys, heads, head_dim]."""
-        ctx.indices = *lengths.copy_indices[:3], lengths.num_repeats
+        ctx.indices = *lengths.copy_indices, lengths.num_repeats
         return key.index_select(0, lengths.key_index), value.index_select(0, lengths.key_index)
 
     @staticmethod
@@ -111,7 +111,7 @@ class _GatherKeys(torch.autograd.Function):
 def gather_keys(key: Tensor, value: Tensor, lengths: VariableLengths) -> tuple[Tensor, Tensor]:
     """Keys and values of all branches: [tokens, heads, head_dim] -> [keys, heads, head_dim]."""
     if torch.compiler.is_compiling():
-        return _gather_keys_operator(key, value, lengths.key_index, *lengths.copy_indices)
+        return _gather_keys_operator(key, value, lengths.key_index, *lengths.copy_indices, lengths.repeat_sizes)
     return _GatherKeys.apply(key, value, lengths)
 
 
