@@ -5,7 +5,7 @@ unreduced. To add one: a function here, a line in LOSSES, a YAML under config/lo
 hand. The function's keyword arguments are the other keys of the YAML. Their annotations give the types and ranges.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-BatchKind = Literal["sft", "pairs"]
-Need = Literal["reference"]
+BatchKind = Literal["sft", "pairs", "unpaired"]
+Need = Literal["reference", "kl", "whole batch"]
 # Losses, and the implicit rewards of the chosen and of the rejected responses: [pairs] each.
 PairLosses = tuple[Tensor, Tensor, Tensor]
 
@@ -100,24 +100,49 @@ def sft_loss(policy_chosen_logps: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class MovingState:
+    """Numbers that move with every update of the policy. Checkpoints keep them.
+
+    Args:
+        initial: name -> value before the first update.
+        update: takes the arguments of the loss function, of the whole batch, and returns the next {name: value}.
+    """
+
+    initial: Mapping[str, float]
+    update: Callable[..., dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
 class Loss:
     """A loss function, and its needs.
 
     Args:
-        function: takes log-probs in order, [examples] each: chosen; rejected (of pairs); then the same under the
-            reference, if it needs one. Returns the losses [examples]; of pairs, a tuple of losses, chosen rewards and
-            rejected rewards. A tuple may end in a dict of further metrics, {name: [examples]}.
-        batch: "sft" (one target response per example) or "pairs" (chosen and rejected).
-        needs: "reference" builds a frozen reference model.
+        function: takes the arguments below, returns the losses [examples]; of pairs and unpaired responses, a tuple of
+            losses and rewards. A tuple may end in a dict of further metrics, {name: [examples]}.
+        batch: "sft" (one target response per example), "pairs" (chosen and rejected) or "unpaired" (one response and
+            its label). Fixes the first arguments, log-probs under the policy: chosen; chosen and rejected; the
+            response's.
+        needs: further arguments, in this order.
+            - "reference": the same log-probs under a frozen reference model.
+            - "kl": log(policy / reference) of mismatched responses, the mean over the batch, a scalar.
+            - "whole batch": all arguments are of the whole batch, on all ranks. It costs a second forward pass.
+        log_probs: "sums" over tokens, "means", or "either", by the key average_log_prob.
+        takes_sft_weight: whether the key sft_weight adds a log-likelihood. False for losses with one of their own.
+        state: further arguments, scalars. It needs the whole batch.
+
+    Labels of unpaired responses follow the log-probs: bool [examples], true for desirable ones.
     """
 
     function: Callable[..., Any]
     batch: BatchKind
     needs: Set[Need] = frozenset()
+    log_probs: Literal["sums", "means", "either"] = "either"
+    takes_sft_weight: bool = True
+    state: MovingState | None = None
 
 
 LOSSES = {
-    "sft": Loss(sft_loss, batch="sft"),
+    "sft": Loss(sft_loss, batch="sft", takes_sft_weight=False),
     "dpo": Loss(dpo_loss, batch="pairs", needs={"reference"}),
     "cdpo": Loss(cdpo_loss, batch="pairs", needs={"reference"}),
     "ipo": Loss(ipo_loss, batch="pairs", needs={"reference"}),

@@ -57,12 +57,12 @@ def group_types(group: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 
 def loss_types(name: str) -> dict[str, Any]:
-    """The annotations of a loss's keys: those of every loss, and the function's keyword arguments."""
+    """The annotations of a loss's keys: common ones where it takes them, and the function's keyword arguments."""
     from losses import LOSSES
 
     loss = LOSSES[name]
-    common = [key for key in ("average_log_prob", "sft_weight") if loss.batch != "sft" or key != "sft_weight"]
-    types = {key: field_type(LossSettings.model_fields[key]) for key in common}
+    common = {"average_log_prob": loss.log_probs == "either", "sft_weight": loss.takes_sft_weight}
+    types = {key: field_type(LossSettings.model_fields[key]) for key, is_taken in common.items() if is_taken}
     hints = get_type_hints(loss.function, include_extras=True)
     for keyword, parameter in inspect.signature(loss.function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:

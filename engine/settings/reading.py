@@ -151,7 +151,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
         (groups.setdefault(group, {}) if group else groups)[name] = value
     loss = groups["loss"]
     common = {key: loss.pop(key) for key in LossSettings.model_fields if key in loss}
-    groups["loss"] = LossSettings(**{"sft_weight": 0.0, **common, "keywords": loss})
+    groups["loss"] = LossSettings(**{**common, "keywords": loss})
     return groups
 
 

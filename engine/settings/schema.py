@@ -61,13 +61,13 @@ class LossSettings(Group):
 
     Args:
         name: a key of LOSSES.
-        sft_weight: 0 for losses of the kind "sft", as their YAML has no such key.
+        average_log_prob, sft_weight: false and 0 for losses without these keys.
         keywords: the function's keyword arguments, checked by its signature.
     """
 
     name: str
-    average_log_prob: bool
-    sft_weight: NonNegative
+    average_log_prob: bool = False
+    sft_weight: NonNegative = 0.0
     keywords: dict[str, Any]
 
 

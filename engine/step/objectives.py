@@ -52,6 +52,7 @@ class SequenceObjective:
         self.batch = loss.batch
         self.needs_reference = "reference" in loss.needs and not settings.keywords.get("reference_free", False)
         self._loss, self._settings = loss, settings
+        self._averages = loss.log_probs == "means" or settings.average_log_prob
 
     def losses(
         self,
@@ -62,7 +63,7 @@ class SequenceObjective:
         metrics: MetricAccumulator,
     ) -> Tensor:
         settings, lengths = self._settings, batch.response_lengths[span.responses]
-        scale = lengths if settings.average_log_prob else 1
+        scale = lengths if self._averages else 1
         sums = sum_by_response(token_logps, lengths)  # [responses of the span]
 
         def by_role(values: Tensor) -> list[Tensor]:  # [responses of the span] -> chosen, rejected [examples]
