@@ -17,6 +17,7 @@ BatchKind = Literal["sft", "pairs", "unpaired"]
 Need = Literal["reference", "kl", "whole batch"]
 # Losses, and the implicit rewards of the chosen and of the rejected responses: [pairs] each.
 PairLosses = tuple[Tensor, Tensor, Tensor]
+PairLossesWithMetrics = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
 def dpo_loss(
@@ -94,6 +95,68 @@ def ipo_loss(
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
+def aot_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+) -> PairLosses:
+    """Alignment via Optimal Transport, on paired data.
+
+    Melnyk et al. 2024 (arXiv 2406.05882), the paired variant with the logistic loss. The margins of log-probs of policy
+    and reference are sorted over the whole batch: the k-th loss compares the k-th smallest of each. Takes and returns
+    the same as dpo_loss; a pair's loss is that of its policy margin.
+    """
+    margins = policy_chosen_logps - policy_rejected_logps
+    sorted_references = (reference_chosen_logps - reference_rejected_logps).sort().values
+    ranks = margins.detach().argsort(stable=True).argsort(stable=True)
+    losses = -F.logsigmoid(beta * (margins - sorted_references[ranks]))
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def beta_dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    mean_margin: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    alpha: Annotated[float, Ge(0)],
+) -> PairLossesWithMetrics:
+    """DPO with a beta for each batch, from its margins.
+
+    Wu et al. 2024 (arXiv 2407.08639), the batch-level beta with the moving M_0. The paper's random filter of pairs is
+    left out. Takes and returns the same as dpo_loss, and the metric beta.
+
+    Args:
+        mean_margin: M_0, the moving mean of the margins of log-ratios, a scalar.
+        alpha: how much beta follows the margins of the batch.
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    margins = chosen_logratios - rejected_logratios
+    batch_beta = (beta * (1 + alpha * (margins.detach().mean() - mean_margin))).clamp(min=1e-3)
+    rewards = batch_beta * chosen_logratios.detach(), batch_beta * rejected_logratios.detach()
+    return -F.logsigmoid(batch_beta * margins), *rewards, {"beta": batch_beta.expand_as(margins)}
+
+
+def beta_dpo_state(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    mean_margin: Tensor,
+) -> dict[str, Tensor]:
+    """Move mean_margin of beta_dpo_loss by a tenth to the mean margin of a batch."""
+    margins = policy_chosen_logps - reference_chosen_logps - (policy_rejected_logps - reference_rejected_logps)
+    return {"mean_margin": 0.9 * mean_margin + 0.1 * margins.mean()}
+
+
 def sft_loss(policy_chosen_logps: Tensor) -> Tensor:
     """Negative log-likelihood of each target response, [examples] -> [examples]."""
     return -policy_chosen_logps
@@ -146,4 +209,11 @@ LOSSES = {
     "dpo": Loss(dpo_loss, batch="pairs", needs={"reference"}),
     "cdpo": Loss(cdpo_loss, batch="pairs", needs={"reference"}),
     "ipo": Loss(ipo_loss, batch="pairs", needs={"reference"}),
+    "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
+    "beta_dpo": Loss(
+        beta_dpo_loss,
+        batch="pairs",
+        needs={"reference", "whole batch"},
+        state=MovingState({"mean_margin": 0.0}, beta_dpo_state),
+    ),
 }

@@ -5,12 +5,13 @@ Read from the top: train, train_on, step, evaluate, save. The constructor comes 
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,14 +38,21 @@ from engine.run.evaluation import Evaluator
 from engine.run.loggers import Loggers, NoLoggers
 from engine.run.nonfinite import NonFinitePolicy
 from engine.run.reference_setup import build_reference
-from engine.run.resume_check import read_state, settings_of
+from engine.run.resume_check import read_state, read_state_file, settings_of
 from engine.run.run_files import log_sizes, rewind
 from engine.run.start_report import describe_parameters, describe_training, warn_of_first_margin, warn_of_warmup
 from engine.run.throughput import throughput
 from engine.run.workload import Work, flops_of
 from engine.settings.schema import LoraSettings, Settings
 from engine.step.gradient_check import check_gradients
-from engine.step.metrics import DeviceTimestamp, MetricAccumulator, PendingScalars, prefix_metrics
+from engine.step.metrics import (
+    DeviceTimestamp,
+    MetricAccumulator,
+    PendingScalars,
+    prefix_metrics,
+    to_floats,
+    without_nan,
+)
 from engine.step.microbatches import Batch, MicrobatchRunner
 from engine.step.objectives import make_objective
 from engine.step.reference import Reference
@@ -208,11 +216,14 @@ class BasicTrainer:
 
     def accumulate_gradients(self, batch: Batch, metrics: MetricAccumulator) -> None:
         """Add up the gradients of a batch's mean loss."""
-        with self.runner.in_mixed_precision():
-            for microbatch in batch.microbatches:
-                self.placement.start_backward(self.optimizer)
-                self.runner.loss(microbatch, len(batch.examples), metrics).backward()
-        self.placement.finish_backward(self.policy)
+        runner, placement = self.runner, self.placement
+        with runner.in_mixed_precision():
+            first = runner.first_pass(batch, placement.all_reduce_sum, metrics, trains=True)
+            for loss in runner.losses(batch, first, metrics):
+                placement.start_backward(self.optimizer)
+                loss.backward()
+        placement.finish_backward(self.policy)
+        runner.objective.state = first.state
 
     def accumulate_with_oom_retry(self, batch: Batch) -> tuple[Batch, MetricAccumulator]:
         """Accumulate gradients. When memory runs out, halve the token budget and retry; the gradients are the same."""
@@ -256,11 +267,8 @@ class BasicTrainer:
 
     def prepare(self, microbatches: Sequence[list[Example]]) -> Batch:
         """Lay out the microbatches of this rank, on the device."""
-        return Batch(
-            examples=[example for examples in microbatches for example in examples],
-            token_budget=self.token_budget,
-            microbatches=[self.runner.prepare(examples) for examples in self.placement.rank_slice(microbatches)],
-        )
+        num_parts = self.settings.gradient_accumulation_steps
+        return self.placement.prepare_batch(self.runner, microbatches, num_parts, self.token_budget)
 
     # ---- Metrics ----
 
@@ -278,7 +286,7 @@ class BasicTrainer:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             self.nonfinite.handle(step.batch.examples, step.facts, loss, grad_norm)
             return None
-        metrics |= step.facts | self.skip_counter()
+        metrics = without_nan(metrics) | step.facts | self.skip_counter()
         if warning := warn_of_first_margin(self.settings, metrics):
             self.loggers.print(warning)
         return metrics | throughput(self, step.batch.examples, num_tokens, seconds)
@@ -311,7 +319,7 @@ class BasicTrainer:
         metrics = self.evaluator.measure(self.token_budget, self.sync_stop_request)
         if metrics is None:
             return False
-        self.eval_metrics = metrics
+        self.eval_metrics = without_nan(metrics)
         if not math.isfinite(metrics["loss/eval"]):
             self.nonfinite.fail(f"the evaluation has loss {metrics['loss/eval']}")
         if self.sync_stop_request():
@@ -362,6 +370,7 @@ class BasicTrainer:
             "token_budget": self.token_budget,
             "best": self.best.record,
             "chat_template": self.chat_template_text,
+            "loss_state": to_floats(self.runner.objective.state),
         }
         if adapter is not None and self.runner.reference is not None:
             state["reference_model"] = adapter.description
@@ -396,6 +405,7 @@ class BasicTrainer:
         if self.placement.rank == 0:
             rewind(self.run_dir, state["log_sizes"], state["counters"]["examples"])
         self.counters.update(state["counters"])
+        self.restore_loss_state(state)
         self.token_budget = min(self.token_budget, state["token_budget"])  # smaller if memory has run out
         self.best.resume(state["best"], state["settings"], self.run_dir, self.placement.rank == 0)
         print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
@@ -410,7 +420,14 @@ class BasicTrainer:
         if checkpoint is None:
             return None
         restore_checkpoint(checkpoint, self.placement, self.policy, self.optimizer)
+        self.restore_loss_state(read_state_file(checkpoint))
         return checkpoint.name
+
+    def restore_loss_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the moving numbers of the loss from a checkpoint's state."""
+        objective, saved = self.runner.objective, state.get("loss_state", {})
+        for name, value in objective.state.items():
+            objective.state[name] = torch.full_like(value, saved.get(name, value))
 
     @property
     def base_hash(self) -> str | None:
@@ -504,8 +521,17 @@ class BasicTrainer:
         """The frozen reference, and a hash of its weights; None for a loss without a reference."""
         # The batches of one epoch contain every example. A long run has many more.
         num_batches = math.ceil(len(self.train_examples) / self.settings.batch_size)
-        batches = chain(islice(self.train_batches(), num_batches), self.evaluator.batches(self.token_budget))
+        batches = chain(
+            self.with_mismatched(islice(self.train_batches(), num_batches), self.settings.gradient_accumulation_steps),
+            self.with_mismatched(self.evaluator.batches(self.token_budget), 1),
+        )
         return build_reference(self.settings, self.placement, self.runner, self.evaluator, batches)
+
+    def with_mismatched(self, batches: Iterable[list[list[Example]]], num_parts: int) -> Iterator[list[list[Example]]]:
+        """The microbatches of each batch, and those of its mismatched responses."""
+        for microbatches in batches:
+            examples = [example for part in microbatches for example in part]
+            yield [*microbatches, *self.placement.split_mismatched(examples, num_parts, self.token_budget)]
 
 
 class FSDPTrainer(BasicTrainer):

@@ -165,8 +165,7 @@ def measure(trainer: "BasicTrainer", batch: Any, has_learned: bool) -> Row:
     def means(mixed: contextlib.AbstractContextManager[None]) -> dict[str, float]:
         metrics = MetricAccumulator()
         with torch.no_grad(), mixed:
-            for microbatch in batch.microbatches:
-                trainer.runner.loss(microbatch, len(batch.examples), metrics)
+            trainer.runner.measure(batch, trainer.placement.all_reduce_sum, metrics)
         reduced = metrics.reduce(trainer.placement.all_reduce_sum).means
         ratios = {name: reduced[f"rewards/{name}"].item() / BETA for name in ("chosen", "rejected", "margins")}
         return {"loss": reduced["loss"].item(), **ratios}

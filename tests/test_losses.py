@@ -77,7 +77,8 @@ def test_gradient_raises_chosen_and_lowers_rejected(name: str) -> None:
         for keyword, parameter in inspect.signature(loss.function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
     }
-    losses, *rewards = loss.function(chosen, rejected, *references, **keywords)
+    scalars = map(torch.tensor, loss.state.initial.values()) if loss.state else []
+    losses, *rewards = loss.function(chosen, rejected, *references, *scalars, **keywords)[:3]
     losses.sum().backward()
     assert chosen.grad is not None and rejected.grad is not None
     assert (chosen.grad < 0).all() and torch.equal(chosen.grad, -rejected.grad)

@@ -33,7 +33,8 @@ def test_an_objective_gets_token_log_probs_and_sums_them_by_response() -> None:
         MetricAccumulator(),
     )
     token_logps = -torch.arange(1.0, len(batch.targets) + 1)
-    found = objective.losses(token_logps, batch, batch.span, None, metrics)
+    inputs = objective.read(token_logps, batch, batch.span, None)
+    found = objective.losses(inputs, [], metrics)
     expected = torch.tensor([part.sum() for part in token_logps.split(batch.response_lengths.tolist())])
     assert torch.equal(found, -expected)
     assert means_of(metrics) == pytest.approx({"logps/chosen": expected.mean().item(), "loss": -expected.mean().item()})

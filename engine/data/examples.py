@@ -29,13 +29,26 @@ class Example:
 
     prompt: np.ndarray  # int32 [prompt tokens], truncated, with BOS if the tokenizer adds one
     responses: tuple[np.ndarray, ...]  # int32 [response tokens] each, with EOS unless truncated: (target,) for SFT,
-    # (chosen, rejected) for pairs
+    # (chosen, rejected) for pairs, (response,) for unpaired ones
     prompt_index: int  # shared by all examples of a prompt: 0, 1, ... in the order of the data
+    label: bool | None = None  # of an unpaired response: whether it is desirable
+    weight: float = 1.0  # scales the loss
+    mismatched: np.ndarray | None = None  # int32, the response to another prompt, for losses with the need "kl"
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """A hash of the tokens of examples, in their order."""
-    return content_hash(array.tobytes() for example in examples for array in (example.prompt, *example.responses))
+    """A hash of the content of examples, in their order."""
+    return content_hash(part for example in examples for part in _parts(example))
+
+
+def _parts(example: Example) -> Iterator[bytes]:
+    yield from (array.tobytes() for array in (example.prompt, *example.responses))
+    if example.label is not None:
+        yield bytes([example.label])
+    if example.weight != 1:
+        yield repr(example.weight).encode()
+    if example.mismatched is not None:
+        yield example.mismatched.tobytes()
 
 
 @dataclass

@@ -73,6 +73,7 @@ class TrainingState(ModelState):
     reference: str | None = None
     base: str | None = None
     best: BestRecord | Annotated[dict[str, Any], Len(0, 0)]
+    loss_state: dict[str, float] = {}
 
 
 # ---- Other files ----

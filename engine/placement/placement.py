@@ -23,7 +23,7 @@ from engine.models.weight_files import checkpoint_weights
 from engine.placement.memory import measure_bytes_per_token, total_memory
 from engine.settings.schema import QLoraSettings, Settings
 from engine.step.attention import flash_serves
-from engine.step.microbatches import MicrobatchRunner
+from engine.step.microbatches import Batch, MicrobatchRunner
 from engine.step.packing_check import use_packed_attention
 from engine.step.splitting import split_for_ranks
 
@@ -73,6 +73,30 @@ class Placement:
     def rank_slice(self, microbatches: Sequence[list[Example]]) -> Sequence[list[Example]]:
         """The microbatches of this rank."""
         return microbatches[self.data_rank :: self.num_data_ranks]
+
+    def split_mismatched(self, examples: Sequence[Example], num_parts: int, token_budget: int) -> list[list[Example]]:
+        """Split the mismatched responses of a batch into microbatches, if it has any."""
+        mismatched = [
+            Example(example.prompt, (example.mismatched,), example.prompt_index, example.label)
+            for example in examples
+            if example.mismatched is not None
+        ]
+        return self.split_batch(mismatched, num_parts, token_budget) if mismatched else []
+
+    def prepare_batch(
+        self, runner: MicrobatchRunner, microbatches: Sequence[list[Example]], num_parts: int, token_budget: int
+    ) -> Batch:
+        """Lay out this rank's microbatches of a batch, on the device."""
+        examples = [example for examples in microbatches for example in examples]
+        mismatched = self.split_mismatched(examples, num_parts, token_budget)
+        num_by_rank = [sum(map(len, microbatches[rank :: self.num_data_ranks])) for rank in range(self.data_rank)]
+        return Batch(
+            examples,
+            token_budget,
+            [runner.prepare(part) for part in self.rank_slice(microbatches)],
+            first_example=sum(num_by_rank),
+            mismatched=[runner.prepare(part) for part in self.rank_slice(mismatched)],
+        )
 
     # ---- Models ----
 

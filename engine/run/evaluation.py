@@ -63,18 +63,17 @@ class Evaluator:
     @torch.no_grad()
     def measure(self, token_budget: int, sync_stop_request: Callable[[], bool]) -> dict[str, float] | None:
         """Mean metrics over the examples; None after a stop request."""
-        metrics, runner = MetricAccumulator(), self._runner
+        metrics, runner, placement = MetricAccumulator(), self._runner, self._placement
         num_batches = math.ceil(len(self.examples) / self._settings.eval_batch_size)
-        batches = (self._placement.rank_slice(microbatches) for microbatches in self.batches(token_budget))
-        prepared = prefetch([runner.prepare(part) for part in microbatches] for microbatches in batches)
+        batches = self.batches(token_budget)
+        prepared = prefetch(placement.prepare_batch(runner, parts, 1, token_budget) for parts in batches)
         with runner.in_mixed_precision():
             shown = progress(prepared, description="evaluating", total=num_batches, unit="batches", stays=False)
-            for microbatches in shown:
+            for batch in shown:
                 if sync_stop_request():
                     return None
-                for microbatch in microbatches:
-                    runner.loss(microbatch, len(self.examples), metrics)
-        return to_floats(prefix_metrics(metrics.reduce(self._placement.all_reduce_sum).means, "eval"))
+                runner.measure(batch, placement.all_reduce_sum, metrics)
+        return to_floats(prefix_metrics(metrics.reduce(placement.all_reduce_sum).means, "eval"))
 
     def sample(self, model: PreTrainedModel, num_examples: int) -> list[np.ndarray]:
         """Sample one response of model per prompt, int32 [response tokens] each. Ranks share the work.

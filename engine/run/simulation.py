@@ -35,7 +35,8 @@ from engine.run.reference_setup import place_reference
 from engine.settings.hardware import Hardware
 from engine.settings.schema import Settings
 from engine.step.attention import packed_varlen, register_packed_attention
-from engine.step.layout import num_fed_tokens
+from engine.step.first_pass import FirstPass
+from engine.step.layout import Microbatch, num_fed_tokens
 from engine.step.logprobs import CHUNK_LOGITS, CHUNK_TOKENS, chunk_logits
 from engine.step.metrics import MetricAccumulator
 from engine.step.microbatches import MicrobatchRunner, Prepared
@@ -249,10 +250,15 @@ class Simulated(Placement):
         """Bytes a forward pass keeps for its backward pass."""
         with self.simulated(), runner.in_mixed_precision():
             before = self.live.recount()
-            loss = runner.loss(Prepared(runner.lay_out(examples), None), 1, MetricAccumulator())
+            loss = _loss(runner, runner.lay_out(examples))
             held = self.live.recount() - before
             del loss
         return held
+
+
+def _loss(runner: MicrobatchRunner, batch: Microbatch) -> Tensor:
+    first = FirstPass.with_zeros(runner.objective, batch.input_ids.device)
+    return runner.loss(Prepared(batch, None), 1, first, MetricAccumulator())
 
 
 def _model_shape(
@@ -299,10 +305,10 @@ def measure_step(trainer: "BasicTrainer", largest: Sequence[Example], num_microb
             with runner.in_mixed_precision():
                 copies = live.now - state
                 if num_microbatches > 1:  # gradients exist before the largest microbatch
-                    runner.loss(Prepared(runner.lay_out([]), None), 1, MetricAccumulator()).backward()
+                    _loss(runner, runner.lay_out([])).backward()
                 live.communicated, before = 0, live.recount()
                 batch = runner.lay_out(examples)
-                loss = runner.loss(Prepared(batch, None), 1, MetricAccumulator())
+                loss = _loss(runner, batch)
                 held = live.recount() - before - head_gradient
                 loss.backward()
             communicated = live.communicated

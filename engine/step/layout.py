@@ -44,8 +44,10 @@ class Microbatch:
     response_index: Tensor  # int64 [targets], number of each target's response, ascending
     response_lengths: Tensor  # int64 [responses]
     num_responses: Tensor  # int64 [groups]
-    chosen: Tensor  # int64 [examples], number of the chosen response (the target of SFT)
-    rejected: Tensor | None  # int64 [examples]; None for SFT
+    chosen: Tensor  # int64 [examples], number of the chosen response (the target of SFT, an unpaired response)
+    rejected: Tensor | None  # int64 [examples]; None for examples with one response
+    labels: Tensor | None  # bool [examples], true for desirable responses; None if they have none
+    weights: Tensor | None  # fp32 [examples], of the losses; None if all are 1
     groups: list[GroupSpan]
     responses: list[tuple[np.ndarray, np.ndarray]]  # prompt and response tokens of each response
     prompt_indices: list[int]  # prompt numbers in the data set
@@ -78,13 +80,17 @@ class _Group:
     prompt: np.ndarray
     responses: list[np.ndarray] = field(default_factory=list)
     indices: dict[bytes, int] = field(default_factory=dict)
-    examples: list[tuple[int, ...]] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
 
     def add(self, example: Example) -> None:
         for response in example.responses:
             if self.indices.setdefault(response.tobytes(), len(self.responses)) == len(self.responses):
                 self.responses.append(response)
-        self.examples.append(tuple(self.indices[response.tobytes()] for response in example.responses))
+        self.examples.append(example)
+
+    def responses_of(self, example: Example, first: int) -> tuple[int, ...]:
+        """Numbers of an example's responses; the group's first is number first."""
+        return tuple(first + self.indices[response.tobytes()] for response in example.responses)
 
 
 def _groups(examples: Sequence[Example]) -> list[_Group]:
@@ -112,7 +118,7 @@ def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: i
     for group in groups:
         first_response, first_example, first_target = len(responses), len(pairs), num_targets
         responses += [(group.prompt, response) for response in group.responses]
-        pairs += [tuple(first_response + index for index in example) for example in group.examples]
+        pairs += [group.responses_of(example, first_response) for example in group.examples]
         num_targets += sum(len(response) for response in group.responses)
         spans.append(
             GroupSpan(
@@ -132,12 +138,22 @@ def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: i
         "num_responses": torch.tensor([len(group.responses) for group in groups]),
         "chosen": indices[:, 0].contiguous(),
         "rejected": indices[:, 1].contiguous() if indices.shape[1] == 2 else None,
+        **_labels_and_weights([example for group in groups for example in group.examples]),
         "groups": spans,
         "responses": responses,
         "prompt_indices": sorted({example.prompt_index for example in examples}),
     }
     rows = _packed_row(groups) if layout == "packed" else _padded_rows(responses, pad_token_id)
     return Microbatch(**shared, **rows)
+
+
+def _labels_and_weights(examples: Sequence[Example]) -> dict[str, Tensor | None]:
+    has_labels = examples[0].label is not None
+    has_weights = any(example.weight != 1 for example in examples)
+    return {
+        "labels": torch.tensor([example.label for example in examples]) if has_labels else None,
+        "weights": torch.tensor([example.weight for example in examples]) if has_weights else None,
+    }
 
 
 def empty_microbatch(num_responses: int, layout: str = "packed") -> Microbatch:
@@ -159,6 +175,8 @@ def empty_microbatch(num_responses: int, layout: str = "packed") -> Microbatch:
         num_responses=no_tokens,
         chosen=no_tokens,
         rejected=no_tokens if num_responses == 2 else None,
+        labels=no_tokens.bool(),
+        weights=None,
         groups=[GroupSpan(empty, empty, empty)],
         responses=[],
         prompt_indices=[],

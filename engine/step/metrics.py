@@ -1,5 +1,6 @@
 """Metrics of a step: exact means over examples, and timestamps on a device."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -23,12 +24,32 @@ class MetricAccumulator:
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
+        self._selected: dict[str, list[Tensor]] = {}  # whether each value counts
         self.num_tokens = 0  # fed tokens
 
     def add(self, **values: Tensor) -> None:
         """Add values, [examples] each. Every name needs one value per example."""
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.detach())
+
+    def add_where(self, selected: Tensor, **values: Tensor) -> None:
+        """Add values of the selected examples alone.
+
+        Their mean is over these. Without any, on no rank, it is NaN.
+
+        Args:
+            selected: bool [examples].
+            values: [examples] each.
+        """
+        self.add(**{name: value.where(selected, 0) for name, value in values.items()})
+        for name in values:
+            self._selected.setdefault(name, []).append(selected)
+
+    def add_slice(self, other: "MetricAccumulator", examples: slice) -> None:
+        """Add the values that another accumulator has of some examples."""
+        for own, others in ((self._values, other._values), (self._selected, other._selected)):
+            for name, values in others.items():
+                own.setdefault(name, []).append(torch.cat(values)[examples])
 
     def reduce(self, all_reduce_sum: Callable[[Tensor], None], stop: bool = False) -> ReducedMetrics:
         """The means over all ranks, in one collective.
@@ -38,18 +59,26 @@ class MetricAccumulator:
             stop: whether this rank was told to stop.
         """
         joined = [torch.cat(values).double() for values in self._values.values()]
+        selected = [torch.cat(each).double() for each in self._selected.values()]
         # Filled on the device: a copy from the host would wait for the queue.
         counts = [joined[0].new_full((), count) for count in (len(joined[0]), self.num_tokens, stop)]
-        totals = torch.stack([*(values.sum() for values in joined), *counts])
+        totals = torch.stack([*(values.sum() for values in (*joined, *selected)), *counts])
         all_reduce_sum(totals)
-        *sums, num_examples, num_tokens, num_stopped = totals.unbind()
-        means = totals[: len(sums)] / num_examples
-        return ReducedMetrics(dict(zip(self._values, means.unbind(), strict=True)), num_tokens, num_stopped)
+        num_examples, num_tokens, num_stopped = totals[-3:].unbind()
+        num_selected = dict(zip(self._selected, totals[len(joined) : -3].unbind(), strict=True))
+        means = dict(zip(self._values, (totals[: len(joined)] / num_examples).unbind(), strict=True))
+        means |= {name: means[name] * num_examples / number for name, number in num_selected.items()}
+        return ReducedMetrics(means, num_tokens, num_stopped)
 
 
 def to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
     """The values of scalars, in one transfer to the CPU. Waits for the device."""
-    return dict(zip(scalars, _stack(scalars).tolist(), strict=True))
+    return dict(zip(scalars, _stack(scalars).tolist(), strict=True)) if scalars else {}
+
+
+def without_nan(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics without means over no examples."""
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 class HostCopy:

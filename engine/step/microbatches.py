@@ -1,6 +1,6 @@
 """Run policy, reference and objective over microbatches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from engine.data.examples import Example
 from engine.models.precision import run_in_dtype
-from engine.step.heads import run_head
+from engine.step.first_pass import FirstPass, gather_inputs, run_whole_batch
+from engine.step.heads import response_logps, run_head
 from engine.step.layout import GroupSpan, Microbatch, empty_microbatch, lay_out
 from engine.step.metrics import MetricAccumulator
-from engine.step.objectives import Objective
+from engine.step.objectives import LossInputs, Objective
 from engine.step.reference import LiveReference, Reference
 from engine.step.reference_cache import CachedReference
 
@@ -28,11 +29,18 @@ class Prepared(NamedTuple):
 
 @dataclass
 class Batch:
-    """The examples of one step on all ranks, and the microbatches of this rank."""
+    """The examples of one step on all ranks, and the microbatches of this rank.
+
+    Args:
+        first_example: the number of this rank's first example, with the examples in the order of ranks.
+        mismatched: microbatches with the mismatched responses of the examples, for losses with the need "kl".
+    """
 
     examples: list[Example]
     token_budget: int
     microbatches: list[Prepared]
+    first_example: int = 0
+    mismatched: Sequence[Prepared] = ()
 
 
 class MicrobatchRunner:
@@ -71,18 +79,89 @@ class MicrobatchRunner:
         logps = self.reference.logps(microbatch) if isinstance(self.reference, CachedReference) else None
         return Prepared(microbatch, logps)
 
-    def loss(self, prepared: Prepared, num_examples: int, metrics: MetricAccumulator) -> Tensor:
-        """A microbatch's share of the mean loss, a scalar for backward().
+    def with_reference(self, prepared: Prepared) -> Prepared:
+        """The microbatch with its reference log-probs, if the loss needs them."""
+        if prepared.reference_logps is None and isinstance(self.reference, LiveReference):
+            return prepared._replace(reference_logps=self.reference.logps(prepared.microbatch))
+        return prepared
 
-        The mean is over num_examples examples of the batch.
+    def first_pass(
+        self, batch: Batch, all_reduce_sum: Callable[[Tensor], None], metrics: MetricAccumulator, *, trains: bool
+    ) -> FirstPass:
+        """Compute what the loss needs of the whole batch. All ranks call this together.
+
+        Args:
+            all_reduce_sum: adds the tensors of all ranks, in place.
+            metrics: gets the metrics of a loss of the whole batch.
+            trains: whether the state moves.
         """
+        objective = self.objective
+        first = FirstPass([], {name: value.to(self._device) for name, value in objective.state.items()})
+        runs = objective.needs_kl or objective.needs_whole_batch
+        devices = [self._device] if self._device.type == "cuda" else []
+        # Dropout draws the same masks again in the pass with gradients.
+        with torch.no_grad(), torch.random.fork_rng(devices, enabled=runs):
+            if objective.needs_kl:
+                first.scalars.append(self._mean_logratio(batch.mismatched, all_reduce_sum))
+            if not objective.needs_whole_batch:
+                return first
+            batch.microbatches = [self.with_reference(prepared) for prepared in batch.microbatches]
+            inputs = [self._read(prepared) for prepared in batch.microbatches]
+            local = slice(batch.first_example, batch.first_example + sum(len(each.weights) for each in inputs))
+            of_batch = gather_inputs(inputs, local, len(batch.examples), all_reduce_sum)
+            if trains:
+                first = first._replace(state=objective.next_state(of_batch, first.state))
+        first.scalars.extend(first.state.values())
+        return run_whole_batch(objective, of_batch, local, first, metrics)
+
+    def _read(self, prepared: Prepared) -> LossInputs:
         batch, reference_logps = prepared
-        if isinstance(self.reference, LiveReference):
-            reference_logps = self.reference.logps(batch)
+        return self.objective.read(run_head(self.policy, batch)[1], batch, batch.span, reference_logps)
+
+    def _mean_logratio(self, microbatches: Sequence[Prepared], all_reduce_sum: Callable[[Tensor], None]) -> Tensor:
+        """The mean of log(policy / reference) over the responses of all ranks."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for batch, reference_logps in map(self.with_reference, microbatches):
+            assert reference_logps is not None
+            logratios = response_logps(self.policy, batch).double() - reference_logps.double()
+            totals += torch.stack([logratios[batch.chosen].sum(), totals.new_full((), batch.num_examples)])
+        all_reduce_sum(totals)
+        return totals[0] / totals[1]
+
+    def measure(self, batch: Batch, all_reduce_sum: Callable[[Tensor], None], metrics: MetricAccumulator) -> None:
+        """Add the metrics of a batch. All ranks call this together, without gradients."""
+        first = self.first_pass(batch, all_reduce_sum, metrics, trains=False)
+        if first.gradients is None:
+            list(self.losses(batch, first, metrics))
+
+    def losses(self, batch: Batch, first: FirstPass, metrics: MetricAccumulator) -> Iterator[Tensor]:
+        """Each microbatch's share of the mean loss of the batch, a scalar for backward()."""
+        first_example = 0
+        for prepared in batch.microbatches:
+            yield self.loss(prepared, len(batch.examples), first, metrics, first_example)
+            first_example += prepared.microbatch.num_examples
+
+    def loss(
+        self,
+        prepared: Prepared,
+        num_examples: int,
+        first: FirstPass,
+        metrics: MetricAccumulator,
+        first_example: int = 0,
+    ) -> Tensor:
+        """A microbatch's share of the mean loss over num_examples examples, a scalar for backward().
+
+        Args:
+            first_example: of the microbatch, among this rank's.
+        """
+        batch, reference_logps = self.with_reference(prepared)
 
         def span_loss(token_logps: Tensor, span: GroupSpan) -> Tensor:
-            losses = self.objective.losses(token_logps, batch, span, reference_logps, metrics)
-            return losses.sum() / num_examples
+            inputs = self.objective.read(token_logps, batch, span, reference_logps)
+            if first.gradients is None:
+                return self.objective.losses(inputs, first.scalars, metrics).sum() / num_examples
+            examples = span.examples
+            return first.surrogate(inputs, slice(first_example + examples.start, first_example + examples.stop))
 
         loss, _ = run_head(self.policy, batch, span_loss)
         metrics.num_tokens += batch.num_tokens

@@ -1,5 +1,7 @@
 """Objectives: losses and metrics of examples, from the log-probs of their response tokens."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +14,32 @@ from engine.step.metrics import MetricAccumulator
 from losses import LOSSES, BatchKind, Loss
 from utils import UserError
 
+ROLES = {"sft": ("chosen",), "pairs": ("chosen", "rejected"), "unpaired": ("response",)}
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What a loss reads of some examples, [examples] each.
+
+    Args:
+        arguments: of the loss function, before its scalars.
+        chosen_means: log-prob per token of the chosen response, for sft_weight.
+        weights: of the losses.
+    """
+
+    arguments: list[Tensor]
+    chosen_means: Tensor
+    weights: Tensor
+
+    @property
+    def columns(self) -> list[Tensor]:
+        return [*self.arguments, self.chosen_means, self.weights]
+
+    def with_columns(self, columns: Sequence[Tensor]) -> "LossInputs":
+        """The inputs of other examples."""
+        *arguments, chosen_means, weights = columns
+        return LossInputs(arguments, chosen_means, weights)
+
 
 class Objective(Protocol):
     """Turns token log-probs into losses and metrics.
@@ -19,24 +47,42 @@ class Objective(Protocol):
     Attributes:
         batch: the kind of examples in a batch.
         needs_reference: needs log-probs of a frozen reference model.
+        needs_kl: needs log-probs of mismatched responses.
+        needs_whole_batch: losses() gets the inputs of all examples of a batch at once.
+        state: scalars in fp64 that move with every update.
     """
 
     batch: BatchKind
     needs_reference: bool
+    needs_kl: bool
+    needs_whole_batch: bool
+    state: dict[str, Tensor]
 
-    def losses(
-        self,
-        token_logps: Tensor,
-        batch: Microbatch,
-        span: GroupSpan,
-        reference_logps: Tensor | None,
-        metrics: MetricAccumulator,
-    ) -> Tensor:
-        """Losses of a span's examples, [examples of the span].
+    def read(
+        self, token_logps: Tensor, batch: Microbatch, span: GroupSpan, reference_logps: Tensor | None
+    ) -> LossInputs:
+        """What the loss reads of a span's examples.
 
         Args:
             token_logps: of the targets of the span, [targets of the span].
             reference_logps: of all responses of the batch, [responses]; None without a reference.
+        """
+        ...
+
+    def next_state(self, inputs: LossInputs, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state after a batch.
+
+        Args:
+            inputs: of all its examples.
+            state: before it.
+        """
+        ...
+
+    def losses(self, inputs: LossInputs, scalars: Sequence[Tensor], metrics: MetricAccumulator) -> Tensor:
+        """Losses of some examples, [examples].
+
+        Args:
+            scalars: the mean log-ratio of mismatched responses, if needed, and the values of the state.
             metrics: gets one value per example and metric.
         """
         ...
@@ -51,18 +97,16 @@ class SequenceObjective:
     def __init__(self, loss: Loss, settings: LossSettings):
         self.batch = loss.batch
         self.needs_reference = "reference" in loss.needs and not settings.keywords.get("reference_free", False)
+        self.needs_kl, self.needs_whole_batch = "kl" in loss.needs, "whole batch" in loss.needs
+        initial = loss.state.initial if loss.state else {}
+        self.state = {name: torch.tensor(value, dtype=torch.float64) for name, value in initial.items()}
         self._loss, self._settings = loss, settings
         self._averages = loss.log_probs == "means" or settings.average_log_prob
 
-    def losses(
-        self,
-        token_logps: Tensor,
-        batch: Microbatch,
-        span: GroupSpan,
-        reference_logps: Tensor | None,
-        metrics: MetricAccumulator,
-    ) -> Tensor:
-        settings, lengths = self._settings, batch.response_lengths[span.responses]
+    def read(
+        self, token_logps: Tensor, batch: Microbatch, span: GroupSpan, reference_logps: Tensor | None
+    ) -> LossInputs:
+        lengths = batch.response_lengths[span.responses]
         scale = lengths if self._averages else 1
         sums = sum_by_response(token_logps, lengths)  # [responses of the span]
 
@@ -70,20 +114,36 @@ class SequenceObjective:
             roles = (batch.chosen, batch.rejected)
             return [values[role[span.examples] - span.responses.start] for role in roles if role is not None]
 
-        policy = by_role(sums / scale)
-        metrics.add(**{f"logps/{role}": value for role, value in zip(("chosen", "rejected"), policy, strict=False)})
-        reference: list[Tensor] = []
+        arguments = policy = by_role(sums / scale)
         if reference_logps is not None:
-            reference = by_role(reference_logps[span.responses].to(sums.dtype) / scale)
+            arguments = policy + by_role(reference_logps[span.responses].to(sums.dtype) / scale)
         elif "reference" in self._loss.needs:  # reference_free
-            reference = [torch.zeros_like(value) for value in policy]
-        losses = self._add_metrics(self._loss.function(*policy, *reference, **settings.keywords), metrics)
+            arguments = policy + [torch.zeros_like(value) for value in policy]
+        if self.batch == "unpaired":
+            assert batch.labels is not None
+            arguments = [*arguments, batch.labels[span.examples]]
+        weights = torch.ones_like(policy[0]) if batch.weights is None else batch.weights[span.examples]
+        return LossInputs(arguments, by_role(sums / lengths)[0], weights)
+
+    def next_state(self, inputs: LossInputs, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._loss.state is None:
+            return {}
+        after = self._loss.state.update(*inputs.arguments, *state.values())
+        return {name: after[name].where(after[name].isfinite(), value) for name, value in state.items()}
+
+    def losses(self, inputs: LossInputs, scalars: Sequence[Tensor], metrics: MetricAccumulator) -> Tensor:
+        settings = self._settings
+        logps = zip(ROLES[self.batch], inputs.arguments, strict=False)
+        metrics.add(**{f"logps/{role}": value for role, value in logps})
+        output = self._loss.function(*inputs.arguments, *scalars, **settings.keywords)
+        losses = self._add_metrics(output, inputs, metrics)
         if settings.sft_weight:
-            losses = losses - settings.sft_weight * by_role(sums / lengths)[0]
+            losses = losses - settings.sft_weight * inputs.chosen_means
+        losses = losses * inputs.weights
         metrics.add(loss=losses)
         return losses
 
-    def _add_metrics(self, output: Any, metrics: MetricAccumulator) -> Tensor:
+    def _add_metrics(self, output: Any, inputs: LossInputs, metrics: MetricAccumulator) -> Tensor:
         """Return the losses of a loss function's output; add the rest to metrics.
 
         Raises:
@@ -91,13 +151,13 @@ class SequenceObjective:
         """
         losses, *rest = output if isinstance(output, tuple) else (output,)
         own_metrics = rest.pop() if rest and isinstance(rest[-1], dict) else {}
-        num_rewards = 2 if self.batch == "pairs" else 0
+        num_rewards = {"sft": 0, "pairs": 2, "unpaired": 1}[self.batch]
         if len(rest) != num_rewards or "loss" in own_metrics:
             problem = f"loss.name: {self._settings.name} returns {len(rest)} rewards and metrics {[*own_metrics]}"
             fix = f"return losses, {num_rewards} rewards, and a dict of metrics with names other than loss"
             raise UserError("CONFIG", problem, fix)
         metrics.add(**own_metrics)
-        if rest:
+        if self.batch == "pairs":
             chosen_rewards, rejected_rewards = rest
             metrics.add(
                 **{
@@ -107,6 +167,10 @@ class SequenceObjective:
                     "rewards/margins": chosen_rewards - rejected_rewards,
                 }
             )
+        if self.batch == "unpaired":
+            labels = inputs.arguments[-1]
+            metrics.add_where(labels, **{"rewards/desirable": rest[0]})
+            metrics.add_where(~labels, **{"rewards/undesirable": rest[0]})
         return losses
 
 

@@ -17,12 +17,13 @@ from engine.data.examples import Example
 from engine.models.shards import local_shard
 from engine.models.weight_files import tensors_of
 from engine.placement.placement import Placement
+from engine.step.first_pass import FirstPass
 from engine.step.metrics import MetricAccumulator
-from engine.step.microbatches import MicrobatchRunner, Prepared
+from engine.step.microbatches import Batch, MicrobatchRunner, Prepared
 from tests.faults.processes import TIMINGS, TWO_RANK_TRAINERS, assert_checkpoints_intact, command, complete, saved
 from tests.faults.processes import rows as rows_of
 from tests.runs import Program, Run
-from trainers import BasicTrainer, Batch, Step
+from trainers import BasicTrainer, Step
 
 # Eight updates, a checkpoint after every second one.
 COMMON = ("optimizer=AdamW", "n_examples=32", "save_every=8", "keep_checkpoints=null", "eval_every=16")
@@ -99,11 +100,13 @@ def test_the_dump_holds_the_batch(program: Program, monkeypatch: pytest.MonkeyPa
     bad = batches[2][1].responses[0]
     run_microbatch = MicrobatchRunner.loss
 
-    def overflowing(runner: MicrobatchRunner, prepared: Prepared, num_examples: int, sums: MetricAccumulator) -> Tensor:
+    def overflowing(
+        runner: MicrobatchRunner, prepared: Prepared, num: int, first: FirstPass, sums: MetricAccumulator, start: int
+    ) -> Tensor:
         found = any(np.array_equal(response, bad) for _, response in prepared[0].responses)
         if found and torch.is_grad_enabled():
             sums.add(loss=torch.tensor([math.inf]))
-        return run_microbatch(runner, prepared, num_examples, sums)
+        return run_microbatch(runner, prepared, num, first, sums, start)
 
     monkeypatch.setattr(MicrobatchRunner, "loss", overflowing)
     run_dir = program.directory / "run"
@@ -200,8 +203,8 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, max_tokens: int) -> None:
     """Raise out of memory after the forward pass of microbatches above max_tokens."""
     run_microbatch = MicrobatchRunner.loss
 
-    def running(runner: MicrobatchRunner, prepared: Prepared, num_examples: int, sums: MetricAccumulator) -> Tensor:
-        loss = run_microbatch(runner, prepared, num_examples, sums)
+    def running(runner: MicrobatchRunner, prepared: Prepared, *arguments: Any) -> Tensor:
+        loss = run_microbatch(runner, prepared, *arguments)
         if torch.is_grad_enabled() and prepared[0].num_tokens > max_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore of it")
         return loss
