@@ -131,6 +131,8 @@ OTHERS: Commands = {  # run by BasicTrainer, FSDPTrainer and TensorParallelTrain
         "n_examples=9",
     ),
     "bf16": (*DPO, "mixed_precision=bfloat16", "n_examples=9"),
+    "aot": ("loss=aot", "sample_during_eval=false", "n_examples=9"),
+    "beta-dpo": ("loss=beta_dpo", "sample_during_eval=false", "n_examples=9"),
 }
 IN_ORDER = (*DPO, "deterministic=true", "optimizer=RMSprop", "sample_during_eval=false", "n_examples=9")
 BY_PACKAGE = ("llama", "gpt_neox", "gpt2")
