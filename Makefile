@@ -5,10 +5,13 @@ GPU ?= --results .cache/gpu
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-oldest test-docs soak mutants lint docs gpu bench FORCE
+.PHONY: demo losses test test-oldest test-docs soak mutants lint docs gpu bench FORCE
 
 demo: .venv/.installed  ## SFT and then DPO on the embedded model and data
 	$(BIN)/python benchmarks/demo.py
+
+losses: .venv/.installed  ## every loss on the embedded films, three learning rates each; under two hours on two cores
+	$(BIN)/python benchmarks/losses.py
 
 test: .venv/.installed  ## the tests that every change must pass
 	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" -n 3 --dist loadfile

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bf16, common, demo, gpu, gpu_plan, gpu_profile, growth, memory, scaling, soak, step
+from benchmarks import bf16, common, demo, gpu, gpu_plan, gpu_profile, growth, losses, memory, scaling, soak, step
 from benchmarks.pairs import hh_pairs, make_batches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,9 @@ def result(folder, name):
     return record
 
 
-@pytest.mark.parametrize("script", ["step", "growth", "memory", "scaling", "demo", "digits", "bf16", "gpu", "gpu_plan"])
+@pytest.mark.parametrize(
+    "script", ["step", "growth", "memory", "scaling", "demo", "losses", "digits", "bf16", "gpu", "gpu_plan"]
+)
 def test_help_from_another_folder(script, tmp_path):
     outcome = run(script, "--help", cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
@@ -188,6 +190,21 @@ def test_demo(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "What DPO gained, on 4 held-out prompts:" in out
     assert len(NUMBERS.findall(out.partition("What DPO gained")[2].partition("Human:")[0])) >= 7
+
+
+@pytest.mark.slow
+def test_losses(tmp_path):
+    few = ("n_examples=16", "n_epochs=null", "n_eval_examples=8", "n_eval_model_samples=4", "eval_batch_size=8")
+    common = ("--losses", "dpo,aot", "--jobs", "1", "--work", str(tmp_path / "runs"), "--results", str(tmp_path))
+    losses.main([*common, *few, "warmup_steps=0"])
+    rows = result(tmp_path, "losses")["runs"]
+    assert [(row["loss"], row["lr"]) for row in rows] == [
+        (n, lr) for n in ("dpo", "aot") for lr in losses.LEARNING_RATES
+    ]
+    assert all(0 <= row["accuracy"] <= 1 and row["kl"] != 0 and -1 <= row["reward"] <= 1 for row in rows)
+    stem = tmp_path / f"losses-{date.today()}"
+    assert "| `aot` |" in stem.with_suffix(".md").read_text()
+    assert stem.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow

@@ -96,12 +96,19 @@ def test_gradients_of_ranks_equal_one_pass_over_all(sft_weight: float) -> None:
     places = [[slice(0, 1), slice(1, 2)], [slice(2, 3)]]
     totals = torch.zeros(6, 3, dtype=torch.float64)
     gathered = []
-    for parts in places:  # the sum over ranks, one after the other
-        local = slice(parts[0].start, parts[-1].stop)
-        gather_inputs([inputs_of(part) for part in parts], local, 3, lambda own: totals.add_(own))
+
+    def add(own: Tensor) -> None:  # the sum over ranks, one after the other
+        totals.add_(own)
+
+    def all_reduce_sum(own: Tensor) -> None:
+        own.copy_(totals)
+
     for parts in places:
         local = slice(parts[0].start, parts[-1].stop)
-        whole = gather_inputs([inputs_of(part) for part in parts], local, 3, lambda own: own.copy_(totals))
+        gather_inputs([inputs_of(part) for part in parts], local, 3, add)
+    for parts in places:
+        local = slice(parts[0].start, parts[-1].stop)
+        whole = gather_inputs([inputs_of(part) for part in parts], local, 3, all_reduce_sum)
         metrics = MetricAccumulator()
         first = run_whole_batch(objective, whole, local, FirstPass([], {}), metrics)
         means = metrics.reduce(lambda totals: None).means
