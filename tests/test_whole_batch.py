@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.step.first_pass import FirstPass, gather_inputs, run_whole_batch
 from engine.step.metrics import MetricAccumulator
 from engine.step.objectives import LossInputs, make_objective
-from losses import aot_loss, beta_dpo_loss, beta_dpo_state
+from losses import LOSSES, aot_loss, beta_dpo_loss, beta_dpo_state
 from tests.configs import make_settings
 from tests.faults.test_numbers import limit_memory
 from tests.runs import Program
@@ -73,8 +73,7 @@ def test_extremes_have_finite_values_and_gradients(name: str, dtype: torch.dtype
     reference = torch.zeros(3, dtype=dtype)
     scalars = [torch.tensor(0.0, dtype=dtype)] if name == "beta_dpo" else []
     keywords = {"alpha": 0.6} if name == "beta_dpo" else {}
-    function = {"aot": aot_loss, "beta_dpo": beta_dpo_loss}[name]
-    losses = function(chosen, rejected, reference, reference, *scalars, beta=0.1, **keywords)[0]
+    losses = LOSSES[name].function(chosen, rejected, reference, reference, *scalars, beta=0.1, **keywords)[0]
     losses.sum().backward()
     assert chosen.grad is not None and rejected.grad is not None
     assert all(each.isfinite().all() for each in (losses, chosen.grad, rejected.grad))
