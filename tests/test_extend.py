@@ -99,17 +99,17 @@ def test_the_page_does_as_it_says(copy: Path, tmp_path: Path) -> None:
         else:
             output |= {command: run(command, copy, tmp_path) for command in block["commands"].splitlines()}
 
-    simpo = settings(output["python train.py loss=simpo loss.gamma=0.5"])
-    assert (simpo.loss.name, simpo.loss.gamma, simpo.loss.beta) == ("simpo", 0.5, 2.0)
-    assert (simpo.lr, simpo.optimizer, simpo.warmup_steps) == (1e-6, "AdamW", 20)
+    quadratic = settings(output["python train.py loss=quadratic loss.margin=0.5"])
+    assert (quadratic.loss.name, quadratic.loss.margin, quadratic.loss.beta) == ("quadratic", 0.5, 0.1)
+    assert (quadratic.lr, quadratic.optimizer, quadratic.warmup_steps) == (1e-7, "AdamW", 20)
     xyz = output["python train.py loss=dpo loss.beta=0.1 datasets=xyz data_dir=DATA"]
     assert "train: 2 rows, 2 prompts, 2 pairs" in xyz and settings(xyz).datasets == ["xyz"]
     neox = settings(output["python train.py model=small-neox loss=dpo loss.beta=0.1"])
     assert neox.model.architecture.model_type == "gpt_neox"
-    experiment = settings(output["python train.py +experiment=simpo_films"])
-    assert (experiment.loss.name, experiment.lr, experiment.loss.gamma) == ("simpo", 1e-4, 0.5)
+    experiment = settings(output["python train.py +experiment=quadratic_films"])
+    assert (experiment.loss.name, experiment.lr, experiment.loss.margin) == ("quadratic", 1e-4, 0.5)
 
-    assert "simpo" in (copy / "docs" / "config.md").read_text(encoding="utf-8")
+    assert "loss=quadratic" in (copy / "docs" / "config.md").read_text(encoding="utf-8")
     python = [file for file in changed if file.endswith(".py")]
     for check in (["check"], ["format", "--check"]):
         ruff = subprocess.run([sys.executable, "-m", "ruff", *check, *python], cwd=copy, capture_output=True, text=True)
@@ -122,11 +122,11 @@ def test_a_new_loss_may_set_defaults_of_its_stage(tmp_path: Path) -> None:
 
     shutil.copytree(ROOT / "config", tmp_path / "config")
     page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
-    text = re.search(r"# config/loss/simpo.yaml\n(.*?)```", page, re.S)
+    text = re.search(r"# config/loss/quadratic.yaml\n(.*?)```", page, re.S)
     assert text is not None
-    (tmp_path / "config" / "loss" / "simpo.yaml").write_text(text[1])
+    (tmp_path / "config" / "loss" / "quadratic.yaml").write_text(text[1])
     with initialize_config_dir(str(tmp_path / "config"), version_base=None):
-        config = compose("config", overrides=["loss=simpo"])
-        assert (config.lr, config.optimizer, config.loss.name, config.seed) == (1e-6, "AdamW", "simpo", 0)
-        config = compose("config", overrides=["loss=simpo", "lr=1e-3", "loss.beta=3"])
+        config = compose("config", overrides=["loss=quadratic"])
+        assert (config.lr, config.optimizer, config.loss.name, config.seed) == (1e-7, "AdamW", "quadratic", 0)
+        config = compose("config", overrides=["loss=quadratic", "lr=1e-3", "loss.beta=3"])
         assert (config.lr, config.loss.beta, config.warmup_steps) == (1e-3, 3, 20)
