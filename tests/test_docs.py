@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 import chat
@@ -20,6 +21,8 @@ import export
 from docs import make_config
 from engine.export.saved_models import load_saved
 from engine.settings.keys import all_keys
+from losses import LOSSES
+from tests.configs import composed
 from tests.runs import QUICK, SMALL, Program
 from utils import EXIT_STATUS
 
@@ -211,6 +214,20 @@ def test_config_page_is_up_to_date() -> None:
     assert make_config.PAGE.read_text(encoding="utf-8") == page, "run `make docs`"
     missing = {key for key in all_keys() if f"| `{key}` |" not in page}
     assert missing == {"loss.name", "peft.name"}  # the titles have them
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_page_has_every_loss(name: str) -> None:
+    """Its row says whether it needs a reference, and has the defaults of config/loss."""
+    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    row = re.search(rf"^\| `{name}` \|(.*)\|$", text, re.M)
+    assert row is not None
+    _, needs, _, defaults, _, _ = row[1].split("|")
+    assert ("reference" in needs) == ("reference" in LOSSES[name].needs)
+    group = composed(f"loss={name}").loss
+    for key in set(group) - {"name"}:
+        value = "required" if OmegaConf.is_missing(group, key) else group[key]
+        assert not value or f"`{key}` {value}" in defaults, key
 
 
 def test_errors_page_has_every_status() -> None:

@@ -1,13 +1,17 @@
 """Every loss against values by hand and against the papers' formulas in plain Python."""
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from losses import LOSSES, cdpo_loss, dpo_loss, ipo_loss, sft_loss
+from tests.configs import composed
 
 
 def logps(*values: float) -> torch.Tensor:
@@ -67,22 +71,62 @@ def test_sft_by_hand() -> None:
     assert sft_loss(POLICY_CHOSEN).tolist() == [8, 5]
 
 
-@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.batch == "pairs"])
-def test_gradient_raises_chosen_and_lowers_rejected(name: str) -> None:
-    chosen, rejected = POLICY_CHOSEN.clone().requires_grad_(), POLICY_REJECTED.clone().requires_grad_()
+# ---- All losses of pairs, of one log-prob per response ----
+
+PAIR_LOSSES = [
+    name for name, loss in LOSSES.items() if loss.batch == "pairs" and loss.needs <= {"reference", "whole batch"}
+]
+# Their papers' gradients have other signs at the points of this test. tests/test_pair_losses.py has these.
+OTHER_SIGNS: set[str] = set()
+
+
+def shipped_keywords(name: str) -> dict[str, Any]:
+    """Keyword arguments with the values of config/loss, and 0.1 for required ones."""
+    group = composed(f"loss={name}").loss
+    parameters = inspect.signature(LOSSES[name].function).parameters.values()
+    keys = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    return {key: 0.1 if OmegaConf.is_missing(group, key) else group[key] for key in keys}
+
+
+def with_gradients(name: str, arguments: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Losses [pairs], rewards, and gradients [2, pairs] by the policy's log-probs, at arguments [4, pairs]."""
     loss = LOSSES[name]
-    references = [REFERENCE_CHOSEN, REFERENCE_REJECTED] if "reference" in loss.needs else []
-    keywords = {
-        keyword: 0.1
-        for keyword, parameter in inspect.signature(loss.function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-    }
-    scalars = map(torch.tensor, loss.state.initial.values()) if loss.state else []
-    losses, *rewards = loss.function(chosen, rejected, *references, *scalars, **keywords)[:3]
+    policy = arguments[:2].clone().requires_grad_()
+    references = arguments[2:] if "reference" in loss.needs else []
+    state = map(torch.tensor, loss.state.initial.values()) if loss.state else []
+    losses, *rewards = loss.function(*policy, *references, *state, **shipped_keywords(name))[:3]
     losses.sum().backward()
-    assert chosen.grad is not None and rejected.grad is not None
-    assert (chosen.grad < 0).all() and torch.equal(chosen.grad, -rejected.grad)
+    assert policy.grad is not None and losses.shape == arguments[0].shape
+    return losses, rewards, policy.grad
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_gradient_raises_chosen_and_lowers_rejected(name: str) -> None:
+    _, rewards, (chosen, rejected) = with_gradients(name, torch.stack(LOGPS))
+    assert name in OTHER_SIGNS or ((chosen < 0).all() and (rejected > 0).all())
     assert not any(reward.requires_grad for reward in rewards)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_extreme_log_probs_give_finite_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    """All pairs of these, equal responses among them."""
+    points = itertools.product((0.0, -1e-8, -1.0, -50.0, -1e4), repeat=4)
+    losses, rewards, gradients = with_gradients(name, torch.tensor(list(points), dtype=dtype).T)
+    assert losses.isfinite().all() and gradients.isfinite().all()
+    assert all(reward.isfinite().all() for reward in rewards)
+
+
+@pytest.mark.parametrize("name", [name for name in PAIR_LOSSES if "whole batch" not in LOSSES[name].needs])
+def test_losses_are_of_each_pair(name: str) -> None:
+    both, rewards, gradients = with_gradients(name, torch.stack(LOGPS))
+    for pair in range(2):
+        alone = with_gradients(name, torch.stack(LOGPS)[:, pair : pair + 1])
+        assert torch.equal(alone[0], both[pair : pair + 1]) and torch.equal(alone[2], gradients[:, pair : pair + 1])
+        assert all(torch.equal(one, many[pair : pair + 1]) for one, many in zip(alone[1], rewards, strict=True))
+
+
+# ---- DPO ----
 
 
 def test_dpo_gradient_matches_the_paper() -> None:
