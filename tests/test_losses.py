@@ -92,7 +92,7 @@ def with_gradients(name: str, arguments: torch.Tensor) -> tuple[torch.Tensor, li
     """Losses [pairs], rewards, and gradients [2, pairs] by the policy's log-probs, at arguments [4, pairs]."""
     loss = LOSSES[name]
     policy = arguments[:2].clone().requires_grad_()
-    references = arguments[2:] if "reference" in loss.needs else []
+    references = [*arguments[2:]] if "reference" in loss.needs else []
     state = map(torch.tensor, loss.state.initial.values()) if loss.state else []
     losses, *rewards = loss.function(*policy, *references, *state, **shipped_keywords(name))[:3]
     losses.sum().backward()
@@ -103,8 +103,12 @@ def with_gradients(name: str, arguments: torch.Tensor) -> tuple[torch.Tensor, li
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_gradient_raises_chosen_and_lowers_rejected(name: str) -> None:
     _, rewards, (chosen, rejected) = with_gradients(name, torch.stack(LOGPS))
-    assert name in OTHER_SIGNS or ((chosen < 0).all() and (rejected > 0).all())
+    assert name in OTHER_SIGNS or ((chosen <= 0).all() and (rejected >= 0).all())
     assert not any(reward.requires_grad for reward in rewards)
+    # Where the policy prefers the rejected responses, no loss is 0.
+    wrong = torch.stack([POLICY_REJECTED, POLICY_CHOSEN, REFERENCE_CHOSEN, REFERENCE_REJECTED])
+    _, _, (chosen, rejected) = with_gradients(name, wrong)
+    assert name in OTHER_SIGNS or ((chosen < 0).all() and (rejected > 0).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
