@@ -5,10 +5,12 @@ unreduced. To add one: a function here, a line in LOSSES, a YAML under config/lo
 hand. The function's keyword arguments are the other keys of the YAML. Their annotations give the types and ranges.
 """
 
+import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
@@ -93,6 +95,54 @@ def ipo_loss(
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
     losses = (chosen_logratios - rejected_logratios - 1 / (2 * beta)) ** 2
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def _logratios(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """log(policy / reference) of the chosen and of the rejected responses, [pairs] each."""
+    return policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
+
+
+def f_dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    divergence: Literal["forward_kl", "js", "alpha"],
+    alpha: Annotated[float, Gt(0), Lt(1)],
+) -> PairLosses:
+    """DPO under another divergence from the reference than reverse KL.
+
+    Wang et al. 2023 (arXiv 2309.16240). The reward of a response is beta * f'(policy / reference). Takes and returns
+    the same as dpo_loss.
+
+    Args:
+        divergence: f'(u) is -1 / u for forward_kl, log(2u / (1 + u)) for js (Jensen-Shannon), and (1 - u ** -alpha) /
+            alpha for alpha, each here with a constant: 0 at u = 1.
+        alpha: of divergence alpha. Near 0 it is DPO, near 1 forward_kl.
+    """
+
+    def rewards(logratios: Tensor) -> Tensor:
+        if divergence == "js":
+            return beta * (math.log(2) + F.logsigmoid(logratios))
+        power = alpha if divergence == "alpha" else 1.0
+        exponents = -power * logratios
+        # Above 30, exp goes on as its tangent. There exp would overflow, and a constant would have no gradient.
+        capped = torch.expm1(exponents.clamp(max=30)) + math.exp(30) * F.relu(exponents - 30)
+        return -beta * capped / power
+
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    chosen_rewards, rejected_rewards = rewards(chosen_logratios), rewards(rejected_logratios)
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
 def aot_loss(
@@ -209,6 +259,7 @@ LOSSES = {
     "dpo": Loss(dpo_loss, batch="pairs", needs={"reference"}),
     "cdpo": Loss(cdpo_loss, batch="pairs", needs={"reference"}),
     "ipo": Loss(ipo_loss, batch="pairs", needs={"reference"}),
+    "f_dpo": Loss(f_dpo_loss, batch="pairs", needs={"reference"}),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

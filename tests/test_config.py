@@ -265,6 +265,9 @@ def test_accepted(overrides):
         ("loss=ipo loss.beta=0.1 +loss.label_smoothing=0.1", "loss.label_smoothing: not a key of the chosen loss"),
         ("loss=ipo loss.beta=0.1 +loss.reference_free=true", "loss.reference_free: not a key of the chosen loss"),
         ("+loss.sft_weight=1", "loss.sft_weight: not a key of the chosen loss"),
+        ("loss=f_dpo loss.divergence=kl", "loss.divergence: must be forward_kl, js or alpha, not"),
+        ("loss=f_dpo loss.divergence=j", "(did you mean js?)"),
+        ("loss=f_dpo loss.alpha=1", "loss.alpha: must be a number above 0 and below 1"),
         # Across keys.
         ("n_epochs=null", "n_epochs: is null and n_examples too"),
         ("max_prompt_length=512", "max_prompt_length: must be below max_length (512), not 512"),

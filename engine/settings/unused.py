@@ -81,6 +81,11 @@ def _in_one_process(run: Context) -> str | None:
     return "trainer=BasicTrainer is one process" if run.settings.trainer == "BasicTrainer" else None
 
 
+def _without_alpha(run: Context) -> str | None:
+    divergence = run.settings.loss.keywords.get("divergence", "alpha")
+    return None if divergence == "alpha" else f"loss.divergence={divergence}"
+
+
 def _of_int8(run: Context) -> str | None:
     return "peft.quant_type=int8" if getattr(run.settings.peft, "quant_type", None) == "int8" else None
 
@@ -101,6 +106,7 @@ UNUSED = (
             else f"mixed_precision={shown(run.settings.mixed_precision)} replaces it"
         ),
     ),
+    Unused("loss.alpha", _without_alpha),
     Unused("peft.double_quant", _of_int8),
     Unused("peft.storage_dtype", _of_int8),
     Unused("n_eval_model_samples", lambda run: None if run.settings.sample_during_eval else "sample_during_eval=false"),
@@ -118,6 +124,9 @@ UNUSED = (
 
 def _value(settings: Settings, key: str) -> Any:
     """The value of a dotted key; None in a group without it."""
+    group, _, keyword = key.rpartition(".")
+    if group == "loss" and keyword in settings.loss.keywords:
+        return settings.loss.keywords[keyword]
     value: Any = settings
     for name in key.split("."):
         value = getattr(value, name, None)

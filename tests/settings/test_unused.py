@@ -22,6 +22,7 @@ WARNED = {
         ("model.fsdp_policy_mp=bfloat16", "mixed_precision=null", "trainer=FSDPTrainer"),
         ("model.fsdp_policy_mp=bfloat16",),
     ),
+    "loss.alpha": (("loss=f_dpo", "loss.alpha=0.3"), ("loss=f_dpo", "loss.alpha=0.3", "loss.divergence=alpha")),
     "peft.double_quant": (
         ("peft=qlora", "peft.double_quant=false", "peft.quant_type=int8"),
         ("peft=qlora", "peft.double_quant=false"),

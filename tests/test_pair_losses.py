@@ -1,0 +1,118 @@
+"""Losses of pairs by hand: values and gradients of three pairs, in plain Python."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from losses import LOSSES
+from tests.runs import Program
+from tests.test_losses import PAIR_LOSSES, logps, shipped_keywords, sigmoid, with_gradients
+
+# Log-ratios 1, 0, -1 of the chosen responses and -2, 0, 2 of the rejected ones: margins 3, 0, -3.
+LOGPS = (logps(-8, -5, -6), logps(-12, -7, -10), logps(-9, -5, -5), logps(-10, -7, -12))
+
+
+def log1pexp(x: float) -> float:
+    """log(1 + e^x); l(x) = -log(sigmoid(x)) is log1pexp(-x)."""
+    return math.log(1 + math.exp(x))
+
+
+def check(
+    name: str,
+    losses: list[float],
+    chosen: list[float],
+    rejected: list[float],
+    rewards: tuple[list[float], list[float]],
+    keywords: dict[str, Any],
+    arguments: tuple[torch.Tensor, ...] = LOGPS,
+) -> None:
+    """Compare a loss with losses, gradients by the policy's log-probs, and rewards."""
+    policy = [values.clone().requires_grad_() for values in arguments[:2]]
+    references = arguments[2:] if "reference" in LOSSES[name].needs else ()
+    found, *found_rewards = LOSSES[name].function(*policy, *references, **keywords)
+    found.sum().backward()
+    assert found.tolist() == pytest.approx(losses, abs=1e-13)
+    for values, expected in zip(policy, (chosen, rejected), strict=True):
+        assert values.grad is not None and values.grad.tolist() == pytest.approx(expected, abs=1e-13)
+    for values, expected in zip(found_rewards, rewards, strict=True):
+        assert values.tolist() == pytest.approx(expected, abs=1e-13)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_every_loss_trains(name: str, program: Program) -> None:
+    """From the command line, one pair a step. The first loss is that of the logged log-probs."""
+    required = [f"loss.{key}={value}" for key, value in shipped_keywords(name).items() if key == "beta"]
+    run = program.ok(f"loss={name}", *required, "batch_size=1", "n_examples=4")
+    first = run.steps[0]
+    policy = torch.tensor([[first["logps_train/chosen"]], [first["logps_train/rejected"]]], dtype=torch.float64)
+    losses, rewards, _ = with_gradients(name, torch.cat([policy, policy]))  # the reference is the initial policy
+    assert first["loss/train"] == pytest.approx(losses.item(), rel=1e-5)
+    for role, reward in zip(("chosen", "rejected"), rewards, strict=True):
+        assert first[f"rewards_train/{role}"] == pytest.approx(reward.item(), rel=1e-5)
+    assert all(row["grad_norm"] > 0 for row in run.steps)
+    assert run.evals[-1]["loss/eval"] != run.evals[0]["loss/eval"]
+
+
+def test_f_dpo_forward_kl_by_hand() -> None:
+    # f'(u) = -1 / u: margins -e^-h_w + e^-h_l
+    margins = [0.5 * (math.exp(2) - math.exp(-1)), 0, 0.5 * (math.exp(-2) - math.exp(1))]
+    check(
+        "f_dpo",
+        losses=[log1pexp(-x) for x in margins],
+        chosen=[-0.5 * sigmoid(-x) * math.exp(-h) for x, h in zip(margins, (1, 0, -1), strict=True)],
+        rejected=[0.5 * sigmoid(-x) * math.exp(-h) for x, h in zip(margins, (-2, 0, 2), strict=True)],
+        rewards=([0.5 * (1 - math.exp(-h)) for h in (1, 0, -1)], [0.5 * (1 - math.exp(-h)) for h in (-2, 0, 2)]),
+        keywords={"beta": 0.5, "divergence": "forward_kl", "alpha": 0.5},
+    )
+
+
+def test_f_dpo_js_by_hand() -> None:
+    # f'(u) = log(2u / (1 + u)), u = e^h; its derivative by h is 1 / (1 + u)
+    def reward(h: float) -> float:
+        return 0.5 * math.log(2 * math.exp(h) / (1 + math.exp(h)))
+
+    margins = [reward(1) - reward(-2), 0, reward(-1) - reward(2)]
+    check(
+        "f_dpo",
+        losses=[log1pexp(-x) for x in margins],
+        chosen=[-0.5 * sigmoid(-x) / (1 + math.exp(h)) for x, h in zip(margins, (1, 0, -1), strict=True)],
+        rejected=[0.5 * sigmoid(-x) / (1 + math.exp(h)) for x, h in zip(margins, (-2, 0, 2), strict=True)],
+        rewards=([reward(h) for h in (1, 0, -1)], [reward(h) for h in (-2, 0, 2)]),
+        keywords={"beta": 0.5, "divergence": "js", "alpha": 0.5},
+    )
+
+
+def test_f_dpo_alpha_by_hand() -> None:
+    # f'(u) = (1 - u^-0.25) / 0.25
+    def reward(h: float) -> float:
+        return 0.5 * (1 - math.exp(-0.25 * h)) / 0.25
+
+    margins = [reward(1) - reward(-2), 0, reward(-1) - reward(2)]
+    check(
+        "f_dpo",
+        losses=[log1pexp(-x) for x in margins],
+        chosen=[-0.5 * sigmoid(-x) * math.exp(-0.25 * h) for x, h in zip(margins, (1, 0, -1), strict=True)],
+        rejected=[0.5 * sigmoid(-x) * math.exp(-0.25 * h) for x, h in zip(margins, (-2, 0, 2), strict=True)],
+        rewards=([reward(h) for h in (1, 0, -1)], [reward(h) for h in (-2, 0, 2)]),
+        keywords={"beta": 0.5, "divergence": "alpha", "alpha": 0.25},
+    )
+
+
+def test_f_dpo_with_a_small_alpha_is_dpo() -> None:
+    losses, *_ = LOSSES["f_dpo"].function(*LOGPS, beta=0.5, divergence="alpha", alpha=1e-9)
+    dpo, *_ = LOSSES["dpo"].function(*LOGPS, beta=0.5)
+    assert losses.tolist() == pytest.approx(dpo.tolist(), rel=1e-7)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_f_dpo_raises_an_improbable_chosen_response(divergence: str, dtype: torch.dtype) -> None:
+    """Far below the reference, where exp would overflow, the gradient keeps its sign."""
+    chosen = torch.tensor([-50.0, -200.0, -1e4], dtype=dtype, requires_grad=True)
+    zeros = torch.zeros(3, dtype=dtype)
+    losses, *_ = LOSSES["f_dpo"].function(chosen, zeros, zeros, zeros, beta=0.1, divergence=divergence, alpha=0.5)
+    losses.sum().backward()
+    assert losses.isfinite().all() and chosen.grad is not None
+    assert (chosen.grad < 0).all() and chosen.grad.isfinite().all()
