@@ -145,6 +145,45 @@ def f_dpo_loss(
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
+def hinge_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+) -> PairLosses:
+    """Hinge loss of the reward margin.
+
+    Liu et al. 2023, RSO (arXiv 2309.06657), "hinge-norm". Takes and returns the same as dpo_loss.
+    """
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    losses = F.relu(1 - beta * (chosen_logratios - rejected_logratios))
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def slic_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    *,
+    delta: Annotated[float, Ge(0)],
+    nll_weight: Annotated[float, Ge(0)],
+) -> PairLosses:
+    """Sequence Likelihood Calibration (SLiC-HF).
+
+    Zhao et al. 2023 (arXiv 2305.10425): a hinge loss of log-probs, and a negative log-likelihood. Its target is the
+    chosen response here. Takes the log-probs of the policy alone, which are its rewards.
+
+    Args:
+        delta: pairs with a larger difference of log-probs have no hinge loss.
+        nll_weight: of the negative log-likelihood, summed over tokens.
+    """
+    losses = F.relu(delta - policy_chosen_logps + policy_rejected_logps) - nll_weight * policy_chosen_logps
+    return losses, policy_chosen_logps.detach(), policy_rejected_logps.detach()
+
+
 def aot_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -260,6 +299,8 @@ LOSSES = {
     "cdpo": Loss(cdpo_loss, batch="pairs", needs={"reference"}),
     "ipo": Loss(ipo_loss, batch="pairs", needs={"reference"}),
     "f_dpo": Loss(f_dpo_loss, batch="pairs", needs={"reference"}),
+    "hinge": Loss(hinge_loss, batch="pairs", needs={"reference"}),
+    "slic": Loss(slic_loss, batch="pairs", log_probs="sums", takes_sft_weight=False),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

@@ -116,3 +116,27 @@ def test_f_dpo_raises_an_improbable_chosen_response(divergence: str, dtype: torc
     losses.sum().backward()
     assert losses.isfinite().all() and chosen.grad is not None
     assert (chosen.grad < 0).all() and chosen.grad.isfinite().all()
+
+
+def test_hinge_by_hand() -> None:
+    # 1 - 0.5 * (3, 0, -3); the first pair is beyond the margin
+    check(
+        "hinge",
+        losses=[0, 1, 2.5],
+        chosen=[0, -0.5, -0.5],
+        rejected=[0, 0.5, 0.5],
+        rewards=([0.5, 0, -0.5], [-1, 0, 1]),
+        keywords={"beta": 0.5},
+    )
+
+
+def test_slic_by_hand() -> None:
+    # differences -8 + 12 = 4, -5 + 7 = 2, -6 + 10 = 4: max(0, 3 - 4) + 0.1 * 8, (3 - 2) + 0.1 * 5, 0 + 0.1 * 6
+    check(
+        "slic",
+        losses=[0.8, 1.5, 0.6],
+        chosen=[-0.1, -1.1, -0.1],
+        rejected=[0, 1, 0],
+        rewards=([-8, -5, -6], [-12, -7, -10]),
+        keywords={"delta": 3.0, "nll_weight": 0.1},
+    )
