@@ -184,6 +184,50 @@ def slic_loss(
     return losses, policy_chosen_logps.detach(), policy_rejected_logps.detach()
 
 
+def robust_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)],
+) -> PairLosses:
+    """Robust DPO: an unbiased estimate of the loss with true labels.
+
+    Chowdhury et al. 2024 (arXiv 2403.00409), section 3.1. Takes and returns the same as dpo_loss.
+    """
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    logits = beta * (chosen_logratios - rejected_logratios)
+    losses = label_smoothing * F.logsigmoid(-logits) - (1 - label_smoothing) * F.logsigmoid(logits)
+    return losses / (1 - 2 * label_smoothing), beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def exo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    label_smoothing: Annotated[float, Gt(0), Lt(0.5)],
+) -> PairLosses:
+    """Efficient Exact Optimization: reverse KL to the smoothed preference.
+
+    Ji et al. 2024 (arXiv 2402.00856), equation 16, of pairs. Takes and returns the same as dpo_loss.
+    """
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    logits = beta * (chosen_logratios - rejected_logratios)
+    # sigmoid(logits) is the policy's preference q: q log(q / (1 - e)) + (1 - q) log((1 - q) / e)
+    losses = logits.sigmoid() * (F.logsigmoid(logits) - math.log(1 - label_smoothing))
+    losses = losses + (-logits).sigmoid() * (F.logsigmoid(-logits) - math.log(label_smoothing))
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
 def aot_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -301,6 +345,8 @@ LOSSES = {
     "f_dpo": Loss(f_dpo_loss, batch="pairs", needs={"reference"}),
     "hinge": Loss(hinge_loss, batch="pairs", needs={"reference"}),
     "slic": Loss(slic_loss, batch="pairs", log_probs="sums", takes_sft_weight=False),
+    "robust": Loss(robust_loss, batch="pairs", needs={"reference"}),
+    "exo": Loss(exo_loss, batch="pairs", needs={"reference"}),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

@@ -140,3 +140,41 @@ def test_slic_by_hand() -> None:
         rewards=([-8, -5, -6], [-12, -7, -10]),
         keywords={"delta": 3.0, "nll_weight": 0.1},
     )
+
+
+def test_robust_by_hand() -> None:
+    # logits 0.5 * (3, 0, -3); l(1.5) = 0.2014132779827524, l(-1.5) = 1.7014132779827524; 1 - 2 * 0.1 = 0.8
+    small, large = 0.2014132779827524, 1.7014132779827524
+    slopes = [(0.9 * sigmoid(-x) + 0.1 * sigmoid(x)) / 0.8 for x in (1.5, 0, -1.5)]
+    check(
+        "robust",
+        losses=[(0.9 * small - 0.1 * large) / 0.8, math.log(2), (0.9 * large - 0.1 * small) / 0.8],
+        chosen=[-0.5 * slope for slope in slopes],
+        rejected=[0.5 * slope for slope in slopes],
+        rewards=([0.5, 0, -0.5], [-1, 0, 1]),
+        keywords={"beta": 0.5, "label_smoothing": 0.1},
+    )
+
+
+def test_robust_is_unbiased() -> None:
+    """With a share e of flipped labels, its mean is the loss of DPO on true ones."""
+    chosen, rejected, *references = LOGPS
+    keywords = {"beta": 0.5, "label_smoothing": 0.2}
+    true, *_ = LOSSES["robust"].function(chosen, rejected, *references, **keywords)
+    flipped, *_ = LOSSES["robust"].function(rejected, chosen, *references[::-1], **keywords)
+    dpo, *_ = LOSSES["dpo"].function(*LOGPS, beta=0.5)
+    assert (0.8 * true + 0.2 * flipped).tolist() == pytest.approx(dpo.tolist(), abs=1e-14)
+
+
+def test_exo_by_hand() -> None:
+    # beta * 3 = log 9 gives q = 0.9, 0.5 and 0.1. The slope is q (1 - q) (logit - log 9): 0 where q is the label.
+    nine = math.log(9)
+    beta = nine / 3
+    check(
+        "exo",
+        losses=[0, 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), 0.1 * math.log(1 / 9) + 0.9 * nine],
+        chosen=[0, -beta * 0.25 * nine, -beta * 0.09 * 2 * nine],
+        rejected=[0, beta * 0.25 * nine, beta * 0.09 * 2 * nine],
+        rewards=([beta, 0, -beta], [-2 * beta, 0, 2 * beta]),
+        keywords={"beta": beta, "label_smoothing": 0.1},
+    )
