@@ -228,6 +228,48 @@ def exo_loss(
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
+def nca_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+) -> PairLosses:
+    """Noise Contrastive Alignment: pulls each reward, not only their margin.
+
+    Chen et al. 2024 (arXiv 2402.05369), section 4.1, of pairs; beta is alpha there. Takes and returns the same as
+    dpo_loss.
+    """
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    chosen_logits, rejected_logits = beta * chosen_logratios, beta * rejected_logratios
+    losses = -F.logsigmoid(chosen_logits) - (F.logsigmoid(-chosen_logits) + F.logsigmoid(-rejected_logits)) / 2
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def sppo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+) -> PairLosses:
+    """Self-Play Preference Optimization: a squared loss of each response.
+
+    Wu et al. 2024 (arXiv 2405.00675), with win probabilities 1 and 0; 1 / beta is eta there. The authors' code halves
+    the sum. Takes and returns the same as dpo_loss.
+    """
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    target = 1 / (2 * beta)
+    losses = (chosen_logratios - target) ** 2 + (rejected_logratios + target) ** 2
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
 def aot_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -347,6 +389,8 @@ LOSSES = {
     "slic": Loss(slic_loss, batch="pairs", log_probs="sums", takes_sft_weight=False),
     "robust": Loss(robust_loss, batch="pairs", needs={"reference"}),
     "exo": Loss(exo_loss, batch="pairs", needs={"reference"}),
+    "nca": Loss(nca_loss, batch="pairs", needs={"reference"}),
+    "sppo": Loss(sppo_loss, batch="pairs", needs={"reference"}),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

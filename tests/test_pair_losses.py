@@ -178,3 +178,40 @@ def test_exo_by_hand() -> None:
         rewards=([beta, 0, -beta], [-2 * beta, 0, 2 * beta]),
         keywords={"beta": beta, "label_smoothing": 0.1},
     )
+
+
+def test_nca_by_hand() -> None:
+    # rewards 0.5, 0, -0.5 and -1, 0, 1: l(r_w) + l(-r_w) / 2 + l(-r_l) / 2
+    check(
+        "nca",
+        losses=[
+            log1pexp(-0.5) + log1pexp(0.5) / 2 + log1pexp(-1) / 2,
+            2 * math.log(2),
+            log1pexp(0.5) + log1pexp(-0.5) / 2 + log1pexp(1) / 2,
+        ],
+        chosen=[0.5 * (sigmoid(r) / 2 - sigmoid(-r)) for r in (0.5, 0, -0.5)],
+        rejected=[0.25 * sigmoid(r) for r in (-1, 0, 1)],
+        rewards=([0.5, 0, -0.5], [-1, 0, 1]),
+        keywords={"beta": 0.5},
+    )
+
+
+def test_nca_keeps_the_chosen_reward_at_its_target() -> None:
+    """The chosen reward rises to log 2, and no further: there sigmoid(r) is 2/3."""
+    chosen = logps(math.log(2) - 0.1, math.log(2), math.log(2) + 0.1).requires_grad_()
+    losses, *_ = LOSSES["nca"].function(chosen, *[torch.zeros(3, dtype=torch.float64)] * 3, beta=1.0)
+    losses.sum().backward()
+    assert chosen.grad is not None
+    assert chosen.grad[0] < 0 < chosen.grad[2] and chosen.grad[1].abs() < 1e-15
+
+
+def test_sppo_by_hand() -> None:
+    # target 1 / (2 * 0.25) = 2
+    check(
+        "sppo",
+        losses=[(1 - 2) ** 2 + (-2 + 2) ** 2, 2**2 + 2**2, (-1 - 2) ** 2 + (2 + 2) ** 2],
+        chosen=[-2, -4, -6],
+        rejected=[0, 4, 8],
+        rewards=([0.25, 0, -0.25], [-0.5, 0, 0.5]),
+        keywords={"beta": 0.25},
+    )
