@@ -270,6 +270,45 @@ def sppo_loss(
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
+def apo_zero_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+) -> PairLosses:
+    """Anchored Preference Optimization: raises chosen, lowers rejected responses.
+
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7. Takes and returns the same as dpo_loss.
+    """
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    losses = 1 - (beta * chosen_logratios).sigmoid() + (beta * rejected_logratios).sigmoid()
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def apo_down_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+) -> PairLosses:
+    """Anchored Preference Optimization: lowers both, the rejected response more.
+
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 8. Takes and returns the same as dpo_loss.
+    """
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    logits = beta * (chosen_logratios - rejected_logratios)
+    losses = (beta * chosen_logratios).sigmoid() + 1 - logits.sigmoid()
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
 def aot_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -391,6 +430,8 @@ LOSSES = {
     "exo": Loss(exo_loss, batch="pairs", needs={"reference"}),
     "nca": Loss(nca_loss, batch="pairs", needs={"reference"}),
     "sppo": Loss(sppo_loss, batch="pairs", needs={"reference"}),
+    "apo_zero": Loss(apo_zero_loss, batch="pairs", needs={"reference"}),
+    "apo_down": Loss(apo_down_loss, batch="pairs", needs={"reference"}),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

@@ -215,3 +215,41 @@ def test_sppo_by_hand() -> None:
         rewards=([0.25, 0, -0.25], [-0.5, 0, 0.5]),
         keywords={"beta": 0.25},
     )
+
+
+def slope_of_sigmoid(x: float) -> float:
+    return sigmoid(x) * sigmoid(-x)
+
+
+def test_apo_zero_by_hand() -> None:
+    # rewards 0.5, 0, -0.5 and -1, 0, 1: 1 - sigmoid(r_w) + sigmoid(r_l)
+    check(
+        "apo_zero",
+        losses=[1 - sigmoid(0.5) + sigmoid(-1), 1, 1 - sigmoid(-0.5) + sigmoid(1)],
+        chosen=[-0.5 * slope_of_sigmoid(r) for r in (0.5, 0, -0.5)],
+        rejected=[0.5 * slope_of_sigmoid(r) for r in (-1, 0, 1)],
+        rewards=([0.5, 0, -0.5], [-1, 0, 1]),
+        keywords={"beta": 0.5},
+    )
+
+
+def test_apo_down_by_hand() -> None:
+    # rewards 0.5, 0, -0.5, margins 1.5, 0, -1.5: sigmoid(r_w) + 1 - sigmoid(margin)
+    check(
+        "apo_down",
+        losses=[sigmoid(0.5) + 1 - sigmoid(1.5), 1, sigmoid(-0.5) + 1 - sigmoid(-1.5)],
+        chosen=[0.5 * (slope_of_sigmoid(r) - slope_of_sigmoid(3 * r)) for r in (0.5, 0, -0.5)],
+        rejected=[0.5 * slope_of_sigmoid(x) for x in (1.5, 0, -1.5)],
+        rewards=([0.5, 0, -0.5], [-1, 0, 1]),
+        keywords={"beta": 0.5},
+    )
+
+
+def test_apo_down_lowers_the_chosen_response_of_a_learned_pair() -> None:
+    """And an unlearned pair's rejected response alone: at the reference, the chosen one has no gradient."""
+    chosen, rejected = logps(0, 0).requires_grad_(), logps(0, -8).requires_grad_()
+    zeros = logps(0, 0)
+    losses, *_ = LOSSES["apo_down"].function(chosen, rejected, zeros, zeros, beta=0.5)
+    losses.sum().backward()
+    assert chosen.grad is not None and rejected.grad is not None
+    assert chosen.grad[0] == 0 < chosen.grad[1] and (rejected.grad > 0).all()
