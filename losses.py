@@ -309,6 +309,29 @@ def apo_down_loss(
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
+def dpop_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    penalty_weight: Annotated[float, Ge(0)],
+) -> PairLosses:
+    """DPO-Positive: a penalty where the chosen response becomes less probable.
+
+    Pal et al. 2024, Smaug (arXiv 2402.13228), equation 3. Takes and returns the same as dpo_loss.
+
+    Args:
+        penalty_weight: of the log-prob lost to the reference; lambda there.
+    """
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    margins = chosen_logratios - rejected_logratios - penalty_weight * F.relu(-chosen_logratios)
+    return -F.logsigmoid(beta * margins), beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
 def aot_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -432,6 +455,7 @@ LOSSES = {
     "sppo": Loss(sppo_loss, batch="pairs", needs={"reference"}),
     "apo_zero": Loss(apo_zero_loss, batch="pairs", needs={"reference"}),
     "apo_down": Loss(apo_down_loss, batch="pairs", needs={"reference"}),
+    "dpop": Loss(dpop_loss, batch="pairs", needs={"reference"}),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

@@ -253,3 +253,15 @@ def test_apo_down_lowers_the_chosen_response_of_a_learned_pair() -> None:
     losses.sum().backward()
     assert chosen.grad is not None and rejected.grad is not None
     assert chosen.grad[0] == 0 < chosen.grad[1] and (rejected.grad > 0).all()
+
+
+def test_dpop_by_hand() -> None:
+    # D - 2 max(0, -h_w) = 3, 0, -3 - 2 = -5; at h_w = 0 the penalty has no slope
+    check(
+        "dpop",
+        losses=[log1pexp(-1.5), math.log(2), log1pexp(2.5)],
+        chosen=[-0.5 * sigmoid(-1.5), -0.25, -0.5 * sigmoid(2.5) * (1 + 2)],
+        rejected=[0.5 * sigmoid(-1.5), 0.25, 0.5 * sigmoid(2.5)],
+        rewards=([0.5, 0, -0.5], [-1, 0, 1]),
+        keywords={"beta": 0.5, "penalty_weight": 2.0},
+    )
