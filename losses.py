@@ -332,6 +332,28 @@ def dpop_loss(
     return -F.logsigmoid(beta * margins), beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
+def cal_dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+) -> PairLosses:
+    """Calibrated DPO: a margin, and a target of each log-ratio.
+
+    Xiao et al. 2024 (arXiv 2412.14516), equation 10: no beta in the sigmoid. The authors' code halves the squares.
+    Takes and returns the same as dpo_loss.
+    """
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    target = 1 / (2 * beta)
+    squares = (chosen_logratios - target) ** 2 + (rejected_logratios + target) ** 2
+    losses = squares - F.logsigmoid(chosen_logratios - rejected_logratios)
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
 def aot_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -456,6 +478,7 @@ LOSSES = {
     "apo_zero": Loss(apo_zero_loss, batch="pairs", needs={"reference"}),
     "apo_down": Loss(apo_down_loss, batch="pairs", needs={"reference"}),
     "dpop": Loss(dpop_loss, batch="pairs", needs={"reference"}),
+    "cal_dpo": Loss(cal_dpo_loss, batch="pairs", needs={"reference"}),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

@@ -265,3 +265,15 @@ def test_dpop_by_hand() -> None:
         rewards=([0.5, 0, -0.5], [-1, 0, 1]),
         keywords={"beta": 0.5, "penalty_weight": 2.0},
     )
+
+
+def test_cal_dpo_by_hand() -> None:
+    # target 1 / (2 * 0.25) = 2; the squares are those of sppo, the margins 3, 0, -3 have no beta
+    check(
+        "cal_dpo",
+        losses=[log1pexp(-3) + 1, math.log(2) + 8, log1pexp(3) + 25],
+        chosen=[-sigmoid(-3) - 2, -0.5 - 4, -sigmoid(3) - 6],
+        rejected=[sigmoid(-3), 0.5 + 4, sigmoid(3) + 8],
+        rewards=([0.25, 0, -0.25], [-0.5, 0, 0.5]),
+        keywords={"beta": 0.25},
+    )
