@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 BatchKind = Literal["sft", "pairs", "unpaired"]
@@ -354,6 +354,33 @@ def cal_dpo_loss(
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
+def discopop_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    tau: Annotated[float, Gt(0), Le(1)],
+) -> PairLosses:
+    """DiscoPOP: a logistic loss blended into an exponential one.
+
+    Lu et al. 2024 (arXiv 2406.08414), equation 5. Not convex: it lowers margins near 0. Takes and returns the same
+    as dpo_loss.
+
+    Args:
+        tau: temperature of the blend. Above 1, the loss of a negative margin would be exponential.
+    """
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    logits = beta * (chosen_logratios - rejected_logratios)
+    # sigmoid(logits / tau) * exp(-logits), as one exponential: extremes stay finite
+    exponential = (F.logsigmoid(logits / tau) - logits).exp()
+    losses = exponential - (-logits / tau).sigmoid() * F.logsigmoid(logits)
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
 def aot_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -479,6 +506,7 @@ LOSSES = {
     "apo_down": Loss(apo_down_loss, batch="pairs", needs={"reference"}),
     "dpop": Loss(dpop_loss, batch="pairs", needs={"reference"}),
     "cal_dpo": Loss(cal_dpo_loss, batch="pairs", needs={"reference"}),
+    "discopop": Loss(discopop_loss, batch="pairs", needs={"reference"}),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

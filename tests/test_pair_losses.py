@@ -277,3 +277,33 @@ def test_cal_dpo_by_hand() -> None:
         rewards=([0.25, 0, -0.25], [-0.5, 0, 0.5]),
         keywords={"beta": 0.25},
     )
+
+
+def test_discopop_by_hand() -> None:
+    # logits x = 1.5, 0, -1.5 and m = sigmoid(x / 0.5): (1 - m) l(x) + m e^-x; m has the slope m (1 - m) / 0.5
+    def loss(x: float) -> float:
+        m = sigmoid(2 * x)
+        return (1 - m) * log1pexp(-x) + m * math.exp(-x)
+
+    def slope(x: float) -> float:
+        m = sigmoid(2 * x)
+        return 2 * m * (1 - m) * (math.exp(-x) - log1pexp(-x)) - (1 - m) * sigmoid(-x) - m * math.exp(-x)
+
+    check(
+        "discopop",
+        losses=[loss(1.5), math.log(2) / 2 + 0.5, loss(-1.5)],
+        chosen=[0.5 * slope(1.5), 0.5 * ((1 - math.log(2)) / 2 - 0.25 - 0.5), 0.5 * slope(-1.5)],
+        rejected=[-0.5 * slope(1.5), -0.5 * ((1 - math.log(2)) / 2 - 0.25 - 0.5), -0.5 * slope(-1.5)],
+        rewards=([0.5, 0, -0.5], [-1, 0, 1]),
+        keywords={"beta": 0.5, "tau": 0.5},
+    )
+
+
+def test_discopop_lowers_margins_near_0() -> None:
+    """With the paper's tau. The slope at a margin of 0 is (1 - log 2) / (4 tau) - 3/4; others rise."""
+    chosen = logps(-10, 0, 10).requires_grad_()
+    losses, *_ = LOSSES["discopop"].function(chosen, *[torch.zeros(3, dtype=torch.float64)] * 3, beta=0.05, tau=0.05)
+    losses.sum().backward()
+    assert chosen.grad is not None
+    assert chosen.grad[1].item() == pytest.approx(0.05 * ((1 - math.log(2)) / 0.2 - 0.75), rel=1e-12)
+    assert chosen.grad[0] < 0 < chosen.grad[1] and chosen.grad[2] < 0
