@@ -381,6 +381,25 @@ def discopop_loss(
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
+def cpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    nll_weight: Annotated[float, Ge(0)],
+) -> PairLosses:
+    """Contrastive Preference Optimization: DPO without a reference, and a log-likelihood.
+
+    Xu et al. 2024 (arXiv 2401.08417). The authors' code takes the log-likelihood per token. Takes the log-probs of the
+    policy alone. Returns the same as dpo_loss; rewards are beta * log-prob.
+
+    Args:
+        nll_weight: of the chosen response's negative log-likelihood, summed over tokens. 1 in the paper.
+    """
+    losses = -F.logsigmoid(beta * (policy_chosen_logps - policy_rejected_logps)) - nll_weight * policy_chosen_logps
+    return losses, beta * policy_chosen_logps.detach(), beta * policy_rejected_logps.detach()
+
+
 def aot_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -507,6 +526,7 @@ LOSSES = {
     "dpop": Loss(dpop_loss, batch="pairs", needs={"reference"}),
     "cal_dpo": Loss(cal_dpo_loss, batch="pairs", needs={"reference"}),
     "discopop": Loss(discopop_loss, batch="pairs", needs={"reference"}),
+    "cpo": Loss(cpo_loss, batch="pairs", log_probs="sums", takes_sft_weight=False),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

@@ -307,3 +307,15 @@ def test_discopop_lowers_margins_near_0() -> None:
     assert chosen.grad is not None
     assert chosen.grad[1].item() == pytest.approx(0.05 * ((1 - math.log(2)) / 0.2 - 0.75), rel=1e-12)
     assert chosen.grad[0] < 0 < chosen.grad[1] and chosen.grad[2] < 0
+
+
+def test_cpo_by_hand() -> None:
+    # 0.5 * (4, 2, 4) = 2, 1, 2; log-likelihoods 8, 5, 6
+    check(
+        "cpo",
+        losses=[log1pexp(-2) + 0.5 * 8, log1pexp(-1) + 0.5 * 5, log1pexp(-2) + 0.5 * 6],
+        chosen=[-0.5 * sigmoid(-x) - 0.5 for x in (2, 1, 2)],
+        rejected=[0.5 * sigmoid(-x) for x in (2, 1, 2)],
+        rewards=([-4, -2.5, -3], [-6, -3.5, -5]),
+        keywords={"beta": 0.5, "nll_weight": 0.5},
+    )
