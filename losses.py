@@ -400,6 +400,22 @@ def cpo_loss(
     return losses, beta * policy_chosen_logps.detach(), beta * policy_rejected_logps.detach()
 
 
+def simpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    gamma: Annotated[float, Ge(0)],
+) -> PairLosses:
+    """Simple Preference Optimization: log-probs per token, and a target margin.
+
+    Meng et al. 2024 (arXiv 2405.14734), equation 6. Takes log-probs per token, of the policy alone. Returns the same as
+    dpo_loss; rewards are beta * log-prob per token.
+    """
+    losses = -F.logsigmoid(beta * (policy_chosen_logps - policy_rejected_logps) - gamma)
+    return losses, beta * policy_chosen_logps.detach(), beta * policy_rejected_logps.detach()
+
+
 def aot_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -527,6 +543,7 @@ LOSSES = {
     "cal_dpo": Loss(cal_dpo_loss, batch="pairs", needs={"reference"}),
     "discopop": Loss(discopop_loss, batch="pairs", needs={"reference"}),
     "cpo": Loss(cpo_loss, batch="pairs", log_probs="sums", takes_sft_weight=False),
+    "simpo": Loss(simpo_loss, batch="pairs", log_probs="means"),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

@@ -319,3 +319,16 @@ def test_cpo_by_hand() -> None:
         rewards=([-4, -2.5, -3], [-6, -3.5, -5]),
         keywords={"beta": 0.5, "nll_weight": 0.5},
     )
+
+
+def test_simpo_by_hand() -> None:
+    # log-probs per token: 2 * (1, 0, -1.75) - 1 = 1, -1, -4.5
+    check(
+        "simpo",
+        losses=[log1pexp(-1), log1pexp(1), log1pexp(4.5)],
+        chosen=[-2 * sigmoid(-x) for x in (1, -1, -4.5)],
+        rejected=[2 * sigmoid(-x) for x in (1, -1, -4.5)],
+        rewards=([-1, -2, -4], [-3, -2, -0.5]),
+        keywords={"beta": 2.0, "gamma": 1.0},
+        arguments=(logps(-0.5, -1, -2), logps(-1.5, -1, -0.25)),
+    )
