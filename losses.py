@@ -416,6 +416,30 @@ def simpo_loss(
     return losses, beta * policy_chosen_logps.detach(), beta * policy_rejected_logps.detach()
 
 
+def orpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    *,
+    odds_ratio_weight: Annotated[float, Ge(0)],
+) -> PairLosses:
+    """Odds Ratio Preference Optimization: SFT and a preference in one stage.
+
+    Hong et al. 2024 (arXiv 2403.07691), equations 4, 6 and 7. Takes log-probs per token, of the policy alone; they are
+    its rewards.
+
+    Args:
+        odds_ratio_weight: of the preference, beside the negative log-likelihood per token; lambda there.
+    """
+
+    def log_odds(logps: Tensor) -> Tensor:
+        logps = logps.clamp(max=-1e-6)  # a probability of 1 has infinite odds
+        return logps - torch.log(-torch.expm1(logps))
+
+    preferences = -F.logsigmoid(log_odds(policy_chosen_logps) - log_odds(policy_rejected_logps))
+    losses = odds_ratio_weight * preferences - policy_chosen_logps
+    return losses, policy_chosen_logps.detach(), policy_rejected_logps.detach()
+
+
 def aot_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -544,6 +568,7 @@ LOSSES = {
     "discopop": Loss(discopop_loss, batch="pairs", needs={"reference"}),
     "cpo": Loss(cpo_loss, batch="pairs", log_probs="sums", takes_sft_weight=False),
     "simpo": Loss(simpo_loss, batch="pairs", log_probs="means"),
+    "orpo": Loss(orpo_loss, batch="pairs", log_probs="means", takes_sft_weight=False),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

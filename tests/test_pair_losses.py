@@ -332,3 +332,22 @@ def test_simpo_by_hand() -> None:
         keywords={"beta": 2.0, "gamma": 1.0},
         arguments=(logps(-0.5, -1, -2), logps(-1.5, -1, -0.25)),
     )
+
+
+def test_orpo_by_hand() -> None:
+    # probabilities 0.5, 0.8, 0.2 and 0.2, 0.8, 0.5: odds 1, 4, 1/4 and 1/4, 4, 1; log-odds have the slope 1 / (1 - p).
+    # l(log(odds_w / odds_l)) = log(1 + odds_l / odds_w), and sigmoid(-log(odds_w / odds_l)) = 0.2, 0.5, 0.8.
+    chosen, rejected = logps(*map(math.log, (0.5, 0.8, 0.2))), logps(*map(math.log, (0.2, 0.8, 0.5)))
+    check(
+        "orpo",
+        losses=[
+            math.log(2) + 0.5 * math.log(1 + 0.25),
+            math.log(1.25) + 0.5 * math.log(2),
+            math.log(5) + 0.5 * math.log(1 + 4),
+        ],
+        chosen=[-1 - 0.5 * 0.2 / 0.5, -1 - 0.5 * 0.5 / 0.2, -1 - 0.5 * 0.8 / 0.8],
+        rejected=[0.5 * 0.2 / 0.8, 0.5 * 0.5 / 0.2, 0.5 * 0.8 / 0.5],
+        rewards=(chosen.tolist(), rejected.tolist()),
+        keywords={"odds_ratio_weight": 0.5},
+        arguments=(chosen, rejected),
+    )
