@@ -569,6 +569,7 @@ LOSSES = {
     "cpo": Loss(cpo_loss, batch="pairs", log_probs="sums", takes_sft_weight=False),
     "simpo": Loss(simpo_loss, batch="pairs", log_probs="means"),
     "orpo": Loss(orpo_loss, batch="pairs", log_probs="means", takes_sft_weight=False),
+    "ln_dpo": Loss(dpo_loss, batch="pairs", needs={"reference"}, log_probs="means"),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
     "beta_dpo": Loss(
         beta_dpo_loss,

@@ -274,6 +274,7 @@ def test_accepted(overrides):
         ("loss=cpo +loss.sft_weight=1", "loss.sft_weight: not a key of the chosen loss"),
         ("loss=simpo +loss.average_log_prob=true", "loss.average_log_prob: not a key of the chosen loss"),
         ("loss=orpo +loss.sft_weight=1", "loss.sft_weight: not a key of the chosen loss"),
+        ("loss=ln_dpo +loss.average_log_prob=true", "loss.average_log_prob: not a key of the chosen loss"),
         # Across keys.
         ("n_epochs=null", "n_epochs: is null and n_examples too"),
         ("max_prompt_length=512", "max_prompt_length: must be below max_length (512), not 512"),

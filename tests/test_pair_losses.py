@@ -351,3 +351,11 @@ def test_orpo_by_hand() -> None:
         keywords={"odds_ratio_weight": 0.5},
         arguments=(chosen, rejected),
     )
+
+
+def test_ln_dpo_is_dpo_per_token(program: Program) -> None:
+    run = program.ok("loss=ln_dpo", "n_examples=8")
+    same = program.ok("loss=dpo", "loss.beta=5", "loss.average_log_prob=true", "n_examples=8")
+    assert len(run.steps) == 2 and run.steps[1]["loss/train"] != run.steps[0]["loss/train"]
+    for key in ("loss/train", "rewards_train/margins", "grad_norm"):
+        assert [row[key] for row in run.steps] == [row[key] for row in same.steps]
