@@ -230,6 +230,15 @@ def test_losses_page_has_every_loss(name: str) -> None:
         assert not value or f"`{key}` {value}" in defaults, key
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "extend"], ids=lambda page: page.stem)
+def test_every_loss_of_a_page_exists(page: Path) -> None:
+    """In tables too. The page that adds a loss is left out."""
+    text = page.read_text(encoding="utf-8")
+    assert {*re.findall(r"\bloss=(\w+)", text)} <= {*LOSSES}
+    keys = {*re.findall(r"`loss\.(\w+)", text)} - {"name"}
+    assert {f"loss.{key}" for key in keys} <= {*all_keys()}
+
+
 def test_errors_page_has_every_status() -> None:
     text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     assert all(f"| {status} | {code} |" in text for code, status in EXIT_STATUS.items())
