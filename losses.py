@@ -22,6 +22,16 @@ PairLosses = tuple[Tensor, Tensor, Tensor]
 PairLossesWithMetrics = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
+def _logratios(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """log(policy / reference) of the chosen and of the rejected responses, [pairs] each."""
+    return policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
+
+
 def dpo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -91,20 +101,11 @@ def ipo_loss(
     Azar et al. 2023 (arXiv 2310.12036), equation 17; beta is tau there. Takes and returns the same as dpo_loss, [pairs]
     throughout.
     """
-    chosen_logratios = policy_chosen_logps - reference_chosen_logps
-    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
     losses = (chosen_logratios - rejected_logratios - 1 / (2 * beta)) ** 2
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
-
-
-def _logratios(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """log(policy / reference) of the chosen and of the rejected responses, [pairs] each."""
-    return policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
 
 
 def f_dpo_loss(
@@ -339,18 +340,21 @@ def cal_dpo_loss(
     reference_rejected_logps: Tensor,
     *,
     beta: Annotated[float, Gt(0)],
+    calibration_weight: Annotated[float, Ge(0)],
 ) -> PairLosses:
     """Calibrated DPO: a margin, and a target of each log-ratio.
 
-    Xiao et al. 2024 (arXiv 2412.14516), equation 10: no beta in the sigmoid. The authors' code halves the squares.
-    Takes and returns the same as dpo_loss.
+    Xiao et al. 2024 (arXiv 2412.14516), equation 10: no beta in the sigmoid. Takes and returns the same as dpo_loss.
+
+    Args:
+        calibration_weight: of the squares. 1 in equation 10, 0.5 in the authors' code.
     """
     chosen_logratios, rejected_logratios = _logratios(
         policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
     target = 1 / (2 * beta)
     squares = (chosen_logratios - target) ** 2 + (rejected_logratios + target) ** 2
-    losses = squares - F.logsigmoid(chosen_logratios - rejected_logratios)
+    losses = calibration_weight * squares - F.logsigmoid(chosen_logratios - rejected_logratios)
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
@@ -458,8 +462,9 @@ def aot_loss(
     sorted_references = (reference_chosen_logps - reference_rejected_logps).sort().values
     ranks = margins.detach().argsort(stable=True).argsort(stable=True)
     losses = -F.logsigmoid(beta * (margins - sorted_references[ranks]))
-    chosen_logratios = policy_chosen_logps - reference_chosen_logps
-    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
@@ -482,8 +487,9 @@ def beta_dpo_loss(
         mean_margin: M_0, the moving mean of the margins of log-ratios, a scalar.
         alpha: how much beta follows the margins of the batch.
     """
-    chosen_logratios = policy_chosen_logps - reference_chosen_logps
-    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
     margins = chosen_logratios - rejected_logratios
     batch_beta = (beta * (1 + alpha * (margins.detach().mean() - mean_margin))).clamp(min=1e-3)
     rewards = batch_beta * chosen_logratios.detach(), batch_beta * rejected_logratios.detach()

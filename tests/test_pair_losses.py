@@ -268,14 +268,14 @@ def test_dpop_by_hand() -> None:
 
 
 def test_cal_dpo_by_hand() -> None:
-    # target 1 / (2 * 0.25) = 2; the squares are those of sppo, the margins 3, 0, -3 have no beta
+    # target 1 / (2 * 0.25) = 2; half of the squares of sppo, the margins 3, 0, -3 have no beta
     check(
         "cal_dpo",
-        losses=[log1pexp(-3) + 1, math.log(2) + 8, log1pexp(3) + 25],
-        chosen=[-sigmoid(-3) - 2, -0.5 - 4, -sigmoid(3) - 6],
-        rejected=[sigmoid(-3), 0.5 + 4, sigmoid(3) + 8],
+        losses=[log1pexp(-3) + 0.5, math.log(2) + 4, log1pexp(3) + 12.5],
+        chosen=[-sigmoid(-3) - 1, -0.5 - 2, -sigmoid(3) - 3],
+        rejected=[sigmoid(-3), 0.5 + 2, sigmoid(3) + 4],
         rewards=([0.25, 0, -0.25], [-0.5, 0, 0.5]),
-        keywords={"beta": 0.25},
+        keywords={"beta": 0.25, "calibration_weight": 0.5},
     )
 
 
