@@ -98,10 +98,11 @@ def stand_in_kernel(weights: Tensor, gradient: Tensor, square_avg: Tensor, *stat
     num_steps.add_(is_finite)
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "RMSprop"])
-def test_a_step_reads_nothing(program: Program, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+@pytest.mark.parametrize("optimizer, loss", [("AdamW", "dpo"), ("RMSprop", "dpo"), ("AdamW", "beta_dpo")])
+def test_a_step_reads_nothing(program: Program, monkeypatch: pytest.MonkeyPatch, optimizer: str, loss: str) -> None:
     """And gives the same losses and weights as a step with reads."""
-    losses = [row["loss/train"] for row in program.ok(f"optimizer={optimizer}", "loss=dpo", "loss.beta=0.1").steps]
+    arguments = (f"optimizer={optimizer}", f"loss={loss}", "loss.beta=0.1")
+    losses = [row["loss/train"] for row in program.ok(*arguments).steps]
     readers: list[str] = []
     step = BasicTrainer.step
 
@@ -115,7 +116,7 @@ def test_a_step_reads_nothing(program: Program, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(BasicTrainer, "step", counted)
     monkeypatch.setattr(optimizers, "runs_on", lambda parameters: True)
     monkeypatch.setattr("engine.models.rmsprop_kernel.rmsprop_", stand_in_kernel)
-    run = program.ok(f"optimizer={optimizer}", "loss=dpo", "loss.beta=0.1")
+    run = program.ok(*arguments)
     assert set(readers) <= CPU_READERS
     assert [row["loss/train"] for row in run.steps] == pytest.approx(losses, rel=1e-5)
     assert FusedRMSprop.found_inf is None
