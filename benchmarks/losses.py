@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import RESULTS, ROOT, add_results_option, compose_settings, machine, shown_command, write_result
 
-COMMON = ("+experiment=demo_sft", "n_epochs=1")
+COMMON = ("+experiment=demo_sft", "n_epochs=1", "do_first_eval=false")
 DEFAULT_LR = 5e-4  # of demo_dpo
 LEARNING_RATES = (1.5e-4, DEFAULT_LR, 1.5e-3)
 NEED_BETA = ("dpo", "cdpo", "ipo")  # no default, as in the reference implementation
@@ -60,6 +60,7 @@ def train(directory: Path, *overrides: str) -> float:
 def measure(run_dir: Path, sft: Path, settings: Any) -> dict[str, float]:
     """The measures of a trained run, on held-out prompts and pairs."""
     import torch
+    import transformers
 
     from engine.data.examples import Example
     from engine.data.films import film_reward, is_well_formed
@@ -68,6 +69,7 @@ def measure(run_dir: Path, sft: Path, settings: Any) -> dict[str, float]:
     from engine.step.layout import lay_out
     from preference_datasets import load_split
 
+    transformers.logging.disable_progress_bar()
     policy, reference = (load_saved(str(each / "LATEST"), dtype=torch.float32) for each in (run_dir, sft))
     tokenizer = policy.tokenizer
 
