@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import RESULTS, ROOT, add_results_option, compose_settings, machine, shown_command, write_result
 
 COMMON = ("+experiment=demo_sft", "n_epochs=1", "do_first_eval=false")
-DEFAULT_LR = 5e-4  # of demo_dpo
-LEARNING_RATES = (1.5e-4, DEFAULT_LR, 1.5e-3)
+DEFAULT_LR = 1.5e-4
+LEARNING_RATES = (5e-5, DEFAULT_LR, 5e-4)
 NEED_BETA = ("dpo", "cdpo", "ipo")  # no default, as in the reference implementation
 MEASURES = {
     "reward": "ground-truth reward",
