@@ -106,6 +106,14 @@ def test_f_dpo_with_a_small_alpha_is_dpo() -> None:
     assert losses.tolist() == pytest.approx(dpo.tolist(), rel=1e-7)
 
 
+def test_f_dpo_goes_on_as_a_tangent() -> None:
+    # 1 - e^-h to h = -30; below, e^30 (1 + the distance)
+    zeros = logps(0, 0)
+    keywords = {"beta": 1.0, "divergence": "forward_kl", "alpha": 0.5}
+    _, rewards, _ = LOSSES["f_dpo"].function(logps(-29, -31), zeros, zeros, zeros, **keywords)
+    assert rewards.tolist() == pytest.approx([1 - math.exp(29), 1 - 2 * math.exp(30)], rel=1e-14)
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_f_dpo_raises_an_improbable_chosen_response(divergence: str, dtype: torch.dtype) -> None:
