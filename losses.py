@@ -1,8 +1,9 @@
 """Losses: pure functions of log-probs, and LOSSES, the table for `loss.name`.
 
-A loss sees one log-prob per response. It knows no model, config or tokens, and returns one value per example,
-unreduced. To add one: a function here, a line in LOSSES, a YAML under config/loss, and a test with values computed by
-hand. The function's keyword arguments are the other keys of the YAML. Their annotations give the types and ranges.
+A loss sees log-probs and other numbers of each response. It knows no model, config or tokens, and returns one value per
+example, unreduced. To add one: a function here, a line in LOSSES, a YAML under config/loss, and a test with values
+computed by hand. The function's keyword arguments are the other keys of the YAML. Their annotations give the types and
+ranges.
 """
 
 import math
@@ -16,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 BatchKind = Literal["sft", "pairs", "unpaired"]
-Need = Literal["reference", "kl", "whole batch"]
+Need = Literal["reference", "kl", "whole batch", "token kl", "confidence", "shared length"]
 # Losses, and the implicit rewards of the chosen and of the rejected responses: [pairs] each.
 PairLosses = tuple[Tensor, Tensor, Tensor]
 PairLossesWithMetrics = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
@@ -508,6 +509,122 @@ def beta_dpo_state(
     return {"mean_margin": 0.9 * mean_margin + 0.1 * margins.mean()}
 
 
+def tdpo1_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    chosen_kl: Tensor,
+    rejected_kl: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+) -> PairLossesWithMetrics:
+    """Token-level DPO, the first variant: DPO with the difference of token KLs in its margin.
+
+    Zeng et al. 2024 (arXiv 2404.11999): -log sigmoid(beta (D - (K_l - K_w))), with D the margin of log-ratios and K the
+    sequential KL divergence. Takes and returns the same as dpo_loss, and metrics. The rewards are without K.
+
+    Args:
+        chosen_kl: KL(reference || policy), summed over the positions of the chosen responses, [pairs].
+        rejected_kl: the same of the rejected ones.
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    losses = -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - (rejected_kl - chosen_kl)))
+    metrics = {"token_kl/chosen": chosen_kl, "token_kl/rejected": rejected_kl}
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach(), metrics
+
+
+def tdpo2_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    chosen_kl: Tensor,
+    rejected_kl: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    alpha: Annotated[float, Ge(0)],
+) -> PairLossesWithMetrics:
+    """Token-level DPO, the second variant: K_w of tdpo1_loss has no gradient, and alpha weights the difference.
+
+    Zeng et al. 2024 (arXiv 2404.11999): -log sigmoid(beta (D - alpha (K_l - stop_gradient(K_w)))). Takes and returns
+    the same as tdpo1_loss.
+
+    Args:
+        alpha: weight of the token KLs. 0 is DPO.
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    difference = alpha * (rejected_kl - chosen_kl.detach())
+    losses = -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - difference))
+    metrics = {"token_kl/chosen": chosen_kl, "token_kl/rejected": rejected_kl}
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach(), metrics
+
+
+def wpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    chosen_confidence: Tensor,
+    rejected_confidence: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+) -> PairLossesWithMetrics:
+    """Weighted Preference Optimization: DPO, weighted by how likely the policy would write the pair.
+
+    Zhou et al. 2024 (arXiv 2406.11827), with the paper's sampled alignment: a response weighs
+    w = exp(mean over tokens of log(p(token) / sum of p(v)^2 over the vocabulary)), and a pair w_chosen w_rejected. The
+    weights have no gradient. The authors' code clamps a pair's weight to 1; the paper and this function do not. Takes
+    and returns the same as dpo_loss, and the metric weights.
+
+    Args:
+        chosen_confidence: log w of the chosen responses, [pairs].
+        rejected_confidence: log w of the rejected responses, [pairs].
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    weights = (chosen_confidence + rejected_confidence).detach().exp()
+    losses = -weights * F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach(), {"weights": weights}
+
+
+def ld_dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    policy_chosen_shared: Tensor,
+    policy_rejected_shared: Tensor,
+    reference_chosen_shared: Tensor,
+    reference_rejected_shared: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    alpha: Annotated[float, Ge(0), Le(1)],
+) -> PairLosses:
+    """Length-desensitised DPO: tokens beyond the length of the shorter response count less.
+
+    Liu et al. 2024 (arXiv 2409.06411): dpo_loss of log p(first l tokens) + alpha log p(the other tokens), under policy
+    and reference, with l = min(|chosen|, |rejected|). Takes and returns the same as dpo_loss.
+
+    Args:
+        policy_chosen_shared: log-probs of the first l tokens of the chosen responses, [pairs]; the others likewise.
+        alpha: weight of the other tokens. 1 is DPO.
+    """
+
+    def desensitised(logps: Tensor, shared: Tensor) -> Tensor:
+        return alpha * logps + (1 - alpha) * shared
+
+    return dpo_loss(
+        desensitised(policy_chosen_logps, policy_chosen_shared),
+        desensitised(policy_rejected_logps, policy_rejected_shared),
+        desensitised(reference_chosen_logps, reference_chosen_shared),
+        desensitised(reference_rejected_logps, reference_rejected_shared),
+        beta=beta,
+    )
+
+
 def sft_loss(policy_chosen_logps: Tensor) -> Tensor:
     """Negative log-likelihood of each target response, [examples] -> [examples]."""
     return -policy_chosen_logps
@@ -538,13 +655,19 @@ class Loss:
             response's.
         needs: further arguments, in this order.
             - "reference": the same log-probs under a frozen reference model.
+            - "token kl": KL(reference || policy) of the next token, summed over the response: chosen and rejected. With
+              gradient. It needs a live reference.
+            - "confidence": log(p(token) / sum of squared probabilities) under the policy, the mean over the response:
+              chosen and rejected. Without gradient.
+            - "shared length": log-probs of the first tokens, as many as the shorter response of the pair has: under the
+              policy of chosen and rejected, and the same under the reference.
             - "kl": log(policy / reference) of mismatched responses, the mean over the batch, a scalar.
             - "whole batch": all arguments are of the whole batch, on all ranks. It costs a second forward pass.
         log_probs: "sums" over tokens, "means", or "either", by the key average_log_prob.
         takes_sft_weight: whether the key sft_weight adds a log-likelihood. False for losses with one of their own.
         state: further arguments, scalars. It needs the whole batch.
 
-    Labels of unpaired responses follow the log-probs: bool [examples], true for desirable ones.
+    Labels of unpaired responses follow the columns above: bool [examples], true for desirable ones.
     """
 
     function: Callable[..., Any]
@@ -577,6 +700,10 @@ LOSSES = {
     "orpo": Loss(orpo_loss, batch="pairs", log_probs="means", takes_sft_weight=False),
     "ln_dpo": Loss(dpo_loss, batch="pairs", needs={"reference"}, log_probs="means"),
     "aot": Loss(aot_loss, batch="pairs", needs={"reference", "whole batch"}),
+    "tdpo1": Loss(tdpo1_loss, batch="pairs", needs={"reference", "token kl"}, log_probs="sums"),
+    "tdpo2": Loss(tdpo2_loss, batch="pairs", needs={"reference", "token kl"}, log_probs="sums"),
+    "wpo": Loss(wpo_loss, batch="pairs", needs={"reference", "confidence"}),
+    "ld_dpo": Loss(ld_dpo_loss, batch="pairs", needs={"reference", "shared length"}, log_probs="sums"),
     "beta_dpo": Loss(
         beta_dpo_loss,
         batch="pairs",

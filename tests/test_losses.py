@@ -71,11 +71,10 @@ def test_sft_by_hand() -> None:
     assert sft_loss(POLICY_CHOSEN).tolist() == [8, 5]
 
 
-# ---- All losses of pairs, of one log-prob per response ----
+# ---- All losses of pairs ----
 
-PAIR_LOSSES = [
-    name for name, loss in LOSSES.items() if loss.batch == "pairs" and loss.needs <= {"reference", "whole batch"}
-]
+PAIR_LOSSES = [name for name, loss in LOSSES.items() if loss.batch == "pairs"]
+FURTHER_COLUMNS = {"token kl": 2, "confidence": 2, "shared length": 4}  # need -> arguments, here of zeros
 # Their papers' gradients have other signs at the points of this test. tests/test_pair_losses.py has these.
 OTHER_SIGNS = {
     "apo_down",  # lowers chosen responses too
@@ -96,6 +95,8 @@ def with_gradients(name: str, arguments: torch.Tensor) -> tuple[torch.Tensor, li
     loss = LOSSES[name]
     policy = arguments[:2].clone().requires_grad_()
     references = [*arguments[2:]] if "reference" in loss.needs else []
+    for need, number in FURTHER_COLUMNS.items():
+        references += [torch.zeros_like(arguments[0])] * (number if need in loss.needs else 0)
     state = map(torch.tensor, loss.state.initial.values()) if loss.state else []
     losses, *rewards = loss.function(*policy, *references, *state, **shipped_keywords(name))[:3]
     losses.sum().backward()

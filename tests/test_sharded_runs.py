@@ -133,6 +133,10 @@ OTHERS: Commands = {  # run by BasicTrainer, FSDPTrainer and TensorParallelTrain
     "bf16": (*DPO, "mixed_precision=bfloat16", "n_examples=9"),
     "aot": ("loss=aot", "sample_during_eval=false", "n_examples=9"),
     "beta-dpo": ("loss=beta_dpo", "sample_during_eval=false", "n_examples=9"),
+    "tdpo2": ("loss=tdpo2", "sample_during_eval=false", "n_examples=9", ODD),
+    "tdpo2-bf16": ("loss=tdpo2", "sample_during_eval=false", "n_examples=9", "mixed_precision=bfloat16"),
+    "wpo": ("loss=wpo", "sample_during_eval=false", "n_examples=9", ODD),
+    "ld-dpo": ("loss=ld_dpo", "sample_during_eval=false", "n_examples=9"),
 }
 IN_ORDER = (*DPO, "deterministic=true", "optimizer=RMSprop", "sample_during_eval=false", "n_examples=9")
 BY_PACKAGE = ("llama", "gpt_neox", "gpt2")

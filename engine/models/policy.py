@@ -141,7 +141,7 @@ def _describe_adapter(
     lora.modules_to_save = full_modules or None
     if archive is not None:
         check_same_adapter(archive, lora)
-    has_own_reference = settings.reference == "live" and not full_modules and not _trains_biases(model, lora)
+    has_own_reference = settings.has_live_reference and not full_modules and not _trains_biases(model, lora)
     needs_copy = has_own_reference and (archive is not None or peft.dora)
     compute_dtype = peft.compute_dtype if isinstance(peft, QLoraSettings) else None
     return Adapter(lora, full_modules, archive, has_own_reference, compute_dtype, base_hash), needs_copy

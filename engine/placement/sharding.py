@@ -27,7 +27,7 @@ from engine.models.adapters import adapter_of
 from engine.models.shards import ShardPermutations, copy_to_shard, local_shard, split_axes
 from engine.placement.tensor_parallel import split_products
 from engine.step.attention import register_packed_attention
-from engine.step.heads import run_unsharded_head
+from engine.step.heads import run_unsharded_head, run_unsharded_reference
 from utils import UserError
 
 
@@ -124,9 +124,17 @@ def shard_model(
         if deterministic:
             model.canonical_sums.append(CanonicalReduceScatter())
             module.set_custom_reduce_scatter(model.canonical_sums[-1])
-    model.run_sharded = types.MethodType(run_unsharded_head, model)  # gathers the LM head's weight
-    register_fsdp_forward_method(model, "run_sharded")
+    _add_head_methods(model)
     return permutations
+
+
+def _add_head_methods(model: PreTrainedModel) -> None:
+    """Give a sharded model the methods of engine.step.heads. They gather the LM head's weight."""
+    model.run_sharded = types.MethodType(run_unsharded_head, model)
+    model.run_sharded_reference = types.MethodType(run_unsharded_reference, model)
+    for name in ("run_sharded", "run_sharded_reference"):
+        register_fsdp_forward_method(model, name)
+    model.head_at_hand = types.MethodType(_head_at_hand, model)
 
 
 def _check_one_dtype(layers: Sequence[nn.Module]) -> None:
@@ -211,6 +219,17 @@ def gathered(model: PreTrainedModel) -> Iterator[None]:
         for module in modules:
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
+
+
+@contextmanager
+def _head_at_hand(model: FSDPModule) -> Iterator[None]:
+    """Keep the weights outside of the layers gathered after a forward pass, until the end of a with block."""
+    model.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        model.set_reshard_after_forward(True, recurse=False)
+        model.reshard()
 
 
 class CanonicalReduceScatter(ReduceScatter):

@@ -28,7 +28,7 @@ def fit_memory(placement: Placement, runner: MicrobatchRunner, examples: Sequenc
     trained = sum(local_shard(parameter).nbytes for parameter in policy.parameters() if parameter.requires_grad)
     # Beside the weights: gradients, optimizer state, and temporaries of the optimizer or mixed precision.
     adapter = adapter_of(policy)
-    has_copy = settings.reference == "live" and not (adapter and adapter.has_own_reference)
+    has_copy = settings.has_live_reference and not (adapter and adapter.has_own_reference)
     state = 3 * trained + weights * (1 + has_copy)
     wanted = max(settings.token_budget or 2048, longest)
     num_devices = len({parameter.device for parameter in policy.parameters()})  # they share the layers

@@ -36,7 +36,7 @@ def build_reference(
     if evaluator.should_sample:
         evaluator.reference_samples = evaluator.sample(live.model, 0)
     reference_hash = hash_reference(live, placement, runner)
-    if settings.reference == "live":
+    if settings.has_live_reference:
         return live, reference_hash
     return cache_reference(live, reference_hash, settings, placement, runner, batches), reference_hash
 
@@ -52,11 +52,11 @@ def place_reference(settings: Settings, placement: Placement, runner: Microbatch
     model = policy
     if settings.model.reference_dtype not in (None, settings.model.policy_dtype):
         model = placement.place_model(getattr(torch, settings.model.reference_dtype))
-    elif settings.reference == "live" and not (adapter and adapter.has_own_reference):
+    elif settings.has_live_reference and not (adapter and adapter.has_own_reference):
         model = placement.copy_policy(policy)
     if model is not policy:
         model.requires_grad_(False)
-    is_policy = settings.reference == "live" and model is policy
+    is_policy = settings.has_live_reference and model is policy
     return (AdapterReference if is_policy else LiveReference)(model, placement.compute_dtype)
 
 
@@ -81,7 +81,8 @@ def cache_reference(
     numerics = (settings.mixed_precision, settings.matmul_precision, settings.batching, settings.compile)
     key = reference_key(reference_hash, numerics, placement.device)
     path = Path(settings.cache_dir or "") / "reference" / f"{key}.sqlite"
-    cached = CachedReference(path, placement.gather_from_data_ranks)
+    by_token = runner.objective.needs_shared_length
+    cached = CachedReference(path, placement.gather_from_data_ranks, by_token=by_token)
     fill_cache(
         cached,
         live,

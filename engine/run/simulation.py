@@ -279,7 +279,7 @@ def simulated_trainer(base: type["BasicTrainer"], hardware: Hardware) -> type["B
             return type("SimulatedPlacement", (Simulated, super().placement_class(settings)), {"hardware": hardware})
 
         def build_reference(self) -> tuple[Reference | None, str | None]:  # a cached one is not in memory in training
-            is_live = self.settings.reference == "live"
+            is_live = self.settings.has_live_reference
             return place_reference(self.settings, self.placement, self.runner) if is_live else None, None
 
     return SimulatedTrainer

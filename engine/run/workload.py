@@ -128,7 +128,7 @@ def run_seconds(
         "evaluations": num_evaluations * seconds_of(evaluation, False),
     }
     if trainer.runner.objective.needs_reference:
-        is_live = settings.reference == "live"  # a cached one runs once per example
+        is_live = settings.has_live_reference  # a cached one runs once per example
         share = 1.0 if is_live else min(1.0, len(trainer.train_examples) / num_examples)
         seconds["reference"] = share * seconds_of(training, False)
         seconds["reference"] += (num_evaluations if is_live else 1) * seconds_of(evaluation, False)

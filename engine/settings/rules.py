@@ -282,10 +282,24 @@ def sft_has_no_rewards(best: str | None, loss: str) -> Problem:
     return f"{best} is of preference losses, not of {loss}"
 
 
-@rule("keep_best", "reference")
-def kl_has_a_live_reference(best: str | None, reference: str) -> Problem:
-    is_broken = best == "kl_eval" and reference != "live"
-    return f"{best} is measured with reference=live, not {reference}" if is_broken else None
+@rule("reference", "loss.name")
+def token_kl_has_a_live_reference(reference: str, loss: str) -> Problem:
+    if reference != "cached" or not _needs_token_kl(loss):
+        return None
+    return f"cached keeps log-probs of responses, and loss={loss} compares whole distributions: auto or live"
+
+
+@rule("keep_best", "reference", "loss.name")
+def kl_has_a_live_reference(best: str | None, reference: str, loss: str) -> Problem:
+    if best != "kl_eval" or reference == "live" or (reference == "auto" and _needs_token_kl(loss)):
+        return None
+    return f"{best} is measured with reference=live, not {reference}"
+
+
+def _needs_token_kl(loss: str) -> bool:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    return "token kl" in LOSSES[loss].needs
 
 
 @rule("keep_best", "sample_during_eval")

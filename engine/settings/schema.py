@@ -206,6 +206,14 @@ class Settings(Group):
         """The composed config, read-only: interpolations unresolved, so that secrets stay names."""
         return self._source
 
+    @property
+    def has_live_reference(self) -> bool:
+        """Whether the frozen model stays loaded, for a loss with a reference. What auto means depends on the loss."""
+        from losses import LOSSES  # imports torch, which takes seconds
+
+        is_needed = "token kl" in LOSSES[self.loss.name].needs
+        return self.reference == "live" or (self.reference == "auto" and is_needed)
+
     def with_source(self, source: DictConfig) -> Self:
         """A copy with another source."""
         OmegaConf.set_readonly(source, True)

@@ -4,6 +4,7 @@ The language-model head gives the log-prob of each target token. It is the only 
 predicts nothing, so the layout does not feed it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from torch import Tensor, nn
@@ -12,10 +13,13 @@ from transformers import PreTrainedModel
 
 from engine.models.precision import low_weight
 from engine.step.layout import Microbatch
-from engine.step.logprobs import SpanLoss, VocabularyShard, chunked_head, plain_token_logps, sum_by_response
+from engine.step.logprobs import SpanLoss, VocabularyShard, chunked_head, sum_by_response
+from engine.step.token_needs import NO_NEEDS, ReferenceHead, TokenNeeds, plain_token_columns
 
 
-def run_head(model: PreTrainedModel, batch: Microbatch, span_loss: SpanLoss | None = None) -> tuple[Tensor, Tensor]:
+def run_head(
+    model: PreTrainedModel, batch: Microbatch, span_loss: SpanLoss | None = None, needs: TokenNeeds = NO_NEEDS
+) -> tuple[Tensor, Tensor]:
     """Run model and LM head over batch once.
 
     Sharded models gather their weights for it.
@@ -23,13 +27,28 @@ def run_head(model: PreTrainedModel, batch: Microbatch, span_loss: SpanLoss | No
     Args:
         batch: on the device of the model's LM head.
         span_loss: called on spans, which together cover the batch. None: no loss and no gradient.
+        needs: columns for span_loss.
 
     Returns:
         the loss (0 without a span_loss), a scalar to call backward on, and the detached log-prob of each target,
         [targets]. Both are fp32, or fp64 for a model in fp64.
     """
     run = getattr(model, "run_sharded", partial(run_unsharded_head, model))
-    return run(batch, span_loss)
+    return run(batch, span_loss, needs)
+
+
+def run_reference(model: PreTrainedModel, batch: Microbatch) -> ReferenceHead | Tensor:
+    """The distributions of a reference at the targets of batch, for TokenNeeds.
+
+    Sharded models gather their weights for it. The head of the result is at hand inside of head_at_hand() alone.
+    """
+    run = getattr(model, "run_sharded_reference", partial(run_unsharded_reference, model))
+    return run(batch)
+
+
+def head_at_hand(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Keep the LM head at hand after a forward pass, until the end of a with block."""
+    return getattr(model, "head_at_hand", nullcontext)()
 
 
 def response_logps(model: PreTrainedModel, batch: Microbatch) -> Tensor:
@@ -38,24 +57,44 @@ def response_logps(model: PreTrainedModel, batch: Microbatch) -> Tensor:
 
 
 def run_unsharded_head(
-    model: PreTrainedModel, batch: Microbatch, span_loss: SpanLoss | None = None
+    model: PreTrainedModel, batch: Microbatch, span_loss: SpanLoss | None = None, needs: TokenNeeds = NO_NEEDS
 ) -> tuple[Tensor, Tensor]:
     """run_head() for a model with its weights at hand."""
     if batch.attention_mask is not None:  # padded: logits of the model, and a plain log-softmax
-        head = model.get_output_embeddings()
-        with head.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),)):
-            logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        logps = plain_token_logps(logits.flatten(0, 1)[batch.predict_index], batch.targets)
-        loss = logps.new_zeros(()) if span_loss is None else span_loss(logps, batch.span)
+        logps, columns = plain_token_columns(_padded_logits(model, batch), batch.targets, needs)
+        loss = logps.new_zeros(()) if span_loss is None else span_loss(logps, batch.span, **columns)
         return loss, logps.detach()
+    head = model.get_output_embeddings()
+    hidden = _packed_hidden(model, batch)
+    weight, bias, shard = _head_shard(head)
+    return chunked_head(hidden, weight, bias, batch, span_loss, shard, low_weight(head, hidden.dtype), needs)
+
+
+def run_unsharded_reference(model: PreTrainedModel, batch: Microbatch) -> ReferenceHead | Tensor:
+    """run_reference() for a model with its weights at hand."""
+    if batch.attention_mask is not None:
+        return _padded_logits(model, batch)
+    head = model.get_output_embeddings()
+    hidden = _packed_hidden(model, batch)
+    weight, bias, _ = _head_shard(head)
+    return ReferenceHead(hidden[batch.predict_index], weight, bias, low_weight(head, hidden.dtype))
+
+
+def _padded_logits(model: PreTrainedModel, batch: Microbatch) -> Tensor:
+    """Logits of padded rows at the targets, [targets, vocabulary]."""
+    head = model.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),)):
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return logits.flatten(0, 1)[batch.predict_index]
+
+
+def _packed_hidden(model: PreTrainedModel, batch: Microbatch) -> Tensor:
+    """Hidden states of a packed row, [tokens, hidden size], on the device of the LM head."""
     hidden = model.base_model(
         batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, use_cache=False
     ).last_hidden_state
-    head = model.get_output_embeddings()
-    weight, bias, shard = _head_shard(head)
     # With layers split among GPUs, the last layer may be on another device than head and batch.
-    hidden = hidden[0].to(weight.device)
-    return chunked_head(hidden, weight, bias, batch, span_loss, shard, low_weight(head, hidden.dtype))
+    return hidden[0].to(model.get_output_embeddings().weight.device)
 
 
 def _head_shard(head: nn.Module) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:

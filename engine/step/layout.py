@@ -55,6 +55,11 @@ class Microbatch:
     position_ids: Tensor | None = None  # packed: int64 [1, tokens]
     segments: Segments | None = None  # packed: the division of the row, for attention
     attention_mask: Tensor | None = None  # padded: int64 [rows, tokens], 1 at tokens
+    # For losses with the need "shared length": of each pair, the targets of the first min(|chosen|, |rejected|) tokens
+    # of its chosen response, then of its rejected one.
+    shared_index: Tensor | None = None  # int64 [shared targets]
+    shared_lengths: Tensor | None = None  # int64 [2 * examples], min(|chosen|, |rejected|) twice
+    shared_offsets: Sequence[int] = ()  # where each example's part of shared_index starts, and the end
 
     @property
     def num_examples(self) -> int:
@@ -100,7 +105,9 @@ def _groups(examples: Sequence[Example]) -> list[_Group]:
     return list(groups.values())
 
 
-def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: int = 0) -> Microbatch:
+def lay_out(
+    examples: Sequence[Example], layout: str = "packed", pad_token_id: int = 0, *, with_shared: bool = False
+) -> Microbatch:
     """Lay examples out for one forward pass.
 
     Examples with the same prompt become one group, so their order may change. Losses are sums, so this is harmless.
@@ -108,6 +115,7 @@ def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: i
     Args:
         layout: "packed" or "padded".
         pad_token_id: for padded rows.
+        with_shared: fill the fields named shared_.
     """
     groups = _groups(examples)
     assert groups
@@ -143,6 +151,8 @@ def lay_out(examples: Sequence[Example], layout: str = "packed", pad_token_id: i
         "responses": responses,
         "prompt_indices": sorted({example.prompt_index for example in examples}),
     }
+    if with_shared:
+        shared |= _shared_targets(np.array(pairs), lengths)
     rows = _packed_row(groups) if layout == "packed" else _padded_rows(responses, pad_token_id)
     return Microbatch(**shared, **rows)
 
@@ -153,6 +163,24 @@ def _labels_and_weights(examples: Sequence[Example]) -> dict[str, Tensor | None]
     return {
         "labels": torch.tensor([example.label for example in examples]) if has_labels else None,
         "weights": torch.tensor([example.weight for example in examples]) if has_weights else None,
+    }
+
+
+def _shared_targets(pairs: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+    """The fields named shared_.
+
+    Args:
+        pairs: numbers of the chosen and the rejected response, [examples, 2].
+        lengths: of the responses.
+    """
+    counts = np.repeat(lengths[pairs].min(axis=1), 2)
+    starts = (np.cumsum(lengths) - lengths)[pairs].flatten()  # targets
+    ends = np.cumsum(counts)
+    index = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+    return {
+        "shared_index": torch.from_numpy(index),
+        "shared_lengths": torch.from_numpy(counts),
+        "shared_offsets": [0, *ends[1::2].tolist()],
     }
 
 
@@ -184,6 +212,9 @@ def empty_microbatch(num_responses: int, layout: str = "packed") -> Microbatch:
         position_ids=one_token if layout == "packed" else None,
         segments=Segments([(1, 0)]) if layout == "packed" else None,
         attention_mask=None if layout == "packed" else torch.ones_like(one_token),
+        shared_index=no_tokens,
+        shared_lengths=no_tokens,
+        shared_offsets=[0],
     )
 
 

@@ -3,13 +3,13 @@
 Only positions with a target reach the LM head. Head, log-softmax, loss and gradients are computed for a few groups at
 a time. The objective sees log-probs only, so the log-probs of a group are enough for its gradient. It is computed in
 the forward pass, with the logits still at hand. This takes three matrix products per group, where recomputation takes
-four, and memory for one chunk of logits.
+four, and memory for one chunk of logits. Further columns that a loss needs of each token come from the same logits.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,19 +18,37 @@ from torch import Tensor
 from engine.models.wide_products import add_product, copy_for_products, has_wide_products
 from engine.step.head_kernels import gradient_of_logits, has_triton, normalize
 from engine.step.layout import GroupSpan, Microbatch
+from engine.step.token_needs import NO_NEEDS, ReferenceHead, TokenNeeds, plain_token_columns
 
 # Tokens of a chunk of logits, at least; a small vocabulary has room for more. Every chunk reads the weights and their
 # gradient anew, and with few tokens the matrix products would wait for memory.
 CHUNK_TOKENS, CHUNK_LOGITS = 512, {"cpu": 2**22, "cuda": 2**26, "large cuda": 2**28}
+NUM_COMPARED = 3  # tensors of a chunk beside a reference: log-probs of both models, and their differences
 LARGE_MEMORY = 40 * 10**9  # bytes of a GPU with room for large chunks
 
-# Takes the token log-probs of a span of groups, [targets of the span], and the span. Returns its share of the loss, a
-# scalar.
-SpanLoss = Callable[[Tensor, GroupSpan], Tensor]
+# Takes the token log-probs of a span of groups, [targets of the span], the span, and the columns of TokenNeeds as
+# keywords, [targets of the span] each. Returns its share of the loss, a scalar.
+SpanLoss = Callable[..., Tensor]
 
 # Takes a dtype. Returns the gradient of the sum of log-probs, onehot(target) - softmax(logits), [targets, vocabulary].
 # It may overwrite the logits.
 GradientOfLogits = Callable[[torch.dtype], Tensor]
+
+
+class TokenOutput(NamedTuple):
+    """What a head gives of a slice of targets.
+
+    Args:
+        logps: log-probs of the targets, [targets].
+        columns: of TokenNeeds, [targets] each.
+        gradient: takes a dtype, and gradients of the loss with respect to logps and "kl", [targets, 1] each. Returns
+            gradients of the logits [targets, columns], and a factor of their rows [targets, 1]. It may overwrite the
+            logits.
+    """
+
+    logps: Tensor
+    columns: dict[str, Tensor]
+    gradient: Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,12 +71,6 @@ def chunk_logits(device_type: str, memory: int) -> int:
     return CHUNK_LOGITS["large cuda" if device_type == "cuda" and memory >= LARGE_MEMORY else device_type]
 
 
-def plain_token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probs of targets [targets] under logits [targets, vocabulary], in fp32 or fp64."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-
-
 def sum_by_response(token_logps: Tensor, lengths: Tensor) -> Tensor:
     """Sums of token_logps [targets] over the tokens of each response, [responses]."""
     # Not index_add: on a GPU its order, and so the last bits, change from run to run.
@@ -66,15 +78,20 @@ def sum_by_response(token_logps: Tensor, lengths: Tensor) -> Tensor:
 
 
 def plain_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Microbatch, span_loss: SpanLoss
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: Microbatch,
+    span_loss: SpanLoss,
+    needs: TokenNeeds = NO_NEEDS,
 ) -> tuple[Tensor, Tensor]:
     """The readable twin of chunked_head, for tests."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     logits = hidden[batch.predict_index].to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias
-    logps = plain_token_logps(logits, batch.targets)
-    return span_loss(logps, batch.span), logps.detach()
+    logps, columns = plain_token_columns(logits, batch.targets, needs)
+    return span_loss(logps, batch.span, **columns), logps.detach()
 
 
 def chunked_head(
@@ -85,6 +102,7 @@ def chunked_head(
     span_loss: SpanLoss | None = None,
     shard: VocabularyShard | None = None,
     low_weight: Tensor | None = None,
+    needs: TokenNeeds = NO_NEEDS,
 ) -> tuple[Tensor, Tensor]:
     """Loss and token log-probs of a packed row, from its hidden states.
 
@@ -93,12 +111,13 @@ def chunked_head(
         weight, bias: of the LM head, [vocabulary, hidden size] and [vocabulary] or None.
         shard: the slice of the vocabulary of weight and bias; None for all of it.
         low_weight: copy_for_products() of weight in the dtype of hidden; None to make it here.
+        needs: columns for span_loss. The reference has the same slice of the vocabulary.
 
     Returns:
         the same as run_head().
     """
     with_gradient = span_loss is not None and torch.is_grad_enabled()
-    return _ChunkedHead.apply(hidden, weight, bias, batch, span_loss, with_gradient, shard, low_weight)
+    return _ChunkedHead.apply(hidden, weight, bias, batch, span_loss, with_gradient, shard, low_weight, needs)
 
 
 class _HeadInChunks:
@@ -111,6 +130,7 @@ class _HeadInChunks:
         selected: hidden states at the predicting positions, [targets, hidden size].
         weight, bias, shard, low_weight: as for chunked_head.
         targets: int64 [targets].
+        num_buffers: tensors of the buffer's size that share the memory for one.
     """
 
     def __init__(
@@ -121,18 +141,20 @@ class _HeadInChunks:
         targets: Tensor,
         shard: VocabularyShard | None,
         low_weight: Tensor | None,
+        num_buffers: int = 1,
     ):
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         # For the gradients' products. On a GPU it has more rows than weight, for speed.
         self.low_weight = copy_for_products(weight, selected.dtype) if low_weight is None else low_weight
         self._wide_weight = self.low_weight if has_wide_products(selected.device) else weight.to(self.dtype)
         self._selected, self._bias, self._targets, self._vocabulary = selected, bias, targets, len(weight)
-        limit = chunk_logits(selected.device.type, _memory_limit(selected.device))
+        self._shard = shard
+        limit = chunk_logits(selected.device.type, _memory_limit(selected.device)) // num_buffers
         self.max_targets = max(CHUNK_TOKENS, limit // (shard.largest if shard else len(weight)))
         rows = min(self.max_targets, len(selected))
         self._buffer = selected.new_empty(rows, len(self._wide_weight), dtype=self.dtype)
-        is_for_kernels = has_triton(selected.device) and self.dtype == torch.float32
-        self._normalize = _normalize_on_gpu if is_for_kernels else softmax_
+        self._has_kernels = has_triton(selected.device) and self.dtype == torch.float32 and shard is None
+        self._normalize = _normalize_on_gpu if self._has_kernels else softmax_
         if shard is not None:
             self._normalize = partial(softmax_of_shards_, shard)
 
@@ -141,13 +163,100 @@ class _HeadInChunks:
 
         The gradient is valid until the next call. It has a column for each row of low_weight.
         """
+        return self._normalize(self._logits(targets), self._targets[targets])
+
+    def confidence(self, targets: slice, logps: Tensor) -> Tensor:
+        """log(p(target) / sum of squared probabilities) of the last targets, before their gradient is taken.
+
+        Args:
+            logps: of log_probs().
+        """
+        probs = self._buffer[: targets.stop - targets.start]  # up to a factor of each row
+        if self._has_kernels:  # they leave the logits
+            target_logits = probs.gather(-1, self._targets[targets, None])
+            probs = (probs - (target_logits - logps[:, None])).exp_()
+        sums = torch.stack([torch.linalg.vector_norm(probs, dim=-1).square(), probs.sum(-1)])
+        squares, total = self._sum(sums)
+        return logps - (squares.log() - 2 * total.log())
+
+    def log_softmax(self, targets: slice) -> Tensor:
+        """Log-probs of all tokens, [targets of the slice, rows of low_weight]; valid until the next call."""
+        logits = self._logits(targets)
+        if self._shard is None:
+            return torch.log_softmax(logits, -1, out=logits)
+        largest = logits.amax(-1, keepdim=True)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._shard.group)
+        logits.sub_(largest)
+        return logits.sub_(self._sum(logits.exp().sum(-1, keepdim=True)).log())
+
+    def compare(self, reference: "_HeadInChunks", targets: slice, with_confidence: bool) -> TokenOutput:
+        """Log-probs of a slice of targets, and how far the reference's distributions are.
+
+        The gradient is valid until the next call.
+        """
+        logps, reference_logps = self.log_softmax(targets), reference.log_softmax(targets)
+        local, is_local = self._local_targets(targets)
+
+        def of_targets(values: Tensor) -> Tensor:
+            return self._sum(values.gather(-1, local).where(is_local, 0)).squeeze(-1)
+
+        target_logps = of_targets(logps)
+        columns = {"reference": of_targets(reference_logps)}
+        if with_confidence:
+            columns["confidence"] = target_logps - self._sum((2 * logps).exp_().sum(-1)).log()
+        differences = reference_logps - logps
+        differences[:, self._vocabulary :] = 0  # of two -inf
+        reference_probs = reference_logps.exp_()
+        columns["kl"] = self._sum(differences.mul_(reference_probs).sum(-1))
+
+        def gradient(dtype: torch.dtype, grad_logps: Tensor, grad_kl: Tensor) -> tuple[Tensor, Tensor]:
+            # grad_logps * (onehot - probs) + grad_kl * (probs - reference_probs), with the larger one as a factor: low
+            # dtypes would lose small products.
+            scale = torch.maximum(grad_logps.abs(), grad_kl.abs()).clamp_(min=torch.finfo(grad_kl.dtype).tiny)
+            of_logps, of_kl = grad_logps / scale, grad_kl / scale
+            grad_logits = logps.exp_().mul_(of_kl - of_logps).sub_(reference_probs.mul_(of_kl))
+            return grad_logits.scatter_add_(-1, local, of_logps.where(is_local, 0)).to(dtype), scale
+
+        return TokenOutput(target_logps, columns, gradient)
+
+    def _logits(self, targets: slice) -> Tensor:
+        """Logits of a slice of targets, in the buffer."""
         logits = self._buffer[: targets.stop - targets.start]
         _products(self._selected[targets], self._wide_weight, logits)
         if self._bias is not None:
             logits[:, : self._vocabulary] += self._bias
         if logits.shape[1] > self._vocabulary:
             logits[:, self._vocabulary :] = -torch.inf  # no token: its probability and gradient are 0
-        return self._normalize(logits, self._targets[targets])
+        return logits
+
+    def _local_targets(self, targets: slice) -> tuple[Tensor, Tensor]:
+        """Columns of a slice of targets, and whether this rank has them, [targets, 1] each."""
+        first = self._shard.first if self._shard else 0
+        local = self._targets[targets, None] - first
+        is_local = (local >= 0) & (local < self._vocabulary)
+        return local.where(is_local, 0), is_local
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks with the other slices of the vocabulary, in place."""
+        return values if self._shard is None else self._shard.sum(values)
+
+
+def _head_outputs(
+    head: _HeadInChunks, needs: TokenNeeds, batch: Microbatch, shard: VocabularyShard | None
+) -> Callable[[slice], TokenOutput]:
+    """A function: a slice of targets -> what the head gives of them."""
+    if needs.reference is not None:
+        assert isinstance(needs.reference, ReferenceHead)
+        selected, weight, bias, low_weight = needs.reference
+        reference = _HeadInChunks(selected, weight, bias, batch.targets, shard, low_weight, NUM_COMPARED)
+        return lambda targets: head.compare(reference, targets, needs.confidence)
+
+    def outputs(targets: slice) -> TokenOutput:
+        logps, gradient = head.log_probs(targets)
+        columns = {"confidence": head.confidence(targets, logps)} if needs.confidence else {}
+        return TokenOutput(logps, columns, lambda dtype, grad_logps: (gradient(dtype), grad_logps))
+
+    return outputs
 
 
 class _HeadGradients:
@@ -236,32 +345,37 @@ class _ChunkedHead(torch.autograd.Function):
         with_gradient: bool,
         shard: VocabularyShard | None,
         low_weight: Tensor | None,
+        needs: TokenNeeds,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
         selected = hidden[batch.predict_index]
-        head = _HeadInChunks(selected, weight, bias, batch.targets, shard, low_weight)
+        num_buffers = 1 if needs.reference is None else NUM_COMPARED
+        head = _HeadInChunks(selected, weight, bias, batch.targets, shard, low_weight, num_buffers)
+        outputs_of = _head_outputs(head, needs, batch, shard)
         gradients = _HeadGradients(selected, head.low_weight, head.dtype, (needs_hidden, needs_weight, needs_bias))
         loss = hidden.new_zeros((), dtype=head.dtype)
         logps = hidden.new_empty(len(selected), dtype=head.dtype)
         for span in _chunks(batch.groups, head.max_targets):
             slices = list(_slices(span.targets, head.max_targets))
-            outputs = [head.log_probs(targets) for targets in slices]
-            span_logps = logps[span.targets] = torch.cat([logps_of_slice for logps_of_slice, _ in outputs])
+            outputs = [outputs_of(targets) for targets in slices]
+            span_logps = logps[span.targets] = torch.cat([output.logps for output in outputs])
             if span_loss is None:
                 continue
-            span_logps.requires_grad_()
+            columns = {name: torch.cat([output.columns[name] for output in outputs]) for name in outputs[0].columns}
+            differentiable = [span_logps, columns["kl"]] if "kl" in columns else [span_logps]
+            for column in differentiable:
+                column.requires_grad_()
             with torch.enable_grad():
-                loss_of_span = span_loss(span_logps, span)
+                loss_of_span = span_loss(span_logps, span, **columns)
                 loss += loss_of_span.detach()
             if not gradients.are_needed:
                 continue
-            (grad_logps,) = torch.autograd.grad(loss_of_span, span_logps)
+            grad_columns = torch.autograd.grad(loss_of_span, differentiable)
             for targets in slices:
                 # Several slices: one group too long for the buffer. Its logits are recomputed.
-                _, gradient = outputs[0] if len(slices) == 1 else head.log_probs(targets)
-                grad_logits = gradient(hidden.dtype)
-                scale = grad_logps[targets.start - span.targets.start : targets.stop - span.targets.start, None]
-                gradients.add(targets, grad_logits, scale)
+                output = outputs[0] if len(slices) == 1 else outputs_of(targets)
+                within = slice(targets.start - span.targets.start, targets.stop - span.targets.start)
+                gradients.add(targets, *output.gradient(hidden.dtype, *(each[within, None] for each in grad_columns)))
         ctx.mark_non_differentiable(logps)
         ctx.gradients = gradients.finish(hidden, weight, bias, batch, shard)
         return loss, logps
@@ -272,7 +386,7 @@ class _ChunkedHead(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if grad_loss.is_cuda or grad_loss != 1:  # reading the value on a GPU would wait for the queue
             gradients = tuple(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients)
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 def _products(inputs: Tensor, weight: Tensor, out: Tensor) -> None:

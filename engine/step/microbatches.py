@@ -18,10 +18,15 @@ from engine.step.metrics import MetricAccumulator
 from engine.step.objectives import LossInputs, Objective
 from engine.step.reference import LiveReference, Reference
 from engine.step.reference_cache import CachedReference
+from engine.step.token_needs import TokenNeeds
 
 
 class Prepared(NamedTuple):
-    """A microbatch on the device, with cached reference log-probs [responses]."""
+    """A microbatch on the device, with cached reference log-probs.
+
+    Args:
+        reference_logps: [responses], or [targets] with the need "shared length".
+    """
 
     microbatch: Microbatch
     reference_logps: Tensor | None
@@ -71,19 +76,36 @@ class MicrobatchRunner:
         """Examples as one microbatch on the device. Without examples, an empty one."""
         if not examples:
             return empty_microbatch(2 if self.objective.batch == "pairs" else 1, self._layout).to(self._device)
-        return lay_out(examples, self._layout, self._pad_token_id).to(self._device)
+        with_shared = self.objective.needs_shared_length
+        return lay_out(examples, self._layout, self._pad_token_id, with_shared=with_shared).to(self._device)
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
         """lay_out(), with the log-probs of a cached reference."""
         microbatch = self.lay_out(examples)
-        logps = self.reference.logps(microbatch) if isinstance(self.reference, CachedReference) else None
-        return Prepared(microbatch, logps)
+        return Prepared(microbatch, self._reference_logps(microbatch, CachedReference))
 
     def with_reference(self, prepared: Prepared) -> Prepared:
         """The microbatch with its reference log-probs, if the loss needs them."""
-        if prepared.reference_logps is None and isinstance(self.reference, LiveReference):
-            return prepared._replace(reference_logps=self.reference.logps(prepared.microbatch))
+        if prepared.reference_logps is None:
+            return prepared._replace(reference_logps=self._reference_logps(prepared.microbatch, LiveReference))
         return prepared
+
+    def _reference_logps(self, batch: Microbatch, kind: type[LiveReference] | type[CachedReference]) -> Tensor | None:
+        """Log-probs of a reference of this kind, as the loss needs them; None for another kind."""
+        reference = self.reference
+        if not isinstance(reference, kind) or self.objective.needs_token_kl:  # which come with the KL
+            return None
+        return reference.token_logps(batch) if self.objective.needs_shared_length else reference.logps(batch)
+
+    @contextmanager
+    def _token_needs(self, batch: Microbatch) -> Iterator[TokenNeeds]:
+        """What the loss needs of each token, at hand inside a with block. A live reference runs for it."""
+        objective, reference = self.objective, self.reference
+        if objective.needs_token_kl and isinstance(reference, LiveReference):
+            with reference.distributions(batch) as distributions:
+                yield TokenNeeds(objective.needs_confidence, distributions)
+        else:
+            yield TokenNeeds(objective.needs_confidence)
 
     def first_pass(
         self, batch: Batch, all_reduce_sum: Callable[[Tensor], None], metrics: MetricAccumulator, *, trains: bool
@@ -106,7 +128,7 @@ class MicrobatchRunner:
             if not objective.needs_whole_batch:
                 return first
             batch.microbatches = [self.with_reference(prepared) for prepared in batch.microbatches]
-            inputs = [self._read(prepared) for prepared in batch.microbatches]
+            inputs = [inputs for prepared in batch.microbatches for inputs in self._read(prepared)]
             local = slice(batch.first_example, batch.first_example + sum(len(each.weights) for each in inputs))
             of_batch = gather_inputs(inputs, local, len(batch.examples), all_reduce_sum)
             if trains:
@@ -114,9 +136,18 @@ class MicrobatchRunner:
         first.scalars.extend(first.state.values())
         return run_whole_batch(objective, of_batch, local, first, metrics)
 
-    def _read(self, prepared: Prepared) -> LossInputs:
+    def _read(self, prepared: Prepared) -> list[LossInputs]:
+        """What the loss reads of a microbatch, by span."""
         batch, reference_logps = prepared
-        return self.objective.read(run_head(self.policy, batch)[1], batch, batch.span, reference_logps)
+        inputs: list[LossInputs] = []
+
+        def keep(token_logps: Tensor, span: GroupSpan, **columns: Tensor) -> Tensor:
+            inputs.append(self.objective.read(token_logps.detach(), batch, span, reference_logps, columns))
+            return token_logps.new_zeros(())
+
+        with self._token_needs(batch) as needs:
+            run_head(self.policy, batch, keep, needs)
+        return inputs
 
     def _mean_logratio(self, microbatches: Sequence[Prepared], all_reduce_sum: Callable[[Tensor], None]) -> Tensor:
         """The mean of log(policy / reference) over the responses of all ranks."""
@@ -156,14 +187,15 @@ class MicrobatchRunner:
         """
         batch, reference_logps = self.with_reference(prepared)
 
-        def span_loss(token_logps: Tensor, span: GroupSpan) -> Tensor:
-            inputs = self.objective.read(token_logps, batch, span, reference_logps)
+        def span_loss(token_logps: Tensor, span: GroupSpan, **columns: Tensor) -> Tensor:
+            inputs = self.objective.read(token_logps, batch, span, reference_logps, columns)
             if first.gradients is None:
                 return self.objective.losses(inputs, first.scalars, metrics).sum() / num_examples
             examples = span.examples
             return first.surrogate(inputs, slice(first_example + examples.start, first_example + examples.stop))
 
-        loss, _ = run_head(self.policy, batch, span_loss)
+        with self._token_needs(batch) as needs:
+            loss, _ = run_head(self.policy, batch, span_loss, needs)
         metrics.num_tokens += batch.num_tokens
         return loss
 

@@ -14,6 +14,7 @@ from engine.step.metrics import MetricAccumulator
 from losses import LOSSES, BatchKind, Loss
 from utils import UserError
 
+NO_COLUMNS: Mapping[str, Tensor] = {}
 ROLES = {"sft": ("chosen",), "pairs": ("chosen", "rejected"), "unpaired": ("response",)}
 
 
@@ -49,6 +50,9 @@ class Objective(Protocol):
         needs_reference: needs log-probs of a frozen reference model.
         needs_kl: needs log-probs of mismatched responses.
         needs_whole_batch: losses() gets the inputs of all examples of a batch at once.
+        needs_token_kl: read() gets the columns "kl" and "reference" of a live reference.
+        needs_confidence: read() gets the column "confidence".
+        needs_shared_length: read() gets reference_logps by token, and batches have their fields named shared_.
         state: scalars in fp64 that move with every update.
     """
 
@@ -56,16 +60,26 @@ class Objective(Protocol):
     needs_reference: bool
     needs_kl: bool
     needs_whole_batch: bool
+    needs_token_kl: bool
+    needs_confidence: bool
+    needs_shared_length: bool
     state: dict[str, Tensor]
 
     def read(
-        self, token_logps: Tensor, batch: Microbatch, span: GroupSpan, reference_logps: Tensor | None
+        self,
+        token_logps: Tensor,
+        batch: Microbatch,
+        span: GroupSpan,
+        reference_logps: Tensor | None,
+        columns: Mapping[str, Tensor] = NO_COLUMNS,
     ) -> LossInputs:
         """What the loss reads of a span's examples.
 
         Args:
             token_logps: of the targets of the span, [targets of the span].
-            reference_logps: of all responses of the batch, [responses]; None without a reference.
+            reference_logps: of all responses of the batch, [responses], or of all targets, [targets], with the need
+                "shared length"; None without a reference, or with the need "token kl".
+            columns: of the targets of the span, by TokenNeeds, [targets of the span] each.
         """
         ...
 
@@ -98,13 +112,20 @@ class SequenceObjective:
         self.batch = loss.batch
         self.needs_reference = "reference" in loss.needs and not settings.keywords.get("reference_free", False)
         self.needs_kl, self.needs_whole_batch = "kl" in loss.needs, "whole batch" in loss.needs
+        self.needs_token_kl, self.needs_confidence = "token kl" in loss.needs, "confidence" in loss.needs
+        self.needs_shared_length = "shared length" in loss.needs
         initial = loss.state.initial if loss.state else {}
         self.state = {name: torch.tensor(value, dtype=torch.float64) for name, value in initial.items()}
         self._loss, self._settings = loss, settings
         self._averages = loss.log_probs == "means" or settings.average_log_prob
 
     def read(
-        self, token_logps: Tensor, batch: Microbatch, span: GroupSpan, reference_logps: Tensor | None
+        self,
+        token_logps: Tensor,
+        batch: Microbatch,
+        span: GroupSpan,
+        reference_logps: Tensor | None,
+        columns: Mapping[str, Tensor] = NO_COLUMNS,
     ) -> LossInputs:
         lengths = batch.response_lengths[span.responses]
         scale = lengths if self._averages else 1
@@ -114,11 +135,29 @@ class SequenceObjective:
             roles = (batch.chosen, batch.rejected)
             return [values[role[span.examples] - span.responses.start] for role in roles if role is not None]
 
+        reference_tokens = columns.get("reference")
+        if self.needs_shared_length and reference_logps is not None:
+            reference_tokens = reference_logps[span.targets].to(sums.dtype)
         arguments = policy = by_role(sums / scale)
-        if reference_logps is not None:
+        if reference_tokens is not None:
+            arguments = policy + by_role(sum_by_response(reference_tokens, lengths) / scale)
+        elif reference_logps is not None:
             arguments = policy + by_role(reference_logps[span.responses].to(sums.dtype) / scale)
-        elif "reference" in self._loss.needs:  # reference_free
+        elif "reference" in self._loss.needs:  # reference_free, or a measurement before there is a reference
             arguments = policy + [torch.zeros_like(value) for value in policy]
+        if self.needs_token_kl:
+            token_kls = columns["kl"] if "kl" in columns else torch.zeros_like(token_logps)
+            arguments = arguments + by_role(sum_by_response(token_kls, lengths))
+        if self.needs_confidence:
+            arguments = arguments + by_role(sum_by_response(columns["confidence"], lengths) / lengths)
+        if self.needs_shared_length:
+            if reference_tokens is None:
+                reference_tokens = torch.zeros_like(token_logps)
+            arguments = [
+                *arguments,
+                *_sum_shared(token_logps, batch, span),
+                *_sum_shared(reference_tokens, batch, span),
+            ]
         if self.batch == "unpaired":
             assert batch.labels is not None
             arguments = [*arguments, batch.labels[span.examples]]
@@ -172,6 +211,19 @@ class SequenceObjective:
             metrics.add_where(labels, **{"rewards/desirable": rest[0]})
             metrics.add_where(~labels, **{"rewards/undesirable": rest[0]})
         return losses
+
+
+def _sum_shared(token_values: Tensor, batch: Microbatch, span: GroupSpan) -> tuple[Tensor, Tensor]:
+    """Sums over the first min(|chosen|, |rejected|) tokens of chosen and rejected responses, [examples] each.
+
+    Args:
+        token_values: [targets of the span].
+    """
+    assert batch.shared_index is not None and batch.shared_lengths is not None
+    first, last = span.examples.start, span.examples.stop
+    index = batch.shared_index[batch.shared_offsets[first] : batch.shared_offsets[last]] - span.targets.start
+    sums = sum_by_response(token_values[index], batch.shared_lengths[2 * first : 2 * last])
+    return sums[0::2], sums[1::2]
 
 
 def make_objective(settings: LossSettings) -> Objective:

@@ -1,8 +1,8 @@
 """Log-probs under the frozen reference model, live or cached."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 from engine.data.examples import Example
 from engine.models.adapters import as_reference
 from engine.models.precision import run_in_dtype
-from engine.step.heads import response_logps
+from engine.step.heads import head_at_hand, run_head, run_reference
 from engine.step.layout import Microbatch
+from engine.step.logprobs import sum_by_response
 from engine.step.metrics import HostCopy
 from engine.step.reference_cache import CachedReference
+from engine.step.token_needs import ReferenceHead
 from utils import content_hash, prefetch, progress
 
 KERNELS = 2  # the version of our own kernels: count up when they change log-probs
@@ -29,11 +31,27 @@ class LiveReference:
         self.model = model
         self.compute_dtype = compute_dtype
 
-    @torch.no_grad()
     def logps(self, batch: Microbatch) -> Tensor:
         """Sums of the log-probs of each response, [responses]."""
-        with self.in_mixed_precision():
-            return response_logps(self.model, batch)
+        return sum_by_response(self.token_logps(batch), batch.response_lengths)
+
+    @torch.no_grad()
+    def token_logps(self, batch: Microbatch) -> Tensor:
+        """Log-probs of the targets, [targets]."""
+        with self.in_mixed_precision(), self.as_reference():
+            return run_head(self.model, batch)[1]
+
+    @contextmanager
+    def distributions(self, batch: Microbatch) -> Iterator[ReferenceHead | Tensor]:
+        """The distributions at the targets, for TokenNeeds, at hand inside a with block."""
+        with head_at_hand(self.model):
+            with torch.no_grad(), self.in_mixed_precision(), self.as_reference():
+                found = run_reference(self.model, batch)
+            yield found
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Turn the model into the reference in a with block."""
+        return nullcontext()
 
     def in_mixed_precision(self) -> AbstractContextManager[None]:
         """Run the model in compute_dtype in a with block.
@@ -46,9 +64,8 @@ class LiveReference:
 class AdapterReference(LiveReference):
     """The policy before training: its adapters off, or the frozen copy."""
 
-    def logps(self, batch: Microbatch) -> Tensor:
-        with as_reference(self.model):
-            return super().logps(batch)
+    def as_reference(self) -> AbstractContextManager[None]:
+        return as_reference(self.model)
 
 
 Reference = LiveReference | CachedReference
@@ -98,15 +115,22 @@ def fill_cache(
     if not rounds:
         print(f"reference: all log-probs are in {cached.path}")
         return
+
+    def run(batch: Microbatch) -> list[Tensor]:
+        if not cached.by_token:
+            return [live.logps(batch)]
+        token_logps = live.token_logps(batch)
+        return [sum_by_response(token_logps, batch.response_lengths), token_logps]
+
     started = time.monotonic()
     with live.in_mixed_precision(), cached.committing_every(COMMIT_SECONDS):
-        running: tuple[Microbatch, HostCopy] | None = None
+        running: tuple[Microbatch, list[HostCopy]] | None = None
         laid_out = prefetch(lay_out(microbatches[data_rank]) for microbatches in rounds)
         for batch in progress(laid_out, description="reference log-probs", total=len(rounds), unit="microbatches"):
-            previous, running = running, (batch, HostCopy(live.logps(batch)))
+            previous, running = running, (batch, [HostCopy(values) for values in run(batch)])
             if previous is not None:  # added while a GPU runs this one
-                cached.add(previous[0], previous[1].read())
+                cached.add(previous[0], *(copy.read() for copy in previous[1]))
         assert running is not None
-        cached.add(running[0], running[1].read())
+        cached.add(running[0], *(copy.read() for copy in running[1]))
     seconds = time.monotonic() - started
     print(f"reference: {len(cached) - num_before:,} log-probs computed in {seconds:.1f} s, kept in {cached.path}")

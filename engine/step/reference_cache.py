@@ -14,7 +14,10 @@ from torch import Tensor
 
 from engine.models.shards import rank_and_size
 from engine.step.layout import Microbatch
+from engine.step.logprobs import sum_by_response
 from utils import UserError, content_hash, to_device
+
+Row = tuple[bytes, float | bytes, int, str]  # digest, log-prob or those of tokens, number of tokens, checksum
 
 
 class CachedReference:
@@ -23,17 +26,25 @@ class CachedReference:
     - Keys are tokens, so they cover tokenizer, template and truncation. One cache serves any beta, loss or batch.
     - Rows written before a run was killed stay valid.
     - Rows damaged on disk are detected and computed again.
+    - Sums over tokens serve most losses. With by_token, a second table has the log-prob of each token.
 
     Args:
         path: of the file, named by the hash of the reference's weights.
+        by_token: hold the log-probs of tokens, not their sums.
         gather_from_ranks: takes a value of this rank, returns those of all ranks in order. Rank 0 has the file, all
             ranks have its contents.
     """
 
-    def __init__(self, path: Path, gather_from_ranks: Callable[[Any], list[Any]] = lambda value: [value]):
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        gather_from_ranks: Callable[[Any], list[Any]] = lambda value: [value],
+        *,
+        by_token: bool = False,
+    ):
+        self.path, self.by_token = path, by_token
         self._gather_from_ranks = gather_from_ranks
-        self._unwritten: list[tuple[bytes, float, int, str]] = []
+        self._unwritten: list[Row] = []
         self._commit_interval, self._committed_at = 0.0, 0.0  # seconds
         self._connection: sqlite3.Connection | None = None
         if rank_and_size()[0] == 0:
@@ -52,7 +63,7 @@ class CachedReference:
             self._logps = {}
         self._logps = gather_from_ranks(self._logps)[0]
 
-    def _open_and_read(self) -> tuple[sqlite3.Connection, dict[bytes, float]]:
+    def _open_and_read(self) -> tuple[sqlite3.Connection, dict[bytes, float | bytes]]:
         connection = self._open()
         try:
             return connection, self._read(connection)
@@ -68,27 +79,29 @@ class CachedReference:
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self.path, timeout=60)
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS logps"
-            " (response BLOB PRIMARY KEY, logp REAL NOT NULL, num_tokens INTEGER NOT NULL, checksum TEXT NOT NULL)"
-            " WITHOUT ROWID"
-        )
+        for table, kind in (("logps", "REAL"), ("token_logps", "BLOB")):
+            connection.execute(
+                f"CREATE TABLE IF NOT EXISTS {table}"
+                f" (response BLOB PRIMARY KEY, logp {kind} NOT NULL, num_tokens INTEGER NOT NULL,"
+                " checksum TEXT NOT NULL) WITHOUT ROWID"
+            )
         return connection
 
-    def _read(self, connection: sqlite3.Connection) -> dict[bytes, float]:
+    def _read(self, connection: sqlite3.Connection) -> dict[bytes, float | bytes]:
         """Read intact log-probs, and delete damaged ones.
 
         SQLite itself does not notice changed bytes.
         """
         logps, damaged = {}, []
-        for response, logp, checksum in connection.execute("SELECT response, logp, checksum FROM logps"):
+        table = "token_logps" if self.by_token else "logps"
+        for response, logp, checksum in connection.execute(f"SELECT response, logp, checksum FROM {table}"):
             if checksum == _checksum(response, logp):
                 logps[response] = logp
             else:
                 damaged.append((response,))
         if damaged:
             print(f"reference: {len(damaged):,} log-probs in {self.path} are damaged; they are computed again")
-            connection.executemany("DELETE FROM logps WHERE response = ?", damaged)
+            connection.executemany(f"DELETE FROM {table} WHERE response = ?", damaged)
             connection.commit()
         return logps
 
@@ -106,21 +119,29 @@ class CachedReference:
         """Digests of the (prompt, response) token pairs without a log-prob in the cache."""
         return {_digest(prompt, response) for prompt, response in responses} - self._logps.keys()
 
-    def add(self, batch: Microbatch, logps: Tensor) -> None:
+    def add(self, batch: Microbatch, logps: Tensor, token_logps: Tensor | None = None) -> None:
         """Store the log-probs of this and the other ranks' batches.
 
         Existing rows stay. On disk they are at once, or as committing_every() says.
 
         Args:
             logps: [responses].
+            token_logps: [targets], with by_token.
         """
+        values: list[float | bytes] = [*logps.tolist()]
+        if self.by_token:  # the sums are written too: they cost nothing here
+            assert token_logps is not None
+            lengths = [len(response) for _, response in batch.responses]
+            values += [part.numpy().tobytes() for part in token_logps.cpu().split(lengths)]
+        digests = [(_digest(prompt, response), len(response)) for prompt, response in batch.responses]
         rank_rows = [
-            (digest := _digest(prompt, response), logp, len(response), _checksum(digest, logp))
-            for (prompt, response), logp in zip(batch.responses, logps.tolist(), strict=True)
+            (digest, value, length, _checksum(digest, value))
+            for (digest, length), value in zip(digests * (1 + self.by_token), values, strict=True)
         ]
         rows = [row for rows_of_rank in self._gather_from_ranks(rank_rows) for row in rows_of_rank]
-        for digest, logp, *_ in rows:
-            self._logps.setdefault(digest, logp)
+        for digest, value, *_ in rows:
+            if isinstance(value, bytes) == self.by_token:
+                self._logps.setdefault(digest, value)
         self._unwritten += rows
         if time.monotonic() >= self._committed_at + self._commit_interval:
             self._commit()
@@ -140,15 +161,29 @@ class CachedReference:
         rows, self._unwritten, self._committed_at = self._unwritten, [], time.monotonic()
         if self._connection is not None and rows:
             try:
-                self._connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?, ?)", rows)
+                for table, kind in (("logps", float), ("token_logps", bytes)):
+                    of_kind = [row for row in rows if isinstance(row[1], kind)]
+                    self._connection.executemany(f"INSERT OR IGNORE INTO {table} VALUES (?, ?, ?, ?)", of_kind)
                 self._connection.commit()
             except sqlite3.Error as error:
                 raise self._unusable(error) from error
 
     def logps(self, batch: Microbatch) -> Tensor:
         """Log-probs of the responses of batch, summed over their tokens, [responses]."""
+        if self.by_token:
+            return sum_by_response(self.token_logps(batch), batch.response_lengths)
         values = [self._logps[_digest(prompt, response)] for prompt, response in batch.responses]
         return to_device(torch.tensor(values, dtype=torch.float64), batch.input_ids.device)
+
+    def token_logps(self, batch: Microbatch) -> Tensor:
+        """Log-probs of the targets of batch, with by_token, [targets], in the dtype they were added in."""
+        arrays = []
+        for prompt, response in batch.responses:
+            value = self._logps[_digest(prompt, response)]
+            assert isinstance(value, bytes)
+            arrays.append(np.frombuffer(value, dtype=f"f{len(value) // len(response)}"))
+        values = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.float32)
+        return to_device(torch.from_numpy(values), batch.input_ids.device)
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
