@@ -227,6 +227,26 @@ def test_columns_by_hand() -> None:
     assert_values(seen["confidence"], math.log(1 / 4) - math.log(1 / 4 + 1 / 16 + 1 / 16))
 
 
+def test_the_kl_of_close_models_is_accurate_in_fp32() -> None:
+    """Its first-order terms cancel. The rounding errors of two normalizers would outweigh the rest."""
+    batch, generator = lay_out(pair_examples()), torch.Generator().manual_seed(0)
+    hidden = torch.randn(batch.input_ids.numel(), 16, generator=generator, dtype=torch.float64)
+    weight, change = torch.randn(2, 20_000, 16, generator=generator, dtype=torch.float64).unbind()
+    found: dict[torch.dtype, Tensor] = {}
+
+    def span_loss(token_logps: Tensor, span: object, **columns: Tensor) -> Tensor:
+        found[token_logps.dtype] = columns["kl"].detach().double()
+        return token_logps.new_zeros(())
+
+    for dtype in (torch.float32, torch.float64):
+        close = (weight + 3e-4 * change).to(dtype)
+        needs = TokenNeeds(reference=ReferenceHead(hidden[batch.predict_index].to(dtype), close, None))
+        with torch.no_grad():
+            chunked_head(hidden.to(dtype), weight.to(dtype), None, batch, span_loss, needs=needs)
+    errors = (found[torch.float32] - found[torch.float64]).abs()
+    assert errors.mean() < 3e-8 and 3e-7 < found[torch.float64].mean() < 1e-6
+
+
 def test_rows_of_a_gpu_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the heads have rows of zeros, whose logits are -inf."""
     batch = lay_out(pair_examples())
@@ -413,6 +433,14 @@ def test_auto_is_a_live_reference(program: Program) -> None:
     assert not (cache / "reference").exists()
     assert [row["loss/train"] for row in auto.steps] == [row["loss/train"] for row in live.steps]
     assert make_settings("loss=tdpo2").has_live_reference and not make_settings("loss=wpo").has_live_reference
+
+
+def test_the_package_compares_too(program: Program) -> None:
+    common = ("loss=tdpo2", "model.policy_dtype=float64", "n_examples=8")
+    package = ("trainer=TensorParallelTrainer", "tensor_parallel.backend=package", "tensor_parallel_size=2")
+    for row, other in zip(program.ok(*common, *package).steps, program.ok(*common).steps, strict=True):
+        for key in ("loss/train", "grad_norm", "token_kl_train/rejected"):
+            assert row[key] == pytest.approx(other[key], rel=1e-5)
 
 
 def test_the_kl_of_samples_may_choose_the_best_checkpoint(program: Program) -> None:

@@ -15,6 +15,7 @@ import engine.step.logprobs
 from engine.placement.rendezvous import choose_interface
 from engine.step.layout import GroupSpan, Microbatch, empty_microbatch, lay_out
 from engine.step.logprobs import VocabularyShard, chunked_head, sum_by_response
+from engine.step.token_needs import ReferenceHead, TokenNeeds
 from tests.models import VOCABULARY, pair_examples
 
 SHARDS = [2, 3]  # of 31 and 30 tokens, and of 21, 21 and 19
@@ -24,14 +25,25 @@ SHARDS = [2, 3]  # of 31 and 30 tokens, and of 21, 21 and 19
 # - 2: all groups need several slices.
 CHUNKS = [10**6, 12, 2]
 CASES = [(bias, chunk) for bias in (False, True) for chunk in CHUNKS]
+NEEDS = [(True, False), (False, True), (True, True)]  # of the confidence, of a reference
 HIDDEN = 16
 Results = dict[str, Tensor]
 
 
 def head_results(
-    batch: Microbatch, bias: bool, rows: slice = slice(None), shard: VocabularyShard | None = None
+    batch: Microbatch,
+    bias: bool,
+    rows: slice = slice(None),
+    shard: VocabularyShard | None = None,
+    confidence: bool = False,
+    compares: bool = False,
 ) -> Results:
-    """Loss, log-probs and gradients of a head, or of some rows of it."""
+    """Loss, log-probs and gradients of a head, or of some rows of it.
+
+    Args:
+        confidence: the loss reads the column "confidence".
+        compares: the loss reads the columns "kl" and "reference" of another head.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = {"hidden": (batch.input_ids.numel(), HIDDEN), "weight": (VOCABULARY, HIDDEN), "bias": (VOCABULARY,)}
     full = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
@@ -39,20 +51,29 @@ def head_results(
         del full["bias"]
     leaves = {name: (x if name == "hidden" else x[rows]).clone().requires_grad_() for name, x in full.items()}
 
-    def span_loss(token_logps: Tensor, span: GroupSpan) -> Tensor:
+    reference = torch.randn(VOCABULARY + batch.input_ids.numel(), HIDDEN, generator=generator, dtype=torch.float64)
+    selected = reference[VOCABULARY:][batch.predict_index]
+    needs = TokenNeeds(confidence, ReferenceHead(selected, reference[:VOCABULARY][rows], None) if compares else None)
+
+    def span_loss(token_logps: Tensor, span: GroupSpan, **columns: Tensor) -> Tensor:
         assert batch.rejected is not None
         logps = sum_by_response(token_logps, batch.response_lengths[span.responses])
         chosen, rejected = (
             logps[role[span.examples] - span.responses.start] for role in (batch.chosen, batch.rejected)
         )
-        return -F.logsigmoid(0.1 * (chosen - rejected)).sum() / 5
+        return -F.logsigmoid(0.1 * (chosen - rejected)).sum() / 5 + sum(map(summed, columns.values()))
 
     arguments = (leaves["hidden"], leaves["weight"], leaves.get("bias"), batch)
-    loss, logps = chunked_head(*arguments, span_loss, shard)
+    loss, logps = chunked_head(*arguments, span_loss, shard, needs=needs)
     gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     with torch.no_grad():
         _, logps_alone = chunked_head(*arguments, shard=shard)
     return {"loss": loss.detach(), "logps": logps, "logps_alone": logps_alone, **gradients}
+
+
+def summed(column: Tensor) -> Tensor:
+    """Different weights for the tokens of a column, and a scalar."""
+    return (column * column.detach().sin()).sum()
 
 
 def run_rank(rank: int, directory: Path) -> None:
@@ -79,6 +100,9 @@ def run_rank(rank: int, directory: Path) -> None:
             for module in (engine.models.wide_products, engine.step.logprobs):
                 patch.setattr(module, "has_wide_products", lambda device: True)
             results[num_shards, "rows of a GPU"] = head_results(lay_out(pair_examples()), True, rows, shard)
+        for needs in NEEDS:
+            engine.step.logprobs.CHUNK_LOGITS = {"cpu": 36 * largest}  # of 12 targets, with three buffers
+            results[num_shards, needs] = head_results(lay_out(pair_examples()), True, rows, shard, *needs)
         results[num_shards, "nothing"] = head_results(empty_microbatch(2), True, rows, shard)
     torch.save(results, directory / f"{rank}.pt")
     dist.destroy_process_group()
@@ -108,6 +132,20 @@ def test_a_split_vocabulary_equals_the_full_one(by_rank, num_shards: int, bias: 
             assert_same(result[name], truth[name])
     for name in ("weight", "bias") if bias else ("weight",):
         assert [len(result[name]) for result in results] == ([31, 30] if num_shards == 2 else [21, 21, 19])
+        assert_same(torch.cat([result[name] for result in results]), truth[name])
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+@pytest.mark.parametrize("num_shards", SHARDS)
+def test_columns_of_a_split_vocabulary_equal_those_of_the_full_one(
+    by_rank, num_shards: int, needs: tuple[bool, bool]
+) -> None:
+    results = [results[num_shards, needs] for results in by_rank[:num_shards]]
+    truth = head_results(lay_out(pair_examples()), True, slice(None), None, *needs)
+    for name in ("loss", "logps", "hidden"):
+        for result in results:
+            assert_same(result[name], truth[name])
+    for name in ("weight", "bias"):
         assert_same(torch.cat([result[name] for result in results]), truth[name])
 
 

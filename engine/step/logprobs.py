@@ -202,19 +202,22 @@ class _HeadInChunks:
 
         target_logps = of_targets(logps)
         columns = {"reference": of_targets(reference_logps)}
-        if with_confidence:
-            columns["confidence"] = target_logps - self._sum((2 * logps).exp_().sum(-1)).log()
         differences = reference_logps - logps
         differences[:, self._vocabulary :] = 0  # of two -inf
-        reference_probs = reference_logps.exp_()
-        columns["kl"] = self._sum(differences.mul_(reference_probs).sum(-1))
+        probs, reference_probs = logps.exp_(), reference_logps.exp_()
+        # The sum of probs - reference_probs is 0. It cancels the rounding errors of the two normalizers.
+        terms = differences.mul_(reference_probs).add_(probs).sub_(reference_probs)
+        columns["kl"] = self._sum(terms.sum(-1))
+        if with_confidence:
+            squares = torch.linalg.vector_norm(probs, dim=-1).square()
+            columns["confidence"] = target_logps - self._sum(squares).log()
 
         def gradient(dtype: torch.dtype, grad_logps: Tensor, grad_kl: Tensor) -> tuple[Tensor, Tensor]:
             # grad_logps * (onehot - probs) + grad_kl * (probs - reference_probs), with the larger one as a factor: low
             # dtypes would lose small products.
             scale = torch.maximum(grad_logps.abs(), grad_kl.abs()).clamp_(min=torch.finfo(grad_kl.dtype).tiny)
             of_logps, of_kl = grad_logps / scale, grad_kl / scale
-            grad_logits = logps.exp_().mul_(of_kl - of_logps).sub_(reference_probs.mul_(of_kl))
+            grad_logits = probs.mul_(of_kl - of_logps).sub_(reference_probs.mul_(of_kl))
             return grad_logits.scatter_add_(-1, local, of_logps.where(is_local, 0)).to(dtype), scale
 
         return TokenOutput(target_logps, columns, gradient)
