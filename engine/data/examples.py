@@ -105,7 +105,7 @@ def tokenize(
             counts.dropped[reason] += 1
             continue
         prompt_index = prompt_indices.setdefault(draft.prompt_number, len(prompt_indices))
-        examples.append(Example(prompt, responses, prompt_index))
+        examples.append(Example(prompt, responses, prompt_index, weight=draft.weight))
         num_truncated += len(prompt) + sum(map(len, responses)) < num_tokens
     split_counts = {
         "rows": counts.rows,
@@ -133,6 +133,7 @@ class ExampleDraft(NamedTuple):
     truncation_mode: TruncationMode
     prompt: int
     responses: tuple[int, ...]
+    weight: float
 
 
 @dataclass
@@ -144,10 +145,18 @@ class Drafts:
     num_duplicates: int = 0
     num_contradictions: int = 0
 
-    def add(self, prompt_number: int, mode: TruncationMode, from_template: bool, prompt: str, responses: Group) -> None:
+    def add(
+        self,
+        prompt_number: int,
+        mode: TruncationMode,
+        from_template: bool,
+        prompt: str,
+        responses: Group,
+        weight: float,
+    ) -> None:
         texts = (Text(from_template, text) for text in (prompt, *responses))
         prompt_index, *response_indices = (self.texts.setdefault(text, len(self.texts)) for text in texts)
-        self.examples.append(ExampleDraft(prompt_number, mode, prompt_index, tuple(response_indices)))
+        self.examples.append(ExampleDraft(prompt_number, mode, prompt_index, tuple(response_indices), weight))
 
     def count_repeats(self, pairs: list[Group]) -> None:
         distinct = set(pairs)
@@ -172,16 +181,18 @@ def _draft(
                 drafts.count_repeats(groups)
                 if not groups:
                     counts.dropped["prompt without a pair"] += 1
-            for responses in _drop_useless(groups, batch, counts):
-                drafts.add(prompt_number, mode, preference.get("from_template", False), prompt, responses)
+            weights = _weights(preference, batch, len(groups))
+            for index, responses in _drop_useless(groups, batch, counts):
+                from_template = preference.get("from_template", False)
+                drafts.add(prompt_number, mode, from_template, prompt, responses, weights[index])
             prompt_number += 1
     return drafts
 
 
-def _drop_useless(groups: list[Group], batch: "BatchKind", counts: RowCounts) -> Iterator[Group]:
-    """The groups of a prompt, without those useless for training."""
+def _drop_useless(groups: list[Group], batch: "BatchKind", counts: RowCounts) -> Iterator[tuple[int, Group]]:
+    """The groups of a prompt with their indices, without those useless for training."""
     learned: set[Group] = set()
-    for responses in groups:
+    for index, responses in enumerate(groups):
         if not all(text.strip() for text in responses):
             counts.dropped["empty response"] += 1
         elif batch == "pairs" and responses[0] == responses[1]:
@@ -190,7 +201,7 @@ def _drop_useless(groups: list[Group], batch: "BatchKind", counts: RowCounts) ->
             counts.dropped["duplicate response"] += 1
         else:
             learned.add(responses)
-            yield responses
+            yield index, responses
 
 
 def _targets(preference: Preference) -> list[Group]:
@@ -203,6 +214,18 @@ def _targets(preference: Preference) -> list[Group]:
 def _pairs(preference: Preference) -> list[Group]:
     responses = preference["responses"]
     return [(responses[chosen], responses[rejected]) for chosen, rejected in preference["pairs"]]
+
+
+def _weights(preference: Preference, batch: "BatchKind", num_groups: int) -> list[float]:
+    """The weights of _targets() or _pairs(): those of their rows."""
+    if "weights" not in preference:
+        return [1.0] * num_groups
+    weights = preference["weights"]
+    if batch == "pairs":
+        return [weights[chosen] for chosen, _ in preference["pairs"]]
+    # Of rows with an equal response the first counts, as later ones are dropped.
+    by_text = dict(reversed([*zip(preference["responses"], weights, strict=True)]))
+    return [by_text[text] for (text,) in _targets(preference)]
 
 
 # ---- After encoding ----

@@ -19,6 +19,8 @@ from utils import UserError, content_hash, progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ZERO_WEIGHT = "weight of 0"  # reason for dropping a row
+
 
 def load_file(
     path: Path,
@@ -61,6 +63,8 @@ def load_file(
         data.add(row)
     if data.num_plain_text and split == "train" and (chat_template or tokenizer.chat_template):
         print(_plain_text_notice(path, data, chat_template), flush=True)
+    if split == "train" and (data.num_with_weight or ZERO_WEIGHT in file_counts.dropped):
+        print(_weight_notice(path, data, file_counts.dropped[ZERO_WEIGHT]), flush=True)
     if not has_test_file:
         data.keep_split(split, test_fraction)
     if has_test_file or split == "train":
@@ -85,6 +89,13 @@ def _plain_text_notice(path: Path, data: "FilePreferences", chat_template: str |
     verb, owner = ("are", "their") if is_mixed else ("holds", "its")
     plain = f"{place} {verb} plain text: {owner} prompts go in as they are"
     return f"note: {plain}, without the chat template of the model {advice}"
+
+
+def _weight_notice(path: Path, data: "FilePreferences", num_zero: int) -> str:
+    """A line about the column `weight`, as it may mean something else to the user."""
+    num_rows = data.num_rows.total() + num_zero
+    line = f"note: the column weight of {path} scales the loss: {data.num_scaled + num_zero:,} of {num_rows:,} rows"
+    return f"{line} have a weight other than 1" + (f", {num_zero:,} of them 0 (dropped)" if num_zero else "")
 
 
 def parse_rows(
@@ -115,7 +126,10 @@ def _parse(row: Row, form: str, chat: Chat, *, is_inferred: bool) -> ParsedRow |
         parsed = FORMS[form](row, chat)
         if isinstance(parsed, ParsedRow) and parsed.is_plain_text and read_tools(row):
             raise row.error("tools", "is for messages, and the row is plain text")
-        return parsed
+        weight = row.weight()
+        if weight == 0:
+            return ZERO_WEIGHT
+        return parsed._replace(weight=weight) if isinstance(parsed, ParsedRow) else parsed
     except BadRow as error:
         if not is_inferred:
             raise
@@ -127,22 +141,30 @@ def _parse(row: Row, form: str, chat: Chat, *, is_inferred: bool) -> ParsedRow |
 class FilePreferences:
     """Preferences of a file, with everything needed to hold out prompts.
 
-    Rows of one hash stay in one split. num_plain_text: rows of text instead of messages.
+    Rows of one hash stay in one split.
+
+    Args:
+        num_plain_text: rows of text instead of messages.
+        num_with_weight: rows with a column weight.
+        num_scaled: rows with a weight other than 1.
     """
 
     preferences: Preferences = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)  # by prompt
     num_rows: Counter[str] = field(default_factory=Counter)  # by prompt
     num_plain_text: int = 0
+    num_with_weight: int = 0
+    num_scaled: int = 0
 
     def add(self, row: ParsedRow) -> None:
         turns = (*row.earlier_turns, row)
+        weight = 1.0 if row.weight is None else row.weight
         # Dialogues with a common beginning share prompts, so they share a hash.
         known = [self.hashes[turn.prompt] for turn in turns if turn.prompt in self.hashes]
         row_hash = known[0] if known else content_hash([row.key])
         for turn in turns:
             target = turn.responses[turn.best]
-            preference = add_preference(self.preferences, turn.prompt, turn.responses, turn.pairs, target)
+            preference = add_preference(self.preferences, turn.prompt, turn.responses, turn.pairs, target, weight)
             if turn.from_template:
                 preference["from_template"] = True
             if turn.is_demonstration:
@@ -150,6 +172,8 @@ class FilePreferences:
             self.hashes.setdefault(turn.prompt, row_hash)
         self.num_rows[row.prompt] += 1
         self.num_plain_text += row.is_plain_text
+        self.num_with_weight += row.weight is not None
+        self.num_scaled += weight != 1
 
     def keep_split(self, split: SplitName, test_fraction: float) -> None:
         """Keep the prompts of one split; the lowest hashes are the test split."""

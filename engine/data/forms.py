@@ -27,6 +27,7 @@ class ParsedRow(NamedTuple):
         from_template: whether a chat template wrote the texts.
         is_demonstration: one response without a preference.
         earlier_turns: of a dialogue with several demonstrations, those before the last.
+        weight: of the loss; None in a row without this column.
     """
 
     key: Any
@@ -37,6 +38,7 @@ class ParsedRow(NamedTuple):
     from_template: bool = False
     is_demonstration: bool = False
     earlier_turns: tuple["ParsedRow", ...] = ()
+    weight: float | None = None
 
     @property
     def is_plain_text(self) -> bool:

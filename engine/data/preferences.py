@@ -15,13 +15,19 @@ class Preference(TypedDict):
     sft_target: str
     demonstrations: NotRequired[list[str]]  # further responses for SFT
     from_template: NotRequired[bool]  # written by a chat template, so its special tokens are encoded as such
+    weights: NotRequired[list[float]]  # of the responses, those of their rows; 1 if absent
 
 
 Preferences = dict[str, Preference]  # by prompt
 
 
 def add_preference(
-    preferences: Preferences, prompt: str, responses: Sequence[str], pairs: Sequence[tuple[int, int]], sft_target: str
+    preferences: Preferences,
+    prompt: str,
+    responses: Sequence[str],
+    pairs: Sequence[tuple[int, int]],
+    sft_target: str,
+    weight: float = 1.0,
 ) -> Preference:
     """Add responses to a prompt, known or new.
 
@@ -31,9 +37,12 @@ def add_preference(
         responses: appended to the prompt's responses.
         pairs: (preferred, other), as indices into the responses given here.
         sft_target: replaces an earlier target.
+        weight: of the row, for all responses given here.
     """
     preference = preferences.setdefault(prompt, {"responses": [], "pairs": [], "sft_target": sft_target})
     start = len(preference["responses"])
+    if weight != 1 or "weights" in preference:
+        preference.setdefault("weights", [1.0] * start).extend([weight] * len(responses))
     preference["responses"].extend(responses)
     preference["pairs"].extend((start + chosen, start + rejected) for chosen, rejected in pairs)
     preference["sft_target"] = sft_target

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,19 @@ class Row:
 
     def number(self, name: str) -> float:
         return self.as_number(self.value(name), name)
+
+    def weight(self) -> float | None:
+        """The column `weight`, a number of at least 0, in CSV as text. None for a row without it."""
+        value = self.values.get("weight")
+        if "weight" not in self.values:
+            return None
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = float(value)
+        weight = float(self.as_number(value, "weight"))
+        if weight < 0:
+            raise self.error("weight", f"is {weight:g}, below 0")
+        return weight
 
     def items(self, name: str) -> list[Any]:
         return self.as_list(self.value(name), name)
