@@ -23,7 +23,6 @@ from engine.models.adapters import adapter_of
 from engine.models.archives import find_checkpoint
 from engine.models.layers import find_layers
 from engine.models.parameters import num_weights
-from engine.models.precision import round_masters
 from engine.placement.determinism import set_deterministic
 from engine.placement.memory import peak_memory_gb
 from engine.placement.placement import Placement
@@ -115,8 +114,6 @@ class BasicTrainer:
         evaluates_first = self.settings.do_first_eval
         if checkpoint is not None:
             evaluates_first = self.resume(checkpoint)
-        else:
-            self.round_policy()
         is_last = self.counters["examples"] >= self.source.num_examples
         if checkpoint is not None and is_last and not evaluates_first:
             print(
@@ -510,12 +507,6 @@ class BasicTrainer:
             for layer in find_layers(self.policy, self.settings.model.block_name)[self.num_checkpointed :]:
                 setattr(layer, "gradient_checkpointing", False)  # noqa: B010  mypy knows no such attribute
         self.policy.train()
-
-    def round_policy(self) -> None:
-        """Round what runs in mixed_precision to its dtype, once; step 0 computes the same."""
-        dtype = self.placement.mixed_precision
-        if dtype is not None and round_masters(self.policy, dtype):
-            print(f"mixed_precision: trained weights of the layers are rounded once to {self.settings.mixed_precision}")
 
     def build_reference(self) -> tuple[Reference | None, str | None]:
         """The frozen reference, and a hash of its weights; None for a loss without a reference."""

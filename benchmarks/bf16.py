@@ -4,8 +4,8 @@
 - follow: a run of 20 steps. How far do the pairs of its first batch move?
 - "seen" is what training computes; "learned" is the change of the fp32 weights, run in fp32.
 
-Variants: fp32; bf16, the product; unrounded, the weights as stored; tied, with embeddings rounded that are tied to the
-head, in policy and reference; stochastic, as bf16, but the copies of the weights are rounded at random in each step.
+Variants: fp32; bf16, the product: thresholds round the copies of weights; nearest: copies are rounded to the nearest;
+rounded: the same, and the weights themselves are rounded once, at the start.
 
     .venv/bin/python benchmarks/bf16.py --model MODEL --data DATA
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 BETA = 0.1
 Batches = Sequence[Sequence[Any]]  # of examples
-VARIANTS = ("fp32", "bf16", "unrounded", "tied", "stochastic")
+VARIANTS = ("fp32", "bf16", "nearest", "rounded")
 
 
 def parse(texts: Sequence[str]) -> argparse.Namespace:
@@ -90,17 +90,10 @@ def with_trainer(
     lr: float,
     batches: Batches,
 ) -> list[Any]:
-    """Build the trainer of a variant, with its weights rounded, and measure it."""
-    import trainers
+    """Build the trainer of a variant, and measure it."""
     from engine.models import precision
 
     gc.collect()  # the trainer before is part of cycles
-    build_reference = trainers.BasicTrainer.build_reference
-
-    def round_tied_first(trainer: Any) -> Any:
-        round_tied(trainer.policy)
-        return build_reference(trainer)
-
     overrides = [
         *("loss=dpo", f"loss.beta={BETA}", *model, f"lr={lr!r}", "warmup_steps=0", "batch_size=4", "n_examples=4"),
         *("max_length=256", "max_prompt_length=128", "reference=live", "wandb.enabled=false"),
@@ -109,46 +102,24 @@ def with_trainer(
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        if variant == "tied":
-            stack.enter_context(patch.object(trainers.BasicTrainer, "build_reference", round_tied_first))
+        if variant in ("nearest", "rounded"):
+            stack.enter_context(patch.object(precision, "has_thresholds", lambda values, dtype: False))
         settings = compose_settings(*overrides, f"cache_dir={folder}/cache", f"local_run_dir={folder}")
         trainer = make_trainer(settings, Path(folder), [example for batch in batches for example in batch])
-        if variant != "unrounded":
-            trainer.round_policy()
-        if variant == "stochastic":  # after the check of packed attention: its two passes would differ
-            stack.enter_context(patch.object(precision, "cast", stochastic_cast()))
+        if variant == "rounded":
+            round_weights(trainer.policy)
         return measured(trainer, batches)
 
 
-def stochastic_cast() -> Any:
-    """A cast to bf16 that rounds at random, up in proportion to the part cut off; exact for values of bf16."""
+def round_weights(policy: Any) -> None:
+    """Round all weights to bf16, but for the head: they run in fp32, tied embeddings too."""
     import torch
 
-    class Cast(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-            noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32)
-            return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
-
-        @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-            return gradient.float()
-
-    def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        is_master = values.requires_grad and values.dtype == torch.float32
-        return Cast.apply(values) if is_master else values.to(dtype)
-
-    return cast
-
-
-def round_tied(policy: Any) -> None:
-    """Round embeddings that are tied to the head."""
-    import torch
-
-    embeddings, head = policy.get_input_embeddings(), policy.get_output_embeddings()
-    if embeddings.weight is head.weight:
-        with torch.no_grad():
-            embeddings.weight.copy_(embeddings.weight.bfloat16().float())
+    head = policy.get_output_embeddings().weight
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight is not head:
+                weight.copy_(weight.bfloat16())
 
 
 # ---- Measuring ----
@@ -203,7 +174,7 @@ def follow(trainer: "BasicTrainer", batches: Batches) -> list[Row]:
         torch.manual_seed(step)
         trainer.step(trainer.prepare(trainer.split_batch(batch)))
         found.append(measure(trainer, probe, has_learned=step <= 2 or step % 5 == 0))
-    found[0]["rounding"] = start = found[0]["learned"].copy()  # the rounded weights run in fp32
+    found[0]["rounding"] = start = found[0]["learned"].copy()  # of weights that are rounded at the start
     for row in found:
         if "learned" in row:
             row["learned"] = {name: value - start[name] for name, value in row["learned"].items()}

@@ -42,7 +42,7 @@ def test_help_from_another_folder(script, tmp_path):
 
 
 def test_bf16(tmp_path):
-    """All variants, one step each; a tiny step tips weights as stored, and no rounded weight."""
+    """All variants, one step each. A tiny step tips many copies rounded to the nearest, and few of the product's."""
     sizes = ("--steps", "1", "--max-tokens", "128", "--lr", "1e-5", "--leap-lr", "1e-9", "--threads", "1")
     bf16.main([*sizes, "--leap-batches", "2", "--results", str(tmp_path)])
     record = result(tmp_path, "bf16-tiny")
@@ -53,7 +53,7 @@ def test_bf16(tmp_path):
         moved[variant] = max(abs(after["seen"]["margins"]) for _, after in rows)
         first, last = record["runs"]["1e-5"][variant]
         assert first["learned"]["margins"] == 0 != last["learned"]["margins"]
-    assert min(moved["unrounded"], moved["bf16"]) > 100 * max(moved["tied"], moved["fp32"])  # bf16: tied embeddings
+    assert min(moved["nearest"], moved["rounded"]) > 10 * max(moved["bf16"], moved["fp32"])  # rounded: tied embeddings
 
 
 # ---- step.py ----

@@ -1,31 +1,44 @@
 """Run a model in another dtype than its stored weights."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.models.shards import local_shard
+from engine.models.adapters import REFERENCE_ADAPTER, TRAINED_ADAPTER
+from engine.models.rounding import (
+    CUT_OFF,
+    RoundedCopy,
+    embedding_thresholds,
+    has_thresholds,
+    round_by,
+    weight_thresholds,
+)
+from engine.models.shards import ShardPermutations, local_shard
 from engine.models.wide_products import copy_for_products, has_wide_products
+
+UPPER_HALF = -1 << CUT_OFF  # of the bits of an int32
 
 
 @contextmanager
 def run_in_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
-    """Run model in dtype in a with block; None does nothing.
+    """Run model in dtype in a with block. None leaves it to the model; shards of FSDP are rounded.
 
     - Embeddings keep their dtype, as few of their rows are used. Their output is cast.
     - The head keeps its dtype, as its results are summed over many tokens. It gets a copy in dtype for products with
       wide sums.
     """
     if dtype is None:
-        yield
+        with getattr(model, "rounded_shards", nullcontext)():
+            yield
         return
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     with (
         parameters_in(model, dtype, keep=(embeddings, head)),
-        embeddings.register_forward_hook(lambda module, inputs, output: output.to(dtype)),
+        embeddings.register_forward_hook(partial(cast_embeddings, dtype)),
         low_weight_in(head, dtype, is_trained=any(parameter.requires_grad for parameter in model.parameters())),
     ):
         yield
@@ -56,9 +69,19 @@ def low_weight(head: nn.Module, dtype: torch.dtype) -> Tensor | None:
     return copy if weight is head.weight and copy is not None and copy.dtype == dtype else None
 
 
-def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The working copy of a weight; gradients reach the weight."""
-    return parameter.to(dtype)
+    if not has_thresholds(weight, dtype):
+        return weight.to(dtype)
+    return RoundedCopy.apply(weight, weight_thresholds(name, weight))
+
+
+def cast_embeddings(dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Cast the output of embeddings. With its dtype given, this is a forward hook."""
+    if not has_thresholds(output, dtype):
+        return output.to(dtype)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return RoundedCopy.apply(output, embedding_thresholds(inputs[0], weight.shape[0], output))
 
 
 @contextmanager
@@ -73,12 +96,13 @@ def parameters_in(module: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Modul
     Args:
         keep: submodules with their own dtype.
     """
+    names = _threshold_names(module)
     originals = list(_cast_parameters(module, dtype, keep))
     copies: dict[int, Tensor] = {}  # one per parameter, shared or not
     try:
         for child, name, parameter in originals:
             if id(parameter) not in copies:
-                copies[id(parameter)] = cast(parameter, dtype)
+                copies[id(parameter)] = cast(names[id(parameter)], parameter, dtype)
             # A plain tensor may stand in for a parameter here, though not in module.weight = ...
             child._parameters[name] = copies[id(parameter)]  # type: ignore[assignment]
         yield
@@ -87,28 +111,47 @@ def parameters_in(module: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Modul
             child._parameters[name] = parameter
 
 
-@torch.no_grad()
-def round_masters(model: PreTrainedModel, dtype: torch.dtype) -> bool:
-    """Round trained weights in place to dtype, where run_in_dtype() casts.
+@contextmanager
+def rounded_shards(model: PreTrainedModel, permutations: ShardPermutations) -> Iterator[None]:
+    """Round the shards of FSDP's weights to bf16 by thresholds, in a with block.
 
-    Weights stored in fp16 often lie halfway between two bf16 values. The smallest update would move their copies by a
-    whole bf16 step. Rounding leaves the copies as they are.
-
-    Returns:
-        whether a weight of this rank changed.
+    FSDP's own cast then changes nothing. The fp32 weights return after the block, bitwise:
+    - Two bytes per weight keep the lower half of its bits.
+    - The lowest bit in the shard says whether the upper half was rounded up.
     """
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    # The output of plain embeddings is cast, so they are rounded too. A scaled output is cast after the product.
-    keep = [head] if type(embeddings) is nn.Embedding else [embeddings, head]
-    kept = {id(parameter) for module in keep for parameter in module.parameters()}  # embeddings tied to the head too
-    has_changed = False
-    for _, _, parameter in _cast_parameters(model, dtype, keep):
-        if parameter.requires_grad and id(parameter) not in kept:
-            master = local_shard(parameter)
-            rounded = master.to(dtype).to(master.dtype)
-            has_changed = has_changed or not torch.equal(master, rounded)
-            master.copy_(rounded)
-    return has_changed
+    if getattr(model, "has_rounded_shards", False):  # by an outer block
+        yield
+        return
+    names = _threshold_names(model)
+    keep = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(weight): weight for _, _, weight in _cast_parameters(model, torch.bfloat16, keep)}
+    kept = []  # bits of a shard, and the lower half of each weight
+    try:
+        model.has_rounded_shards = True
+        for weight in weights.values():  # each once, shared or not
+            if has_thresholds(weight, torch.bfloat16):
+                shard, name = local_shard(weight).detach(), names[id(weight)]
+                rounded = round_by(shard, weight_thresholds(name, weight, permutations.get(name)))
+                bits, upper = shard.view(torch.int32), rounded.view(torch.int16).int() << CUT_OFF
+                marked = upper | (upper != bits & UPPER_HALF)  # FSDP's cast drops so small a part
+                kept.append((bits, bits.to(torch.int16)))
+                bits.copy_(marked)
+        yield
+    finally:
+        if any(bits.device.type == "cpu" for bits, _ in kept) and torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies of offloaded shards to the GPU may be under way
+        for bits, lower in kept:
+            bits.copy_((bits & UPPER_HALF) - ((bits & 1) << CUT_OFF) | (lower.int() & ~UPPER_HALF))
+        model.has_rounded_shards = False
+
+
+def _threshold_names(module: nn.Module) -> dict[int, str]:
+    """id of a parameter -> the name that gives its thresholds.
+
+    Frozen adapters of the reference have those of the trained ones.
+    """
+    named = module.named_parameters()
+    return {id(weight): name.replace(f".{REFERENCE_ADAPTER}", f".{TRAINED_ADAPTER}") for name, weight in named}
 
 
 def _cast_parameters(

@@ -5,6 +5,7 @@ import types
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.models.adapters import adapter_of
+from engine.models.precision import cast_embeddings, rounded_shards
 from engine.models.shards import ShardPermutations, copy_to_shard, local_shard, split_axes
 from engine.placement.tensor_parallel import split_products
 from engine.step.attention import register_packed_attention
@@ -113,7 +115,8 @@ def shard_model(
         for module in model.modules():  # the final norm, position embeddings: their dtype differs from the root's
             if module not in in_layers and module not in (embeddings, head) and [*module.parameters(recurse=False)]:
                 shard(module, mixed_precision)
-        embeddings.register_forward_hook(lambda module, inputs, output: output.to(mixed_precision))
+        embeddings.register_forward_hook(partial(cast_embeddings, mixed_precision))
+        model.rounded_shards = partial(rounded_shards, model, permutations)
         head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
     shard(model, None)
     model.canonical_sums = []

@@ -86,7 +86,7 @@ class Evaluator:
         seed = int(content_hash(["sample", settings.seed, num_examples])[:8], 16) + placement.data_rank
         # Full models sample in their own dtype. With adapters, frozen weights may be stored in the compute dtype.
         dtype = placement.compute_dtype if adapter_of(model) else None
-        with placement.gathered(model), run_in_dtype(model, dtype):
+        with run_in_dtype(model, dtype), placement.gathered(model):  # shards are rounded, and then gathered
             responses = sample_responses(
                 model,
                 self._tokenizer,
@@ -142,10 +142,11 @@ class Evaluator:
         pairs = zip(self._prompts, responses, strict=True)
         examples = [Example(prompt, (response,), index) for index, (prompt, response) in enumerate(pairs)]
         ratios = []
-        for microbatch in placement.rank_slice(placement.split_batch(examples, 1, token_budget)):
-            batch = runner.lay_out(microbatch)
-            policy = LiveReference(runner.policy, runner.compute_dtype).logps(batch)
-            assert runner.reference is not None
-            ratios.append(policy - runner.reference.logps(batch))
+        with runner.in_mixed_precision():
+            for microbatch in placement.rank_slice(placement.split_batch(examples, 1, token_budget)):
+                batch = runner.lay_out(microbatch)
+                policy = LiveReference(runner.policy, runner.compute_dtype).logps(batch)
+                assert runner.reference is not None
+                ratios.append(policy - runner.reference.logps(batch))
         by_rank = placement.gather_from_data_ranks(ratios)
         return torch.cat([torch.cat(of_rank).cpu() for of_rank in by_rank]).mean().item()
