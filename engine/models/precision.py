@@ -25,8 +25,9 @@ UPPER_HALF = -1 << CUT_OFF  # of the bits of an int32
 
 @contextmanager
 def run_in_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
-    """Run model in dtype in a with block. None leaves it to the model; shards of FSDP are rounded.
+    """Run model in dtype in a with block.
 
+    - None is for the dtype of the weights, and for shards: FSDP casts them. Here they are rounded.
     - Embeddings keep their dtype, as few of their rows are used. Their output is cast.
     - The head keeps its dtype, as its results are summed over many tokens. It gets a copy in dtype for products with
       wide sums.
@@ -77,7 +78,7 @@ def cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cast_embeddings(dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-    """Cast the output of embeddings. With its dtype given, this is a forward hook."""
+    """Cast the output of embeddings; a forward hook, once dtype is given."""
     if not has_thresholds(output, dtype):
         return output.to(dtype)
     weight: Tensor = module.weight  # type: ignore[assignment]
@@ -113,7 +114,7 @@ def parameters_in(module: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Modul
 
 @contextmanager
 def rounded_shards(model: PreTrainedModel, permutations: ShardPermutations) -> Iterator[None]:
-    """Round the shards of FSDP's weights to bf16 by thresholds, in a with block.
+    """Round FSDP's shards to bf16 in a with block, by thresholds.
 
     FSDP's own cast then changes nothing. The fp32 weights return after the block, bitwise:
     - Two bytes per weight keep the lower half of its bits.
@@ -146,9 +147,9 @@ def rounded_shards(model: PreTrainedModel, permutations: ShardPermutations) -> I
 
 
 def _threshold_names(module: nn.Module) -> dict[int, str]:
-    """id of a parameter -> the name that gives its thresholds.
+    """id of a parameter -> its name, for thresholds.
 
-    Frozen adapters of the reference have those of the trained ones.
+    The reference's frozen adapters take the names of the trained ones.
     """
     named = module.named_parameters()
     return {id(weight): name.replace(f".{REFERENCE_ADAPTER}", f".{TRAINED_ADAPTER}") for name, weight in named}

@@ -1,11 +1,11 @@
 """Copies of fp32 weights in bf16, rounded up or down by a fixed threshold of each weight.
 
 Rounded to the nearest, copies hide updates below half a step of bf16. By thresholds, copies of many weights show small
-updates on average: of the weights whose copies lie a quarter of a step below them, a quarter is rounded up.
+updates on average. An update by a hundredth of a step tips a hundredth of the copies.
 
-- Thresholds depend on the name of a weight, and the place in it. Policy and reference have the same ones: before the
-  first update they are equal, bitwise. Later, only weights with updates differ.
-- So they are not in checkpoints, and cached log-probs of a reference serve all runs.
+- A threshold depends on the name of the weight and the place in it. Policy and reference have the same: before the
+  first update they are equal, bitwise. Later, only the copies of changed weights differ.
+- So thresholds are in no checkpoint, and cached log-probs of a reference serve all runs.
 - Values of bf16 stay as they are.
 """
 
@@ -40,7 +40,9 @@ def has_thresholds(values: Tensor, dtype: torch.dtype) -> bool:
 
 
 def round_by(values: Tensor, thresholds: Tensor) -> Tensor:
-    """fp32 values in bf16: away from 0 if the bits cut off and the threshold make a step, or else towards 0.
+    """Round fp32 values to bf16, away from 0 or towards it.
+
+    Away from 0, if the lower bits and the threshold add up to a step of bf16.
 
     Args:
         thresholds: int32 below 2^16, in the shape of values.
@@ -64,23 +66,29 @@ def weight_thresholds(name: str, weight: Tensor, permutation: tuple[int, Tensor]
 
 
 def embedding_thresholds(tokens: Tensor, num_embeddings: int, embeddings: Tensor) -> Tensor:
-    """Thresholds of embeddings [..., hidden size] of tokens [...], int32; the same for each place of a token."""
+    """Thresholds of embeddings [..., hidden size] of tokens [...], int32.
+
+    They are those of the token, wherever it stands.
+    """
     device = embeddings.device
-    of_token = _draws("embeddings", 0, num_embeddings, device)[tokens]
+    of_token = _draws("embeddings", 0, num_embeddings, device)[tokens.to(device)]
     return of_token[..., None] ^ _draws("embeddings", 1, embeddings.shape[-1], device)
 
 
 def _draws(name: str, dimension: int, size: int, device: torch.device) -> Tensor:
-    """Random numbers below 2^16 for a dimension of a weight, int32 [size]; the same in each call."""
+    """Random numbers below 2^16 for a dimension of a weight, int32 [size].
+
+    Each call returns the same. It draws on the device: a copy from the host would wait for a GPU.
+    """
     generator = torch.Generator(device).manual_seed(int(content_hash([name, dimension])[:15], 16))
     return torch.randint(1 << CUT_OFF, (size,), generator=generator, dtype=torch.int32, device=device)
 
 
 def _combined(axes: list[Tensor]) -> Tensor:
-    """Numbers below 2^16, [size of each axis, ...].
+    """Combine the numbers of all dimensions, int32 [size of each axis, ...].
 
-    Each is uniform, and any two are independent. So the mean and the variance of what copies show are those of a draw
-    for each weight, without its time.
+    The results are uniform, and any two are independent. Mean and variance of an update in the copies depend on no
+    more. A draw for each weight would take several times as long.
     """
     shapes = ([-1] + [1] * (len(axes) - 1 - dimension) for dimension in range(len(axes)))
     return reduce(torch.bitwise_xor, (axis.view(shape) for axis, shape in zip(axes, shapes, strict=True)))
