@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.chat import ASSISTANT_TURN, HUMAN_TURN
-from engine.data.examples import Example, Split, TruncationMode, tokenize
+from engine.data.examples import COUNTED, Example, Split, TruncationMode, tokenize
 from engine.data.files import load_file
 from engine.data.films import film_reward, film_rows
 from engine.data.forms import PROMPTS_DIFFER, split_transcript
+from engine.data.mismatched import add_mismatched
 from engine.data.preferences import Preferences, SplitName, add_preference, pairs_by_score
 from engine.data.row_sources import RowSource
 from engine.data.rows import RowCounts
@@ -164,16 +165,23 @@ def ground_truth_reward(datasets: Sequence[str]) -> Callable[[str], float] | Non
 
 
 def load_split(
-    settings: "Settings", tokenizer: "PreTrainedTokenizerBase", split: SplitName, batch: "BatchKind"
+    settings: "Settings",
+    tokenizer: "PreTrainedTokenizerBase",
+    split: SplitName,
+    batch: "BatchKind",
+    *,
+    needs_mismatched: bool = False,
 ) -> Split:
     """Load the examples of a split, from all of settings.datasets in order.
 
     Args:
         settings: datasets, data_dir, format, chat_template, sft_turns, test_fraction, on_bad_row, max_length,
-            max_prompt_length and cache_dir are read.
+            max_prompt_length, seed and cache_dir are read.
         tokenizer: needs an EOS token.
         split: "train" or "test".
-        batch: "sft": one example per demonstration and SFT target; "pairs": one per pair.
+        batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
+            response, two per pair.
+        needs_mismatched: give each example the response to another prompt.
 
     Raises:
         UserError: if rows are unreadable or malformed, or none can be trained on.
@@ -194,6 +202,8 @@ def load_split(
         names = ", ".join(settings.datasets)
         problem = f"datasets: no row of the {split} split of {names} is left{_describe_dropped(counts)}"
         raise UserError("DATA", problem, "correct the rows, or raise max_length if it is the reason")
+    if needs_mismatched and result.examples:
+        result.examples = add_mismatched(result.examples, settings.max_length, settings.seed, split)
     return result
 
 
@@ -218,7 +228,7 @@ def _load_dataset(
         chat_template=settings.chat_template,
         sft_turns=settings.sft_turns,
         test_fraction=settings.test_fraction,
-        needs_pairs=batch == "pairs",
+        batch=batch,
     )
     return preferences, "keep_end"  # the end is next to the response
 
@@ -234,8 +244,10 @@ def format_counts(split_counts: dict[str, Any]) -> str:
 
     "400 rows, 370 prompts, 397 pairs, 12 of them truncated to max_length=512", and dropped rows below.
     """
-    kind = "pairs" if "pairs" in split_counts else "targets"
+    kind = next(name for name in COUNTED.values() if name in split_counts)
     line = ", ".join(f"{split_counts[name]:,} {name}" for name in ("rows", "prompts", kind))
+    if "desirable" in split_counts:
+        line += f" ({split_counts['desirable']:,} desirable)"
     if split_counts["truncated"]:
         line += f", {split_counts['truncated']:,} of them truncated to max_length={split_counts['max_length']}"
     if split_counts["dropped"]:
@@ -244,10 +256,11 @@ def format_counts(split_counts: dict[str, Any]) -> str:
     if "first_bad_row" in split_counts:
         line += f"\n  the first malformed row: {split_counts['first_bad_row']}"
     if "duplicates" in split_counts:
-        line += f"\n  kept, though they repeat a pair: {split_counts['duplicates']:,} pairs"
+        repeated = "a pair" if kind == "pairs" else "an example"
+        line += f"\n  kept, though they repeat {repeated}: {split_counts['duplicates']:,} {kind}"
     if "contradictions" in split_counts:
-        number = split_counts["contradictions"]
-        line += f"\n  kept, though each has its opposite (A over B and B over A): {number:,} pairs"
+        opposite = "A over B and B over A" if kind == "pairs" else "desirable and undesirable"
+        line += f"\n  kept, though each has its opposite ({opposite}): {split_counts['contradictions']:,} {kind}"
     return line
 
 

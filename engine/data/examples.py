@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from losses import BatchKind  # imports torch, and data need none
 
 TruncationMode = Literal["keep_end", "keep_start"]
-Group = tuple[str, ...]  # responses of one example: (target,) or (chosen, rejected)
+# By batch kind: the name of examples in counts, and what their prompt needs.
+COUNTED = {"sft": "targets", "pairs": "pairs", "unpaired": "examples"}
+NEEDED = {"sft": "a desirable response", "pairs": "a pair", "unpaired": "a pair or a label"}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,9 +61,9 @@ class Split:
 
     Args:
         examples: the examples.
-        counts: rows, prompts, pairs (for SFT: targets), dropped {reason: number}, truncated (examples) and max_length.
-            Only if above 0: duplicates (pairs), contradictions (pairs with their opposite). Only if there is one:
-            first_bad_row.
+        counts: rows, prompts, pairs (for SFT: targets; for unpaired responses: examples, and desirable ones), dropped
+            {reason: number}, truncated (examples) and max_length. Only if above 0: duplicates (of pairs or examples),
+            contradictions (those with their opposite). Only if there is one: first_bad_row.
     """
 
     examples: list[Example]
@@ -83,7 +85,8 @@ def tokenize(
     Args:
         data: each data set, with the end of a prompt that truncation keeps.
         tokenizer: needs an EOS token.
-        batch: "sft": one example per demonstration and SFT target; "pairs": one per pair.
+        batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
+            response, two per pair.
         counts: rows read and dropped so far; rows dropped here are added.
         max_length: of prompt + response, in tokens.
         max_prompt_length: of a truncated prompt, in tokens, with BOS.
@@ -105,16 +108,18 @@ def tokenize(
             counts.dropped[reason] += 1
             continue
         prompt_index = prompt_indices.setdefault(draft.prompt_number, len(prompt_indices))
-        examples.append(Example(prompt, responses, prompt_index, weight=draft.weight))
+        examples.append(Example(prompt, responses, prompt_index, draft.label, draft.weight))
         num_truncated += len(prompt) + sum(map(len, responses)) < num_tokens
     split_counts = {
         "rows": counts.rows,
         "prompts": len(prompt_indices),
-        "targets" if batch == "sft" else "pairs": len(examples),
+        COUNTED[batch]: len(examples),
         "dropped": dict(counts.dropped),
         "truncated": num_truncated,
         "max_length": max_length,
     }
+    if batch == "unpaired":
+        split_counts["desirable"] = sum(bool(example.label) for example in examples)
     optional = {
         "duplicates": drafts.num_duplicates,
         "contradictions": drafts.num_contradictions,
@@ -126,6 +131,19 @@ def tokenize(
 # ---- Before encoding ----
 
 
+class Group(NamedTuple):
+    """The responses of one example: (target,), (chosen, rejected) or (response,), the last one with a label."""
+
+    responses: tuple[str, ...]
+    label: bool | None = None
+    weight: float = 1.0
+
+    @property
+    def opposite(self) -> "Group":
+        """The group with the opposite preference, and the weight 1."""
+        return Group(self.responses[::-1], None if self.label is None else not self.label)
+
+
 class ExampleDraft(NamedTuple):
     """An example before encoding; texts are given by their index."""
 
@@ -133,6 +151,7 @@ class ExampleDraft(NamedTuple):
     truncation_mode: TruncationMode
     prompt: int
     responses: tuple[int, ...]
+    label: bool | None
     weight: float
 
 
@@ -145,23 +164,16 @@ class Drafts:
     num_duplicates: int = 0
     num_contradictions: int = 0
 
-    def add(
-        self,
-        prompt_number: int,
-        mode: TruncationMode,
-        from_template: bool,
-        prompt: str,
-        responses: Group,
-        weight: float,
-    ) -> None:
-        texts = (Text(from_template, text) for text in (prompt, *responses))
-        prompt_index, *response_indices = (self.texts.setdefault(text, len(self.texts)) for text in texts)
-        self.examples.append(ExampleDraft(prompt_number, mode, prompt_index, tuple(response_indices), weight))
+    def add(self, prompt_number: int, mode: TruncationMode, from_template: bool, prompt: str, group: Group) -> None:
+        texts = (Text(from_template, text) for text in (prompt, *group.responses))
+        prompt_index, *indices = (self.texts.setdefault(text, len(self.texts)) for text in texts)
+        draft = ExampleDraft(prompt_number, mode, prompt_index, tuple(indices), group.label, group.weight)
+        self.examples.append(draft)
 
-    def count_repeats(self, pairs: list[Group]) -> None:
-        distinct = set(pairs)
-        self.num_duplicates += len(pairs) - len(distinct)
-        self.num_contradictions += sum(pair[0] < pair[1] and pair[::-1] in distinct for pair in distinct)
+    def count_repeats(self, groups: list[Group]) -> None:
+        distinct = {group._replace(weight=1.0) for group in groups}
+        self.num_duplicates += len(groups) - len(distinct)
+        self.num_contradictions += sum(group < group.opposite and group.opposite in distinct for group in distinct)
 
 
 def _draft(
@@ -174,58 +186,59 @@ def _draft(
     prompt_number = 0
     for preferences, mode in data:
         for prompt, preference in preferences.items():
-            groups = _targets(preference) if batch == "sft" else _pairs(preference)
+            groups = _groups(preference, batch, counts)
             # Each response gets an EOS; one that its author wrote would be learned as letters.
-            groups = [tuple(without_eos(text, tokenizer) for text in group) for group in groups]
-            if batch == "pairs":
+            groups = [
+                group._replace(responses=tuple(without_eos(text, tokenizer) for text in group.responses))
+                for group in groups
+            ]
+            if batch != "sft":
                 drafts.count_repeats(groups)
-                if not groups:
-                    counts.dropped["prompt without a pair"] += 1
-            weights = _weights(preference, batch, len(groups))
-            for index, responses in _drop_useless(groups, batch, counts):
-                from_template = preference.get("from_template", False)
-                drafts.add(prompt_number, mode, from_template, prompt, responses, weights[index])
+            if not groups:
+                counts.dropped[f"prompt without {NEEDED[batch]}"] += 1
+            for group in _drop_useless(groups, batch, counts):
+                drafts.add(prompt_number, mode, preference.get("from_template", False), prompt, group)
             prompt_number += 1
     return drafts
 
 
-def _drop_useless(groups: list[Group], batch: "BatchKind", counts: RowCounts) -> Iterator[tuple[int, Group]]:
-    """The groups of a prompt with their indices, without those useless for training."""
-    learned: set[Group] = set()
-    for index, responses in enumerate(groups):
-        if not all(text.strip() for text in responses):
+def _drop_useless(groups: list[Group], batch: "BatchKind", counts: RowCounts) -> Iterator[Group]:
+    """The groups of a prompt, without those useless for training."""
+    learned: set[tuple[str, ...]] = set()
+    for group in groups:
+        if not all(text.strip() for text in group.responses):
             counts.dropped["empty response"] += 1
-        elif batch == "pairs" and responses[0] == responses[1]:
+        elif batch == "pairs" and group.responses[0] == group.responses[1]:
             counts.dropped["chosen equal to rejected"] += 1
-        elif batch == "sft" and responses in learned:
+        elif batch == "sft" and group.responses in learned:
             counts.dropped["duplicate response"] += 1
         else:
-            learned.add(responses)
-            yield index, responses
+            learned.add(group.responses)
+            yield group
 
 
-def _targets(preference: Preference) -> list[Group]:
-    demonstrations = preference.get("demonstrations", [])
-    if preference["sft_target"] not in demonstrations:
-        demonstrations = [*demonstrations, preference["sft_target"]]
-    return [(text,) for text in demonstrations]
-
-
-def _pairs(preference: Preference) -> list[Group]:
-    responses = preference["responses"]
-    return [(responses[chosen], responses[rejected]) for chosen, rejected in preference["pairs"]]
-
-
-def _weights(preference: Preference, batch: "BatchKind", num_groups: int) -> list[float]:
-    """The weights of _targets() or _pairs(): those of their rows."""
-    if "weights" not in preference:
-        return [1.0] * num_groups
-    weights = preference["weights"]
+def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts) -> list[Group]:
+    """The examples of a prompt, each with the weight of its row."""
+    responses, target = preference["responses"], preference["sft_target"]
+    weights = preference.get("weights", [1.0] * len(responses))
+    if batch == "sft":
+        demonstrations = preference.get("demonstrations", [])
+        if target is not None and target not in demonstrations:
+            demonstrations = [*demonstrations, target]
+        # Of rows with an equal response the first counts, as later ones are dropped.
+        by_text = dict(reversed([*zip(responses, weights, strict=True)]))
+        return [Group((text,), weight=by_text.get(text, 1.0)) for text in demonstrations]
+    pairs = [(responses[chosen], responses[rejected], weights[chosen]) for chosen, rejected in preference["pairs"]]
     if batch == "pairs":
-        return [weights[chosen] for chosen, _ in preference["pairs"]]
-    # Of rows with an equal response the first counts, as later ones are dropped.
-    by_text = dict(reversed([*zip(preference["responses"], weights, strict=True)]))
-    return [by_text[text] for (text,) in _targets(preference)]
+        return [Group((chosen, rejected), weight=weight) for chosen, rejected, weight in pairs]
+    labels = preference.get("labels", [])
+    labelled = [Group((responses[index],), label, weights[index]) for index, label in labels]
+    for chosen, rejected, weight in pairs:
+        if chosen == rejected:
+            counts.dropped["chosen equal to rejected"] += 1
+        else:
+            labelled += [Group((chosen,), True, weight), Group((rejected,), False, weight)]
+    return labelled
 
 
 # ---- After encoding ----

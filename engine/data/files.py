@@ -19,6 +19,8 @@ from utils import UserError, content_hash, progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from losses import BatchKind  # imports torch, and data need none
+
 ZERO_WEIGHT = "weight of 0"  # reason for dropping a row
 
 
@@ -32,7 +34,7 @@ def load_file(
     chat_template: str | None = None,
     sft_turns: str = "all",
     test_fraction: float = 0.05,
-    needs_pairs: bool = False,
+    batch: "BatchKind" = "sft",
 ) -> Preferences:
     """Load a split of a file, or of a folder of files.
 
@@ -49,7 +51,7 @@ def load_file(
         form: a key of FORMS; None infers it from the columns of the first row.
         chat_template, sft_turns: see Chat.
         test_fraction: of the prompts; at least one prompt if there are two.
-        needs_pairs: refuse rows without a preference.
+        batch: refuse rows that make no examples of this kind.
 
     Raises:
         UserError: if rows are unreadable, malformed, or refused.
@@ -59,7 +61,7 @@ def load_file(
     files, has_test_file = find_split(path, split)
     file_counts = RowCounts(on_bad_row=counts.on_bad_row)
     data = FilePreferences()
-    for row in parse_rows(files, form, Chat(tokenizer, chat_template, sft_turns), file_counts, needs_pairs):
+    for row in parse_rows(files, form, Chat(tokenizer, chat_template, sft_turns), file_counts, batch):
         data.add(row)
     if data.num_plain_text and split == "train" and (chat_template or tokenizer.chat_template):
         print(_plain_text_notice(path, data, chat_template), flush=True)
@@ -99,7 +101,7 @@ def _weight_notice(path: Path, data: "FilePreferences", num_zero: int) -> str:
 
 
 def parse_rows(
-    files: Sequence[Path], form: str | None, chat: Chat, counts: RowCounts, needs_pairs: bool = False
+    files: Sequence[Path], form: str | None, chat: Chat, counts: RowCounts, batch: "BatchKind" = "sft"
 ) -> Iterator[ParsedRow]:
     """Read and parse the rows of a split; counts gets the dropped ones.
 
@@ -115,10 +117,22 @@ def parse_rows(
         if isinstance(parsed, str):
             counts.dropped[parsed] += 1
         elif parsed is not None:
-            if parsed.is_demonstration and needs_pairs:
-                problem = f"{row.origin}: rows of format={form} have one response and no preference"
-                raise UserError("DATA", problem, "train on them with loss=sft; other losses need chosen and rejected")
+            _check_kind(parsed, batch, f"{row.origin}: rows of format={form}")
             yield parsed
+
+
+def _check_kind(parsed: ParsedRow, batch: "BatchKind", rows: str) -> None:
+    """Raise UserError for a row without a preference that the batch kind needs."""
+    if parsed.is_demonstration and batch != "sft":
+        needed = "chosen and rejected" if batch == "pairs" else "prompt, completion and label, or pairs"
+        fix = f"train on them with loss=sft; other losses need {needed}"
+        raise UserError("DATA", f"{rows} have one response and no preference", fix)
+    if parsed.label is not None and batch == "pairs":
+        from losses import LOSSES  # imports torch
+
+        names = " or ".join(f"loss={name}" for name, loss in LOSSES.items() if loss.batch == "unpaired")
+        fix = f"train on them with {names}; losses of pairs need chosen and rejected"
+        raise UserError("DATA", f"{rows} have one response with a label, and no pair", fix)
 
 
 def _parse(row: Row, form: str, chat: Chat, *, is_inferred: bool) -> ParsedRow | str:
@@ -163,11 +177,13 @@ class FilePreferences:
         known = [self.hashes[turn.prompt] for turn in turns if turn.prompt in self.hashes]
         row_hash = known[0] if known else content_hash([row.key])
         for turn in turns:
-            target = turn.responses[turn.best]
+            target = None if turn.label is False else turn.responses[turn.best]
             preference = add_preference(self.preferences, turn.prompt, turn.responses, turn.pairs, target, weight)
             if turn.from_template:
                 preference["from_template"] = True
-            if turn.is_demonstration:
+            if turn.label is not None:
+                preference.setdefault("labels", []).append((len(preference["responses"]) - 1, turn.label))
+            if target is not None and (turn.is_demonstration or turn.label):
                 preference.setdefault("demonstrations", []).append(target)
             self.hashes.setdefault(turn.prompt, row_hash)
         self.num_rows[row.prompt] += 1

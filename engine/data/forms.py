@@ -24,6 +24,7 @@ class ParsedRow(NamedTuple):
         responses: the responses as text.
         pairs: (preferred, other), as indices into responses.
         best: index of the best response, the SFT target.
+        label: of one response without a pair: whether it is desirable.
         from_template: whether a chat template wrote the texts.
         is_demonstration: one response without a preference.
         earlier_turns: of a dialogue with several demonstrations, those before the last.
@@ -35,6 +36,7 @@ class ParsedRow(NamedTuple):
     responses: list[str]
     pairs: list[tuple[int, int]]
     best: int = 0
+    label: bool | None = None
     from_template: bool = False
     is_demonstration: bool = False
     earlier_turns: tuple["ParsedRow", ...] = ()
@@ -98,7 +100,7 @@ def _messages(row: Row, chat: Chat) -> ParsedRow | str:
     if "messages" in row.values and not _has_pair(row):
         return _dialogue(row, chat, _with_system(row, read_messages(row, row.value("messages"), "messages")))
     if "completion" in row.values and not _has_pair(row):
-        return _completion_messages(row, chat)
+        return (_unpaired_messages if "label" in row.values else _completion_messages)(row, chat)
     chosen, rejected = (_response_turns(row, name) for name in ("chosen", "rejected"))
     prompt = _prompt_column(row)
     for name, dialogue in (("chosen", chosen), ("rejected", rejected)):
@@ -148,6 +150,35 @@ def _sharegpt(row: Row, chat: Chat) -> ParsedRow | str:
             raise row.error(name, "is not an assistant message")
         responses.append(response)
     return _render(row, chat, prompt, responses)
+
+
+# ---- Unpaired: one response with a label ----
+
+
+def _unpaired(row: Row, chat: Chat) -> ParsedRow:
+    """A prompt, its completion and a label: both text as it is, or messages."""
+    if isinstance(row.value("prompt"), str) and isinstance(row.value("completion"), str):
+        prompt = row.text("prompt")
+        return ParsedRow(prompt, prompt, [row.text("completion")], [], label=_label(row))
+    return _unpaired_messages(row, chat)
+
+
+def _unpaired_messages(row: Row, chat: Chat) -> ParsedRow:
+    """The label is that of the last message of the completion."""
+    *before, response = _response_turns(row, "completion")
+    messages = _with_system(row, [*(_prompt_column(row) or []), *before])
+    if response["role"] != "assistant":
+        raise row.error("completion", "does not end with an assistant message")
+    if not messages:
+        raise row.error("completion", "has no message before its last, and there is no field 'prompt'")
+    return _render(row, chat, messages, [response])._replace(pairs=[], label=_label(row))
+
+
+def _label(row: Row) -> bool:
+    try:
+        return row.boolean("label")
+    except BadRow as error:
+        raise BadRow(error.what, "give true or false; format=completion leaves the label out") from error
 
 
 # ---- Demonstrations: responses without a preference ----
@@ -237,7 +268,9 @@ def _has_pair(row: Row) -> bool:
 
 def _render(row: Row, chat: Chat, messages: list[Message], responses: list[Message]) -> ParsedRow:
     if messages[-1]["role"] == "assistant":
-        name = next(name for name in ("conversations", "messages", "prompt", "chosen") if name in row.values)
+        name = next(
+            name for name in ("conversations", "messages", "prompt", "chosen", "completion") if name in row.values
+        )
         raise row.error(name, "ends with an assistant message; the response should follow a user message")
     prompt, texts = chat.render(row, messages, responses, read_tools(row))
     key = [[message["role"], message["content"].strip(), *message.get("tool_calls", [])] for message in messages]
@@ -253,6 +286,7 @@ FORMS: dict[str, Callable[[Row, Chat], ParsedRow | str]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "ranked": _ranked,
+    "unpaired": _unpaired,
     "completion": _completion,
     "alpaca": _alpaca,
     "dolly": _dolly,
@@ -264,6 +298,7 @@ COLUMNS = {
     "strings": ("prompt", "chosen", "rejected"),
     "transcripts": ("chosen", "rejected"),
     "messages": ("messages",),
+    "unpaired": ("prompt", "completion", "label"),
     "completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "dolly": ("instruction", "response"),

@@ -12,7 +12,8 @@ class Preference(TypedDict):
 
     responses: list[str]
     pairs: list[tuple[int, int]]  # (preferred, other): indices into responses
-    sft_target: str
+    sft_target: str | None  # None: all responses are labelled undesirable
+    labels: NotRequired[list[tuple[int, bool]]]  # (index into responses, whether it is desirable)
     demonstrations: NotRequired[list[str]]  # further responses for SFT
     from_template: NotRequired[bool]  # written by a chat template, so its special tokens are encoded as such
     weights: NotRequired[list[float]]  # of the responses, those of their rows; 1 if absent
@@ -26,7 +27,7 @@ def add_preference(
     prompt: str,
     responses: Sequence[str],
     pairs: Sequence[tuple[int, int]],
-    sft_target: str,
+    sft_target: str | None,
     weight: float = 1.0,
 ) -> Preference:
     """Add responses to a prompt, known or new.
@@ -36,7 +37,7 @@ def add_preference(
         prompt: the prompt.
         responses: appended to the prompt's responses.
         pairs: (preferred, other), as indices into the responses given here.
-        sft_target: replaces an earlier target.
+        sft_target: replaces an earlier target; None keeps it.
         weight: of the row, for all responses given here.
     """
     preference = preferences.setdefault(prompt, {"responses": [], "pairs": [], "sft_target": sft_target})
@@ -45,7 +46,8 @@ def add_preference(
         preference.setdefault("weights", [1.0] * start).extend([weight] * len(responses))
     preference["responses"].extend(responses)
     preference["pairs"].extend((start + chosen, start + rejected) for chosen, rejected in pairs)
-    preference["sft_target"] = sft_target
+    if sft_target is not None:
+        preference["sft_target"] = sft_target
     return preference
 
 

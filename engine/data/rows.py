@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.data.special_tokens import MARK
-from utils import UserError
+from utils import UserError, clipped
 
 # Longer texts are no dialogues, and a tokenizer would need minutes for them.
 MAX_LINE_BYTES = 16_000_000
@@ -91,6 +91,14 @@ class Row:
         if weight < 0:
             raise self.error("weight", f"is {weight:g}, below 0")
         return weight
+
+    def boolean(self, name: str) -> bool:
+        """A field with true or false, 1 or 0; in CSV, these as text."""
+        value = self.value(name)
+        found = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(str(value).lower())
+        if found is None:
+            raise self.error(name, f"is {clipped(repr(value), 50)}, not true or false")
+        return found
 
     def items(self, name: str) -> list[Any]:
         return self.as_list(self.value(name), name)

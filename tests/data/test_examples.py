@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.data.examples import truncate
+from engine.data.examples import fingerprint, truncate
 from engine.data.preferences import Preferences
 from tests.data.samples import pair, run, texts
 
@@ -101,6 +101,48 @@ def test_repeated_and_contradicting_pairs_are_counted_and_kept(plain, tmp_path):
     letters = [("a", "b"), ("a", "b"), ("b", "a"), ("a", "c")]
     assert texts(split, plain) == [("p", f"{chosen}<eos>", f"{rejected}<eos>") for chosen, rejected in letters]
     assert (split.counts["duplicates"], split.counts["contradictions"], split.counts["dropped"]) == (1, 1, {})
+
+
+def test_a_pair_gives_two_labelled_examples(plain, tmp_path):
+    data: Preferences = {
+        "p": {"responses": ["a", "b", "c"], "pairs": [(0, 1), (2, 0)], "sft_target": "c"},
+        "q": {"responses": ["d"], "pairs": [], "sft_target": None, "labels": [(0, False)]},
+        "r": {"responses": ["f", "f"], "pairs": [(0, 1)], "sft_target": "f", "labels": [(0, True)]},
+        "s": {"responses": [" ", "e"], "pairs": [(0, 1)], "sft_target": "e"},
+        "t": {"responses": ["e"], "pairs": [], "sft_target": "e"},
+    }
+    split = run(data, plain, tmp_path, batch="unpaired")
+    assert texts(split, plain) == [
+        ("p", "a<eos>"), ("p", "b<eos>"), ("p", "c<eos>"), ("p", "a<eos>"), ("q", "d<eos>"), ("r", "f<eos>"),
+        ("s", "e<eos>"),
+    ]  # fmt: skip
+    assert [example.label for example in split.examples] == [True, False, True, False, False, True, False]
+    assert [example.prompt_index for example in split.examples] == [0, 0, 0, 0, 1, 2, 3]
+    assert (split.counts["examples"], split.counts["desirable"], split.counts["contradictions"]) == (7, 3, 1)
+    reasons = ("chosen equal to rejected", "empty response", "prompt without a pair or a label")
+    assert split.counts["dropped"] == dict.fromkeys(reasons, 1)
+
+
+def test_repeated_labelled_responses_are_counted_and_kept(plain, tmp_path):
+    labels = [(0, True), (1, True), (2, False), (3, False)]
+    data: Preferences = {"p": {"responses": ["a", "a", "a", "b"], "pairs": [], "sft_target": "a", "labels": labels}}
+    split = run(data, plain, tmp_path, batch="unpaired")
+    assert len(split.examples) == 4
+    assert (split.counts["duplicates"], split.counts["contradictions"]) == (1, 1)
+
+
+def test_a_prompt_without_a_desirable_response_is_not_for_sft(plain, tmp_path):
+    data: Preferences = {"p": {"responses": ["a"], "pairs": [], "sft_target": None, "labels": [(0, False)]}}
+    assert run(data, plain, tmp_path, batch="sft").counts["dropped"] == {"prompt without a desirable response": 1}
+
+
+def test_labels_change_the_fingerprint_and_not_the_tokens(plain, tmp_path):
+    def labelled(label: bool) -> Preferences:
+        return {"p": {"responses": ["a"], "pairs": [], "sft_target": None, "labels": [(0, label)]}}
+
+    splits = [run(labelled(label), plain, tmp_path, batch="unpaired") for label in (True, False)]
+    assert fingerprint(splits[0].examples) != fingerprint(splits[1].examples)
+    assert len([*(tmp_path / "tokens").iterdir()]) == 1
 
 
 def test_repeated_demonstrations_are_learned_once(plain, tmp_path):

@@ -203,4 +203,6 @@ def test_responses_of_a_dialogue_are_held_out_together(tmp_path, tokenizer):
 )
 def test_rows_without_a_preference_are_for_sft_only(tmp_path, tokenizer, row):
     with pytest.raises(UserError, match="have one response and no preference; fix: train on them with loss=sft"):
-        load_rows(tmp_path, [row], tokenizer, needs_pairs=True)
+        load_rows(tmp_path, [row], tokenizer, batch="pairs")
+    with pytest.raises(UserError, match="loss=sft; other losses need prompt, completion and label, or pairs"):
+        load_rows(tmp_path, [row], tokenizer, batch="unpaired")

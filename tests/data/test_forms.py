@@ -5,7 +5,7 @@ import pytest
 from engine.data.forms import PROMPTS_DIFFER, detect_form
 from engine.data.preferences import pairs_by_score
 from engine.data.rows import Row, RowCounts
-from tests.data.samples import CHAT, PAIR, assistant, load_rows, user
+from tests.data.samples import CHAT, PAIR, assistant, load, load_rows, user
 from utils import UserError
 
 
@@ -148,7 +148,98 @@ def test_prompt_and_completion_of_text(tmp_path, tokenizer):
     expected = {"responses": ["c"], "pairs": [], "sft_target": "c", "demonstrations": ["c"]}
     assert load_rows(tmp_path, [{"prompt": "p", "completion": "c"}], tokenizer) == {"p": expected}
     with pytest.raises(UserError, match="rows of format=completion have one response and no preference"):
-        load_rows(tmp_path, [{"prompt": "p", "completion": "c"}], tokenizer, needs_pairs=True)
+        load_rows(tmp_path, [{"prompt": "p", "completion": "c"}], tokenizer, batch="pairs")
+
+
+def test_unpaired(tmp_path, tokenizer):
+    rows = [
+        {"prompt": "p", "completion": "a", "label": False},
+        {"prompt": "p", "completion": "b", "label": True},
+        {"prompt": "q", "completion": "c", "label": False},
+    ]
+    assert load_rows(tmp_path, rows, tokenizer, batch="unpaired") == {
+        "p": {
+            "responses": ["a", "b"], "pairs": [], "sft_target": "b",
+            "labels": [(0, False), (1, True)], "demonstrations": ["b"],
+        },
+        "q": {"responses": ["c"], "pairs": [], "sft_target": None, "labels": [(0, False)]},
+    }  # fmt: skip
+    assert load_rows(tmp_path, rows, tokenizer, batch="sft") == load_rows(tmp_path, rows, tokenizer, batch="unpaired")
+    with pytest.raises(UserError, match="rows of format=unpaired have one response with a label, and no pair"):
+        load_rows(tmp_path, rows, tokenizer, batch="pairs")
+    assert load_rows(tmp_path, rows[2:], tokenizer, form="completion")["q"]["sft_target"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("hi", assistant("a")),
+        ([user("hi")], "a"),
+        (user("hi"), [assistant("a")]),
+        (None, [user("hi"), assistant("a")]),
+        ([user("hi")], [assistant("a")]),
+    ],
+)
+def test_unpaired_messages(tmp_path, tokenizer, prompt, completion):
+    row = {"completion": completion, "label": True} | ({} if prompt is None else {"prompt": prompt})
+    expected = {"responses": ["a"], "pairs": [], "sft_target": "a", "from_template": True}
+    expected |= {"labels": [(0, True)], "demonstrations": ["a"]}
+    form = "messages" if prompt is None else None
+    assert load_rows(tmp_path, [row], tokenizer, form=form, batch="unpaired") == {
+        "<s><|user|>user\nhi<eos>\n<|user|>assistant\n": expected
+    }
+
+
+def test_unpaired_text_through_the_chat_template(tmp_path, tokenizer):
+    row = {"prompt": "hi", "completion": "a", "label": True}
+    ((prompt, preference),) = load_rows(tmp_path, [row], tokenizer, form="messages", batch="unpaired").items()
+    assert (prompt, preference["labels"]) == ("<s><|user|>user\nhi<eos>\n<|user|>assistant\n", [(0, True)])
+
+
+def test_the_label_of_several_messages_is_that_of_the_last(tmp_path, tokenizer):
+    completion = [assistant("a"), user("more"), assistant("b")]
+    row = {"prompt": [user("hi")], "completion": completion, "label": False}
+    ((prompt, preference),) = load_rows(tmp_path, [row], tokenizer, chat_template="hh", batch="unpaired").items()
+    assert prompt == "\n\nHuman: hi\n\nAssistant: a\n\nHuman: more\n\nAssistant:"
+    assert (preference["responses"], preference["labels"]) == ([" b"], [(0, False)])
+
+
+@pytest.mark.parametrize("label", [True, 1, 1.0, "true", "True", "TRUE", "1", False, 0, 0.0, "false", "False", "0"])
+def test_labels(tmp_path, tokenizer, label):
+    row = {"prompt": "p", "completion": "a", "label": label}
+    (preference,) = load_rows(tmp_path, [row], tokenizer, batch="unpaired").values()
+    assert preference["labels"] == [(0, str(label).lower() in ("true", "1", "1.0"))]
+
+
+@pytest.mark.parametrize("label", ["yes", "", None, 2, -1, 0.5, [], {}, [True], float("nan"), "x" * 1000])
+def test_other_labels_are_refused(tmp_path, tokenizer, label):
+    with pytest.raises(UserError, match=r"line 1: field 'label' is .*, not true or false") as caught:
+        load_rows(tmp_path, [{"prompt": "p", "completion": "a", "label": label}], tokenizer, batch="unpaired")
+    assert "fix: give true or false; format=completion leaves the label out" in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "p", "completion": 3}, "field 'completion' is a number, not text or messages"),
+        ({"prompt": "p", "completion": [user("a")]}, "field 'completion' does not end with an assistant message"),
+        ({"prompt": [assistant("p")], "completion": "a"}, "field 'prompt' ends with an assistant message"),
+        ({"completion": [assistant("a")]}, "has no message before its last, and there is no field 'prompt'"),
+        ({"prompt": "p"}, "field 'completion' is missing"),
+    ],
+)
+def test_malformed_unpaired_rows(tmp_path, tokenizer, row, problem):
+    form = "messages" if "prompt" not in row else "unpaired"
+    with pytest.raises(UserError, match=problem):
+        load_rows(tmp_path, [row | {"label": True}], tokenizer, form=form, batch="unpaired")
+
+
+def test_a_labelled_csv(tmp_path, tokenizer):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,label\np,a,True\np,b,False\n")
+    (preference,) = load(path, tokenizer, batch="unpaired").values()
+    assert preference["labels"] == [(0, True), (1, False)]
 
 
 @pytest.mark.parametrize(
