@@ -21,6 +21,8 @@ Need = Literal["reference", "kl", "whole batch", "token kl", "confidence", "shar
 # Losses, and the implicit rewards of the chosen and of the rejected responses: [pairs] each.
 PairLosses = tuple[Tensor, Tensor, Tensor]
 PairLossesWithMetrics = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
+# Losses, the implicit rewards of the responses, and further metrics: [examples] each.
+UnpairedLosses = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 def _logratios(
@@ -528,8 +530,9 @@ def tdpo1_loss(
         chosen_kl: KL(reference || policy), summed over the positions of the chosen responses, [pairs].
         rejected_kl: the same of the rejected ones.
     """
-    chosen_logratios = policy_chosen_logps - reference_chosen_logps
-    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
     losses = -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - (rejected_kl - chosen_kl)))
     metrics = {"token_kl/chosen": chosen_kl, "token_kl/rejected": rejected_kl}
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach(), metrics
@@ -554,8 +557,9 @@ def tdpo2_loss(
     Args:
         alpha: weight of the token KLs. 0 is DPO.
     """
-    chosen_logratios = policy_chosen_logps - reference_chosen_logps
-    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
     difference = alpha * (rejected_kl - chosen_kl.detach())
     losses = -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - difference))
     metrics = {"token_kl/chosen": chosen_kl, "token_kl/rejected": rejected_kl}
@@ -583,8 +587,9 @@ def wpo_loss(
         chosen_confidence: log w of the chosen responses, [pairs].
         rejected_confidence: log w of the rejected responses, [pairs].
     """
-    chosen_logratios = policy_chosen_logps - reference_chosen_logps
-    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    chosen_logratios, rejected_logratios = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
     weights = (chosen_confidence + rejected_confidence).detach().exp()
     losses = -weights * F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach(), {"weights": weights}
@@ -623,6 +628,79 @@ def ld_dpo_loss(
         desensitised(reference_rejected_logps, reference_rejected_shared),
         beta=beta,
     )
+
+
+def kto_loss(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    labels: Tensor,
+    kl: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    desirable_weight: Annotated[float, Gt(0)] = 1.0,
+    undesirable_weight: Annotated[float, Gt(0)] = 1.0,
+) -> UnpairedLosses:
+    """Kahneman-Tversky Optimization: responses labelled desirable or undesirable.
+
+    Ethayarajh et al. 2024 (arXiv 2402.01306), equation 7. A reward counts by its distance from a reference
+    point z0, as gains and losses do for people.
+
+    Args:
+        policy_logps: log-probs of the responses under the policy, [examples]; the reference's likewise.
+        labels: bool [examples], true for desirable responses.
+        kl: log(policy / reference) of mismatched responses, the mean over the batch, a scalar. z0 is kl, at least 0.
+        desirable_weight, undesirable_weight: lambda_D and lambda_U there.
+
+    Returns:
+        losses [examples], the rewards beta * log(policy / reference) [examples], detached, and the metric kl: z0.
+    """
+    logratios = policy_logps - reference_logps
+    reference_point = kl.detach().clamp(min=0).to(logratios.dtype)
+    gains = beta * (logratios - reference_point)
+    losses = torch.where(labels, desirable_weight * (-gains).sigmoid(), undesirable_weight * gains.sigmoid())
+    return losses, beta * logratios.detach(), {"kl": reference_point.expand_as(losses)}
+
+
+def bco_loss(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    labels: Tensor,
+    desirable_mean: Tensor,
+    undesirable_mean: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+) -> UnpairedLosses:
+    """Binary Classifier Optimization: rewards as the logits of a classifier of labels.
+
+    Jung et al. 2024 (arXiv 2404.04656), with the reward shift, without weights for unlike prompts (underlying
+    distribution matching). Takes log-probs and labels as kto_loss does.
+
+    Args:
+        desirable_mean, undesirable_mean: moving means of log(policy / reference) of the responses of each label,
+            scalars. The current batch counts. The reward shift delta is beta times the middle of both.
+
+    Returns:
+        losses and rewards as of kto_loss, and the metric reward_shift: delta.
+    """
+    logratios = policy_logps - reference_logps
+    shift = (beta * (desirable_mean + undesirable_mean) / 2).to(logratios.dtype)
+    logits = beta * logratios - shift
+    losses = -F.logsigmoid(torch.where(labels, logits, -logits))
+    return losses, beta * logratios.detach(), {"reward_shift": shift.expand_as(losses)}
+
+
+def bco_state(
+    policy_logps: Tensor, reference_logps: Tensor, labels: Tensor, desirable_mean: Tensor, undesirable_mean: Tensor
+) -> dict[str, Tensor]:
+    """Move the means of bco_loss by a tenth to those of a batch. A label absent from the batch keeps its mean."""
+    logratios = policy_logps - reference_logps
+
+    def moved(mean: Tensor, selected: Tensor) -> Tensor:
+        num_selected = selected.sum()
+        batch_mean = logratios.where(selected, 0).sum() / num_selected.clamp(min=1)
+        return torch.where(num_selected > 0, 0.9 * mean + 0.1 * batch_mean, mean)
+
+    return {"desirable_mean": moved(desirable_mean, labels), "undesirable_mean": moved(undesirable_mean, ~labels)}
 
 
 def sft_loss(policy_chosen_logps: Tensor) -> Tensor:
@@ -664,7 +742,8 @@ class Loss:
             - "kl": log(policy / reference) of mismatched responses, the mean over the batch, a scalar.
             - "whole batch": all arguments are of the whole batch, on all ranks. It costs a second forward pass.
         log_probs: "sums" over tokens, "means", or "either", by the key average_log_prob.
-        takes_sft_weight: whether the key sft_weight adds a log-likelihood. False for losses with one of their own.
+        takes_sft_weight: whether the key sft_weight adds a log-likelihood. False for losses with one of their own, and
+            for unpaired responses: undesirable ones are no targets.
         state: further arguments, scalars. It needs the whole batch.
 
     Labels of unpaired responses follow the columns above: bool [examples], true for desirable ones.
@@ -709,5 +788,13 @@ LOSSES = {
         batch="pairs",
         needs={"reference", "whole batch"},
         state=MovingState({"mean_margin": 0.0}, beta_dpo_state),
+    ),
+    "kto": Loss(kto_loss, batch="unpaired", needs={"reference", "kl"}, log_probs="sums", takes_sft_weight=False),
+    "bco": Loss(
+        bco_loss,
+        batch="unpaired",
+        needs={"reference", "whole batch"},
+        takes_sft_weight=False,
+        state=MovingState({"desirable_mean": 0.0, "undesirable_mean": 0.0}, bco_state),
     ),
 }

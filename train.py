@@ -146,10 +146,12 @@ def load_data(settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[Split]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = load_tokenizer(settings.model)
+    loss = LOSSES[settings.loss.name]
     splits = []
     with process_group.local_first():  # the other ranks read the tokens from cache_dir
         for name in ("train", "test"):
-            splits.append(load_split(settings, tokenizer, name, LOSSES[settings.loss.name].batch))
+            split = load_split(settings, tokenizer, name, loss.batch, needs_mismatched="kl" in loss.needs)
+            splits.append(split)
             print(f"{name}: {format_counts(splits[-1].counts)}", flush=True)
     shared, num_prompts = num_shared_prompts(*splits)
     if shared:

@@ -39,7 +39,7 @@ from engine.run.nonfinite import NonFinitePolicy
 from engine.run.reference_setup import build_reference
 from engine.run.resume_check import read_state, read_state_file, settings_of
 from engine.run.run_files import log_sizes, rewind
-from engine.run.start_report import describe_parameters, describe_training, warn_of_first_margin, warn_of_warmup
+from engine.run.start_report import describe_parameters, describe_training, warn_of_first_margin, warnings_at_start
 from engine.run.throughput import throughput
 from engine.run.workload import Work, flops_of
 from engine.settings.schema import LoraSettings, Settings
@@ -463,7 +463,7 @@ class BasicTrainer:
         num_train, num_eval = len(train_split.examples), len(eval_examples)
         counts = {"num_examples": self.source.num_examples, "num_train": num_train, "num_eval": num_eval}
         print(describe_training(settings, **counts), flush=True)  # before models load
-        if warning := warn_of_warmup(settings, self.num_updates):
+        for warning in warnings_at_start(settings, self.num_updates, train_split.examples):
             print(warning, flush=True)
 
         torch.set_float32_matmul_precision(settings.matmul_precision)

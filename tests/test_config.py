@@ -314,6 +314,8 @@ def test_accepted(overrides):
         ("keep_best=loss/train", "keep_best: must be null or loss/eval"),
         ("keep_best=loss/eval save_every=8", "keep_best: "),
         ("keep_best=rewards_eval/margins", "keep_best: rewards_eval/margins is of preference losses"),
+        ("loss=kto keep_best=rewards_eval/margins", "keep_best: rewards_eval/margins is of losses of pairs: kto has"),
+        ("loss=bco keep_best=logps_eval/chosen", "keep_best: logps_eval/chosen is of losses of pairs: bco has"),
         ("keep_best=ground_truth/policy sample_during_eval=false", "keep_best: "),
         ("loss=dpo loss.beta=1 keep_best=kl_eval", "keep_best: "),
         ("model.name_or_path=gpt2", "add model=blank_model"),

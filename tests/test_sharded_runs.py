@@ -110,7 +110,8 @@ def assert_same(ours: Run, theirs: Run, rel: float = 1e-5, after: int = -1) -> N
         for key, value in other.items():
             if "accuracies" in key and abs(other[key.replace("accuracies", "margins")]) < 1e-4:
                 continue  # near a tie, the larger of two is chance
-            scale = 1 if "rewards" in key else 0.1  # rewards are differences of log-probs of about 100
+            # Rewards are a tenth of differences of log-probs of about 100, and kl is their mean.
+            scale = 1 if "rewards" in key else 10 if key.startswith("kl/") else 0.1
             assert row[key] == pytest.approx(value, rel=rel, abs=scale * rel), (key, row, other)
     assert_same_weights(ours, theirs, rel)
 
@@ -137,6 +138,8 @@ OTHERS: Commands = {  # run by BasicTrainer, FSDPTrainer and TensorParallelTrain
     "tdpo2-bf16": ("loss=tdpo2", "sample_during_eval=false", "n_examples=9", "mixed_precision=bfloat16"),
     "wpo": ("loss=wpo", "sample_during_eval=false", "n_examples=9", ODD),
     "ld-dpo": ("loss=ld_dpo", "sample_during_eval=false", "n_examples=9"),
+    "kto": ("loss=kto", "loss.beta=0.1", "sample_during_eval=false", "n_examples=9"),
+    "bco": ("loss=bco", "sample_during_eval=false", "n_examples=9"),
 }
 IN_ORDER = (*DPO, "deterministic=true", "optimizer=RMSprop", "sample_during_eval=false", "n_examples=9")
 BY_PACKAGE = ("llama", "gpt_neox", "gpt2")

@@ -21,8 +21,8 @@ from utils import UserError, duration, printable
 LINE_LENGTH = 200  # of a printed line
 # Parts of the names of metrics, in the order of a printed line.
 TELLING = (
-    "loss/", "accuracies", "margins", "kl_", "ground_truth/", "learning_rate", "grad_norm", "tokens_per_second",
-    "peak_memory", "skipped", "rewards", "logps",
+    "loss/", "accuracies", "margins", "desirable", "kl_", "kl/", "ground_truth/", "learning_rate", "grad_norm",
+    "tokens_per_second", "peak_memory", "skipped", "rewards", "logps",
 )  # fmt: skip
 
 

@@ -123,15 +123,19 @@ def run_seconds(
 
     num_examples = trainer.source.num_examples
     num_evaluations = settings.do_first_eval + math.ceil(num_examples / settings.eval_every)
+    objective = trainer.runner.objective
+    # Passes without gradients. Mismatched responses are about as long as the others.
+    num_passes = objective.needs_whole_batch + objective.needs_kl
     seconds = {
-        "training": seconds_of(training, True),
-        "evaluations": num_evaluations * seconds_of(evaluation, False),
+        "training": seconds_of(training, True) + num_passes * seconds_of(training, False),
+        "evaluations": num_evaluations * seconds_of(evaluation, False) * (1 + objective.needs_kl),
     }
-    if trainer.runner.objective.needs_reference:
+    if objective.needs_reference:
         is_live = settings.has_live_reference  # a cached one runs once per example
         share = 1.0 if is_live else min(1.0, len(trainer.train_examples) / num_examples)
-        seconds["reference"] = share * seconds_of(training, False)
-        seconds["reference"] += (num_evaluations if is_live else 1) * seconds_of(evaluation, False)
+        forward = share * seconds_of(training, False)
+        forward += (num_evaluations if is_live else 1) * seconds_of(evaluation, False)
+        seconds["reference"] = forward * (1 + objective.needs_kl)
     return seconds
 
 

@@ -274,12 +274,15 @@ def best_checkpoint_is_evaluated(best: str | None, save_every: int | None, eval_
 
 
 @rule("keep_best", "loss.name")
-def sft_has_no_rewards(best: str | None, loss: str) -> Problem:
+def best_is_a_metric_of_the_loss(best: str | None, loss: str) -> Problem:
     from losses import LOSSES  # imports torch, which takes seconds
 
-    if best is None or not best.startswith(("rewards", "kl")) or LOSSES[loss].batch != "sft":
-        return None
-    return f"{best} is of preference losses, not of {loss}"
+    batch = LOSSES[loss].batch
+    if best is not None and best.startswith(("rewards", "kl")) and batch == "sft":
+        return f"{best} is of preference losses, not of {loss}"
+    if best is not None and best.startswith(("rewards", "logps")) and batch == "unpaired":
+        return f"{best} is of losses of pairs: {loss} has loss/eval, kl_eval and ground_truth/*"
+    return None
 
 
 @rule("reference", "loss.name")

@@ -24,14 +24,14 @@ class Context:
         named: data sets chosen by name.
         files: data sets chosen by path.
         has_reference: the loss compares with a reference model.
-        learns_pairs: the loss needs chosen and rejected.
+        learns_dialogues: the loss learns every response of a dialogue.
     """
 
     settings: Settings
     named: list[str]
     files: list[str]
     has_reference: bool
-    learns_pairs: bool
+    learns_dialogues: bool
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def _without_published_files(run: Context) -> str | None:
 
 
 def _sft_turns(run: Context) -> str | None:
-    return f"loss={run.settings.loss.name} learns pairs, not dialogues" if run.learns_pairs else _only_named(run)
+    if run.learns_dialogues:
+        return _only_named(run)
+    return f"loss={run.settings.loss.name} learns preferences, not dialogues"
 
 
 def _without_reference(run: Context) -> str | None:
@@ -171,7 +173,7 @@ def check_unused(settings: Settings, dataset_names: Collection[str], has_experim
         named=[name for name in settings.datasets if name in dataset_names],
         files=[name for name in settings.datasets if name not in dataset_names],
         has_reference="reference" in loss.needs and not settings.loss.keywords.get("reference_free"),
-        learns_pairs=loss.batch != "sft",
+        learns_dialogues=loss.batch == "sft",
     )
     mistakes, warnings = [], []
     for each in UNUSED:

@@ -36,7 +36,8 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 def assert_close(ours: Run, theirs: Run, rel: float) -> None:
     for row, other in zip(ours.steps, theirs.steps, strict=True):
-        for key in ("loss/train", "grad_norm", "logps_train/chosen"):
+        logps = next(key for key in ("logps_train/chosen", "logps_train/response") if key in other)
+        for key in ("loss/train", "grad_norm", logps):
             assert row[key] == pytest.approx(other[key], rel=rel), key
     difference = torch.cat([(weights(ours)[name] - value).flatten() for name, value in weights(theirs).items()])
     scale = torch.cat([value.flatten() for value in weights(theirs).values()])
