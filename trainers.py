@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ from engine.step.metrics import (
     without_nan,
 )
 from engine.step.microbatches import Batch, MicrobatchRunner
+from engine.step.mixing import choose_mixture
 from engine.step.objectives import make_objective
 from engine.step.reference import Reference
 from engine.step.schedule import learning_rate
@@ -451,6 +452,7 @@ class BasicTrainer:
             n_epochs=settings.n_epochs,
             n_examples=settings.n_examples,
             length_grouping=settings.length_grouping,
+            mixture=choose_mixture(settings, train_split),
         )
         self.train_examples = train_split.examples
         eval_examples = choose_eval_examples(test_split.examples, settings.n_eval_examples, settings.seed)
@@ -510,10 +512,10 @@ class BasicTrainer:
 
     def build_reference(self) -> tuple[Reference | None, str | None]:
         """The frozen reference, and a hash of its weights; None for a loss without a reference."""
-        # The batches of one epoch contain every example. A long run has many more.
-        num_batches = math.ceil(len(self.train_examples) / self.settings.batch_size)
         batches = chain(
-            self.with_mismatched(islice(self.train_batches(), num_batches), self.settings.gradient_accumulation_steps),
+            self.with_mismatched(
+                map(self.split_batch, self.source.new_batches()), self.settings.gradient_accumulation_steps
+            ),
             self.with_mismatched(self.evaluator.batches(self.token_budget), 1),
         )
         return build_reference(self.settings, self.placement, self.runner, self.evaluator, batches)

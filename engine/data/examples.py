@@ -1,7 +1,9 @@
 """Examples: preferences as truncated token ids."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -61,6 +63,7 @@ class Split:
 
     Args:
         examples: the examples.
+        sizes: number of examples of each data set.
         counts: rows, prompts, pairs (for SFT: targets; for unpaired responses: examples, and desirable ones), dropped
             {reason: number}, truncated (examples) and max_length. Only if above 0: duplicates (of pairs or examples),
             contradictions (those with their opposite). Only if there is one: first_bad_row.
@@ -68,6 +71,7 @@ class Split:
 
     examples: list[Example]
     counts: dict[str, Any] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
 
 
 def tokenize(
@@ -97,6 +101,7 @@ def tokenize(
     examples: list[Example] = []
     prompt_indices: dict[int, int] = {}  # by prompt number; prompts without examples get none
     num_truncated = 0
+    ends, sizes = list(accumulate(len(preferences) for preferences, _ in data)), [0] * len(data)  # ends: of prompts
     for draft in drafts.examples:
         prompt, responses = encoded.prompt(draft.prompt), tuple(map(encoded.response, draft.responses))
         num_tokens = len(prompt) + sum(map(len, responses))
@@ -109,6 +114,7 @@ def tokenize(
             continue
         prompt_index = prompt_indices.setdefault(draft.prompt_number, len(prompt_indices))
         examples.append(Example(prompt, responses, prompt_index, draft.label, draft.weight))
+        sizes[bisect_right(ends, draft.prompt_number)] += 1
         num_truncated += len(prompt) + sum(map(len, responses)) < num_tokens
     split_counts = {
         "rows": counts.rows,
@@ -125,7 +131,7 @@ def tokenize(
         "contradictions": drafts.num_contradictions,
         "first_bad_row": counts.first_bad_row,
     }
-    return Split(examples, split_counts | {name: value for name, value in optional.items() if value})
+    return Split(examples, split_counts | {name: value for name, value in optional.items() if value}, sizes)
 
 
 # ---- Before encoding ----

@@ -57,6 +57,13 @@ def training_ends(n_epochs: int | None, n_examples: int | None) -> Problem:
     return "is null and n_examples too, so training would never end: give one of them" if is_endless else None
 
 
+@rule("weights", "datasets")
+def weights_are_of_datasets(weights: list[float] | None, datasets: list[str]) -> Problem:
+    if weights is None or len(weights) == len(datasets):
+        return None
+    return f"must have one number for each of datasets ({len(datasets)}), not {len(weights)}"
+
+
 @rule("max_prompt_length", "max_length")
 def prompt_leaves_room(max_prompt_length: int, max_length: int) -> Problem:
     if max_prompt_length < max_length:

@@ -35,6 +35,7 @@ from engine.settings.value_types import (
     Text,
     TokenizerOrPath,
     WeightDtype,
+    Weights,
 )
 
 
@@ -143,6 +144,7 @@ class Settings(Group):
     debug: bool
 
     datasets: Datasets
+    weights: Weights | None
     data_dir: Directory | None
     format: RowForm | None
     on_bad_row: Literal["error", "drop"]

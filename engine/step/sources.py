@@ -8,6 +8,7 @@ from typing import Protocol
 
 from engine.data.examples import Example, fingerprint
 from engine.step.layout import num_fed_tokens
+from engine.step.mixing import Mixture
 
 
 class Source(Protocol):
@@ -32,13 +33,17 @@ class Source(Protocol):
         """The batches of the run after its first start examples."""
         ...
 
+    def new_batches(self) -> Iterator[list[Example]]:
+        """The batches of the run with an example that no batch before them has."""
+        ...
+
 
 class StoredExamples:
     """Stored examples in a seeded order. Equal arguments give equal batches.
 
     Args:
         n_epochs, n_examples: the run ends at the first limit reached; one of them may be None.
-        length_grouping: see plan_batches.
+        length_grouping, mixture: see plan_batches.
     """
 
     may_prefetch = True
@@ -52,11 +57,12 @@ class StoredExamples:
         n_epochs: int | None,
         n_examples: int | None,
         length_grouping: bool = False,
+        mixture: Mixture | None = None,
     ):
         self.examples = examples
         self._batch_size, self._seed = batch_size, seed
         self._n_epochs, self._n_examples = n_epochs, n_examples
-        self._length_grouping = length_grouping
+        self._length_grouping, self._mixture = length_grouping, mixture
 
     @property
     def num_examples(self) -> int:
@@ -67,17 +73,32 @@ class StoredExamples:
         return fingerprint(self.examples)
 
     def batches(self, start: int = 0) -> Iterator[list[Example]]:
-        plan = plan_batches(
+        indices = islice(chain.from_iterable(self._plan()), start, None)
+        while batch := [self.examples[index] for index in islice(indices, self._batch_size)]:
+            yield batch
+
+    def new_batches(self) -> Iterator[list[Example]]:
+        is_new, num_new = [True] * len(self.examples), len(self.examples)
+        for batch in self._plan():
+            if num_new == 0:  # the rest of the plan may be long
+                return
+            found = {index for index in batch if is_new[index]}
+            for index in found:
+                is_new[index] = False
+            num_new -= len(found)
+            if found:
+                yield [self.examples[index] for index in batch]
+
+    def _plan(self) -> Iterator[list[int]]:
+        return plan_batches(
             self.examples,
             self._batch_size,
             seed=self._seed,
             n_epochs=self._n_epochs,
             n_examples=self._n_examples,
             length_grouping=self._length_grouping,
+            mixture=self._mixture,
         )
-        indices = islice(chain.from_iterable(plan), start, None)
-        while batch := [self.examples[index] for index in islice(indices, self._batch_size)]:
-            yield batch
 
 
 def choose_eval_examples(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
@@ -94,6 +115,7 @@ def plan_batches(
     n_epochs: int | None,
     n_examples: int | None,
     length_grouping: bool = False,
+    mixture: Mixture | None = None,
 ) -> Iterator[list[int]]:
     """Plan the example indices of each batch. Equal arguments give equal batches.
 
@@ -104,16 +126,20 @@ def plan_batches(
     Args:
         length_grouping: put prompts of similar lengths into the same batch, the batches in random order. A prompt
             split at the end of a batch may continue in any other.
+        mixture: the data sets in each epoch; None to have each example once.
     """
     by_prompt: dict[int, list[int]] = {}
     for index, example in enumerate(examples):
         by_prompt.setdefault(example.prompt_index, []).append(index)
     prompts = list(by_prompt.values())
     num_left = num_planned(len(examples), n_epochs, n_examples)
+    mixed = mixture.epochs(prompts, seed) if mixture else None
     batch: list[int] = []
     epoch = 0
     while num_left > 0:
         rng = random.Random(f"{seed}/{epoch}")
+        if mixed is not None:
+            prompts = next(mixed)
         rng.shuffle(prompts)
         order = [index for prompt in prompts for index in prompt]
         if length_grouping:
