@@ -22,7 +22,7 @@ from engine.data.examples import Example, Split
 from engine.models.adapters import adapter_of
 from engine.models.archives import find_checkpoint
 from engine.models.layers import find_layers
-from engine.models.parameters import num_weights
+from engine.models.parameters import move_weights, num_weights
 from engine.placement.determinism import set_deterministic
 from engine.placement.memory import peak_memory_gb
 from engine.placement.placement import Placement
@@ -55,7 +55,7 @@ from engine.step.metrics import (
 from engine.step.microbatches import Batch, MicrobatchRunner
 from engine.step.mixing import choose_mixture
 from engine.step.objectives import make_objective
-from engine.step.reference import Reference
+from engine.step.reference import LiveReference, Reference
 from engine.step.schedule import learning_rate
 from engine.step.sources import Source, StoredExamples, choose_eval_examples
 from preference_datasets import ground_truth_reward
@@ -204,6 +204,7 @@ class BasicTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.counters["examples"] += len(batch.examples)
         self.counters["updates"] += 1
+        self.refresh_reference()
         values = prefix_metrics(means, "train") | {"grad_norm": grad_norm, "tokens": num_tokens, "stop": stop}
         return Step(
             values=PendingScalars(values),
@@ -251,6 +252,20 @@ class BasicTrainer:
             self.optimizer.step()
         elif is_finite:  # bitsandbytes' optimizers and unfused ones cannot check: here the host waits for a GPU
             self.optimizer.step()
+
+    def refresh_reference(self) -> None:
+        """Move the reference to the policy, if it is time."""
+        reference, refresh = self.moving_reference, self.settings.reference_refresh
+        if reference is not None and refresh.every and self.counters["updates"] % refresh.every == 0:
+            move_weights(reference, self.policy, refresh.mix)
+
+    @property
+    def moving_reference(self) -> PreTrainedModel | None:
+        """The reference model, if reference_refresh moves it."""
+        reference = self.runner.reference
+        if self.settings.reference_refresh.every is None or not isinstance(reference, LiveReference):
+            return None
+        return reference.model
 
     # ---- Batches ----
 
@@ -381,6 +396,7 @@ class BasicTrainer:
             state,
             policy_pt_metrics=self.eval_metrics if is_last else None,
             is_best=is_best,
+            reference=self.moving_reference,
         )
 
     def log_finished_save(self, wait: bool, together: bool = False) -> None:
@@ -399,7 +415,7 @@ class BasicTrainer:
     def resume(self, checkpoint: Path) -> bool:
         """Restore the state of a checkpoint; returns whether the run must start with an evaluation."""
         state = read_state(checkpoint, self.source.fingerprint, self.reference_hash, self.base_hash)
-        restore_checkpoint(checkpoint, self.placement, self.policy, self.optimizer)
+        restore_checkpoint(checkpoint, self.placement, self.policy, self.optimizer, self.moving_reference)
         if self.placement.rank == 0:
             rewind(self.run_dir, state["log_sizes"], state["counters"]["examples"])
         self.counters.update(state["counters"])
@@ -417,7 +433,7 @@ class BasicTrainer:
         checkpoint = self.placement.gather_from_data_ranks(found)[0]
         if checkpoint is None:
             return None
-        restore_checkpoint(checkpoint, self.placement, self.policy, self.optimizer)
+        restore_checkpoint(checkpoint, self.placement, self.policy, self.optimizer, self.moving_reference)
         self.restore_loss_state(read_state_file(checkpoint))
         return checkpoint.name
 

@@ -15,7 +15,7 @@ from utils import UserError, clipped
 FORMAT = 1
 OTHER_VERSION = "was written by"  # starts the description of a checkpoint by another version
 STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
-WEIGHTS, OPTIMIZER = "model", "optimizer"  # prefixes of file names
+WEIGHTS, OPTIMIZER, REFERENCE = "model", "optimizer", "reference"  # prefixes of file names
 MAX_LINKS = 40  # followed in a row, as by Linux
 
 

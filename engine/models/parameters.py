@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from engine.models.adapters import REFERENCE_ADAPTER, is_adapter_weight
 from engine.models.quantization import QuantizedLinear
+from engine.models.shards import local_shard
 
 
 def num_weights(model: nn.Module) -> tuple[int, int]:
@@ -37,6 +38,22 @@ def named_aliases(model: PreTrainedModel) -> dict[str, str]:
     first_names = {parameter: name for name, parameter in model.named_parameters()}
     all_names = model.named_parameters(remove_duplicate=False)
     return {name: first_names[parameter] for name, parameter in all_names if first_names[parameter] != name}
+
+
+@torch.no_grad()
+def move_weights(model: PreTrainedModel, target: PreTrainedModel, mix: float) -> None:
+    """Replace weights by mix * target + (1 - mix) * weights, in place, each rank its shards.
+
+    Args:
+        target: the same model, with shards in the same places.
+        mix: 1 copies the target's weights exactly.
+    """
+    for parameter, other in zip(model.parameters(), target.parameters(), strict=True):
+        weight, wanted = local_shard(parameter), local_shard(other)
+        if mix == 1:
+            weight.copy_(wanted)
+        else:
+            weight.lerp_(wanted.to(weight.device), mix)
 
 
 def named_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -42,9 +42,12 @@ class PackageDevices(Placement):
     def named_tensors(
         self, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        weights = {name: value for name, value in merged_state_dict(policy).items() if name not in self.aliases}
         state = merged_optimizer_state(policy, optimizer)
-        return weights, {f"{name}.{key}": value for name, values in state.items() for key, value in values.items()}
+        named_state = {f"{name}.{key}": value for name, values in state.items() for key, value in values.items()}
+        return self.named_weights(policy), named_state
+
+    def named_weights(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        return {name: value for name, value in merged_state_dict(model).items() if name not in self.aliases}
 
     def restore(
         self,
@@ -53,5 +56,8 @@ class PackageDevices(Placement):
         tensors: Iterable[tuple[str, Tensor]],
         state: Mapping[str, dict[str, Tensor]],
     ) -> None:
-        load_merged(policy, dict(tensors))
+        self.restore_weights(policy, tensors)
         load_merged_optimizer_state(policy, optimizer, state)
+
+    def restore_weights(self, model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        load_merged(model, dict(tensors))

@@ -181,9 +181,12 @@ class Placement:
         self, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights and optimizer state by their names in checkpoints."""
-        return checkpoint_weights(policy), named_state(policy, optimizer)
+        return self.named_weights(policy), named_state(policy, optimizer)
 
-    @torch.no_grad()
+    def named_weights(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Weights by their names in checkpoints."""
+        return checkpoint_weights(model)
+
     def restore(
         self,
         policy: PreTrainedModel,
@@ -200,7 +203,13 @@ class Placement:
         Raises:
             KeyError, ValueError: if names or shapes do not fit.
         """
-        targets = checkpoint_weights(policy)
+        self.restore_weights(policy, tensors)
+        load_optimizer_state(policy, optimizer, state, self.permutations)
+
+    @torch.no_grad()
+    def restore_weights(self, model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy full weights into a model. Takes and raises the same as restore()."""
+        targets = checkpoint_weights(model)
         missing = set(targets)
         for name, tensor in tensors:
             if tensor.shape != targets[name].shape:  # copying would broadcast a smaller one
@@ -209,4 +218,3 @@ class Placement:
             missing.remove(name)
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        load_optimizer_state(policy, optimizer, state, self.permutations)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.models.adapter_files import write_adapter_config
 from engine.models.adapters import adapter_of
-from engine.models.archives import OPTIMIZER, STATE_FILE
+from engine.models.archives import OPTIMIZER, REFERENCE, STATE_FILE
 from engine.models.weight_files import weights_kind, write_policy_pt
 from engine.placement.placement import Placement
 from engine.run.checkpoint_writer import CheckpointWriter, Contents
@@ -26,6 +26,7 @@ def start_save(
     *,
     policy_pt_metrics: dict[str, float] | None,
     is_best: bool,
+    reference: PreTrainedModel | None = None,
 ) -> None:
     """Copy weights and optimizer state to the CPU, and start writing a checkpoint. All ranks call this together.
 
@@ -33,12 +34,15 @@ def start_save(
         state: the training state; contains counters["examples"].
         policy_pt_metrics: metrics for a policy.pt; None for a checkpoint without one.
         is_best: BEST will link to the checkpoint.
+        reference: a moving reference, to be saved too.
     """
     num_examples, adapter = state["counters"]["examples"], adapter_of(policy)
     contents = Contents()
     weights, optimizer_state = placement.named_tensors(policy, optimizer)
     contents.add(weights_kind(policy), weights, placement.permutations, in_one=adapter is not None)
     contents.add(OPTIMIZER, optimizer_state, placement.permutations)
+    if reference is not None:
+        contents.add(REFERENCE, placement.named_weights(reference), placement.permutations)
     # Copies: sampling changes the originals while the writer runs.
     model_config, generation_config = copy.deepcopy((policy.config, policy.generation_config))
     has_policy_pt = policy_pt_metrics is not None and adapter is None  # for adapters, export.py makes one

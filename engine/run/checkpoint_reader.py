@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.models.archives import OPTIMIZER
+from engine.models.archives import OPTIMIZER, REFERENCE
 from engine.models.weight_files import tensors_of, weights_kind
 from engine.placement.placement import Placement
 from engine.run.resume_check import read_state_file, unreadable
@@ -16,16 +16,29 @@ from utils import UserError, is_out_of_memory
 
 
 def restore_checkpoint(
-    checkpoint: Path, placement: Placement, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
+    checkpoint: Path,
+    placement: Placement,
+    policy: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    reference: PreTrainedModel | None = None,
 ) -> None:
     """Load weights and optimizer state. Each rank reads its shards, whatever ranks wrote them.
+
+    Args:
+        reference: a moving reference. A checkpoint without one leaves it: it had not moved.
 
     Raises:
         UserError: CHECKPOINT if the checkpoint is unreadable or does not fit the model.
     """
+    has_reference = any(checkpoint.glob(f"{REFERENCE}*.safetensors"))
+    if has_reference and reference is None:
+        problem = f"resume: the reference of the run at {checkpoint} moved, and reference_refresh.every is null"
+        raise UserError("CONFIG", problem, "set it, or start a new run from its weights with model.archive")
     with _as_checkpoint_errors(checkpoint):
         state = state_by_parameter(checkpoint, optimizer)
         placement.restore(policy, optimizer, tensors_of(checkpoint, weights_kind(policy)), state)
+        if reference is not None and has_reference:
+            placement.restore_weights(reference, tensors_of(checkpoint, REFERENCE))
 
 
 @contextmanager

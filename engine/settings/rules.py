@@ -269,6 +269,37 @@ def package_freezes_no_parameters(patterns: list[str], backend: str) -> Problem:
     return "needs tensor_parallel.backend=native" if patterns and backend == "package" else None
 
 
+# ---- The moving reference ----
+
+
+@rule("reference_refresh.every", "reference")
+def moving_reference_is_live(every: int | None, reference: str) -> Problem:
+    if every is None or reference != "cached":
+        return None
+    return f"{every} moves the reference, and reference=cached keeps its first log-probs: reference=auto or live"
+
+
+@rule("reference_refresh.every", "peft.name")
+def moving_reference_has_full_weights(every: int | None, peft: str) -> Problem:
+    if every is None or peft == "none":
+        return None
+    return f"{every} needs peft=none, not {peft}: a reference without adapters cannot move to them"
+
+
+@rule("reference_refresh.mix", "model.reference_dtype", "model.policy_dtype")
+def small_moves_need_the_dtype_of_the_policy(mix: float, reference: str | None, policy: str) -> Problem:
+    if mix == 1 or reference in (None, policy):
+        return None
+    return f"{mix:g} needs model.reference_dtype={policy} or null, not {reference}: rounding would lose small moves"
+
+
+@rule("keep_best", "reference_refresh.every")
+def best_checkpoint_has_one_reference(best: str | None, every: int | None) -> Problem:
+    if best is None or every is None or best.startswith(("logps", "ground_truth")):
+        return None
+    return f"{best} is measured against the reference, and reference_refresh.every={every} moves it: logps_eval/chosen"
+
+
 # ---- The best checkpoint ----
 
 

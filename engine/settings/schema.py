@@ -28,6 +28,7 @@ from engine.settings.value_types import (
     Patterns,
     Positive,
     PossiblePath,
+    Probability,
     ProductDtype,
     RunName,
     Seed,
@@ -117,6 +118,11 @@ class FreezeSettings(Group):
     patterns: Patterns
 
 
+class ReferenceRefreshSettings(Group):
+    every: Count | None
+    mix: Probability
+
+
 class WandbSettings(Group):
     enabled: bool
     entity: Text | None
@@ -182,6 +188,7 @@ class Settings(Group):
     matmul_precision: Literal["highest", "high", "medium"]
     compile: bool
     reference: Literal["auto", "cached", "live"]
+    reference_refresh: ReferenceRefreshSettings
 
     do_first_eval: bool
     eval_every: Count
@@ -210,10 +217,10 @@ class Settings(Group):
 
     @property
     def has_live_reference(self) -> bool:
-        """Whether the frozen model stays loaded, for a loss with a reference. What auto means depends on the loss."""
+        """Whether the frozen model stays loaded, for a loss with a reference. What auto means depends on the rest."""
         from losses import LOSSES  # imports torch, which takes seconds
 
-        is_needed = "token kl" in LOSSES[self.loss.name].needs
+        is_needed = "token kl" in LOSSES[self.loss.name].needs or self.reference_refresh.every is not None
         return self.reference == "live" or (self.reference == "auto" and is_needed)
 
     def with_source(self, source: DictConfig) -> Self:

@@ -100,6 +100,12 @@ UNUSED = (
     Unused("test_fraction", _only_named),
     Unused("reference", _without_reference),
     Unused("model.reference_dtype", _without_reference),
+    Unused("reference_refresh.every", _without_reference, is_mistake=True),
+    Unused(
+        "reference_refresh.mix",
+        lambda run: "reference_refresh.every is null" if run.settings.reference_refresh.every is None else None,
+        is_mistake=True,
+    ),
     Unused(
         "model.fsdp_policy_mp",
         lambda run: (
