@@ -45,6 +45,11 @@ WARNED = {
 REFUSED = {
     "format": (("format=strings", "datasets=[hh,films]"), ("format=strings", f"datasets=[hh,{__file__}]")),
     "data_dir": (("data_dir=.", "datasets=films"), ("data_dir=.", "datasets=[films,shp]")),
+    "reference_refresh.every": (("reference_refresh.every=4",), ("reference_refresh.every=4", *DPO)),
+    "reference_refresh.mix": (
+        ("reference_refresh.mix=0.5", *DPO),
+        ("reference_refresh.mix=0.5", *DPO, "reference_refresh.every=4"),
+    ),
 }
 
 
