@@ -68,8 +68,8 @@ def test_a_loss_without_a_reference_builds_none(program: Program, monkeypatch: p
 def test_needs_decide_on_the_reference() -> None:
     settings = make_settings(*DPO).loss
     free = settings.model_copy(update={"keywords": settings.keywords | {"reference_free": True}})
-    assert SequenceObjective(LOSSES["dpo"], settings).needs_reference
-    assert not SequenceObjective(LOSSES["dpo"], free).needs_reference
+    assert SequenceObjective(LOSSES["dpo"], settings).needs == {"reference"}
+    assert SequenceObjective(LOSSES["dpo"], free).needs == set()
 
 
 @pytest.mark.parametrize("may_prefetch", [False, True])

@@ -47,7 +47,7 @@ def place_reference(settings: Settings, placement: Placement, runner: Microbatch
     The untrained policy serves where it can: it starts with the reference's weights.
     """
     policy, adapter = runner.policy, adapter_of(runner.policy)
-    if not runner.objective.needs_reference:
+    if "reference" not in runner.objective.needs:
         return None
     model = policy
     if settings.model.reference_dtype not in (None, settings.model.policy_dtype):
@@ -81,7 +81,7 @@ def cache_reference(
     numerics = (settings.mixed_precision, settings.matmul_precision, settings.batching, settings.compile)
     key = reference_key(reference_hash, numerics, placement.device)
     path = Path(settings.cache_dir or "") / "reference" / f"{key}.sqlite"
-    by_token = runner.objective.needs_shared_length
+    by_token = "shared length" in runner.objective.needs
     cached = CachedReference(path, placement.gather_from_data_ranks, by_token=by_token)
     fill_cache(
         cached,

@@ -125,17 +125,18 @@ def run_seconds(
     num_evaluations = settings.do_first_eval + math.ceil(num_examples / settings.eval_every)
     objective = trainer.runner.objective
     # Passes without gradients. Mismatched responses are about as long as the others.
-    num_passes = objective.needs_whole_batch + objective.needs_kl
+    needs_kl = "kl" in objective.needs
+    num_passes = ("whole batch" in objective.needs) + needs_kl
     seconds = {
         "training": seconds_of(training, True) + num_passes * seconds_of(training, False),
-        "evaluations": num_evaluations * seconds_of(evaluation, False) * (1 + objective.needs_kl),
+        "evaluations": num_evaluations * seconds_of(evaluation, False) * (1 + needs_kl),
     }
-    if objective.needs_reference:
+    if "reference" in objective.needs:
         is_live = settings.has_live_reference  # a cached one runs once per example
         share = 1.0 if is_live else min(1.0, len(trainer.train_examples) / num_examples)
         forward = share * seconds_of(training, False)
         forward += (num_evaluations if is_live else 1) * seconds_of(evaluation, False)
-        seconds["reference"] = forward * (1 + objective.needs_kl)
+        seconds["reference"] = forward * (1 + needs_kl)
     return seconds
 
 

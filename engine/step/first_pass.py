@@ -32,7 +32,7 @@ class FirstPass(NamedTuple):
     @classmethod
     def with_zeros(cls, objective: Objective, device: torch.device) -> "FirstPass":
         """Scalars of 0, for measurements of time or memory."""
-        num_scalars = objective.needs_kl + len(objective.state)
+        num_scalars = ("kl" in objective.needs) + len(objective.state)
         return cls([torch.zeros((), dtype=torch.float64, device=device)] * num_scalars, {})
 
     def surrogate(self, inputs: LossInputs, examples: slice) -> Tensor:

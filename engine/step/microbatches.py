@@ -76,7 +76,7 @@ class MicrobatchRunner:
         """Examples as one microbatch on the device. Without examples, an empty one."""
         if not examples:
             return empty_microbatch(2 if self.objective.batch == "pairs" else 1, self._layout).to(self._device)
-        with_shared = self.objective.needs_shared_length
+        with_shared = "shared length" in self.objective.needs
         return lay_out(examples, self._layout, self._pad_token_id, with_shared=with_shared).to(self._device)
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
@@ -93,19 +93,19 @@ class MicrobatchRunner:
     def _reference_logps(self, batch: Microbatch, kind: type[LiveReference] | type[CachedReference]) -> Tensor | None:
         """Log-probs of a reference of this kind, as the loss needs them; None for another kind."""
         reference = self.reference
-        if not isinstance(reference, kind) or self.objective.needs_token_kl:  # which come with the KL
+        if not isinstance(reference, kind) or "token kl" in self.objective.needs:  # which come with the KL
             return None
-        return reference.token_logps(batch) if self.objective.needs_shared_length else reference.logps(batch)
+        return reference.token_logps(batch) if "shared length" in self.objective.needs else reference.logps(batch)
 
     @contextmanager
     def _token_needs(self, batch: Microbatch) -> Iterator[TokenNeeds]:
         """What the loss needs of each token, at hand inside a with block. A live reference runs for it."""
         objective, reference = self.objective, self.reference
-        if objective.needs_token_kl and isinstance(reference, LiveReference):
+        if "token kl" in objective.needs and isinstance(reference, LiveReference):
             with reference.distributions(batch) as distributions:
-                yield TokenNeeds(objective.needs_confidence, distributions)
+                yield TokenNeeds("confidence" in objective.needs, distributions)
         else:
-            yield TokenNeeds(objective.needs_confidence)
+            yield TokenNeeds("confidence" in objective.needs)
 
     def first_pass(
         self, batch: Batch, all_reduce_sum: Callable[[Tensor], None], metrics: MetricAccumulator, *, trains: bool
@@ -119,13 +119,13 @@ class MicrobatchRunner:
         """
         objective = self.objective
         first = FirstPass([], {name: value.to(self._device) for name, value in objective.state.items()})
-        runs = objective.needs_kl or objective.needs_whole_batch
+        runs = "kl" in objective.needs or "whole batch" in objective.needs
         devices = [self._device] if self._device.type == "cuda" else []
         # Dropout draws the same masks again in the pass with gradients.
         with torch.no_grad(), torch.random.fork_rng(devices, enabled=runs):
-            if objective.needs_kl:
+            if "kl" in objective.needs:
                 first.scalars.append(self._mean_logratio(batch.mismatched, all_reduce_sum))
-            if not objective.needs_whole_batch:
+            if "whole batch" not in objective.needs:
                 return first
             batch.microbatches = [self.with_reference(prepared) for prepared in batch.microbatches]
             inputs = [inputs for prepared in batch.microbatches for inputs in self._read(prepared)]

@@ -1,6 +1,6 @@
 """Objectives: losses and metrics of examples, from the log-probs of their response tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from engine.settings.schema import LossSettings
 from engine.step.layout import GroupSpan, Microbatch
 from engine.step.logprobs import sum_by_response
 from engine.step.metrics import MetricAccumulator
-from losses import LOSSES, BatchKind, Loss
+from losses import LOSSES, BatchKind, Loss, Need
 from utils import UserError
 
 NO_COLUMNS: Mapping[str, Tensor] = {}
@@ -47,22 +47,12 @@ class Objective(Protocol):
 
     Attributes:
         batch: the kind of examples in a batch.
-        needs_reference: needs log-probs of a frozen reference model.
-        needs_kl: needs log-probs of mismatched responses.
-        needs_whole_batch: losses() gets the inputs of all examples of a batch at once.
-        needs_token_kl: read() gets the columns "kl" and "reference" of a live reference.
-        needs_confidence: read() gets the column "confidence".
-        needs_shared_length: read() gets reference_logps by token, and batches have their fields named shared_.
+        needs: of the loss, without "reference" if its settings leave the reference out.
         state: scalars in fp64 that move with every update.
     """
 
     batch: BatchKind
-    needs_reference: bool
-    needs_kl: bool
-    needs_whole_batch: bool
-    needs_token_kl: bool
-    needs_confidence: bool
-    needs_shared_length: bool
+    needs: Set[Need]
     state: dict[str, Tensor]
 
     def read(
@@ -110,10 +100,7 @@ class SequenceObjective:
 
     def __init__(self, loss: Loss, settings: LossSettings):
         self.batch = loss.batch
-        self.needs_reference = "reference" in loss.needs and not settings.keywords.get("reference_free", False)
-        self.needs_kl, self.needs_whole_batch = "kl" in loss.needs, "whole batch" in loss.needs
-        self.needs_token_kl, self.needs_confidence = "token kl" in loss.needs, "confidence" in loss.needs
-        self.needs_shared_length = "shared length" in loss.needs
+        self.needs = loss.needs - ({"reference"} if settings.keywords.get("reference_free") else set())
         initial = loss.state.initial if loss.state else {}
         self.state = {name: torch.tensor(value, dtype=torch.float64) for name, value in initial.items()}
         self._loss, self._settings = loss, settings
@@ -136,7 +123,7 @@ class SequenceObjective:
             return [values[role[span.examples] - span.responses.start] for role in roles if role is not None]
 
         reference_tokens = columns.get("reference")
-        if self.needs_shared_length and reference_logps is not None:
+        if "shared length" in self.needs and reference_logps is not None:
             reference_tokens = reference_logps[span.targets].to(sums.dtype)
         arguments = policy = by_role(sums / scale)
         if reference_tokens is not None:
@@ -145,12 +132,12 @@ class SequenceObjective:
             arguments = policy + by_role(reference_logps[span.responses].to(sums.dtype) / scale)
         elif "reference" in self._loss.needs:  # reference_free, or a measurement before there is a reference
             arguments = policy + [torch.zeros_like(value) for value in policy]
-        if self.needs_token_kl:
+        if "token kl" in self.needs:
             token_kls = columns["kl"] if "kl" in columns else torch.zeros_like(token_logps)
             arguments = arguments + by_role(sum_by_response(token_kls, lengths))
-        if self.needs_confidence:
+        if "confidence" in self.needs:
             arguments = arguments + by_role(sum_by_response(columns["confidence"], lengths) / lengths)
-        if self.needs_shared_length:
+        if "shared length" in self.needs:
             if reference_tokens is None:
                 reference_tokens = torch.zeros_like(token_logps)
             arguments = [
