@@ -108,6 +108,18 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_resumed_run_must_have_the_same_weights(program: Program) -> None:
+    path = write(program.directory / "rows.jsonl", WEIGHTED)
+    common = (*DPO, "test_fraction=0", "save_every=8", "eval_every=8", f"local_run_dir={program.directory / 'run'}")
+    program.ok(*common, "n_epochs=null", path)
+    again = (*common, "n_epochs=null", "resume=auto", "resume_allow=[n_examples]", "n_examples=24")
+    write(program.directory / "rows.jsonl", [*WEIGHTED[:-1], WEIGHTED[-1] | {"weight": 4}])
+    run = program(*again, path)
+    assert run.status == 3 and "was trained on other examples" in run.err
+    write(program.directory / "rows.jsonl", WEIGHTED)
+    program.ok(*again, path)
+
+
 # ---- Rows ----
 
 
