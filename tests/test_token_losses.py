@@ -397,6 +397,15 @@ def test_the_token_kl_of_equal_models_is_exactly_0(program: Program) -> None:
             assert run.steps[0]["grad_norm"] == pytest.approx(dpo.steps[0]["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize("policy, reference", [("float32", "bfloat16"), ("float32", "float64"), ("float64", "float32")])
+def test_a_reference_of_another_dtype(program: Program, policy: str, reference: str, batching: str) -> None:
+    """In fp64, a model from scratch has other weights."""
+    dtypes = (f"model.policy_dtype={policy}", f"model.reference_dtype={reference}")
+    run = program.ok("loss=tdpo2", *dtypes, f"batching={batching}", "n_examples=4")
+    assert 0 < run.steps[0]["token_kl_train/rejected"] < (1e-2 if reference == "bfloat16" else 10)
+
+
 def test_step_0_of_wpo_is_weighted(program: Program) -> None:
     run = program.ok("loss=wpo", "n_examples=4")
     row = run.steps[0]

@@ -194,7 +194,8 @@ class _HeadInChunks:
 
         The gradient is valid until the next call.
         """
-        logps, reference_logps = self.log_softmax(targets), reference.log_softmax(targets)
+        logps = self.log_softmax(targets)
+        reference_logps = reference.log_softmax(targets).to(logps.dtype)
         local, is_local = self._local_targets(targets)
 
         def of_targets(values: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ class _HeadInChunks:
             # dtypes would lose small products.
             scale = torch.maximum(grad_logps.abs(), grad_kl.abs()).clamp_(min=torch.finfo(grad_kl.dtype).tiny)
             of_logps, of_kl = grad_logps / scale, grad_kl / scale
-            grad_logits = probs.mul_(of_kl - of_logps).sub_(reference_probs.mul_(of_kl))
+            grad_logits = probs.mul_(of_kl - of_logps).addcmul_(reference_probs, of_kl, value=-1)
             return grad_logits.scatter_add_(-1, local, of_logps.where(is_local, 0)).to(dtype), scale
 
         return TokenOutput(target_logps, columns, gradient)

@@ -55,7 +55,7 @@ def plain_token_columns(logits: Tensor, targets: Tensor, needs: TokenNeeds) -> t
     if needs.confidence:
         columns["confidence"] = of_targets.detach() - (2 * logps.detach()).logsumexp(-1)
     if needs.reference is not None:
-        reference = _log_softmax(_plain_logits(needs.reference)).detach()
+        reference = _log_softmax(_plain_logits(needs.reference)).detach().to(logps.dtype)
         columns["reference"] = reference.gather(-1, targets[:, None]).squeeze(-1)
         columns["kl"] = (reference.exp() * (reference - logps)).sum(-1)
     return of_targets, columns
