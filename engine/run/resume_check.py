@@ -7,6 +7,7 @@ from engine.models.archives import STATE_FILE
 from engine.models.records import TrainingState, parse_record
 from engine.settings.schema import Settings
 from engine.settings.secrets import comparable
+from engine.settings.unused import is_shipped
 from utils import UserError
 
 # Keys with no effect on the trained weights. They may change on resume.
@@ -26,7 +27,9 @@ def check_settings(checkpoint: Path, settings: Settings) -> None:
     differing = [
         key
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & set(settings.resume_allow)
+        if before.get(key) != now.get(key)
+        and not {key, key.split(".")[0]} & set(settings.resume_allow)
+        and not (key not in before and is_shipped(key, now[key], has_experiment=True))  # a key of a newer version
     ]
     if differing:
         changes = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in differing)

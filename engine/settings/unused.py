@@ -141,7 +141,7 @@ def _value(settings: Settings, key: str) -> Any:
     return value
 
 
-def _is_shipped(key: str, value: Any, has_experiment: bool) -> bool:
+def is_shipped(key: str, value: Any, has_experiment: bool) -> bool:
     """Whether a YAML file of this program gives the key this value, and not the user."""
     if value is None:
         return True
@@ -184,7 +184,7 @@ def check_unused(settings: Settings, dataset_names: Collection[str], has_experim
     mistakes, warnings = [], []
     for each in UNUSED:
         value, reason = _value(settings, each.key), each.reason(run)
-        if reason is None or _is_shipped(each.key, value, has_experiment):
+        if reason is None or is_shipped(each.key, value, has_experiment):
             continue
         if each.is_mistake:
             mistakes.append(f"{each.key}: {shown(value)} would change nothing: {reason}")

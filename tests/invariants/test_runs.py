@@ -1,12 +1,16 @@
 """Equivalences of whole runs: equal numbers across batching, references and resumes."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.run.resume_check import check_settings, settings_of
+from tests.configs import make_settings
 from tests.runs import QUICK, Program, Run
+from utils import UserError
 
 PAIR_LOSSES = {
     "dpo": ("loss=dpo", "loss.beta=0.1"),
@@ -157,6 +161,15 @@ def test_a_resumed_run_must_have_the_same_config(program: Program) -> None:
     for change in ("batch_size was 4 and is 8", "lr was 0.001 and is 0.0001", "hidden_size was 32 and is 64"):
         assert change in other.err
     assert (run.dir / "config.yaml").read_text() == before
+
+
+def test_a_key_newer_than_the_checkpoint_may_have_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = make_settings("loss=kto")
+    before = {key: value for key, value in settings_of(settings).items() if key != "loss.desirable_weight"}
+    monkeypatch.setattr("engine.run.resume_check.read_state_file", lambda checkpoint: {"settings": before})
+    check_settings(tmp_path, settings)
+    with pytest.raises(UserError, match="desirable_weight was None and is 3"):
+        check_settings(tmp_path, make_settings("loss=kto", "loss.desirable_weight=3"))
 
 
 def test_a_resumed_run_must_have_the_same_data(program: Program) -> None:
