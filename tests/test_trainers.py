@@ -403,6 +403,7 @@ def test_the_reference_is_computed_once_for_all_epochs(program: Program) -> None
         ((), 0.0, False),
         (("model.reference_dtype=bfloat16",), 0.5, False),
         (("peft=lora", "peft.dropout=0.1"), 0.5, False),
+        (("loss.reference_free=true",), 0.5, False),
     ],
 )
 def test_a_margin_before_the_first_update_is_told(overrides: tuple[str, ...], margin: float, is_warned: bool) -> None:

@@ -1,7 +1,8 @@
 """Settings: every key of config/, with its type and range."""
 
 import copy
-from typing import Any, Literal, Self, TypedDict
+from collections.abc import Set
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, Field, PrivateAttr
@@ -39,6 +40,9 @@ from engine.settings.value_types import (
     Weights,
 )
 
+if TYPE_CHECKING:
+    from losses import Need
+
 
 class Group(BaseModel):
     """Keys with a common prefix. Defaults and explanations are in config/."""
@@ -71,6 +75,13 @@ class LossSettings(Group):
     average_log_prob: bool = False
     sft_weight: NonNegative = 0.0
     keywords: dict[str, Any]
+
+    @property
+    def needs(self) -> "Set[Need]":
+        """Those of the loss; no reference with reference_free."""
+        from losses import LOSSES  # imports torch, which takes seconds
+
+        return LOSSES[self.name].needs - ({"reference"} if self.keywords.get("reference_free") else set())
 
 
 class NoPeftSettings(Group):
@@ -218,9 +229,7 @@ class Settings(Group):
     @property
     def has_live_reference(self) -> bool:
         """Whether the frozen model stays loaded, for a loss with a reference. What auto means depends on the rest."""
-        from losses import LOSSES  # imports torch, which takes seconds
-
-        is_needed = "token kl" in LOSSES[self.loss.name].needs or self.reference_refresh.every is not None
+        is_needed = "token kl" in self.loss.needs or self.reference_refresh.every is not None
         return self.reference == "live" or (self.reference == "auto" and is_needed)
 
     def with_source(self, source: DictConfig) -> Self:

@@ -178,7 +178,7 @@ def check_unused(settings: Settings, dataset_names: Collection[str], has_experim
         settings,
         named=[name for name in settings.datasets if name in dataset_names],
         files=[name for name in settings.datasets if name not in dataset_names],
-        has_reference="reference" in loss.needs and not settings.loss.keywords.get("reference_free"),
+        has_reference="reference" in settings.loss.needs,
         learns_dialogues=loss.batch == "sft",
     )
     mistakes, warnings = [], []

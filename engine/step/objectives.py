@@ -100,7 +100,7 @@ class SequenceObjective:
 
     def __init__(self, loss: Loss, settings: LossSettings):
         self.batch = loss.batch
-        self.needs = loss.needs - ({"reference"} if settings.keywords.get("reference_free") else set())
+        self.needs = settings.needs
         initial = loss.state.initial if loss.state else {}
         self.state = {name: torch.tensor(value, dtype=torch.float64) for name, value in initial.items()}
         self._loss, self._settings = loss, settings
