@@ -462,9 +462,9 @@ def aot_loss(
     the same as dpo_loss; a pair's loss is that of its policy margin.
     """
     margins = policy_chosen_logps - policy_rejected_logps
-    sorted_references = (reference_chosen_logps - reference_rejected_logps).sort().values
-    ranks = margins.detach().argsort(stable=True).argsort(stable=True)
-    losses = -F.logsigmoid(beta * (margins - sorted_references[ranks]))
+    sorted_references, by_reference = (reference_chosen_logps - reference_rejected_logps).sort(stable=True)
+    order = by_reference[margins.detach()[by_reference].argsort(stable=True)]  # equal margins as their references
+    losses = -F.logsigmoid(beta * (margins - sorted_references[order.argsort()]))
     chosen_logratios, rejected_logratios = _logratios(
         policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
@@ -714,7 +714,8 @@ class MovingState:
 
     Args:
         initial: name -> value before the first update.
-        update: takes the arguments of the loss function, of the whole batch, and returns the next {name: value}.
+        update: takes the arguments of the loss function but for the scalar kl, of the whole batch, and returns the next
+            {name: value}.
     """
 
     initial: Mapping[str, float]

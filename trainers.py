@@ -200,7 +200,9 @@ class BasicTrainer:
         lr = learning_rate(self.settings, self.counters["updates"], self.num_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.update(grad_norm.isfinite().to(self.device) & means["loss"].isfinite().to(self.device))
+        is_finite = grad_norm.isfinite().to(self.device) & means["loss"].isfinite().to(self.device)
+        self.update(is_finite)
+        self.runner.move_state(is_finite)
         self.optimizer.zero_grad(set_to_none=True)
         self.counters["examples"] += len(batch.examples)
         self.counters["updates"] += 1
@@ -222,7 +224,7 @@ class BasicTrainer:
                 placement.start_backward(self.optimizer)
                 loss.backward()
         placement.finish_backward(self.policy)
-        runner.objective.state = first.state
+        runner.next_state = first.state
 
     def accumulate_with_oom_retry(self, batch: Batch) -> tuple[Batch, MetricAccumulator]:
         """Accumulate gradients. When memory runs out, halve the token budget and retry; the gradients are the same."""

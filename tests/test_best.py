@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from engine.export.saved_models import load_saved
-from engine.run.best import BestCheckpoint
+from engine.run.best import BestCheckpoint, settings_of_metric
+from tests.configs import make_settings
 from tests.models import pair_examples
 from tests.runs import Program
 
@@ -64,6 +65,15 @@ def test_the_best_is_compared_under_the_same_settings(
     said = capsys.readouterr().out
     assert notice in said if notice else not said
     assert bool(resumed.record) == (not notice)
+
+
+@pytest.mark.parametrize("loss, depends", [("loss=aot", True), ("loss=kto", True), ("loss=ipo loss.beta=0.1", False)])
+def test_losses_of_the_whole_batch_are_compared_at_one_batch_size(loss: str, depends: bool) -> None:
+    few, many = (
+        settings_of_metric(make_settings(*loss.split(), "keep_best=loss/eval", f"eval_batch_size={size}"))
+        for size in (2, 4)
+    )
+    assert (few != many) == depends
 
 
 def test_the_best_checkpoint_is_kept(program: Program) -> None:

@@ -226,7 +226,7 @@ def test_rounding_is_exact_for_bf16_and_unbiased_between() -> None:
 
 @pytest.mark.parametrize("threshold", [0, 1 << 15, (1 << 16) - 1])
 def test_values_of_bf16_infinity_and_nan_stay(threshold: int) -> None:
-    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, -(1 << 22)], dtype=torch.int32)  # NaN of GPUs, of torch, of x86
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, -(1 << 22), -1], dtype=torch.int32)  # NaN of GPUs, of torch, of x86
     values = torch.cat(
         [torch.tensor([0.0, -0.0, 1.0, -3e38, 1e-39, math.inf, -math.inf]).bfloat16().float(), bits.view(torch.float32)]
     )

@@ -101,7 +101,7 @@ def test_out_of_memory_has_its_status(program: Program, monkeypatch: pytest.Monk
 def test_help_lists_the_groups_and_keys(program: Program) -> None:
     run = program("--help")
     assert run.status == 0
-    for expected in ("loss: cdpo, dpo, ipo, sft", "pythia28", "batch_size: 4", "keep_checkpoints"):
+    for expected in ("loss: aot, apo_down, ", "pythia28", "batch_size: 4", "keep_checkpoints"):
         assert expected in run.out
 
 

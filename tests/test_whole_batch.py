@@ -1,6 +1,7 @@
 """Losses of the whole batch: by hand, and their gradient against one pass over all examples."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from losses import LOSSES, aot_loss, beta_dpo_loss, beta_dpo_state
 from tests.configs import make_settings
 from tests.faults.test_numbers import limit_memory
 from tests.runs import Program
+from trainers import BasicTrainer
 
 
 def logps(*values: float) -> Tensor:
@@ -147,3 +149,18 @@ def test_a_batch_that_runs_out_of_memory_moves_the_state_once(
     short = program.ok(*common)
     assert "out of memory" in short.out
     assert [row["beta/train"] for row in short.steps] == pytest.approx([row["beta/train"] for row in plain.steps])
+
+
+def test_a_skipped_batch_leaves_the_state(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulate = BasicTrainer.accumulate_gradients
+    states = []
+
+    def with_nan(trainer: BasicTrainer, *arguments: Any) -> None:
+        states.append(trainer.runner.objective.state["mean_margin"].item())
+        accumulate(trainer, *arguments)
+        if trainer.counters["updates"] == 2:
+            next(weight.grad for weight in trainer.policy.parameters() if weight.grad is not None).fill_(torch.nan)
+
+    monkeypatch.setattr(BasicTrainer, "accumulate_gradients", with_nan)
+    program.ok("loss=beta_dpo", "batch_size=4", "on_nonfinite=skip")
+    assert states[2] == states[3] != states[1]

@@ -19,7 +19,6 @@ from engine.models.shards import local_shard, shard_slices
 from utils import content_hash
 
 CUT_OFF = 16  # lower bits of fp32, not in bf16
-LARGEST_NAN = 0x7FFF0000  # of bf16, in the bits of fp32
 
 
 class RoundedCopy(torch.autograd.Function):
@@ -47,7 +46,7 @@ def round_by(values: Tensor, thresholds: Tensor) -> Tensor:
     Args:
         thresholds: int32 below 2^16, in the shape of values.
     """
-    bits = values.view(torch.int32).clamp(max=LARGEST_NAN)  # else a carry would turn the NaN of GPUs into 0
+    bits = values.nan_to_num(torch.nan, torch.inf, -torch.inf).view(torch.int32)  # one NaN: others may carry to 0
     return bits.add_(thresholds).bitwise_right_shift_(CUT_OFF).to(torch.int16).view(torch.bfloat16)
 
 

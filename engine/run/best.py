@@ -18,7 +18,10 @@ def settings_of_metric(settings: Settings) -> dict[str, Any]:
     """The settings that keep_best's metric is measured with, by dotted key."""
     if settings.keep_best and settings.keep_best.startswith(("ground_truth", "kl")):  # of sampled responses
         return {key: getattr(settings, key) for key in SAMPLING}
-    return {key: value for key, value in settings_of(settings).items() if key.startswith("loss.")}
+    measured_with = {key: value for key, value in settings_of(settings).items() if key.startswith("loss.")}
+    if {"kl", "whole batch"} & settings.loss.needs:  # the loss of an example depends on those beside it
+        measured_with["eval_batch_size"] = settings.eval_batch_size
+    return measured_with
 
 
 class BestCheckpoint:

@@ -29,7 +29,9 @@ def check_settings(checkpoint: Path, settings: Settings) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and not {key, key.split(".")[0]} & set(settings.resume_allow)
-        and not (key not in before and is_shipped(key, now[key], has_experiment=True))  # a key of a newer version
+        and not (
+            key not in before and is_shipped(settings, key, now[key], has_experiment=False)
+        )  # a key of a newer version
     ]
     if differing:
         changes = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in differing)

@@ -118,6 +118,7 @@ UNUSED = (
     Unused("peft.double_quant", _of_int8),
     Unused("peft.storage_dtype", _of_int8),
     Unused("n_eval_model_samples", lambda run: None if run.settings.sample_during_eval else "sample_during_eval=false"),
+    Unused("weights", lambda run: "there is one data set" if len(run.settings.datasets) == 1 else None),
     Unused("max_nonfinite", lambda run: "on_nonfinite=abort" if run.settings.on_nonfinite == "abort" else None),
     Unused("collective_timeout", _in_one_process),
     Unused("resume_allow", lambda run: None if run.settings.resume else "resume is null"),
@@ -141,12 +142,18 @@ def _value(settings: Settings, key: str) -> Any:
     return value
 
 
-def is_shipped(key: str, value: Any, has_experiment: bool) -> bool:
+def is_shipped(settings: Settings, key: str, value: Any, has_experiment: bool) -> bool:
     """Whether a YAML file of this program gives the key this value, and not the user."""
     if value is None:
         return True
+    chosen = {"loss": settings.loss.name, "peft": settings.peft.name}
+
+    def is_read(path: Path) -> bool:
+        group = path.parent.name
+        return path.stem == chosen.get(group, path.stem) and (has_experiment or group != "experiment")
+
     files = sorted(CONFIG_DIR.rglob("*.yaml"), key=lambda path: path.parent != CONFIG_DIR)  # defaults come first
-    return any(value in _values_in(path, key) for path in files if has_experiment or path.parent.name != "experiment")
+    return any(value in _values_in(path, key) for path in filter(is_read, files))
 
 
 def _values_in(path: Path, key: str) -> list[Any]:
@@ -184,7 +191,7 @@ def check_unused(settings: Settings, dataset_names: Collection[str], has_experim
     mistakes, warnings = [], []
     for each in UNUSED:
         value, reason = _value(settings, each.key), each.reason(run)
-        if reason is None or is_shipped(each.key, value, has_experiment):
+        if reason is None or is_shipped(settings, each.key, value, has_experiment):
             continue
         if each.is_mistake:
             mistakes.append(f"{each.key}: {shown(value)} would change nothing: {reason}")

@@ -173,6 +173,7 @@ def _shared_targets(pairs: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
         pairs: numbers of the chosen and the rejected response, [examples, 2].
         lengths: of the responses.
     """
+    assert pairs.shape[1] == 2
     counts = np.repeat(lengths[pairs].min(axis=1), 2)
     starts = (np.cumsum(lengths) - lengths)[pairs].flatten()  # targets
     ends = np.cumsum(counts)

@@ -70,6 +70,7 @@ class MicrobatchRunner:
         self.policy, self.objective = policy, objective
         self.compute_dtype = compute_dtype
         self.reference: Reference | None = None
+        self.next_state: dict[str, Tensor] = {}  # of the objective, after the batch
         self._layout, self._pad_token_id, self._device = layout, pad_token_id, device
 
     def lay_out(self, examples: Sequence[Example]) -> Microbatch:
@@ -120,7 +121,7 @@ class MicrobatchRunner:
         objective = self.objective
         first = FirstPass([], {name: value.to(self._device) for name, value in objective.state.items()})
         runs = "kl" in objective.needs or "whole batch" in objective.needs
-        devices = [self._device] if self._device.type == "cuda" else []
+        devices = {parameter.device for parameter in self.policy.parameters() if parameter.device.type == "cuda"}
         # Dropout draws the same masks again in the pass with gradients.
         with torch.no_grad(), torch.random.fork_rng(devices, enabled=runs):
             if "kl" in objective.needs:
@@ -164,6 +165,17 @@ class MicrobatchRunner:
         first = self.first_pass(batch, all_reduce_sum, metrics, trains=False)
         if first.gradients is None:
             list(self.losses(batch, first, metrics))
+
+    def move_state(self, is_updated: Tensor) -> None:
+        """Give the objective its next state, if the batch updated the policy.
+
+        Args:
+            is_updated: bool, a scalar.
+        """
+        before = self.objective.state
+        self.objective.state = {
+            name: after.where(is_updated, before[name].to(after.device)) for name, after in self.next_state.items()
+        }
 
     def losses(self, batch: Batch, first: FirstPass, metrics: MetricAccumulator) -> Iterator[Tensor]:
         """Each microbatch's share of the mean loss of the batch, a scalar for backward()."""

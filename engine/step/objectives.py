@@ -154,8 +154,7 @@ class SequenceObjective:
     def next_state(self, inputs: LossInputs, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self._loss.state is None:
             return {}
-        after = self._loss.state.update(*inputs.arguments, *state.values())
-        return {name: after[name].where(after[name].isfinite(), value) for name, value in state.items()}
+        return self._loss.state.update(*inputs.arguments, *state.values())
 
     def losses(self, inputs: LossInputs, scalars: Sequence[Tensor], metrics: MetricAccumulator) -> Tensor:
         settings = self._settings

@@ -22,7 +22,7 @@ WARNED = {
         ("model.fsdp_policy_mp=bfloat16", "mixed_precision=null", "trainer=FSDPTrainer"),
         ("model.fsdp_policy_mp=bfloat16",),
     ),
-    "loss.alpha": (("loss=f_dpo", "loss.alpha=0.3"), ("loss=f_dpo", "loss.alpha=0.3", "loss.divergence=alpha")),
+    "loss.alpha": (("loss=f_dpo", "loss.alpha=0.6"), ("loss=f_dpo", "loss.alpha=0.3", "loss.divergence=alpha")),
     "peft.double_quant": (
         ("peft=qlora", "peft.double_quant=false", "peft.quant_type=int8"),
         ("peft=qlora", "peft.double_quant=false"),
@@ -32,6 +32,7 @@ WARNED = {
         ("peft=qlora", "peft.storage_dtype=bfloat16"),
     ),
     "n_eval_model_samples": (("n_eval_model_samples=3", "sample_during_eval=false"), ("n_eval_model_samples=3",)),
+    "weights": (("weights=[5]",), ("weights=[5,1]", "datasets=[films,hh]")),
     "max_nonfinite": (("max_nonfinite=3",), ("max_nonfinite=3", "on_nonfinite=skip")),
     "collective_timeout": (("collective_timeout=7",), ("collective_timeout=7", "trainer=FSDPTrainer")),
     "resume_allow": (("resume_allow=[lr]",), ("resume_allow=[lr]", "resume=runs/a")),
