@@ -21,6 +21,7 @@ SETTINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "lora": ("qwen2", "dpo", (*LORA, "peft.full_modules=[norm]")),
     "lora-gpt2": ("gpt2", "dpo", LORA),
     "lora-live": ("llama", "dpo", ("peft=lora", "peft.rank=4", "reference=live")),
+    "lora-tdpo2": ("qwen2", "tdpo2", ("peft=lora", "peft.rank=4")),  # a tied head
     "lora-checkpointed": ("llama", "sft", ("peft=lora", "peft.rank=4", "activation_checkpointing=true")),
     "qlora": ("llama", "dpo", QLORA),
     "qlora-gpt2": ("gpt2", "dpo", (*QLORA, "peft.storage_dtype=bfloat16", "peft.double_quant=false")),

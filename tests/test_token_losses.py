@@ -1,5 +1,6 @@
 """Losses with further numbers of each response: by hand, and the numbers against plain logits."""
 
+import dataclasses
 import inspect
 import math
 import sqlite3
@@ -28,7 +29,7 @@ from engine.step.reference import LiveReference, fill_cache
 from engine.step.reference_cache import CachedReference
 from engine.step.splitting import split_batch
 from engine.step.token_needs import ReferenceHead, TokenNeeds
-from losses import dpo_loss, ld_dpo_loss, tdpo1_loss, tdpo2_loss, wpo_loss
+from losses import LOSSES, dpo_loss, ld_dpo_loss, tdpo1_loss, tdpo2_loss, wpo_loss
 from tests.configs import make_settings
 from tests.invariants.test_packing import make_logits_twice
 from tests.models import VOCABULARY, exact_norms, pair_examples, random_examples, tiny_model
@@ -412,6 +413,17 @@ def test_step_0_of_wpo_is_weighted(program: Program) -> None:
     assert row["rewards_train/margins"] == 0
     assert row["loss/train"] == pytest.approx(math.log(2) * row["weights/train"], rel=1e-6)
     assert 0 < row["weights/train"] != 1
+
+
+@pytest.mark.parametrize("name", ["tdpo2", "wpo", "ld_dpo"])
+def test_columns_of_the_whole_batch(program: Program, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A first pass over the batch gives every column its gradient. The result is the same."""
+    common = (f"loss={name}", "model.policy_dtype=float64", "gradient_accumulation_steps=2", "n_examples=8")
+    plain, loss = program.ok(*common), LOSSES[name]
+    monkeypatch.setitem(LOSSES, name, dataclasses.replace(loss, needs={*loss.needs, "whole batch"}))
+    for row, other in zip(program.ok(*common).steps, plain.steps, strict=True):
+        for key in ("loss/train", "grad_norm", "rewards_train/margins"):
+            assert row[key] == pytest.approx(other[key], rel=1e-5, abs=1e-12)
 
 
 def test_shared_tokens_of_each_pair() -> None:
