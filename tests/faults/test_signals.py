@@ -217,6 +217,7 @@ def test_a_signal_before_training(inputs: Path, tmp_path: Path, signal_number: i
     process = subprocess.Popen(
         [sys.executable, "-u", ROOT / "train.py", *command(inputs, tmp_path / "run", f"cache_dir={tmp_path}/cache")],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # under nohup it is ignored
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
