@@ -223,7 +223,7 @@ def test_a_signal_before_training(inputs: Path, tmp_path: Path, signal_number: i
         text=True,
     )
     assert process.stdout is not None
-    while not handles(process.pid, signal.SIGTERM):
+    while not handles(process.pid, signal.SIGHUP):  # the last handler that the program installs
         assert process.poll() is None
         time.sleep(0.001)
     while begun and not process.stdout.readline().startswith(begun):
