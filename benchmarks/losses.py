@@ -141,6 +141,7 @@ def draw(rows: Sequence[dict[str, Any]], losses: Sequence[str], path: Path) -> N
     points.scatter([row["kl"] for row in best], [row["reward"] for row in best], color="#4c72b0")
     for row in best:
         points.annotate(row["loss"], (row["kl"], row["reward"]), xytext=(4, 2), textcoords="offset points", fontsize=8)
+    points.set_xscale("symlog", linthresh=0.1)
     points.set_xlabel("KL to the SFT model, in nats per response")
     points.set_ylabel("ground-truth reward")
     points.grid(alpha=0.3)
