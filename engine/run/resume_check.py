@@ -29,9 +29,8 @@ def check_settings(checkpoint: Path, settings: Settings) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and not {key, key.split(".")[0]} & set(settings.resume_allow)
-        and not (
-            key not in before and is_shipped(settings, key, now[key], has_experiment=False)
-        )  # a key of a newer version
+        # A key newer than the checkpoint has its default.
+        and (key in before or not is_shipped(settings, key, now[key], has_experiment=False))
     ]
     if differing:
         changes = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in differing)

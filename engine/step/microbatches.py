@@ -120,10 +120,11 @@ class MicrobatchRunner:
         """
         objective = self.objective
         first = FirstPass([], {name: value.to(self._device) for name, value in objective.state.items()})
-        runs = "kl" in objective.needs or "whole batch" in objective.needs
+        if not {"kl", "whole batch"} & objective.needs:
+            return first
         devices = {parameter.device for parameter in self.policy.parameters() if parameter.device.type == "cuda"}
         # Dropout draws the same masks again in the pass with gradients.
-        with torch.no_grad(), torch.random.fork_rng(devices, enabled=runs):
+        with torch.no_grad(), torch.random.fork_rng(devices):
             if "kl" in objective.needs:
                 first.scalars.append(self._mean_logratio(batch.mismatched, all_reduce_sum))
             if "whole batch" not in objective.needs:
