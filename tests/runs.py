@@ -1,6 +1,7 @@
 """Run train.py inside a test: the users' command line, on a model trained in one second."""
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,21 @@ class Run:
     @property
     def samples(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.dir / "samples.jsonl").read_text().splitlines()]
+
+
+def copy_stopped(run: Run, directory: Path, step: int) -> None:
+    """Copy a run, and stop_after() in the copy."""
+    shutil.copytree(run.dir, directory, symlinks=True)
+    stop_after(directory, step)
+
+
+def stop_after(directory: Path, step: int) -> None:
+    """Leave a run as if killed after the checkpoint at step: later checkpoints are gone, later rows stay."""
+    for checkpoint in directory.glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    (directory / "LATEST").unlink()
+    (directory / "LATEST").symlink_to(f"step-{step}")
 
 
 class Program:

@@ -1,7 +1,6 @@
 """Weights for mixing data sets: counts, orders, resume and the command line."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, islice, pairwise
@@ -16,7 +15,7 @@ from engine.data.examples import Example
 from engine.step.mixing import Mixture, apportion, describe_mixture, make_mixture
 from engine.step.sources import StoredExamples, plan_batches
 from tests.invariants.test_runs import numbers, weights
-from tests.runs import Program
+from tests.runs import Program, copy_stopped
 from utils import UserError
 
 
@@ -155,11 +154,7 @@ def test_a_mixed_run_says_its_shares_and_resumes_bitwise(program: Program, two_f
     )
     assert whole.steps[-1]["counters/examples"] == 48
     directory = program.directory / "resumed"
-    shutil.copytree(whole.dir, directory, symlinks=True)
-    for step in (24, 36, 48):
-        shutil.rmtree(directory / f"step-{step}")
-    (directory / "LATEST").unlink()
-    (directory / "LATEST").symlink_to("step-12")
+    copy_stopped(whole, directory, 12)
     resumed = program.ok(*common, f"local_run_dir={directory}", "resume=auto", "keep_checkpoints=9")
     assert "after 12 examples" in resumed.out and numbers(resumed) == numbers(whole)
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())

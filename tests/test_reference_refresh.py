@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from engine.models.shards import full_tensor
 from tests.configs import make_settings
 from tests.invariants.test_runs import numbers, weights
 from tests.ranks import Job, make_trainer, on_ranks
-from tests.runs import Program
+from tests.runs import Program, copy_stopped
 from utils import UserError
 
 DPO = ("loss=dpo", "loss.beta=0.1")
@@ -81,11 +80,7 @@ def test_a_resumed_run_is_bitwise_equal(program: Program) -> None:
     common = (*DPO, *SOFT, "batch_size=4", "n_examples=24", "eval_every=8", "save_every=8", "optimizer=AdamW")
     whole = program.ok(*common, "keep_checkpoints=5")
     directory = program.directory / "resumed"
-    shutil.copytree(whole.dir, directory, symlinks=True)
-    for step in (16, 24):
-        shutil.rmtree(directory / f"step-{step}")
-    (directory / "LATEST").unlink()
-    (directory / "LATEST").symlink_to("step-8")
+    copy_stopped(whole, directory, 8)
     resumed = program.ok(*common, f"local_run_dir={directory}", "resume=auto", "keep_checkpoints=5")
     assert "after 8 examples" in resumed.out and numbers(resumed) == numbers(whole)
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())

@@ -3,14 +3,12 @@
 One loss of each batch kind and need runs always, the others with the slow tests.
 """
 
-import shutil
-
 import pytest
 import torch
 
 from losses import LOSSES
 from tests.invariants.test_runs import assert_close, numbers, weights
-from tests.runs import Program
+from tests.runs import Program, copy_stopped
 
 ALWAYS = ("dpo", "simpo", "aot", "beta_dpo", "kto", "bco", "tdpo2", "wpo", "ld_dpo")
 FP64 = ("model.policy_dtype=float64", "sample_during_eval=false")
@@ -60,10 +58,7 @@ def test_a_resumed_run_is_bitwise_equal(program: Program, name: str) -> None:
     common = (*settings_of(name), "batch_size=4", "eval_every=8", "save_every=8", "optimizer=AdamW")
     whole = program.ok(*common, "keep_checkpoints=5")
     directory = program.directory / "resumed"
-    shutil.copytree(whole.dir, directory, symlinks=True)
-    shutil.rmtree(directory / "step-16")
-    (directory / "LATEST").unlink()
-    (directory / "LATEST").symlink_to("step-8")
+    copy_stopped(whole, directory, 8)
     resumed = program.ok(*common, f"local_run_dir={directory}", "resume=auto", "keep_checkpoints=5")
     assert "resumed from" in resumed.out
     assert numbers(resumed) == numbers(whole)

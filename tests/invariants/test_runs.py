@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from engine.run.resume_check import check_settings, settings_of
 from tests.configs import make_settings
-from tests.runs import QUICK, Program, Run
+from tests.runs import QUICK, Program, Run, stop_after
 from utils import UserError
 
 PAIR_LOSSES = {
@@ -133,14 +133,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run(program: Program, loss: str)
     for k in (4, 8, 12):
         directory = program.directory / f"stopped-{k}"
         stopped = program.ok(*common, f"local_run_dir={directory}", f"keep_checkpoints={5}")
-        # As if killed after the checkpoint at k: later checkpoints are gone, later rows are written.
-        for checkpoint in directory.glob("step-*"):
-            if int(checkpoint.name[5:]) > k:
-                for file in checkpoint.iterdir():
-                    file.unlink()
-                checkpoint.rmdir()
-        (directory / "LATEST").unlink()
-        (directory / "LATEST").symlink_to(f"step-{k}")
+        stop_after(directory, k)
         resumed = program.ok(*common, f"local_run_dir={directory}", "resume=auto", "keep_checkpoints=5")
         assert f"resumed from {directory}/step-{k}" in resumed.out
         assert numbers(resumed) == numbers(stopped) == numbers(uninterrupted)
