@@ -7,6 +7,7 @@ alike, on samples and on log-probs relative to the SFT model, whatever the loss 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,15 +47,18 @@ class Job:
         return [f"loss={self.loss}", *beta, f"lr={self.lr:g}", f"model.archive={sft / 'LATEST'}"]
 
 
-def train(directory: Path, *overrides: str) -> float:
-    """Run train.py on one thread; returns its seconds."""
+def train(directory: Path, *overrides: str) -> None:
+    """Run train.py on one thread, unless it has finished there."""
+    finished = directory / "finished"
+    if finished.exists():
+        return
+    shutil.rmtree(directory, ignore_errors=True)
     command = [sys.executable, "train.py", *COMMON, f"local_run_dir={directory}", *overrides]
-    start = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr}")
-    return time.monotonic() - start
+    finished.touch()
 
 
 def measure(run_dir: Path, sft: Path, settings: Any) -> dict[str, float]:
@@ -164,14 +168,12 @@ def main(texts: Sequence[str]) -> None:
     work = arguments.work or Path(mkdtemp(prefix="losses-"))
     start = time.monotonic()
     sft = work / "sft"
-    if not (sft / "LATEST").exists():
-        train(sft, "n_epochs=4", *settings)
+    train(sft, "n_epochs=4", *settings)
     composed = compose_settings(*COMMON, *settings, f"cache_dir={work / 'cache'}")
     jobs = [Job(name, lr, work / f"{name}-{lr:g}") for name in names for lr in LEARNING_RATES]
 
     def run(job: Job) -> dict[str, Any]:
-        if not (job.directory / "LATEST").exists():
-            train(job.directory, *settings, *job.overrides(sft))
+        train(job.directory, *settings, *job.overrides(sft))
         row: dict[str, Any] = {"loss": job.loss, "lr": job.lr, **measure(job.directory, sft, composed)}
         print(f"{job.loss} at {job.lr:g}:", *(f"{key} {row[key]:.3f}" for key in MEASURES), flush=True)
         return row
@@ -179,7 +181,7 @@ def main(texts: Sequence[str]) -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(run, jobs))
     seconds = time.monotonic() - start
-    record = {"command": shown_command("losses.py", texts), **machine(1), "seconds": seconds, "runs": rows}
+    record = {"command": shown_command("losses", texts), **machine(1), "seconds": seconds, "runs": rows}
     path = write_result(arguments.results or RESULTS, "losses", record)
     path.with_suffix(".md").write_text(table(rows, names), encoding="utf-8")
     draw(rows, names, path.with_suffix(".png"))
