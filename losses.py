@@ -1,4 +1,4 @@
-"""Losses: pure functions of log-probs, and LOSSES, the table for `loss.name`.
+"""Losses: pure functions of log-probs or scores, and LOSSES, the table for `loss.name`.
 
 A loss sees log-probs and other numbers of each response. It knows no model, config or tokens, and returns one value per
 example, unreduced. To add one: a function here, a line in LOSSES, a YAML under config/loss, and a test with values
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-BatchKind = Literal["sft", "pairs", "unpaired"]
+BatchKind = Literal["sft", "pairs", "unpaired", "ranked"]
+Head = Literal["lm", "score"]
 Need = Literal["reference", "kl", "whole batch", "token kl", "confidence", "shared length"]
 # Losses, and the implicit rewards of the chosen and of the rejected responses: [pairs] each.
 PairLosses = tuple[Tensor, Tensor, Tensor]
@@ -703,6 +704,65 @@ def bco_state(
     return {"desirable_mean": moved(desirable_mean, labels), "undesirable_mean": moved(undesirable_mean, ~labels)}
 
 
+def ordered_pairs(ranks: Tensor) -> Tensor:
+    """Whether response i is better than response j, bool [rankings, k, k].
+
+    Args:
+        ranks: int64 [rankings, k], the best response's is the lowest; -1 where there is no response.
+    """
+    better, worse = ranks[:, :, None], ranks[:, None, :]
+    return (better >= 0) & (better < worse)
+
+
+def mean_over_pairs(values: Tensor, pairs: Tensor) -> Tensor:
+    """Means of values [rankings, k, k] over the pairs of each ranking; 0 without any."""
+    return values.where(pairs, 0).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+
+
+def reward_loss(
+    scores: Tensor,
+    ranks: Tensor,
+    margins: Tensor,
+    *,
+    ranking: Literal["pairs", "plackett_luce"],
+    centering: Annotated[float, Ge(0)],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a reward model: better responses get higher scores.
+
+    Pairs: Ouyang et al. 2022 (arXiv 2203.02155), equation 1, with the margins of Touvron et al. 2023 (Llama 2, arXiv
+    2307.09288), equation 2. Centering: Eisenstein et al. 2023 (arXiv 2312.09244).
+
+    Args:
+        scores: [rankings, k].
+        ranks: int64 [rankings, k], 0 for the best response; equal ones are ties, -1 is no response.
+        margins: [rankings], by which scores should differ. plackett_luce lowers the best score by it.
+        ranking: "pairs": the mean of -log sigmoid(difference) over all pairs. "plackett_luce": the negative
+            log-likelihood of the order, without the tied responses.
+        centering: of the mean of (sum of both scores) ** 2 over all pairs.
+
+    Returns:
+        losses [rankings]; for plackett_luce the number of tied responses, {"tied": [rankings]}.
+    """
+    pairs = ordered_pairs(ranks)
+    metrics: dict[str, Tensor] = {}
+    if ranking == "pairs":
+        differences = scores[:, :, None] - scores[:, None, :] - margins[:, None, None]
+        losses = mean_over_pairs(-F.logsigmoid(differences), pairs)
+    else:
+        is_response = ranks >= 0
+        tied = ((ranks[:, :, None] == ranks[:, None, :]).sum(2) > 1) & is_response
+        ordered = is_response & ~tied
+        lowered = scores - margins[:, None] * (ranks == 0)
+        itself = torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
+        follows = (pairs & ordered[:, :, None] & ordered[:, None, :]) | itself
+        remaining = lowered[:, None, :].where(follows, -math.inf).logsumexp(2)  # [rankings, k]
+        losses = (remaining - lowered).where(ordered, 0).sum(1)
+        metrics["tied"] = tied.sum(1).to(scores.dtype)
+    if centering:
+        losses = losses + centering * mean_over_pairs((scores[:, :, None] + scores[:, None, :]) ** 2, pairs)
+    return losses, metrics
+
+
 def sft_loss(policy_chosen_logps: Tensor) -> Tensor:
     """Negative log-likelihood of each target response, [examples] -> [examples]."""
     return -policy_chosen_logps
@@ -729,9 +789,9 @@ class Loss:
     Args:
         function: takes the arguments below, returns the losses [examples]; of pairs and unpaired responses, a tuple of
             losses and rewards. A tuple may end in a dict of further metrics, {name: [examples]}.
-        batch: "sft" (one target response per example), "pairs" (chosen and rejected) or "unpaired" (one response and
-            its label). Fixes the first arguments, log-probs under the policy: chosen; chosen and rejected; the
-            response's.
+        batch: "sft" (one target response per example), "pairs" (chosen and rejected), "unpaired" (one response and its
+            label) or "ranked" (responses with ranks). Fixes the first arguments, log-probs under the policy: chosen;
+            chosen and rejected; the response's. Of ranked responses: scores, ranks and margins.
         needs: further arguments, in this order.
             - "reference": the same log-probs under a frozen reference model.
             - "token kl": KL(reference || policy) of the next token, summed over the response: chosen and rejected. With
@@ -746,6 +806,7 @@ class Loss:
         takes_sft_weight: whether the key sft_weight adds a log-likelihood. False for losses with one of their own, and
             for unpaired responses: undesirable ones are no targets.
         state: further arguments, scalars. It needs the whole batch.
+        head: "lm" for log-probs, "score" for a scalar at the last token of each response.
 
     Labels of unpaired responses follow the columns above: bool [examples], true for desirable ones.
     """
@@ -756,6 +817,7 @@ class Loss:
     log_probs: Literal["sums", "means", "either"] = "either"
     takes_sft_weight: bool = True
     state: MovingState | None = None
+    head: Head = "lm"
 
 
 LOSSES = {
@@ -798,4 +860,5 @@ LOSSES = {
         takes_sft_weight=False,
         state=MovingState({"desirable_mean": 0.0, "undesirable_mean": 0.0}, bco_state),
     ),
+    "reward": Loss(reward_loss, batch="ranked", log_probs="sums", takes_sft_weight=False, head="score"),
 }

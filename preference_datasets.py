@@ -180,7 +180,7 @@ def load_split(
         tokenizer: needs an EOS token.
         split: "train" or "test".
         batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
-            response, two per pair.
+            response, two per pair; "ranked": one per ranking.
         needs_mismatched: give each example the response to another prompt.
 
     Raises:
@@ -255,12 +255,16 @@ def format_counts(split_counts: dict[str, Any]) -> str:
         line += "\n  dropped: " + ", ".join(f"{number:,} {reason}" for reason, number in dropped)
     if "first_bad_row" in split_counts:
         line += f"\n  the first malformed row: {split_counts['first_bad_row']}"
+    repeated, kept = ("an example", kind) if kind == "examples" else ("a pair", "pairs")
     if "duplicates" in split_counts:
-        repeated = "a pair" if kind == "pairs" else "an example"
-        line += f"\n  kept, though they repeat {repeated}: {split_counts['duplicates']:,} {kind}"
+        line += f"\n  kept, though they repeat {repeated}: {split_counts['duplicates']:,} {kept}"
     if "contradictions" in split_counts:
-        opposite = "A over B and B over A" if kind == "pairs" else "desirable and undesirable"
-        line += f"\n  kept, though each has its opposite ({opposite}): {split_counts['contradictions']:,} {kind}"
+        opposite = "A over B and B over A" if kept == "pairs" else "desirable and undesirable"
+        line += f"\n  kept, though each has its opposite ({opposite}): {split_counts['contradictions']:,} {kept}"
+    if "ties" in split_counts:
+        line += f"\n  tied with another response to their prompt: {split_counts['ties']:,} responses"
+    if "cut_responses" in split_counts:
+        line += f"\n  truncated, so scored before their end: {split_counts['cut_responses']:,} responses"
     return line
 
 

@@ -1,10 +1,11 @@
 """Tiny models with random weights, one per architecture, and random examples."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from engine.data.examples import Example
 
@@ -21,13 +22,20 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+def tiny_reward_model(architecture: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """Build a tiny_model() with a score head."""
+    return tiny_model(architecture, dtype, AutoModelForSequenceClassification, num_labels=1, **overrides)
+
+
+def tiny_model(
+    architecture: str, dtype: torch.dtype = torch.float32, auto_class: Any = AutoModelForCausalLM, **overrides: Any
+) -> PreTrainedModel:
     """Build a model with large random weights, so log-probs depend on all attended tokens."""
     torch.manual_seed(0)
     values = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "eos_token_id": 1, "bos_token_id": 0,
               "pad_token_id": 0, "attention_dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
               **SIZES[architecture], **overrides}  # fmt: skip
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **values)).to(dtype)
+    model = auto_class.from_config(AutoConfig.for_model(architecture, **values)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -55,6 +63,19 @@ def pair_examples(seed: int = 0) -> list[Example]:
     first = examples[0]
     extra = random_examples([(1, 5)], seed + 1)[0].responses[0]
     return [*examples, Example(first.prompt, (extra, first.responses[0]), first.prompt_index)]
+
+
+def ranking_examples(seed: int = 0) -> list[Example]:
+    """Five rankings of two to four responses, with ties and a margin.
+
+    Some prompts and responses have one token. Two rankings share a prompt and a response."""
+    sizes = [(9, 4, 7), (1, 6, 2, 1), (5, 1, 3, 4, 2), (12, 5, 1, 5)]
+    ranks = [(0, 1), (0, 1, 2), (0, 1, 1, 3), (0, 0, 2)]
+    examples = [replace(each, ranks=of) for each, of in zip(random_examples(sizes, seed), ranks, strict=True)]
+    first = examples[0]
+    extra = random_examples([(1, 5)], seed + 1)[0].responses[0]
+    responses = (extra, first.responses[0])
+    return [*examples, Example(first.prompt, responses, first.prompt_index, ranks=(0, 1), margin=0.5)]
 
 
 def exact_norms(model: PreTrainedModel) -> PreTrainedModel:

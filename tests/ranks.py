@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,14 @@ def make_trainer(job: Job, run_dir: Path) -> Any:
     values = {"max_position_embeddings": 128, **SIZES[architecture]}
     architecture_text = ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
     settings = [*SETTINGS, f"cache_dir={run_dir / 'cache'}", f"local_run_dir={run_dir}", f"loss={loss}"]
-    settings += ["loss.beta=0.5"] if loss != "sft" else []
+    settings += ["loss.beta=0.5"] if loss not in ("sft", "reward") else []
     settings += [f"model.architecture={{model_type: {architecture}, {architecture_text}}}"]
     parsed = make_settings(*settings, *overrides)
     tokenizer = film_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     examples = random_examples([sizes[: 3 if loss != "sft" else 2] for sizes in PAIRS])
+    if loss == "reward":
+        examples = [replace(example, ranks=(0, 1)) for example in examples]
     with contextlib.redirect_stdout(io.StringIO()):
         return TRAINERS[parsed.trainer](parsed, run_dir, tokenizer, Split(examples), Split(examples[:7]))
 

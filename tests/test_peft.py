@@ -523,7 +523,7 @@ def test_only_trained_parameters_reach_the_optimizer(tmp_path: Path) -> None:
 def test_alpha_is_twice_the_rank_by_default(overrides: tuple[str, ...], alpha: float) -> None:
     settings = make_settings("peft=lora", *overrides).peft
     assert isinstance(settings, LoraSettings)
-    config = lora_config(settings, ["q_proj"], has_conv1d=False, base=None)
+    config = lora_config(settings, ["q_proj"], has_conv1d=False, base=None, task_type="CAUSAL_LM")
     assert (config.r, config.lora_alpha) == (6, alpha)
 
 

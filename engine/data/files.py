@@ -113,6 +113,9 @@ def parse_rows(
         with counts.catch_bad_row():
             row_form = form or detect_form(row)
             parsed = _parse(row, row_form, chat, is_inferred=form is None)
+            if batch == "ranked" and isinstance(parsed, ParsedRow) and len(parsed.pairs) == 1:
+                has_margin = row.values.get("margin") is not None
+                parsed = parsed._replace(margin=row.number("margin") if has_margin else None)
             form = row_form
         if isinstance(parsed, str):
             counts.dropped[parsed] += 1
@@ -124,10 +127,10 @@ def parse_rows(
 def _check_kind(parsed: ParsedRow, batch: "BatchKind", rows: str) -> None:
     """Raise UserError for a row without a preference that the batch kind needs."""
     if parsed.is_demonstration and batch != "sft":
-        needed = "chosen and rejected" if batch == "pairs" else "prompt, completion and label, or pairs"
+        needed = "chosen and rejected" if batch in ("pairs", "ranked") else "prompt, completion and label, or pairs"
         fix = f"train on them with loss=sft; other losses need {needed}"
         raise UserError("DATA", f"{rows} have one response and no preference", fix)
-    if parsed.label is not None and batch == "pairs":
+    if parsed.label is not None and batch in ("pairs", "ranked"):
         from losses import LOSSES  # imports torch
 
         names = " or ".join(f"loss={name}" for name, loss in LOSSES.items() if loss.batch == "unpaired")
@@ -178,7 +181,9 @@ class FilePreferences:
         row_hash = known[0] if known else content_hash([row.key])
         for turn in turns:
             target = None if turn.label is False else turn.responses[turn.best]
-            preference = add_preference(self.preferences, turn.prompt, turn.responses, turn.pairs, target, weight)
+            preference = add_preference(
+                self.preferences, turn.prompt, turn.responses, turn.pairs, target, weight, turn.margin
+            )
             if turn.from_template:
                 preference["from_template"] = True
             if turn.label is not None:

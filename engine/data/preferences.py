@@ -15,6 +15,7 @@ class Preference(TypedDict):
     sft_target: str | None  # None: all responses are labelled undesirable
     labels: NotRequired[list[tuple[int, bool]]]  # (index into responses, whether it is desirable)
     demonstrations: NotRequired[list[str]]  # further responses for SFT
+    margins: NotRequired[dict[tuple[int, int], float]]  # of pairs: by how much the preferred one is better
     from_template: NotRequired[bool]  # written by a chat template, so its special tokens are encoded as such
     weights: NotRequired[list[float]]  # of the responses, those of their rows; 1 if absent
 
@@ -29,6 +30,7 @@ def add_preference(
     pairs: Sequence[tuple[int, int]],
     sft_target: str | None,
     weight: float = 1.0,
+    margin: float | None = None,
 ) -> Preference:
     """Add responses to a prompt, known or new.
 
@@ -39,13 +41,17 @@ def add_preference(
         pairs: (preferred, other), as indices into the responses given here.
         sft_target: replaces an earlier target; None keeps it.
         weight: of the row, for all responses given here.
+        margin: of the pairs, for reward models.
     """
     preference = preferences.setdefault(prompt, {"responses": [], "pairs": [], "sft_target": sft_target})
     start = len(preference["responses"])
     if weight != 1 or "weights" in preference:
         preference.setdefault("weights", [1.0] * start).extend([weight] * len(responses))
     preference["responses"].extend(responses)
-    preference["pairs"].extend((start + chosen, start + rejected) for chosen, rejected in pairs)
+    added = [(start + chosen, start + rejected) for chosen, rejected in pairs]
+    preference["pairs"].extend(added)
+    if margin is not None:
+        preference.setdefault("margins", {}).update(dict.fromkeys(added, margin))
     if sft_target is not None:
         preference["sft_target"] = sft_target
     return preference

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from engine.models.adapters import TRAINED_ADAPTER, Adapter
 from engine.models.archives import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, find_checkpoint, locate
 from engine.models.records import AdapterConfig, read_record
+from engine.models.score_head import SCORE, SCORE_WEIGHT
 from engine.models.shards import copy_to_shard
 from utils import UserError
 
@@ -76,9 +77,14 @@ def read_adapter_config(archive: Path) -> dict[str, Any]:
 
 
 def check_same_adapter(archive: Path, config: Any) -> None:
-    """Raise a UserError if an archived adapter does not match the config."""
+    """Raise a UserError if an archived adapter does not match the config.
+
+    A reward model may start from the adapter of a language model, which has no score head.
+    """
     stored = read_adapter_config(archive)
     wanted = config.to_dict()
+    if wanted["task_type"] == "SEQ_CLS" and stored.get("task_type") != "SEQ_CLS":
+        wanted["modules_to_save"] = [name for name in wanted["modules_to_save"] if name != SCORE]
     if stored.get("peft_type") != "LORA":
         problem = f"model.archive: {archive} has peft_type {stored.get('peft_type')}, not LORA"
         raise UserError("CHECKPOINT", problem, "give a LoRA adapter")
@@ -116,6 +122,9 @@ def load_adapter_weights(model: PreTrainedModel, archive: Path) -> None:
     try:
         with safe_open(archive / ADAPTER_WEIGHTS, framework="pt") as file:
             names = set(file.keys())
+            score = f"{PEFT_PREFIX}{SCORE_WEIGHT}"
+            if score not in names:  # an adapter of a language model: the score head is new
+                parameters.pop(score, None)
             if names != parameters.keys():
                 unmatched = sorted(names ^ parameters.keys())
                 raise ValueError(f"{len(unmatched)} tensors are in the model or the file only, such as {unmatched[0]}")

@@ -55,7 +55,7 @@ def find_targets(model: PreTrainedModel, layers: list[nn.Module], wanted: Any) -
     return sorted(set(found)), any(isinstance(module, Conv1D) for module in modules)
 
 
-def lora_config(peft: LoraSettings, targets: list[str], has_conv1d: bool, base: str | None) -> Any:
+def lora_config(peft: LoraSettings, targets: list[str], has_conv1d: bool, base: str | None, task_type: str) -> Any:
     quiet_bitsandbytes()
     from peft import LoraConfig
 
@@ -72,7 +72,7 @@ def lora_config(peft: LoraSettings, targets: list[str], has_conv1d: bool, base: 
         use_rslora=peft.rslora,
         use_dora=peft.dora,
         fan_in_fan_out=has_conv1d,
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         base_model_name_or_path=base,
     )
 

@@ -1,4 +1,4 @@
-"""Load causal language models from the hub, a directory, or a config."""
+"""Load language models and reward models from the hub, a directory, or a config."""
 
 import pickle
 import re
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.models.archives import find_checkpoint, is_checkpoint
 from engine.models.records import check_shard_index
+from engine.models.score_head import AUTO_CLASSES, SCORE_WEIGHT, finish_score_head, head_of_loss, prepare_config
 from engine.settings.schema import ModelSettings, Settings
 from utils import UserError, clipped, is_out_of_memory
 
@@ -48,9 +49,9 @@ def loading_error(kind: str, key: str, name: str, error: Exception) -> UserError
 def load_model(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Load the causal language model of config.model.
+    """Load the model of config.model, with the head of the loss.
 
-    Its weights come from model.archive if set.
+    Its weights come from model.archive if set. A score head not among them is new.
 
     Args:
         dtype: of the loaded weights, whatever the stored dtype.
@@ -66,13 +67,18 @@ def load_model(
             "CONFIG", f"max_length: {settings.max_length} is more than the {context} positions of the model", "lower it"
         )
     turn_off_dropout(hf_config)
-    model = _load_weights(settings, hf_config, dtype, device)
+    head = head_of_loss(settings)
+    prepare_config(hf_config, head, settings.model.trust_remote_code)
+    model, missing = _load_weights(settings, hf_config, dtype, device)
+    if head == "score":
+        finish_score_head(model, settings, is_new=SCORE_WEIGHT in missing)
     if not hasattr(model, "hf_device_map"):
         model = model.to(device)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    _repair_generation_config(model)
+    if model.generation_config is not None:
+        _repair_generation_config(model)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_embeddings:
         raise UserError(
@@ -83,24 +89,28 @@ def load_model(
     return model
 
 
-def _load_weights(settings: Settings, hf_config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model from its archive, from scratch, or from name_or_path."""
+def _load_weights(
+    settings: Settings, hf_config: Any, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model from its archive, from scratch, or from name_or_path, and the names of missing weights."""
+    auto_class = AUTO_CLASSES[head_of_loss(settings)]
     name, trusted = settings.model.name_or_path, settings.model.trust_remote_code
     kwargs: dict[str, Any] = {"config": hf_config, "dtype": dtype, "trust_remote_code": trusted}
     if device.type == "cuda":
         kwargs["device_map"] = "balanced" if torch.cuda.device_count() > 1 else device
     if settings.model.archive is not None:
-        return _load_archive(Path(settings.model.archive), kwargs)
+        return _load_archive(Path(settings.model.archive), auto_class, kwargs)
     if settings.model.architecture is None:
         check_shard_index(Path(name), "model.name_or_path")
         try:
-            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+            model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+            return model, set(info["missing_keys"])
         except Exception as error:  # damaged files raise nearly anything
             raise loading_error("model", "model.name_or_path", name, error) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # policy and reference start from the same weights
         try:
-            return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trusted)
+            return auto_class.from_config(hf_config, dtype=dtype, trust_remote_code=trusted), {SCORE_WEIGHT}
         except Exception as error:  # inconsistent values raise nearly anything
             if is_out_of_memory(error):
                 raise
@@ -169,7 +179,8 @@ def _repair_generation_config(model: PreTrainedModel) -> None:
         model.generation_config.do_sample = True
 
 
-def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _load_archive(archive: Path, auto_class: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
+    """A model from model.archive, and the names of missing weights: that of a new score head at most."""
     fix = "give the run directory, checkpoint (step-N, LATEST) or policy.pt of a run with this model"
     if archive.is_dir() and not (archive / "config.json").exists():  # a run directory
         archive = find_checkpoint(archive, "model.archive") or archive
@@ -183,12 +194,12 @@ def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
             if differing := differing_values(stored, kwargs["config"]):
                 raise UserError("CHECKPOINT", f"model.archive: {archive} does not fit the model ({differing})", fix)
         if archive.is_dir():
-            model, info = AutoModelForCausalLM.from_pretrained(archive, output_loading_info=True, **kwargs)
+            model, info = auto_class.from_pretrained(archive, output_loading_info=True, **kwargs)
         else:
             state = torch.load(archive, map_location="cpu", weights_only=True, mmap=True)["state"]
             with torch.device("meta"):  # only the model's own class loads weights without a name
                 trusted = kwargs.pop("trust_remote_code")
-                model_class = type(AutoModelForCausalLM.from_config(kwargs["config"], trust_remote_code=trusted))
+                model_class = type(auto_class.from_config(kwargs["config"], trust_remote_code=trusted))
             model, info = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **kwargs)
     except UserError:
         raise
@@ -198,7 +209,12 @@ def _load_archive(archive: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
         problem = f"model.archive: cannot load {archive}: {reason_of(error)}"
         raise UserError("CHECKPOINT", problem, fix) from error
     info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.endswith(BUFFERS)}
+    missing = set(info["missing_keys"])
+    if auto_class is AUTO_CLASSES["score"] and missing == {SCORE_WEIGHT}:  # of a language model
+        of_body = f"{model.base_model_prefix}."
+        info["unexpected_keys"] = {key for key in info["unexpected_keys"] if key.startswith(of_body)}
+        info["missing_keys"] = set()
     problems = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in info if info[kind] and kind != "error_msgs"]
     if problems:
         raise UserError("CHECKPOINT", f"model.archive: {archive} does not fit the model ({', '.join(problems)})", fix)
-    return model
+    return model, missing

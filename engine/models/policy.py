@@ -30,6 +30,7 @@ from engine.models.hashing import weights_hash
 from engine.models.layers import find_layers
 from engine.models.loading import differing_values, hf_config_of, load_model
 from engine.models.quantization import quantization_settings, quantize
+from engine.models.score_head import SCORE, has_score_head, head_of
 from engine.settings.schema import LoraSettings, QLoraSettings, Settings
 from utils import UserError, apply_umask, as_os_errors, clipped, install_directory
 
@@ -86,7 +87,7 @@ def _load_with_adapters(
     if base is None and run_dir is not None:
         base = str(_save_base(model, tokenizer, run_dir, settings.debug))
 
-    lora = lora_config(peft, targets, has_conv1d, base)
+    lora = lora_config(peft, targets, has_conv1d, base, "SEQ_CLS" if has_score_head(model) else "CAUSAL_LM")
     adapter, needs_copy = _describe_adapter(model, layers, settings, peft, lora, archive)
     if isinstance(peft, QLoraSettings) or peft.target_modules == "all_linear":
         _warn_of_other_weights(layers)
@@ -137,7 +138,8 @@ def _describe_adapter(
     is_meta = model.get_input_embeddings().weight.is_meta
     base_hash = "" if is_meta else weights_hash(model, {})  # meta tensors have no hash
     is_quantized = isinstance(peft, QLoraSettings)
-    full_modules = find_full_modules(model, peft.full_modules, layers, is_quantized, lora.target_modules)
+    full_names = [*peft.full_modules, SCORE] if has_score_head(model) else peft.full_modules
+    full_modules = find_full_modules(model, full_names, layers, is_quantized, lora.target_modules)
     lora.modules_to_save = full_modules or None
     if archive is not None:
         check_same_adapter(archive, lora)
@@ -150,14 +152,15 @@ def _describe_adapter(
 def _set_dtypes(model: PreTrainedModel, adapter: Adapter, dtype: torch.dtype, run_dtype: torch.dtype) -> None:
     """Mark trained parameters, and give each parameter its dtype."""
     # In mixed precision the head keeps its dtype, and so do embeddings with a scaled output.
-    kept = {*model.get_output_embeddings().parameters()}
+    kept = {*head_of(model).parameters()}
+    score_weights = kept.copy() if has_score_head(model) else set()
     if type(model.get_input_embeddings()) is not nn.Embedding:
         kept |= {*model.get_input_embeddings().parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name, adapter))
         if is_quantized_weight(model, name):
             continue
-        if is_adapter_weight(name):
+        if is_adapter_weight(name) or parameter in score_weights:
             wanted = torch.promote_types(dtype, torch.float32)
         else:
             wanted = dtype if parameter in kept or parameter.requires_grad else run_dtype

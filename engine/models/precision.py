@@ -17,6 +17,7 @@ from engine.models.rounding import (
     round_by,
     weight_thresholds,
 )
+from engine.models.score_head import has_score_head, head_of
 from engine.models.shards import ShardPermutations, local_shard
 from engine.models.wide_products import copy_for_products, has_wide_products
 
@@ -29,18 +30,19 @@ def run_in_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
 
     - None is for the dtype of the weights, and for shards: FSDP casts them. Here they are rounded.
     - Embeddings keep their dtype, as few of their rows are used. Their output is cast.
-    - The head keeps its dtype, as its results are summed over many tokens. It gets a copy in dtype for products with
-      wide sums.
+    - The head keeps its dtype, as its results are summed over many tokens. An LM head gets a copy in dtype for products
+      with wide sums.
     """
     if dtype is None:
         with getattr(model, "rounded_shards", nullcontext)():
             yield
         return
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings, head = model.get_input_embeddings(), head_of(model)
+    is_trained = any(parameter.requires_grad for parameter in model.parameters())
     with (
         parameters_in(model, dtype, keep=(embeddings, head)),
         embeddings.register_forward_hook(partial(cast_embeddings, dtype)),
-        low_weight_in(head, dtype, is_trained=any(parameter.requires_grad for parameter in model.parameters())),
+        nullcontext() if has_score_head(model) else low_weight_in(head, dtype, is_trained),
     ):
         yield
 
@@ -124,7 +126,7 @@ def rounded_shards(model: PreTrainedModel, permutations: ShardPermutations) -> I
         yield
         return
     names = _threshold_names(model)
-    keep = (model.get_input_embeddings(), model.get_output_embeddings())
+    keep = (model.get_input_embeddings(), head_of(model))
     weights = {id(weight): weight for _, _, weight in _cast_parameters(model, torch.bfloat16, keep)}
     kept = []  # bits of a shard, and the lower half of each weight
     try:

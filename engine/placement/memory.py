@@ -12,7 +12,6 @@ from torch import Tensor
 
 from engine.data.examples import Example
 from engine.step.heads import run_head
-from engine.step.logprobs import sum_by_response
 from engine.step.microbatches import MicrobatchRunner
 
 FEWEST_TOKENS = 512
@@ -72,13 +71,7 @@ def measure_bytes_per_token(runner: MicrobatchRunner, max_length: int, num_respo
         prompts = (ids[: length + 1 + index] for index in range(num_examples))
         batch = runner.lay_out([Example(prompt, responses, index) for index, prompt in enumerate(prompts)])
         with runner.in_mixed_precision():
-            kept = saved_bytes(
-                lambda: run_head(
-                    runner.policy,
-                    batch,
-                    lambda logps, span: sum_by_response(logps, batch.response_lengths[span.responses]).sum(),
-                )[0]
-            )
+            kept = saved_bytes(lambda: run_head(runner.policy, batch, lambda values, span: values.sum())[0])
         return kept, batch.input_ids.numel()
 
     (few, few_tokens), (many, many_tokens) = measured(1), measured(4)

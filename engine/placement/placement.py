@@ -18,6 +18,7 @@ from engine.models.layers import find_layers
 from engine.models.optimizers import build_optimizer, load_optimizer_state
 from engine.models.parameters import named_aliases, named_state
 from engine.models.policy import load_policy
+from engine.models.score_head import head_of, head_of_loss
 from engine.models.shards import ShardPermutations, copy_to_shard
 from engine.models.weight_files import checkpoint_weights
 from engine.placement.memory import measure_bytes_per_token, total_memory
@@ -37,6 +38,7 @@ class Placement:
         rank, num_ranks: (rank, world size).
         data_rank, num_data_ranks: the same among ranks with different examples.
         device: of batches.
+        feeds_last_token: of responses, as the loss reads a score there.
         compute_dtype: run the models in this dtype; None if they are in it already.
         permutations: of parameters with shards in another order than their rows or columns.
         aliases: second name of a parameter -> its first.
@@ -50,6 +52,7 @@ class Placement:
         self.device = self.choose_device()
         self.mixed_precision = getattr(torch, settings.mixed_precision) if settings.mixed_precision else None
         self.compute_dtype = self.mixed_precision
+        self.feeds_last_token = head_of_loss(settings) == "score"
         self.permutations: ShardPermutations = {}
         self.aliases: dict[str, str] = {}
 
@@ -68,7 +71,14 @@ class Placement:
 
     def split_batch(self, examples: Sequence[Example], num_parts: int, token_budget: int) -> list[list[Example]]:
         """Split a batch into microbatches, dealt round-robin to data-parallel ranks."""
-        return split_for_ranks(self.num_data_ranks, examples, num_parts, token_budget, self.settings.batching)
+        return self.split_among(self.num_data_ranks, examples, num_parts, token_budget)
+
+    def split_among(
+        self, num_ranks: int, examples: Sequence[Example], num_parts: int, token_budget: int
+    ) -> list[list[Example]]:
+        """Split a batch into microbatches for num_ranks ranks."""
+        layout = self.settings.batching
+        return split_for_ranks(num_ranks, examples, num_parts, token_budget, layout, self.feeds_last_token)
 
     def rank_slice(self, microbatches: Sequence[list[Example]]) -> Sequence[list[Example]]:
         """The microbatches of this rank."""
@@ -103,7 +113,7 @@ class Placement:
     def place_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """A model with the starting weights, on its devices, in evaluation mode."""
         model = self.load_model(dtype, self.device)
-        self.device = model.get_output_embeddings().weight.device  # with layers split among GPUs, the head's
+        self.device = head_of(model).weight.device  # with layers split among GPUs, the head's
         self.aliases = named_aliases(model)
         return self.compile_layers(model).eval()
 

@@ -30,7 +30,6 @@ from engine.placement.sharding import (
 )
 from engine.placement.tensor_parallel import check_divides
 from engine.settings.schema import Settings
-from engine.step.splitting import split_for_ranks
 from utils import UserError
 
 T = TypeVar("T")
@@ -82,7 +81,7 @@ class ShardedProcesses(Placement):
         if not self.settings.deterministic:
             return super().split_batch(examples, num_parts, token_budget)
         # Split as for one rank, so that the world size changes nothing. The last ranks get empty microbatches.
-        microbatches = split_for_ranks(1, examples, num_parts, token_budget, self.settings.batching)
+        microbatches = self.split_among(1, examples, num_parts, token_budget)
         return microbatches + [[] for _ in range(-len(microbatches) % self.num_data_ranks)]
 
     def place_model(self, dtype: torch.dtype) -> PreTrainedModel:

@@ -22,10 +22,11 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from engine.models.adapters import adapter_of
 from engine.models.precision import cast_embeddings, rounded_shards
+from engine.models.score_head import AUTO_CLASSES, has_score_head, head_of, train_all_embeddings
 from engine.models.shards import ShardPermutations, copy_to_shard, local_shard, split_axes
 from engine.placement.tensor_parallel import split_products
 from engine.step.attention import register_packed_attention
@@ -53,14 +54,16 @@ def without_weights(full: PreTrainedModel | None, trust_remote_code: bool = Fals
     config_of_rank_0: list[Any] = [None]
     if full is not None:
         attention = full.config._attn_implementation
-        config_of_rank_0 = [
-            (full.config, full.generation_config, attention, getattr(full, "original_attention", attention))
-        ]
+        original_attention = getattr(full, "original_attention", attention)
+        head = "score" if has_score_head(full) else "lm"
+        config_of_rank_0 = [(full.config, full.generation_config, attention, original_attention, head)]
     dist.broadcast_object_list(config_of_rank_0, src=0)
-    config, generation_config, attention, original_attention = config_of_rank_0[0]
+    config, generation_config, attention, original_attention, head = config_of_rank_0[0]
     register_packed_attention()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
+        model = AUTO_CLASSES[head].from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
+    if head == "score":
+        train_all_embeddings(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -107,9 +110,11 @@ def shard_model(
             reshard_after_forward=True,  # the root too: outside of a forward pass, all parameters are shards
         )
 
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings, head = model.get_input_embeddings(), head_of(model)
     for layer in layers:
         shard(layer, mixed_precision)
+    if has_score_head(model):
+        shard(head, None)  # in fp32 beside weights of another dtype
     if mixed_precision is not None:
         in_layers = {module for layer in layers for module in layer.modules()}
         for module in model.modules():  # the final norm, position embeddings: their dtype differs from the root's
@@ -119,6 +124,13 @@ def shard_model(
         model.rounded_shards = partial(rounded_shards, model, permutations)
         head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
     shard(model, None)
+    _sum_gradients(model, deterministic)
+    _add_head_methods(model)
+    return permutations
+
+
+def _sum_gradients(model: PreTrainedModel, deterministic: bool) -> None:
+    """Sum gradients over processes, not their means."""
     model.canonical_sums = []
     for module in fsdp_modules(model):
         # Losses are divided by the global count already, so gradients are summed, not averaged.
@@ -127,8 +139,6 @@ def shard_model(
         if deterministic:
             model.canonical_sums.append(CanonicalReduceScatter())
             module.set_custom_reduce_scatter(model.canonical_sums[-1])
-    _add_head_methods(model)
-    return permutations
 
 
 def _add_head_methods(model: PreTrainedModel) -> None:

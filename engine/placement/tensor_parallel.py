@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from engine.models.score_head import has_score_head, head_of
 from engine.models.shards import all_gather
 from utils import UserError
 
@@ -131,8 +132,10 @@ def split_products(model: PreTrainedModel, mesh: DeviceMesh) -> dict[str, tuple[
                 permutations[f"{prefix}.{name}.bias"] = 0, order
         if hasattr(module, "split_size"):  # in GPT-2's attention
             module.split_size //= mesh.size()
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings, head = model.get_input_embeddings(), head_of(model)
     _split_embedding(embeddings, mesh)
+    if has_score_head(model):  # too small to split
+        return permutations
     _split_columns(head, mesh, gathers_outputs=True)
     if model.config.tie_word_embeddings:
         head.weight = embeddings.weight

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from engine.models.score_head import head_of
 from utils import UserError
 
 try:
@@ -65,7 +66,7 @@ def split_model(model: PreTrainedModel, devices: Sequence[torch.device]) -> PreT
     _check_layers(model)
     body = SplitTransformer(model.base_model, [torch.device(device) for device in devices])
     setattr(model, model.base_model_prefix, body)
-    model.get_output_embeddings().to(body.devices[0])
+    head_of(model).to(body.devices[0])
     model.supports_gradient_checkpointing = False
     return model
 

@@ -20,7 +20,8 @@ def fit_memory(placement: Placement, runner: MicrobatchRunner, examples: Sequenc
     """
     settings, policy = placement.settings, runner.policy
     num_layers = len(find_layers(policy, settings.model.block_name))
-    longest = max((num_fed_tokens(example, settings.batching) for example in examples), default=0)
+    layout = settings.batching, placement.feeds_last_token
+    longest = max((num_fed_tokens(example, *layout) for example in examples), default=0)
     checkpointed = num_layers_to_recompute(settings.activation_checkpointing, num_layers)
     if (settings.token_budget is not None or settings.deterministic) and checkpointed is not None:
         return settings.token_budget or max(2048, longest), checkpointed

@@ -52,7 +52,8 @@ def start_save(
             write_adapter_config(adapter, directory)
         else:
             model_config.save_pretrained(directory)
-            generation_config.save_pretrained(directory)
+            if generation_config is not None:
+                generation_config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         (directory / STATE_FILE).write_text(json.dumps(state, indent=1))
         if has_policy_pt:

@@ -17,6 +17,7 @@ from engine.settings.schema import Settings
 from engine.step.metrics import MetricAccumulator, prefix_metrics, to_floats
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.reference import LiveReference
+from engine.step.reward_metrics import evaluation_metrics
 from utils import content_hash, prefetch, progress
 
 Rows = list[dict[str, Any]]
@@ -63,7 +64,9 @@ class Evaluator:
     @torch.no_grad()
     def measure(self, token_budget: int, sync_stop_request: Callable[[], bool]) -> dict[str, float] | None:
         """Mean metrics over the examples; None after a stop request."""
-        metrics, runner, placement = MetricAccumulator(), self._runner, self._placement
+        runner, placement = self._runner, self._placement
+        has_rankings = runner.objective.batch == "ranked"
+        metrics = MetricAccumulator(keeps_rankings=has_rankings)
         num_batches = math.ceil(len(self.examples) / self._settings.eval_batch_size)
         batches = self.batches(token_budget)
         prepared = prefetch(placement.prepare_batch(runner, parts, 1, token_budget) for parts in batches)
@@ -73,7 +76,11 @@ class Evaluator:
                 if sync_stop_request():
                     return None
                 runner.measure(batch, placement.all_reduce_sum, metrics)
-        return to_floats(prefix_metrics(metrics.reduce(placement.all_reduce_sum).means, "eval"))
+        means = metrics.reduce(placement.all_reduce_sum).means
+        if has_rankings:
+            by_rank = placement.gather_from_data_ranks([each.cpu() for each in metrics.rankings or []])
+            means |= evaluation_metrics([each for of_rank in by_rank for each in of_rank])
+        return to_floats(prefix_metrics(means, "eval"))
 
     def sample(self, model: PreTrainedModel, num_examples: int) -> list[np.ndarray]:
         """Sample one response of model per prompt, int32 [response tokens] each. Ranks share the work.

@@ -91,8 +91,9 @@ def make_plan(
     with simulated_group(num_processes):
         trainer = simulated_trainer(base, hardware)(settings, Path(), tokenizer, train_split, test_split)
         batches = [*trainer.train_batches()]
-        training = work_of(batches, settings.batching)
-        evaluation = work_of(trainer.evaluator.batches(trainer.token_budget), settings.batching)
+        layout = settings.batching, trainer.placement.feeds_last_token
+        training = work_of(batches, *layout)
+        evaluation = work_of(trainer.evaluator.batches(trainer.token_budget), *layout)
         seconds = run_seconds(trainer, hardware, dtype, training, evaluation)
         num_trained, num_parameters = num_weights(trainer.policy)
         microbatches = [examples for batch in batches for examples in batch]

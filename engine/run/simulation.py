@@ -22,12 +22,13 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.examples import Example
 from engine.models.layers import find_layers
 from engine.models.loading import hf_config_of
 from engine.models.policy import load_policy
+from engine.models.score_head import AUTO_CLASSES, finish_score_head, head_of, head_of_loss, prepare_config
 from engine.models.shards import local_shard
 from engine.placement.placement import Placement
 from engine.placement.sharding import shard_model
@@ -241,10 +242,10 @@ class Simulated(Placement):
         return self.is_on_gpu, self.hardware.memory
 
     def bytes_per_token(self, runner: MicrobatchRunner, examples: Sequence[Example]) -> float:
-        layout = self.settings.batching
-        longest = max(examples, key=lambda example: num_fed_tokens(example, layout))
+        layout = self.settings.batching, self.feeds_last_token
+        longest = max(examples, key=lambda example: num_fed_tokens(example, *layout))
         kept = self._held_by_forward(runner, [longest]) - self._held_by_forward(runner, [])
-        return kept / max(1, num_fed_tokens(longest, layout) - 1)
+        return kept / max(1, num_fed_tokens(longest, *layout) - 1)
 
     def _held_by_forward(self, runner: MicrobatchRunner, examples: Sequence[Example]) -> int:
         """Bytes a forward pass keeps for its backward pass."""
@@ -266,8 +267,13 @@ def _model_shape(
 ) -> PreTrainedModel:
     """The base model on the meta device."""
     hf_config, trusted = hf_config_of(settings.model, tokenizer), settings.model.trust_remote_code
+    head = head_of_loss(settings)
+    prepare_config(hf_config, head, trusted)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trusted).eval()
+        model = AUTO_CLASSES[head].from_config(hf_config, dtype=dtype, trust_remote_code=trusted)
+    if head == "score":
+        finish_score_head(model, settings, is_new=False)
+    return model.eval()
 
 
 def simulated_trainer(base: type["BasicTrainer"], hardware: Hardware) -> type["BasicTrainer"]:
@@ -294,7 +300,7 @@ def measure_step(trainer: "BasicTrainer", largest: Sequence[Example], num_microb
     """
     placement, runner, policy = trainer.placement, trainer.runner, trainer.policy
     assert isinstance(placement, Simulated)
-    live, head, optimizer = placement.live, policy.get_output_embeddings().weight, trainer.optimizer
+    live, head, optimizer = placement.live, head_of(policy).weight, trainer.optimizer
     parameters, reference = [*policy.parameters()], []
     if isinstance(runner.reference, LiveReference) and runner.reference.model is not policy:
         reference = [*runner.reference.model.parameters()]

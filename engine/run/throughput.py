@@ -28,6 +28,6 @@ def throughput(
     device = trainer.device
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak:
-        work = replace(Work.of(examples, "packed"), tokens=int(num_tokens))
+        work = replace(Work.of(examples, "packed", trainer.placement.feeds_last_token), tokens=int(num_tokens))
         metrics["mfu"] = trainer.flops(work, True) / (seconds * peak * trainer.placement.num_ranks)
     return metrics

@@ -12,6 +12,7 @@ import torch
 from engine.data.examples import Example
 from engine.models.layers import find_layers
 from engine.models.parameters import num_weights
+from engine.models.score_head import head_of
 from engine.placement.memory import total_memory
 from engine.settings.hardware import PEAK_SHARES, Hardware, PeakShare, data_sheet, peak_flops
 from engine.settings.schema import LoraSettings, Settings
@@ -28,7 +29,7 @@ class Work:
 
     Args:
         tokens: fed, padding included.
-        targets: positions that reach the LM head.
+        targets: positions that reach the head.
         pairs: of a query and a visible key.
     """
 
@@ -37,8 +38,12 @@ class Work:
     pairs: float
 
     @classmethod
-    def of(cls, examples: Sequence[Example], layout: str) -> "Work":
-        """The work of examples in one microbatch."""
+    def of(cls, examples: Sequence[Example], layout: str, scores: bool = False) -> "Work":
+        """The work of examples in one microbatch.
+
+        Args:
+            scores: of a score head. It reads the last token of each response.
+        """
         responses: dict[bytes, dict[bytes, int]] = {}  # prompt -> its distinct responses -> their lengths
         lengths: dict[bytes, int] = {}
         for example in examples:
@@ -49,10 +54,10 @@ class Work:
         if layout == "padded":
             longest = max((prompt + length for prompt, length in every), default=0)
             tokens = len(every) * longest
-            return cls(tokens, tokens, tokens * longest / 2)
+            return cls(tokens, len(every) if scores else tokens, tokens * longest / 2)
         return cls(
-            tokens=sum(lengths.values()) + sum(length - 1 for _, length in every),
-            targets=sum(length for _, length in every),
+            tokens=sum(lengths.values()) + sum(length - (not scores) for _, length in every),
+            targets=len(every) if scores else sum(length for _, length in every),
             pairs=sum(length**2 / 2 for length in lengths.values())
             + sum(length * (prompt + length / 2) for prompt, length in every),
         )
@@ -61,9 +66,9 @@ class Work:
 BatchWork = list[list[Work]]  # for each batch, its microbatches
 
 
-def work_of(batches: Iterable[list[list[Example]]], layout: str) -> BatchWork:
+def work_of(batches: Iterable[list[list[Example]]], layout: str, scores: bool = False) -> BatchWork:
     """The work of each microbatch of batches."""
-    return [[Work.of(examples, layout) for examples in microbatches] for microbatches in batches]
+    return [[Work.of(examples, layout, scores) for examples in microbatches] for microbatches in batches]
 
 
 # ---- Time ----
@@ -81,7 +86,7 @@ def flops_of(trainer: "BasicTrainer", counts_recomputation: bool = True) -> Call
     trains_embeddings = policy.get_input_embeddings().weight.requires_grad
     first = 0 if trains_embeddings else next((index for index, num in enumerate(trained) if num), len(layers))
     num_backward = len(layers) - first
-    head = policy.get_output_embeddings().weight
+    head = head_of(policy).weight
     width = (getattr(config, "head_dim", None) or 0) * getattr(config, "num_attention_heads", 0) or config.hidden_size
     recomputed = trainer.num_checkpointed / len(layers) if counts_recomputation else 0
 

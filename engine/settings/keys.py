@@ -62,6 +62,7 @@ def loss_types(name: str) -> dict[str, Any]:
 
     loss = LOSSES[name]
     common = {"average_log_prob": loss.log_probs == "either", "sft_weight": loss.takes_sft_weight}
+    common["head_init"] = loss.head == "score"
     types = {key: field_type(LossSettings.model_fields[key]) for key, is_taken in common.items() if is_taken}
     hints = get_type_hints(loss.function, include_extras=True)
     for keyword, parameter in inspect.signature(loss.function).parameters.items():

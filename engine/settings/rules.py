@@ -300,6 +300,15 @@ def best_checkpoint_has_one_reference(best: str | None, every: int | None) -> Pr
     return f"{best} is measured against the reference, and reference_refresh.every={every} moves it: logps_eval/chosen"
 
 
+@rule("sample_during_eval", "loss.name")
+def scores_are_not_sampled(samples: bool, loss: str) -> Problem:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    if not samples or LOSSES[loss].head == "lm":
+        return None
+    return f"true needs a model of text, and loss={loss} trains one of scores: sample_during_eval=false"
+
+
 # ---- The best checkpoint ----
 
 
@@ -320,6 +329,8 @@ def best_is_a_metric_of_the_loss(best: str | None, loss: str) -> Problem:
         return f"{best} is of preference losses, not of {loss}"
     if best is not None and best.startswith(("rewards", "logps")) and batch == "unpaired":
         return f"{best} is of losses of pairs: {loss} has loss/eval, kl_eval and ground_truth/*"
+    if best is not None and best.startswith("logps") and LOSSES[loss].head == "score":
+        return f"{best} is of losses of log-probs, not of {loss}"
     return None
 
 

@@ -68,12 +68,14 @@ class LossSettings(Group):
     Args:
         name: a key of LOSSES.
         average_log_prob, sft_weight: false and 0 for losses without these keys.
+        head_init: the standard deviation of a new score head; for losses of scores.
         keywords: the function's keyword arguments, checked by its signature.
     """
 
     name: str
     average_log_prob: bool = False
     sft_weight: NonNegative = 0.0
+    head_init: Literal["width", "depth"] = "width"
     keywords: dict[str, Any]
 
     @property

@@ -1,17 +1,19 @@
 """Heads: outputs of a model at the positions of a microbatch.
 
-The language-model head gives the log-prob of each target token. It is the only head today. A response's last token
-predicts nothing, so the layout does not feed it.
+The language-model head gives the log-prob of each target token. A response's last token predicts nothing, so the layout
+does not feed it. The score head of a reward model gives one score per response, at its last token.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from engine.models.precision import low_weight
+from engine.models.score_head import has_score_head, head_of
 from engine.step.layout import Microbatch
 from engine.step.logprobs import SpanLoss, VocabularyShard, chunked_head, sum_by_response
 from engine.step.token_needs import NO_NEEDS, ReferenceHead, TokenNeeds, plain_token_columns
@@ -25,13 +27,13 @@ def run_head(
     Sharded models gather their weights for it.
 
     Args:
-        batch: on the device of the model's LM head.
+        batch: on the device of the model's head.
         span_loss: called on spans, which together cover the batch. None: no loss and no gradient.
         needs: columns for span_loss.
 
     Returns:
         the loss (0 without a span_loss), a scalar to call backward on, and the detached log-prob of each target,
-        [targets]. Both are fp32, or fp64 for a model in fp64.
+        [targets]; of a score head the score of each response, [responses]. Both are fp32, or fp64 for a model in fp64.
     """
     run = getattr(model, "run_sharded", partial(run_unsharded_head, model))
     return run(batch, span_loss, needs)
@@ -60,6 +62,8 @@ def run_unsharded_head(
     model: PreTrainedModel, batch: Microbatch, span_loss: SpanLoss | None = None, needs: TokenNeeds = NO_NEEDS
 ) -> tuple[Tensor, Tensor]:
     """run_head() for a model with its weights at hand."""
+    if has_score_head(model):
+        return _run_score_head(model, batch, span_loss)
     if batch.attention_mask is not None:  # padded: logits of the model, and a plain log-softmax
         logps, columns = plain_token_columns(_padded_logits(model, batch), batch.targets, needs)
         loss = logps.new_zeros(()) if span_loss is None else span_loss(logps, batch.span, **columns)
@@ -95,6 +99,20 @@ def _packed_hidden(model: PreTrainedModel, batch: Microbatch) -> Tensor:
     ).last_hidden_state
     # With layers split among GPUs, the last layer may be on another device than head and batch.
     return hidden[0].to(model.get_output_embeddings().weight.device)
+
+
+def _run_score_head(model: PreTrainedModel, batch: Microbatch, span_loss: SpanLoss | None) -> tuple[Tensor, Tensor]:
+    """run_head() for a score head. Its products are few, so autograd serves."""
+    layout: dict[str, Any] = {"attention_mask": batch.attention_mask}
+    if batch.attention_mask is None:
+        layout = {"position_ids": batch.position_ids, "segments": batch.segments}
+    hidden = model.base_model(batch.input_ids, **layout, use_cache=False).last_hidden_state.flatten(0, 1)
+    head = head_of(model)
+    assert batch.score_index is not None
+    last = hidden.to(batch.score_index.device)[batch.score_index]  # [responses, hidden size]
+    scores = head(last.to(head.weight.dtype)).squeeze(-1)
+    loss = scores.new_zeros(()) if span_loss is None else span_loss(scores, batch.span)
+    return loss, scores.detach()
 
 
 def _head_shard(head: nn.Module) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:

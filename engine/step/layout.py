@@ -3,6 +3,7 @@
 packed: one row without padding, made of groups. A group is a prompt and its responses, [P | R1 | R2 | ...].
 - Every response sees its prompt and itself. Its positions start at len(P). So each prompt is run once.
 - A response's last token predicts nothing and is not fed. The prompt's last position predicts its first token.
+- A score head reads the last token of a response, so it is fed.
 
 padded: one row per response. It gives the same log-probs.
 """
@@ -48,10 +49,14 @@ class Microbatch:
     rejected: Tensor | None  # int64 [examples]; None for examples with one response
     labels: Tensor | None  # bool [examples], true for desirable responses; None if they have none
     weights: Tensor | None  # fp32 [examples], of the losses; None if all are 1
+    rankings: Tensor | None  # int64 [rankings, k], numbers of responses, best first; None without ranks
+    ranks: Tensor | None  # int64 [rankings, k], -1 where there is no response
+    margins: Tensor | None  # fp32 [rankings]
     groups: list[GroupSpan]
     responses: list[tuple[np.ndarray, np.ndarray]]  # prompt and response tokens of each response
     prompt_indices: list[int]  # prompt numbers in the data set
     num_tokens: int  # fed, without padding
+    score_index: Tensor | None  # int64 [responses], position of the last token in rows * tokens; None if not fed
     position_ids: Tensor | None = None  # packed: int64 [1, tokens]
     segments: Segments | None = None  # packed: the division of the row, for attention
     attention_mask: Tensor | None = None  # padded: int64 [rows, tokens], 1 at tokens
@@ -106,7 +111,12 @@ def _groups(examples: Sequence[Example]) -> list[_Group]:
 
 
 def lay_out(
-    examples: Sequence[Example], layout: str = "packed", pad_token_id: int = 0, *, with_shared: bool = False
+    examples: Sequence[Example],
+    layout: str = "packed",
+    pad_token_id: int = 0,
+    *,
+    with_shared: bool = False,
+    feeds_last_token: bool = False,
 ) -> Microbatch:
     """Lay examples out for one forward pass.
 
@@ -116,44 +126,49 @@ def lay_out(
         layout: "packed" or "padded".
         pad_token_id: for padded rows.
         with_shared: fill the fields named shared_.
+        feeds_last_token: of responses, for a score head.
     """
     groups = _groups(examples)
     assert groups
     spans: list[GroupSpan] = []
     responses: list[tuple[np.ndarray, np.ndarray]] = []
-    pairs: list[tuple[int, ...]] = []
+    numbers: list[tuple[int, ...]] = []  # of the responses of each example
     num_targets = 0
     for group in groups:
-        first_response, first_example, first_target = len(responses), len(pairs), num_targets
+        first_response, first_example, first_target = len(responses), len(numbers), num_targets
         responses += [(group.prompt, response) for response in group.responses]
-        pairs += [group.responses_of(example, first_response) for example in group.examples]
+        numbers += [group.responses_of(example, first_response) for example in group.examples]
         num_targets += sum(len(response) for response in group.responses)
         spans.append(
             GroupSpan(
                 targets=slice(first_target, num_targets),
                 responses=slice(first_response, len(responses)),
-                examples=slice(first_example, len(pairs)),
+                examples=slice(first_example, len(numbers)),
             )
         )
     # All in numpy. This code runs in a thread beside the model. Torch operations here would start more threads.
     # These slow down every operation of the model, by a third with GNU's OpenMP on two cores.
     lengths = np.array([len(response) for _, response in responses])
-    indices = torch.tensor(pairs)
+    in_order = [example for group in groups for example in group.examples]
+    has_pairs = in_order[0].ranks is None and len(numbers[0]) == 2
     shared: dict[str, Any] = {
         "targets": _tensor([response for _, response in responses]),
         "response_index": torch.from_numpy(np.repeat(np.arange(len(responses)), lengths)),
         "response_lengths": torch.from_numpy(lengths),
         "num_responses": torch.tensor([len(group.responses) for group in groups]),
-        "chosen": indices[:, 0].contiguous(),
-        "rejected": indices[:, 1].contiguous() if indices.shape[1] == 2 else None,
-        **_labels_and_weights([example for group in groups for example in group.examples]),
+        "chosen": torch.tensor([first for first, *_ in numbers]),
+        "rejected": torch.tensor([second for _, second in numbers]) if has_pairs else None,
+        **_labels_and_weights(in_order),
+        **_rankings(in_order, numbers),
         "groups": spans,
         "responses": responses,
         "prompt_indices": sorted({example.prompt_index for example in examples}),
     }
     if with_shared:
-        shared |= _shared_targets(np.array(pairs), lengths)
-    rows = _packed_row(groups) if layout == "packed" else _padded_rows(responses, pad_token_id)
+        shared |= _shared_targets(np.array(numbers), lengths)
+    rows = _packed_row(groups, feeds_last_token) if layout == "packed" else _padded_rows(responses, pad_token_id)
+    if not feeds_last_token:
+        rows["score_index"] = None
     return Microbatch(**shared, **rows)
 
 
@@ -185,7 +200,20 @@ def _shared_targets(pairs: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
     }
 
 
-def empty_microbatch(num_responses: int, layout: str = "packed") -> Microbatch:
+def _rankings(examples: Sequence[Example], numbers: Sequence[tuple[int, ...]]) -> dict[str, Tensor | None]:
+    if examples[0].ranks is None:
+        return {"rankings": None, "ranks": None, "margins": None}
+    rankings = np.zeros((len(numbers), max(map(len, numbers))), dtype=np.int64)
+    ranks = np.full_like(rankings, -1)
+    for row, (example, of_example) in enumerate(zip(examples, numbers, strict=True)):
+        rankings[row] = of_example[0]  # where there is no response: a number of this group
+        rankings[row, : len(of_example)] = of_example
+        ranks[row, : len(of_example)] = np.array(example.ranks)
+    margins = torch.tensor([example.margin for example in examples])
+    return {"rankings": torch.from_numpy(rankings), "ranks": torch.from_numpy(ranks), "margins": margins}
+
+
+def empty_microbatch(num_responses: int, layout: str = "packed", feeds_last_token: bool = False) -> Microbatch:
     """A microbatch without examples, for a rank with fewer microbatches than others.
 
     It runs one token, predicts nothing, and gives every parameter a gradient of 0.
@@ -206,10 +234,14 @@ def empty_microbatch(num_responses: int, layout: str = "packed") -> Microbatch:
         rejected=no_tokens if num_responses == 2 else None,
         labels=no_tokens.bool(),
         weights=None,
+        rankings=no_tokens.view(0, 1),
+        ranks=no_tokens.view(0, 1),
+        margins=no_tokens.float(),
         groups=[GroupSpan(empty, empty, empty)],
         responses=[],
         prompt_indices=[],
         num_tokens=0,
+        score_index=no_tokens if feeds_last_token else None,
         position_ids=one_token if layout == "packed" else None,
         segments=Segments([(1, 0)]) if layout == "packed" else None,
         attention_mask=None if layout == "packed" else torch.ones_like(one_token),
@@ -219,8 +251,9 @@ def empty_microbatch(num_responses: int, layout: str = "packed") -> Microbatch:
     )
 
 
-def _packed_row(groups: Sequence[_Group]) -> dict[str, Any]:
-    tokens, positions, predict_index = [], [], []
+def _packed_row(groups: Sequence[_Group], feeds_last_token: bool) -> dict[str, Any]:
+    tokens, positions, predict_index, score_index = [], [], [], []
+    num_left_out = 0 if feeds_last_token else 1
     end = 0  # of the row so far
     for group in groups:
         tokens.append(group.prompt)
@@ -228,16 +261,21 @@ def _packed_row(groups: Sequence[_Group]) -> dict[str, Any]:
         end += len(group.prompt)
         last_of_prompt = np.array([end - 1])
         for response in group.responses:
-            start, end = end, end + len(response) - 1
-            tokens.append(response[:-1])
-            positions.append(len(group.prompt) + np.arange(len(response) - 1))
-            predict_index += [last_of_prompt, np.arange(start, end)]
+            num_fed = len(response) - num_left_out
+            start, end = end, end + num_fed
+            tokens.append(response[:num_fed])
+            positions.append(len(group.prompt) + np.arange(num_fed))
+            predict_index += [last_of_prompt, start + np.arange(len(response) - 1)]
+            score_index.append(end - 1)
     return {
         "input_ids": _tensor(tokens)[None],
         "position_ids": _tensor(positions)[None],
         "predict_index": _tensor(predict_index),
         "num_tokens": end,
-        "segments": Segments([(len(group.prompt), *(len(r) - 1 for r in group.responses)) for group in groups]),
+        "score_index": torch.tensor(score_index),
+        "segments": Segments(
+            [(len(group.prompt), *(len(response) - num_left_out for response in group.responses)) for group in groups]
+        ),
     }
 
 
@@ -254,6 +292,7 @@ def _padded_rows(responses: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_i
         "input_ids": torch.from_numpy(input_ids),
         "predict_index": _tensor(predict_index),
         "num_tokens": sum(lengths),
+        "score_index": torch.from_numpy(np.arange(len(lengths)) * max(lengths) + np.array(lengths) - 1),
         "attention_mask": torch.from_numpy(attention_mask),
     }
 
@@ -262,11 +301,12 @@ def _tensor(arrays: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
 
 
-def num_fed_tokens(example: Example, layout: str = "packed") -> int:
+def num_fed_tokens(example: Example, layout: str = "packed", feeds_last_token: bool = False) -> int:
     """Tokens of a microbatch of this example alone, padding included.
 
-    Packed: its prompt once, and each response without its last token.
+    Packed: its prompt once, and each response, without its last token unless that is fed.
     """
     if layout == "padded":
         return len(example.responses) * (len(example.prompt) + max(map(len, example.responses)))
-    return len(example.prompt) + sum(len(response) - 1 for response in example.responses)
+    num_left_out = 0 if feeds_last_token else 1
+    return len(example.prompt) + sum(len(response) - num_left_out for response in example.responses)

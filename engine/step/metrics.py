@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.step.reward_metrics import ScoredRankings
 from utils import to_host
 
 
@@ -20,11 +21,17 @@ class ReducedMetrics(NamedTuple):
 
 
 class MetricAccumulator:
-    """Exact means over examples. Values stay on their device until reduce()."""
+    """Exact means over examples. Values stay on their device until reduce().
 
-    def __init__(self) -> None:
+    Attributes:
+        rankings: scores of an evaluation, for its metrics; None outside of one.
+    """
+
+    def __init__(self, keeps_rankings: bool = False) -> None:
+        self.rankings: list[ScoredRankings] | None = [] if keeps_rankings else None
         self._values: dict[str, list[Tensor]] = {}
         self._selected: dict[str, list[Tensor]] = {}  # whether each value counts
+        self._moments: dict[str, list[Tensor]] = {}
         self.num_tokens = 0  # fed tokens
 
     def add(self, **values: Tensor) -> None:
@@ -45,6 +52,13 @@ class MetricAccumulator:
         for name in values:
             self._selected.setdefault(name, []).append(selected)
 
+    def add_spread(self, selected: Tensor, **values: Tensor) -> None:
+        """Add the selected values, of any shape. Their metric is the standard deviation over all of them."""
+        for name, value in values.items():
+            value = value.detach().double().where(selected, 0)
+            moments = torch.stack([selected.sum().double(), value.sum(), value.square().sum()])
+            self._moments.setdefault(name, []).append(moments)
+
     def add_slice(self, other: "MetricAccumulator", examples: slice) -> None:
         """Add the values that another accumulator has of some examples."""
         for own, others in ((self._values, other._values), (self._selected, other._selected)):
@@ -62,12 +76,16 @@ class MetricAccumulator:
         selected = [torch.cat(each).double() for each in self._selected.values()]
         # Filled on the device: a copy from the host would wait for the queue.
         counts = [joined[0].new_full((), count) for count in (len(joined[0]), self.num_tokens, stop)]
-        totals = torch.stack([*(values.sum() for values in (*joined, *selected)), *counts])
+        moments = [moment for each in self._moments.values() for moment in torch.stack(each).sum(0)]
+        totals = torch.stack([*(values.sum() for values in (*joined, *selected)), *moments, *counts])
         all_reduce_sum(totals)
         num_examples, num_tokens, num_stopped = totals[-3:].unbind()
-        num_selected = dict(zip(self._selected, totals[len(joined) : -3].unbind(), strict=True))
+        of_selected, of_moments = totals[len(joined) : -3].split([len(selected), len(moments)])
+        num_selected = dict(zip(self._selected, of_selected.unbind(), strict=True))
         means = dict(zip(self._values, (totals[: len(joined)] / num_examples).unbind(), strict=True))
         means |= {name: means[name] * num_examples / number for name, number in num_selected.items()}
+        for name, (number, total, squares) in zip(self._moments, of_moments.view(-1, 3), strict=True):
+            means[name] = (squares / number - (total / number).square()).clamp(min=0).sqrt()
         return ReducedMetrics(means, num_tokens, num_stopped)
 
 

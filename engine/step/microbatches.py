@@ -75,10 +75,17 @@ class MicrobatchRunner:
 
     def lay_out(self, examples: Sequence[Example]) -> Microbatch:
         """Examples as one microbatch on the device. Without examples, an empty one."""
+        feeds_last_token = self.objective.head == "score"
         if not examples:
-            return empty_microbatch(2 if self.objective.batch == "pairs" else 1, self._layout).to(self._device)
-        with_shared = "shared length" in self.objective.needs
-        return lay_out(examples, self._layout, self._pad_token_id, with_shared=with_shared).to(self._device)
+            num_responses = 2 if self.objective.batch == "pairs" else 1
+            return empty_microbatch(num_responses, self._layout, feeds_last_token).to(self._device)
+        return lay_out(
+            examples,
+            self._layout,
+            self._pad_token_id,
+            with_shared="shared length" in self.objective.needs,
+            feeds_last_token=feeds_last_token,
+        ).to(self._device)
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
         """lay_out(), with the log-probs of a cached reference."""

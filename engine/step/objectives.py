@@ -1,4 +1,4 @@
-"""Objectives: losses and metrics of examples, from the log-probs of their response tokens."""
+"""Objectives: losses and metrics of examples, from log-probs of response tokens or from scores."""
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from engine.settings.schema import LossSettings
 from engine.step.layout import GroupSpan, Microbatch
 from engine.step.logprobs import sum_by_response
 from engine.step.metrics import MetricAccumulator
-from losses import LOSSES, BatchKind, Loss, Need
+from engine.step.reward_metrics import ScoredRankings
+from losses import LOSSES, BatchKind, Head, Loss, Need, mean_over_pairs, ordered_pairs
 from utils import UserError
 
 NO_COLUMNS: Mapping[str, Tensor] = {}
@@ -26,11 +27,13 @@ class LossInputs:
         arguments: of the loss function, before its scalars.
         chosen_means: log-prob per token of the chosen response, for sft_weight.
         weights: of the losses.
+        lengths: of ranked responses, in tokens, [rankings, k]; for metrics.
     """
 
     arguments: list[Tensor]
     chosen_means: Tensor
     weights: Tensor
+    lengths: Tensor | None = None
 
     @property
     def columns(self) -> list[Tensor]:
@@ -43,21 +46,23 @@ class LossInputs:
 
 
 class Objective(Protocol):
-    """Turns token log-probs into losses and metrics.
+    """Turns the outputs of a head into losses and metrics.
 
     Attributes:
         batch: the kind of examples in a batch.
+        head: whose outputs it reads.
         needs: of the loss, without "reference" if its settings leave the reference out.
         state: scalars in fp64 that move with every update.
     """
 
     batch: BatchKind
+    head: Head
     needs: Set[Need]
     state: dict[str, Tensor]
 
     def read(
         self,
-        token_logps: Tensor,
+        outputs: Tensor,
         batch: Microbatch,
         span: GroupSpan,
         reference_logps: Tensor | None,
@@ -66,7 +71,7 @@ class Objective(Protocol):
         """What the loss reads of a span's examples.
 
         Args:
-            token_logps: of the targets of the span, [targets of the span].
+            outputs: of the head: log-probs [targets of the span], or scores [responses of the span].
             reference_logps: of all responses of the batch, [responses], or of all targets, [targets], with the need
                 "shared length"; None without a reference, or with the need "token kl".
             columns: of the targets of the span, by TokenNeeds, [targets of the span] each.
@@ -99,7 +104,7 @@ class SequenceObjective:
     """
 
     def __init__(self, loss: Loss, settings: LossSettings):
-        self.batch = loss.batch
+        self.batch, self.head = loss.batch, loss.head
         self.needs = settings.needs
         initial = loss.state.initial if loss.state else {}
         self.state = {name: torch.tensor(value, dtype=torch.float64) for name, value in initial.items()}
@@ -108,7 +113,7 @@ class SequenceObjective:
 
     def read(
         self,
-        token_logps: Tensor,
+        outputs: Tensor,
         batch: Microbatch,
         span: GroupSpan,
         reference_logps: Tensor | None,
@@ -116,7 +121,7 @@ class SequenceObjective:
     ) -> LossInputs:
         lengths = batch.response_lengths[span.responses]
         scale = lengths if self._averages else 1
-        sums = sum_by_response(token_logps, lengths)  # [responses of the span]
+        sums = sum_by_response(outputs, lengths)  # [responses of the span]
 
         def by_role(values: Tensor) -> list[Tensor]:  # [responses of the span] -> chosen, rejected [examples]
             roles = (batch.chosen, batch.rejected)
@@ -133,16 +138,16 @@ class SequenceObjective:
         elif "reference" in self._loss.needs:  # reference_free, or a measurement before there is a reference
             arguments = policy + [torch.zeros_like(value) for value in policy]
         if "token kl" in self.needs:
-            token_kls = columns["kl"] if "kl" in columns else torch.zeros_like(token_logps)
+            token_kls = columns["kl"] if "kl" in columns else torch.zeros_like(outputs)
             arguments = arguments + by_role(sum_by_response(token_kls, lengths))
         if "confidence" in self.needs:
             arguments = arguments + by_role(sum_by_response(columns["confidence"], lengths) / lengths)
         if "shared length" in self.needs:
             if reference_tokens is None:
-                reference_tokens = torch.zeros_like(token_logps)
+                reference_tokens = torch.zeros_like(outputs)
             arguments = [
                 *arguments,
-                *_sum_shared(token_logps, batch, span),
+                *_sum_shared(outputs, batch, span),
                 *_sum_shared(reference_tokens, batch, span),
             ]
         if self.batch == "unpaired":
@@ -212,6 +217,58 @@ def _sum_shared(token_values: Tensor, batch: Microbatch, span: GroupSpan) -> tup
     return sums[0::2], sums[1::2]
 
 
+class RankingObjective:
+    """Applies a loss of losses.py to one score per ranked response."""
+
+    def __init__(self, loss: Loss, settings: LossSettings):
+        self.batch, self.head, self.needs = loss.batch, loss.head, loss.needs
+        self.state: dict[str, Tensor] = {}
+        self._loss, self._settings = loss, settings
+
+    def read(
+        self,
+        outputs: Tensor,
+        batch: Microbatch,
+        span: GroupSpan,
+        reference_logps: Tensor | None,
+        columns: Mapping[str, Tensor] = NO_COLUMNS,
+    ) -> LossInputs:
+        assert batch.rankings is not None and batch.ranks is not None and batch.margins is not None
+        rankings, ranks = batch.rankings[span.examples], batch.ranks[span.examples]  # [rankings, k]
+        scores = outputs[rankings - span.responses.start]
+        weights = scores.new_ones(len(ranks)) if batch.weights is None else batch.weights[span.examples]
+        arguments = [scores, ranks, batch.margins[span.examples]]
+        return LossInputs(arguments, scores.new_zeros(len(ranks)), weights, batch.response_lengths[rankings])
+
+    def next_state(self, inputs: LossInputs, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
+    def losses(self, inputs: LossInputs, scalars: Sequence[Tensor], metrics: MetricAccumulator) -> Tensor:
+        losses, own_metrics = self._loss.function(*inputs.arguments, **self._settings.keywords)
+        losses = losses * inputs.weights
+        scores, ranks, _ = inputs.arguments
+        scores, pairs = scores.detach(), ordered_pairs(ranks)
+        margins = scores[:, :, None] - scores[:, None, :]
+        metrics.add(
+            **{
+                "loss": losses,
+                "rewards/chosen": mean_over_pairs(scores[:, :, None].expand_as(pairs), pairs),
+                "rewards/rejected": mean_over_pairs(scores[:, None, :].expand_as(pairs), pairs),
+                "rewards/accuracies": mean_over_pairs((margins > 0).to(scores.dtype), pairs),
+                "rewards/margins": mean_over_pairs(margins, pairs),
+                **own_metrics,
+            }
+        )
+        metrics.add_spread(ranks >= 0, **{"rewards/std": scores})
+        if metrics.rankings is not None:
+            assert inputs.lengths is not None
+            metrics.rankings.append(ScoredRankings(scores, ranks, inputs.lengths))
+        return losses
+
+
 def make_objective(settings: LossSettings) -> Objective:
     """The objective of the settings' loss."""
-    return SequenceObjective(LOSSES[settings.name], settings)
+    loss = LOSSES[settings.name]
+    if loss.batch == "ranked":
+        return RankingObjective(loss, settings)
+    return SequenceObjective(loss, settings)

@@ -9,7 +9,11 @@ Extent = tuple[int, int]  # tokens of a row, rows
 
 
 def split_batch(
-    examples: Sequence[Example], num_parts: int, token_budget: int, layout: str = "packed"
+    examples: Sequence[Example],
+    num_parts: int,
+    token_budget: int,
+    layout: str = "packed",
+    feeds_last_token: bool = False,
 ) -> list[list[Example]]:
     """Split a batch into num_parts microbatches of at most token_budget tokens.
 
@@ -18,8 +22,8 @@ def split_batch(
     - An example over the budget is a microbatch of its own.
     - Longest first, each goes where it leaves the largest microbatch smallest. So all are about equally full.
     """
-    groups = _group_by_prompt(examples, token_budget, layout)
-    extents = [_extent(group, layout) for group in groups]
+    groups = _group_by_prompt(examples, token_budget, layout, feeds_last_token)
+    extents = [_extent(group, layout, feeds_last_token) for group in groups]
     sizes = [math.prod(extent) for extent in extents]
     too_long = [[index] for index in range(len(groups)) if sizes[index] > token_budget]
     longest_first = sorted((i for i in range(len(groups)) if sizes[i] <= token_budget), key=lambda i: -sizes[i])
@@ -34,21 +38,28 @@ def split_batch(
 
 
 def split_for_ranks(
-    num_ranks: int, examples: Sequence[Example], num_parts: int, token_budget: int, layout: str = "packed"
+    num_ranks: int,
+    examples: Sequence[Example],
+    num_parts: int,
+    token_budget: int,
+    layout: str = "packed",
+    feeds_last_token: bool = False,
 ) -> list[list[Example]]:
     """Split a batch into about num_parts microbatches for each of num_ranks ranks.
 
     Every rank gets the same number, all about equally full. With too few examples, some microbatches are empty.
     """
-    microbatches = split_batch(examples, num_ranks * num_parts, token_budget, layout)
+    microbatches = split_batch(examples, num_ranks * num_parts, token_budget, layout, feeds_last_token)
     num_required = math.ceil(len(microbatches) / num_ranks) * num_ranks
     if len(microbatches) < num_required:
-        microbatches = split_batch(examples, num_required, token_budget, layout)
+        microbatches = split_batch(examples, num_required, token_budget, layout, feeds_last_token)
         num_required = math.ceil(len(microbatches) / num_ranks) * num_ranks
     return microbatches + [[] for _ in range(num_required - len(microbatches))]
 
 
-def _group_by_prompt(examples: Sequence[Example], token_budget: int, layout: str) -> list[list[Example]]:
+def _group_by_prompt(
+    examples: Sequence[Example], token_budget: int, layout: str, feeds_last_token: bool
+) -> list[list[Example]]:
     """Group examples by prompt, within the budget where possible."""
     by_prompt: dict[bytes, list[Example]] = {}
     for example in examples:
@@ -57,7 +68,8 @@ def _group_by_prompt(examples: Sequence[Example], token_budget: int, layout: str
     for examples_of_prompt in by_prompt.values():
         groups.append([])
         for example in examples_of_prompt:
-            if groups[-1] and math.prod(_extent([*groups[-1], example], layout)) > token_budget:
+            extent = _extent([*groups[-1], example], layout, feeds_last_token)
+            if groups[-1] and math.prod(extent) > token_budget:
                 groups.append([])
             groups[-1].append(example)
     return groups
@@ -86,9 +98,9 @@ def _distribute(
     return microbatches, max(map(math.prod, filled), default=0)
 
 
-def _extent(group: Sequence[Example], layout: str) -> Extent:
+def _extent(group: Sequence[Example], layout: str, feeds_last_token: bool) -> Extent:
     if layout == "packed":
-        return _num_packed(group), 1
+        return _num_packed(group, feeds_last_token), 1
     row_lengths = [len(example.prompt) + len(response) for example in group for response in example.responses]
     return max(row_lengths), len(row_lengths)
 
@@ -100,10 +112,11 @@ def _join(first: Extent, second: Extent, layout: str) -> Extent:
     return max(first[0], second[0]), first[1] + second[1]
 
 
-def _num_packed(group: Sequence[Example]) -> int:
+def _num_packed(group: Sequence[Example], feeds_last_token: bool) -> int:
     """Tokens of one prompt's examples in a packed row.
 
     Each distinct response counts once.
     """
-    responses = {response.tobytes(): len(response) - 1 for example in group for response in example.responses}
-    return len(group[0].prompt) + sum(responses.values())
+    responses = {response.tobytes(): len(response) for example in group for response in example.responses}
+    num_left_out = 0 if feeds_last_token else len(responses)
+    return len(group[0].prompt) + sum(responses.values()) - num_left_out

@@ -10,7 +10,7 @@ from losses import LOSSES
 from tests.invariants.test_runs import assert_close, numbers, weights
 from tests.runs import Program, copy_stopped
 
-ALWAYS = ("dpo", "simpo", "aot", "beta_dpo", "kto", "bco", "tdpo2", "wpo", "ld_dpo")
+ALWAYS = ("dpo", "reward", "simpo", "aot", "beta_dpo", "kto", "bco", "tdpo2", "wpo", "ld_dpo")
 FP64 = ("model.policy_dtype=float64", "sample_during_eval=false")
 NAMES = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES]
 WITH_REFERENCE = [

@@ -1,0 +1,115 @@
+"""Score heads of reward models: one number for each hidden state, in place of the LM head.
+
+It is transformers' `score`, Linear(hidden size, 1) without bias, of AutoModelForSequenceClassification.
+"""
+
+import inspect
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from engine.models.layers import find_layers
+from engine.settings.schema import Settings
+from losses import LOSSES, Head
+from utils import UserError
+
+SCORE, SCORE_WEIGHT = "score", "score.weight"
+AUTO_CLASSES: dict[Head, Any] = {"lm": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
+
+
+def head_of_loss(settings: Settings) -> Head:
+    """The head that the loss of the settings reads."""
+    return LOSSES[settings.loss.name].head
+
+
+def has_score_head(model: PreTrainedModel) -> bool:
+    """Whether a model gives scores, not logits of tokens."""
+    return isinstance(getattr(model, SCORE, None), nn.Linear) and model.get_output_embeddings() is None
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """The LM head of a model, or its score head."""
+    return model.score if has_score_head(model) else model.get_output_embeddings()
+
+
+def prepare_config(hf_config: Any, head: Head, trusted: bool = False) -> Any:
+    """The transformers config of a model with this head; changed in place.
+
+    Args:
+        trusted: the model may have Python code of its own.
+
+    Raises:
+        UserError: CONFIG for a family without a score head.
+    """
+    if head == "lm":
+        return hf_config
+    auto_map = getattr(hf_config, "auto_map", None) or {}
+    has_code = trusted and AutoModelForSequenceClassification.__name__ in auto_map
+    if not has_code and not _has_score_class(type(hf_config)):
+        families = ", ".join(sorted(_families()))
+        problem = f"model: transformers has no score head for {hf_config.model_type}, and a reward model needs one"
+        raise UserError("CONFIG", problem, f"use a model of one of these families: {families}")
+    hf_config.num_labels = 1
+    return hf_config
+
+
+def _has_score_class(config_class: type) -> bool:
+    mapping = AutoModelForSequenceClassification._model_mapping
+    with suppress(ImportError, AttributeError):  # a family may need a package
+        if config_class in mapping:
+            model_class: Any = mapping[config_class]
+            own = inspect.getsource(model_class.__init__)
+            inherited = "" if "super().__init__" not in own else inspect.getsource(model_class.__mro__[1].__init__)
+            return f"self.{SCORE} =" in own + inherited
+    return False
+
+
+def _families() -> list[str]:
+    """The model types of causal language models with a score head."""
+    causal = {config_class.model_type for config_class in AutoModelForCausalLM._model_mapping}
+    scored = {
+        config.model_type for config in AutoModelForSequenceClassification._model_mapping if _has_score_class(config)
+    }
+    return sorted(causal & scored)
+
+
+def finish_score_head(model: PreTrainedModel, settings: Settings, is_new: bool) -> None:
+    """Give the score head at least fp32, and new weights if it has none.
+
+    Args:
+        is_new: the weights came without a score head.
+    """
+    head = model.score
+    train_all_embeddings(model)
+    model.generation_config = None  # it writes no text
+    model.config.architectures = [type(model).__name__]  # as save_pretrained() does: it tells a reward model
+    head.to(torch.promote_types(model.dtype, torch.float32))
+    if is_new:
+        generator = torch.Generator().manual_seed(settings.seed)
+        _draw(head.weight, _standard_deviation(model, settings), generator)
+        embeddings = model.get_input_embeddings().weight
+        for row in (embeddings == 0).all(1).nonzero().flatten():  # the padding token: norms would scale its gradient up
+            _draw(embeddings[row], embeddings.std().item(), generator)
+
+
+def train_all_embeddings(model: PreTrainedModel) -> None:
+    """Train the embedding of the padding token too.
+
+    It is often the end-of-text token, and a score is read there. torch would leave its gradient out.
+    """
+    model.get_input_embeddings().padding_idx = None
+
+
+@torch.no_grad()
+def _draw(weights: Tensor, standard_deviation: float, generator: torch.Generator) -> None:
+    """Fill weights with normal numbers: the same ones for every dtype and device."""
+    weights.copy_(torch.empty(weights.shape).normal_(std=standard_deviation, generator=generator))
+
+
+def _standard_deviation(model: PreTrainedModel, settings: Settings) -> float:
+    if settings.loss.head_init == "depth":
+        return 0.02 / (2 * len(find_layers(model, settings.model.block_name))) ** 0.5
+    return 1 / (model.score.in_features + 1) ** 0.5

@@ -1,0 +1,80 @@
+"""Metrics of a whole evaluation of a reward model: calibration, and what length alone explains."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses import ordered_pairs
+
+NUM_BINS = 10  # of the calibration error
+TEMPERATURES = (0.01, 100.0)  # the range of the fit: without wrong pairs, none is the best
+
+
+class ScoredRankings(NamedTuple):
+    """Scores of some rankings, [rankings, k] each; ranks are -1 where there is no response."""
+
+    scores: Tensor
+    ranks: Tensor
+    lengths: Tensor  # of the responses, in tokens
+
+    def cpu(self) -> "ScoredRankings":
+        return ScoredRankings(*(values.cpu() for values in self))
+
+
+def evaluation_metrics(rankings: Sequence[ScoredRankings]) -> dict[str, Tensor]:
+    """Metrics of all pairs and responses of an evaluation, scalars in fp64.
+
+    - calibration_error: expected calibration error of the preference sigmoid(difference of scores).
+    - temperature: divided by it, the differences have the smallest log loss.
+    - length/accuracy: of the rule that the longer response is better; ties count half.
+    - length/correlation: Pearson's, of score and length; NaN where one of them is constant.
+    """
+    differences, longer, scores, lengths = [], [], [], []
+    for batch in rankings:
+        pairs, is_response = ordered_pairs(batch.ranks), batch.ranks >= 0
+        differences.append((batch.scores[:, :, None] - batch.scores[:, None, :])[pairs])
+        longer.append((batch.lengths[:, :, None] - batch.lengths[:, None, :])[pairs].sign())
+        scores.append(batch.scores[is_response])
+        lengths.append(batch.lengths[is_response])
+    margins = torch.cat(differences).double()
+    return {
+        "calibration_error": calibration_error(margins),
+        "temperature": fit_temperature(margins),
+        "length/accuracy": (torch.cat(longer).double().mean() + 1) / 2,
+        "length/correlation": correlation(torch.cat(scores).double(), torch.cat(lengths).double()),
+    }
+
+
+def calibration_error(margins: Tensor) -> Tensor:
+    """Expected calibration error of preferences, a scalar.
+
+    The confidence is sigmoid(|margin|), from 0.5 to 1, in ten bins of equal width. The error is the mean of |confidence
+    - share of right pairs| over the bins, weighted by their pairs.
+
+    Args:
+        margins: score of the better response minus the other's, [pairs].
+    """
+    confidence = margins.abs().sigmoid()
+    is_right = (margins > 0).to(confidence.dtype) + (margins == 0) / 2
+    bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    gaps = torch.zeros(NUM_BINS, dtype=confidence.dtype).index_add(0, bins, confidence - is_right)
+    return gaps.abs().sum() / len(margins)
+
+
+def fit_temperature(margins: Tensor) -> Tensor:
+    """The temperature T with the smallest mean of -log sigmoid(margin / T), within TEMPERATURES."""
+    low, high = (torch.tensor(1 / limit, dtype=margins.dtype) for limit in reversed(TEMPERATURES))
+    for _ in range(60):  # the loss is convex in 1 / T: find where its slope is 0
+        middle = (low + high) / 2
+        slope = -(margins * F.sigmoid(-margins * middle)).mean()
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return 1 / high
+
+
+def correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Pearson's correlation of two vectors."""
+    first, second = first - first.mean(), second - second.mean()
+    return (first * second).sum() / (first.norm() * second.norm())
