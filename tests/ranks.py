@@ -48,8 +48,10 @@ def make_trainer(job: Job, run_dir: Path) -> Any:
     tokenizer = film_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     examples = random_examples([sizes[: 3 if loss != "sft" else 2] for sizes in PAIRS])
-    if loss == "reward":
-        examples = [replace(example, ranks=(0, 1)) for example in examples]
+    if loss == "reward":  # rankings of two to four responses
+        lengths = [(*sizes, 2 + index % 3, 4)[: 3 + index % 3] for index, sizes in enumerate(PAIRS)]
+        ranks = {2: (0, 1), 3: (0, 1, 1), 4: (0, 1, 2, 3)}
+        examples = [replace(each, ranks=ranks[len(each.responses)]) for each in random_examples(lengths)]
     with contextlib.redirect_stdout(io.StringIO()):
         return TRAINERS[parsed.trainer](parsed, run_dir, tokenizer, Split(examples), Split(examples[:7]))
 

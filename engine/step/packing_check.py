@@ -79,7 +79,7 @@ def use_packed_attention(
         raise UserError("CONFIG", f"{name} does not run with batching=packed ({error})", fix) from error
     if model.config._attn_implementation != "packed":
         raise UserError("CONFIG", f"batching=packed cannot replace the attention of {name}", fix)
-    tolerance = tolerance_of(products or mixed_precision or model.dtype)
+    tolerance = tolerance_of(products or mixed_precision or model.dtype) * (5 if kind == "scores" else 1)  # not a sum
     scale = padded.abs().max() if kind == "scores" else padded.abs()  # a score may be near 0
     difference = ((packed - padded) / scale).abs().max().item()
     unchanged = [0, 2, 3]  # all responses but the changed one

@@ -1,0 +1,197 @@
+"""Reward models: where they start, what trains, what is saved, and how runs on several processes agree."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.models.score_head import prepare_config
+from tests.ranks import Job, make_trainer, on_ranks, trajectories
+from tests.runs import Program, Run
+
+REWARD = ("loss=reward", "optimizer=AdamW", "lr=1e-3")
+SCORE = "score.weight"
+MEASUREMENTS = ("counters", "per_second", "peak_memory")
+
+
+def evaluation(run: Run, index: int) -> dict[str, float]:
+    return {name: value for name, value in run.evals[index].items() if not name.startswith("counters")}
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.dir / "LATEST" / "model.safetensors")
+
+
+# ---- Starts ----
+
+
+def test_a_reward_model_starts_from_a_language_model_or_a_reward_model(program: Program) -> None:
+    sft = program.ok("loss=sft")
+    reward = program.ok(*REWARD, f"model.archive={sft.dir}", "lr=0")
+    trained, started = weights(sft), weights(reward)
+    assert started.keys() - trained.keys() == {SCORE} and trained.keys() - started.keys() == {"lm_head.weight"}
+    differing = {name for name in started.keys() & trained.keys() if not torch.equal(started[name], trained[name])}
+    assert differing == {"model.embed_tokens.weight"}  # the unused row of the padding token, see below
+    rows = (started["model.embed_tokens.weight"] != trained["model.embed_tokens.weight"]).any(1)
+    assert rows.nonzero().flatten().tolist() == [0] and not trained["model.embed_tokens.weight"][0].any()
+    for archive in (sft.dir / "LATEST", sft.dir / "LATEST" / "policy.pt"):
+        again = program.ok(*REWARD, f"model.archive={archive}", "lr=0")
+        assert evaluation(again, 0) == evaluation(reward, 0)
+
+    first = program.ok(*REWARD, f"model.archive={sft.dir}")
+    for archive in (first.dir, first.dir / "LATEST" / "policy.pt"):
+        second = program.ok(*REWARD, f"model.archive={archive}")  # no new head
+        assert evaluation(second, 0) == evaluation(first, -1)
+        assert evaluation(second, -1) != evaluation(first, -1)
+    error = program("loss=dpo", "loss.beta=0.1", f"model.archive={first.dir}").err
+    assert "error[CHECKPOINT]" in error and "does not fit the model" in error
+
+
+def test_the_new_head_is_seeded_and_has_a_known_size(program: Program) -> None:
+    common = (*REWARD, "lr=0", "n_examples=4", "do_first_eval=false", "model.architecture.hidden_size=256")
+    heads = {init: weights(program.ok(*common, f"loss.head_init={init}"))[SCORE] for init in ("width", "depth")}
+    assert heads["width"].std().item() == pytest.approx(257**-0.5, rel=0.15)
+    assert heads["depth"].std().item() == pytest.approx(0.02 / 4**0.5, rel=0.15)
+    assert torch.equal(weights(program.ok(*common))[SCORE], heads["width"])
+    assert not torch.equal(weights(program.ok(*common, "seed=1"))[SCORE], heads["width"])
+    low = weights(program.ok(*common, "model.policy_dtype=bfloat16"))
+    assert low["model.norm.weight"].dtype == torch.bfloat16
+    assert torch.equal(low[SCORE], heads["width"])  # fp32
+
+
+def test_a_family_without_a_score_head_is_refused(program: Program) -> None:
+    architecture = "{model_type: codegen, n_embd: 32, n_layer: 2, n_head: 4, rotary_dim: 8}"
+    model = ("model=blank_model", "model.name_or_path=mine", "model.tokenizer_name_or_path=films")
+    run = program(*REWARD, *model, f"model.architecture={architecture}", defaults=("wandb.enabled=false",))
+    assert run.status == 2
+    assert "transformers has no score head for codegen" in run.err
+    assert all(f" {family}," in run.err for family in ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"))
+    assert " bert," not in run.err  # its head is another
+
+
+def test_an_encoder_has_no_score_head() -> None:
+    from transformers import AutoConfig
+
+    with pytest.raises(Exception, match="no score head for bert"):
+        prepare_config(AutoConfig.for_model("bert"), "score")
+    assert prepare_config(AutoConfig.for_model("llama"), "score").num_labels == 1
+    assert prepare_config(AutoConfig.for_model("bert"), "lm").num_labels == 2
+
+
+# ---- Training ----
+
+
+def test_a_run_learns_and_logs(program: Program) -> None:
+    run = program.ok(
+        *REWARD, "n_examples=600", "batch_size=8", "n_eval_examples=64", "keep_best=rewards_eval/accuracies"
+    )
+    first, last = run.evals[0], run.evals[-1]
+    assert last["rewards_eval/accuracies"] > first["rewards_eval/accuracies"] + 0.1
+    assert last["loss/eval"] < first["loss/eval"] - 0.1
+    assert last["rewards_eval/margins"] == pytest.approx(last["rewards_eval/chosen"] - last["rewards_eval/rejected"])
+    assert 0 < last["calibration_error/eval"] < 0.5 and 0.01 < last["temperature/eval"] <= 100
+    assert 0 < last["length_eval/accuracy"] < 1 and abs(last["length_eval/correlation"]) < 1
+    assert last["length_eval/accuracy"] == first["length_eval/accuracy"]  # of the data alone
+    assert {"rewards_train/std", "rewards_train/chosen", "rewards_train/rejected"} <= run.steps[0].keys()
+    assert "warning" not in run.out and not (run.dir / "samples.jsonl").exists()
+    state = json.loads((run.dir / "LATEST" / "training_state.json").read_text())
+    assert state["reference"] is None
+    assert (run.dir / "BEST").exists()
+
+
+def test_nothing_is_sampled(program: Program) -> None:
+    run = program(*REWARD, "sample_during_eval=true")
+    assert run.status == 2 and "sample_during_eval: true needs a model of text" in run.err
+    run = program(*REWARD, "keep_best=logps_eval/chosen")
+    assert run.status == 2 and "keep_best: logps_eval/chosen is of losses of log-probs, not of reward" in run.err
+
+
+def test_rankings_train(program: Program, tmp_path: Path) -> None:
+    """Plackett-Luce and pairs of the same rankings, with ties."""
+    rows = [
+        {
+            "prompt": f"Is film {i} good?",
+            "responses": [" Yes.", " It is.", " No.", " It was not."],
+            "scores": [3, 2, 2, i % 3],
+        }
+        for i in range(24)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    common = (*REWARD, f"datasets={path}", "test_fraction=0.25", "batch_size=4", "n_examples=16", "loss.centering=0.01")
+    runs = {ranking: program.ok(*common, f"loss.ranking={ranking}") for ranking in ("pairs", "plackett_luce")}
+    for run in runs.values():
+        assert "18 rankings" in run.out and "tied with another response to their prompt" in run.out
+        assert run.evals[-1]["loss/eval"] < run.evals[0]["loss/eval"]
+    assert runs["plackett_luce"].evals[0]["tied/eval"] >= 2 and "tied/eval" not in runs["pairs"].evals[0]
+    padded = program.ok(*common, "loss.ranking=pairs", "batching=padded")
+    assert evaluation(padded, -1) == pytest.approx(evaluation(runs["pairs"], -1), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("peft", ["lora", "qlora"])
+def test_adapters_train_with_the_head_in_full(program: Program, peft: str) -> None:
+    common = (*REWARD, f"peft={peft}", "lr=1e-2", "n_examples=32")
+    first = program.ok(*common)
+    adapter = load_file(first.dir / "LATEST" / "adapter_model.safetensors")
+    config = json.loads((first.dir / "LATEST" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"]
+    assert adapter["base_model.model.score.weight"].dtype == torch.float32
+    assert evaluation(first, -1) != evaluation(first, 0)
+    second = program.ok(*common, f"model.archive={first.dir}")
+    assert evaluation(second, 0) == pytest.approx(evaluation(first, -1), rel=1e-5, abs=1e-6)
+
+
+def test_a_reward_adapter_starts_from_an_sft_adapter(program: Program) -> None:
+    sft = program.ok("loss=sft", "peft=lora", "lr=1e-2")
+    reward = program.ok(*REWARD, "peft=lora", f"model.archive={sft.dir}", "lr=0")
+    ours, theirs = (load_file(run.dir / "LATEST" / "adapter_model.safetensors") for run in (reward, sft))
+    assert ours.keys() - theirs.keys() == {"base_model.model.score.weight"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_layers_freeze(program: Program) -> None:
+    run = program.ok(*REWARD, "freeze.first_n_layers=1", "freeze.patterns=[embed_tokens]")
+    start = program.ok(*REWARD, "lr=0", "n_examples=4")
+    changed = {name for name, value in weights(run).items() if not torch.equal(value, weights(start)[name])}
+    assert SCORE in changed and "model.norm.weight" in changed
+    assert changed and not any(name.startswith(("model.layers.0.", "model.embed")) for name in changed)
+
+
+# ---- Several processes ----
+
+PLACEMENTS = {
+    "basic": ("trainer=BasicTrainer",),
+    "fsdp": ("trainer=FSDPTrainer",),
+    "tensor": ("trainer=TensorParallelTrainer",),
+}
+
+
+def measured(overrides: tuple[str, ...], run_dir: Path) -> dict[str, float]:
+    """The metrics of an evaluation before training."""
+    trainer = make_trainer(("llama", "reward", overrides), run_dir)
+    trainer.policy.eval()
+    metrics: dict[str, float] = trainer.evaluator.measure(trainer.token_budget, lambda: False)
+    return metrics
+
+
+def runs_and_evaluations(names: list[str], directory: Path) -> tuple[list[Any], list[dict[str, float]]]:
+    jobs: list[Job] = [("llama", "reward", (*PLACEMENTS[name], "n_epochs=2")) for name in names]
+    evaluations = [measured(PLACEMENTS[name], directory / f"{name}-{index}") for index, name in enumerate(names)]
+    return trajectories(jobs, directory), evaluations
+
+
+def test_every_trainer_gives_the_same_training_and_evaluation(tmp_path: Path) -> None:
+    (truth,), (evaluation,) = runs_and_evaluations(["basic"], tmp_path / "one")
+    names = ["fsdp", "tensor"]
+    for results, evaluations in on_ranks(2, runs_and_evaluations, names, tmp_path / "two"):
+        for name, (losses, norms, weights), measures in zip(names, results, evaluations, strict=True):
+            torch.testing.assert_close(losses, truth[0], rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(norms, truth[1], rtol=1e-3, atol=1e-6, msg=name)
+            assert measures == pytest.approx(evaluation, rel=1e-4, abs=1e-6), name
+            assert weights.keys() == truth[2].keys() and SCORE in weights
+            for key, value in truth[2].items():
+                difference = (weights[key] - value).norm() / value.norm()
+                assert difference.item() < 1e-2, (name, key)
