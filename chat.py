@@ -65,6 +65,7 @@ class ChatModel:
         from engine.export.run_record import RunRecord, read_run
         from engine.export.saved_models import check_finite, find_saved, load_saved
         from engine.models.archives import ADAPTER_CONFIG
+        from engine.models.score_head import has_score_head
         from preference_datasets import chat_form
 
         directory = find_saved(name)
@@ -73,6 +74,9 @@ class ChatModel:
         dtype = options.dtype and getattr(torch, options.dtype)
         base = options.base if self.is_adapter else None
         saved = load_saved(name, dtype=dtype, base=base, show_progress=sys.stderr.isatty())
+        if has_score_head(saved.model):
+            problem = f"model: {name} is a reward model: it scores responses, and writes none"
+            raise UserError("CONFIG", problem, "python evaluate.py model=RUN data=FILE to=SCORES.jsonl")
         fix = "dtype=bfloat16 has a wider range" if options.dtype == "float16" else "chat with another checkpoint"
         check_finite(saved.model, fix, show_progress=sys.stderr.isatty())
         self.name, self.options = name, options

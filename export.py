@@ -79,6 +79,7 @@ def export(options: ExportOptions) -> None:
         check_login()
 
     saved, record = load(options, dtype)
+    prepare_reward_model(saved, record, kind)
     name = target.name.removesuffix(".gguf").removesuffix(".pt")
     gguf_dtype = dtype or FLOATS.get(str(saved.model.dtype).removeprefix("torch."), "f32")  # as stored
     template = choose_template(options.chat_template, saved, record)
@@ -123,6 +124,19 @@ def load(options: ExportOptions, dtype: str | None) -> "tuple[SavedModel, RunRec
         saved.model = saved.model.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype])
     check_finite(saved.model, "dtype=bfloat16 has a wider range" if dtype == "f16" else "export another checkpoint")
     return saved, record
+
+
+def prepare_reward_model(saved: "SavedModel", record: "RunRecord", kind: str) -> None:
+    """Give a reward model the config that other programs need; other models stay as they are."""
+    from engine.models.score_head import has_score_head, name_padding_token, record_rewards
+
+    if not has_score_head(saved.model):
+        return
+    if kind == "gguf":
+        raise UserError("CONFIG", "format: gguf holds models of text, and this is a reward model", "format=hf")
+    name_padding_token(saved.model, saved.tokenizer, may_grow=kind == "hf")
+    if record.reward_mean is not None:  # an adapter has no config of a model
+        record_rewards(saved.model, record.reward_mean, record.reward_std)
 
 
 def choose_template(name: str | None, saved: "SavedModel", record: "RunRecord") -> Any:

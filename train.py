@@ -139,6 +139,7 @@ def load_data(settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[Split]
     """Load the tokenizer and the training and test data, and print their counts."""
     import transformers
 
+    from engine.data.held_out import hold_out_prompts
     from engine.models.tokenizers import load_tokenizer
     from losses import LOSSES
     from preference_datasets import format_counts, load_split, num_shared_prompts
@@ -153,6 +154,9 @@ def load_data(settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[Split]
             split = load_split(settings, tokenizer, name, loss.batch, needs_mismatched="kl" in loss.needs)
             splits.append(split)
             print(f"{name}: {format_counts(splits[-1].counts)}", flush=True)
+    if loss.head == "score" and not splits[1].examples:
+        splits = list(hold_out_prompts(splits[0], settings.seed))
+        print(f"held out of train: {len(splits[1].examples):,} rankings, for evaluations and the mean of the rewards")
     shared, num_prompts = num_shared_prompts(*splits)
     if shared:
         print(f"warning: {shared:,} of the {num_prompts:,} test prompts are train prompts too: evaluation is too good")

@@ -23,6 +23,7 @@ from engine.models.adapters import adapter_of
 from engine.models.archives import find_checkpoint
 from engine.models.layers import find_layers
 from engine.models.parameters import move_weights, num_weights
+from engine.models.score_head import has_score_head, name_padding_token, record_rewards
 from engine.placement.determinism import set_deterministic
 from engine.placement.memory import peak_memory_gb
 from engine.placement.placement import Placement
@@ -374,6 +375,7 @@ class BasicTrainer:
         is_evaluated = self.evaluated_at == self.counters["examples"]
         is_best = is_evaluated and self.best.update(self.eval_metrics, f"step-{self.counters['examples']}")
         adapter = adapter_of(self.policy)
+        rewards = [self.eval_metrics.get(f"rewards_eval/{name}") if is_evaluated else None for name in ("mean", "std")]
         state = {
             "counters": dict(self.counters),
             "evaluation_due": evaluation_due,
@@ -387,6 +389,9 @@ class BasicTrainer:
             "chat_template": self.chat_template_text,
             "loss_state": to_floats(self.runner.objective.state),
         }
+        if has_score_head(self.policy):
+            record_rewards(self.policy, *rewards)
+            state |= {"reward_mean": rewards[0], "reward_std": rewards[1]}
         if adapter is not None and self.runner.reference is not None:
             state["reference_model"] = adapter.description
         start_save(
@@ -490,6 +495,8 @@ class BasicTrainer:
         self.placement = self.placement_class(settings)(settings, tokenizer, run_dir)
         set_deterministic(settings.deterministic, self.device)
         self.policy = self.placement.place_model(getattr(torch, settings.model.policy_dtype))
+        if has_score_head(self.policy):
+            name_padding_token(self.policy, tokenizer)
         print(describe_parameters(*num_weights(self.policy)), flush=True)
         self.runner = MicrobatchRunner(
             self.policy,

@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from engine.export.run_record import RunRecord
 from engine.export.saved_models import SavedModel
+from engine.models.score_head import has_score_head
 
 # Keys about the machine of a run. They do not affect training.
 LOCAL_KEYS = ("local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "wandb", "tensorboard", "debug")
@@ -21,10 +22,13 @@ def model_card(name: str, saved: SavedModel, record: RunRecord) -> str:
     base = base and _shorten_path(base)
     config = _public_config(record.config)
     loss = config.get("loss") or {}
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    gives_scores = has_score_head(saved.model)
+    task = "text-classification" if gives_scores else "text-generation"
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     if is_on_hub:
         front["base_model"] = base
     front["tags"] = [tag for tag in ("dpo" if loss.get("name") in ("dpo", "cdpo") else loss.get("name"),) if tag]
+    front["tags"] += ["reward-model"] if gives_scores else []
     lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# {name}", ""]
     count = saved.model.num_parameters()
     lines.append(

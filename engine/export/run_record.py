@@ -21,6 +21,7 @@ class RunRecord:
         metrics: of the last evaluation before this checkpoint.
         chat_template: of the training data: hh, llama2, chatml, the path of a Jinja file; None for the tokenizer's own.
         jinja: the text of that Jinja file, as the run recorded it.
+        reward_mean, reward_std: of a reward model, on held-out responses; None if the checkpoint was not evaluated.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -28,6 +29,8 @@ class RunRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     chat_template: str | None = None
     jinja: str | None = None
+    reward_mean: float | None = None
+    reward_std: float | None = None
 
     def template_text(self) -> str | None:
         """The recorded chat template as Jinja text; None for the tokenizer's own.
@@ -62,6 +65,7 @@ def read_run(directory: Path, chat_form: Callable[[Sequence[str]], str | None]) 
     subject = f"the run of {directory}"
     state = read_record(ModelState, directory / STATE_FILE, subject, fix)
     record.num_examples, record.jinja = state["counters"]["examples"], state.get("chat_template")
+    record.reward_mean, record.reward_std = state.get("reward_mean"), state.get("reward_std")
     if (run_dir / "config.yaml").is_file():
         record.config = read_record(RunConfig, run_dir / "config.yaml", subject, "restore it, or remove it")
         if not isinstance(record.config.get("datasets"), list):

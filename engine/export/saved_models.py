@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.models.archives import (
     ADAPTER_CONFIG,
@@ -22,7 +22,9 @@ from engine.models.archives import (
 )
 from engine.models.loading import BUFFERS, reason_of
 from engine.models.records import AdapterConfig, check_shard_index, read_record
+from engine.models.score_head import AUTO_CLASSES, SCORE, SCORE_WEIGHT, has_score_head, prepare_config
 from engine.models.tokenizers import END_OF_TEXT
+from losses import Head
 from utils import UserError, is_out_of_memory, progress, quiet_bitsandbytes
 
 
@@ -101,14 +103,22 @@ def find_saved(name: str) -> Path | None:
 
 
 def load_saved(
-    name: str, *, dtype: torch.dtype | None = None, base: str | None = None, show_progress: bool = True
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    base: str | None = None,
+    show_progress: bool = True,
+    head: Head | None = None,
 ) -> SavedModel:
     """Load a model from a directory, a run, or the hub; merge adapters in fp32.
+
+    The score head of a reward model stays in fp32.
 
     Args:
         dtype: of the weights; None: as stored (of adapters: as the base model is stored).
         base: the base model of an adapter, instead of the one in adapter_config.json.
         show_progress: of merging; False keeps stdout free for other output.
+        head: of the model, for the base of an adapter; None: as stored.
 
     Raises:
         UserError: CHECKPOINT if the model cannot be loaded, or weights are missing.
@@ -120,19 +130,23 @@ def load_saved(
         raise UserError("CONFIG", f"base: {name} is no adapter, so it has no base model", "leave base out")
     else:
         source = name if directory is None else str(directory)
-        saved = SavedModel(_load_model(source, dtype), _load_tokenizer(source))
+        saved = SavedModel(_load_model(source, dtype, head), _load_tokenizer(source))
     _set_end_of_text(saved)
     return saved
 
 
-def _load_model(source: str, dtype: torch.dtype | None) -> PreTrainedModel:
+def _load_model(source: str, dtype: torch.dtype | None, head: Head | None) -> PreTrainedModel:
     check_shard_index(Path(source), "model")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        is_reward_model = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+        head = head or ("score" if is_reward_model else "lm")
+        if head == "score":
+            prepare_config(config, head)
         is_quantised = getattr(config, "quantization_config", None) is not None
         if not is_quantised:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
+            model, info = AUTO_CLASSES[head].from_pretrained(
+                source, config=config, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
             )
     except Exception as error:  # nearly any type, for damaged files
         raise loading_error("model", source, error) from error
@@ -143,11 +157,27 @@ def _load_model(source: str, dtype: torch.dtype | None) -> PreTrainedModel:
             "export the model from before quantisation; for an adapter, give that model as base=PATH",
         )
     info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.endswith(BUFFERS)}
+    if head == "score" and info["missing_keys"] == {SCORE_WEIGHT} and not is_reward_model:  # it is in an adapter
+        of_body = f"{model.base_model_prefix}."
+        info["missing_keys"], unexpected = set(), info["unexpected_keys"]
+        info["unexpected_keys"] = {key for key in unexpected if key.startswith(of_body)}
     problems = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in info if info[kind]]
     if problems:
         problem = f"the weights in {source} do not match the model ({', '.join(problems)})"
         raise UserError("CHECKPOINT", problem, "give a complete directory")
+    if head == "score":
+        _restore_score(model, Path(source))
     return model
+
+
+@torch.no_grad()
+def _restore_score(model: PreTrainedModel, directory: Path) -> None:
+    """Give a score head its stored fp32 weights. transformers rounds them to the dtype of the model."""
+    score = model.get_submodule(SCORE).float()
+    for path in directory.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            if SCORE_WEIGHT in file.keys():  # noqa: SIM118  not a mapping
+                score.weight.copy_(file.get_tensor(SCORE_WEIGHT))
 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -188,7 +218,8 @@ def _load_adapter(directory: Path, dtype: torch.dtype | None, base: str | None, 
         check_base_exists(directory, configured, "base", "as base=PATH")
     source = base or str(find_base_model(directory, configured) or configured)
     try:
-        base_model = load_saved(source, dtype=dtype, show_progress=show_progress)  # may be an adapter itself
+        head: Head | None = "score" if config.get("task_type") == "SEQ_CLS" else None
+        base_model = load_saved(source, dtype=dtype, show_progress=show_progress, head=head)  # may be an adapter itself
     except UserError as error:
         raise UserError(error.code, f"the base model of {directory}: {error.what}", "give it as base=PATH") from error
     try:
@@ -224,12 +255,17 @@ def _merge(model: PreTrainedModel, adapter: Path, stored: set[str], show_progres
             layer.to(torch.float32)
             layer.merge(safe_merge=True)
             layer.to(dtype)
-        return adapted.merge_and_unload().to(dtype)
+        merged = adapted.merge_and_unload()
+        score = merged.score.weight.float() if has_score_head(merged) else None
+        merged = merged.to(dtype)
+        if score is not None:
+            merged.score.float().weight.copy_(score)
+        return merged
 
 
 def _set_end_of_text(saved: SavedModel) -> None:
     """Name the end-of-text token in tokenizer and generation config: other tools stop generating there."""
-    tokenizer, generation = saved.tokenizer, saved.model.generation_config
+    tokenizer, generation = saved.tokenizer, getattr(saved.model, "generation_config", None)
     if tokenizer.eos_token_id is None:
         known = next((token for token in END_OF_TEXT if token in tokenizer.get_vocab()), None)
         if known is not None:

@@ -43,6 +43,8 @@ class ModelState(Record):
 
     counters: ExampleCounter
     chat_template: str | None = None  # the text of the run's Jinja file
+    reward_mean: float | None = None  # of a reward model, on held-out responses
+    reward_std: float | None = None
 
 
 class Counters(ExampleCounter):
@@ -97,6 +99,7 @@ class MetricsRow(Record):
 class AdapterConfig(Record):
     base_model_name_or_path: str | None = None
     peft_type: str | None = None
+    task_type: str | None = None
     target_modules: list[str] | str | None = None
 
 

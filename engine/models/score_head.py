@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from engine.models.layers import find_layers
 from engine.settings.schema import Settings
@@ -17,6 +22,7 @@ from losses import LOSSES, Head
 from utils import UserError
 
 SCORE, SCORE_WEIGHT = "score", "score.weight"
+PADDING = "<|pad|>"
 AUTO_CLASSES: dict[Head, Any] = {"lm": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 
 
@@ -101,6 +107,28 @@ def train_all_embeddings(model: PreTrainedModel) -> None:
     It is often the end-of-text token, and a score is read there. torch would leave its gradient out.
     """
     model.get_input_embeddings().padding_idx = None
+
+
+def name_padding_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, may_grow: bool = False) -> None:
+    """Name a padding token in config and tokenizer, other than the end-of-text token.
+
+    transformers reads the score at the last token that is no padding. Without a padding token it refuses batches.
+
+    Args:
+        may_grow: whether the embeddings may get a row for a new token.
+    """
+    embeddings = model.get_input_embeddings().weight
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and (may_grow or len(tokenizer) < len(embeddings)):
+        tokenizer.add_special_tokens({"pad_token": PADDING})
+        if tokenizer.pad_token_id >= len(embeddings):
+            model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+    is_shared = tokenizer.pad_token_id == tokenizer.eos_token_id
+    model.config.pad_token_id = None if is_shared else tokenizer.pad_token_id
+
+
+def record_rewards(model: PreTrainedModel, mean: float | None, deviation: float | None) -> None:
+    """Keep mean and standard deviation of the rewards of held-out responses in the config; None if unknown."""
+    model.config.reward_mean, model.config.reward_std = mean, deviation
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ class ScoredRankings(NamedTuple):
 def evaluation_metrics(rankings: Sequence[ScoredRankings]) -> dict[str, Tensor]:
     """Metrics of all pairs and responses of an evaluation, scalars in fp64.
 
+    - rewards/mean: of all responses.
     - calibration_error: expected calibration error of the preference sigmoid(difference of scores).
     - temperature: divided by it, the differences have the smallest log loss.
     - length/accuracy: of the rule that the longer response is better; ties count half.
@@ -39,12 +40,13 @@ def evaluation_metrics(rankings: Sequence[ScoredRankings]) -> dict[str, Tensor]:
         longer.append((batch.lengths[:, :, None] - batch.lengths[:, None, :])[pairs].sign())
         scores.append(batch.scores[is_response])
         lengths.append(batch.lengths[is_response])
-    margins = torch.cat(differences).double()
+    margins, rewards = torch.cat(differences).double(), torch.cat(scores).double()
     return {
+        "rewards/mean": rewards.mean(),
         "calibration_error": calibration_error(margins),
         "temperature": fit_temperature(margins),
         "length/accuracy": (torch.cat(longer).double().mean() + 1) / 2,
-        "length/correlation": correlation(torch.cat(scores).double(), torch.cat(lengths).double()),
+        "length/correlation": correlation(rewards, torch.cat(lengths).double()),
     }
 
 

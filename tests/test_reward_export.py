@@ -1,0 +1,179 @@
+"""Reward models in other programs: transformers gives our scores, whatever the padding."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import chat
+from engine.data.examples import Example
+from engine.data.held_out import hold_out_prompts
+from engine.export.saved_models import load_saved
+from engine.step.heads import run_head
+from engine.step.layout import lay_out
+from engine.step.packing_check import use_packed_attention
+from tests.invariants.test_runs import ARCHITECTURES
+from tests.models import random_examples
+from tests.runs import Program, Run
+
+REWARD = ("loss=reward", "optimizer=AdamW", "lr=1e-3")
+RunExport = Callable[..., tuple[int, str, str]]
+PROMPTS = ["\n\nHuman: Is it any good?\n\nAssistant:", "\n\nHuman: Tell me about The Northern Forest.\n\nAssistant:"]
+RESPONSES = [" Yes.", " I loathed it. The cast was not forced.", " What a charming film!"]
+
+
+def our_scores(name: Path | str) -> Tensor:
+    """Scores of all prompts with all responses, packed, [prompts * responses]."""
+    saved = load_saved(str(name), show_progress=False)
+    model, tokenizer = saved.model.eval(), saved.tokenizer
+    use_packed_attention(model)
+    eos = [tokenizer.eos_token_id]
+
+    def ids(text: str) -> np.ndarray:
+        return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+    responses = tuple(np.concatenate([ids(text), eos]).astype(np.int32) for text in RESPONSES)
+    examples = [Example(ids(prompt), responses, index, ranks=(0, 1, 2)) for index, prompt in enumerate(PROMPTS)]
+    with torch.no_grad():
+        return run_head(model, lay_out(examples, feeds_last_token=True))[1]
+
+
+def their_scores(name: Path | str, side: str) -> Tensor:
+    """The same from transformers alone, in one padded batch."""
+    model = AutoModelForSequenceClassification.from_pretrained(name).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side=side)
+    texts = [f"{prompt}{response}{tokenizer.eos_token}" for prompt in PROMPTS for response in RESPONSES]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    assert not batch["attention_mask"].all()  # lengths differ
+    positions = {}
+    if model.config.model_type == "gpt2":  # it counts positions from the start of the row
+        positions = {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        return model(**inputs, **positions).logits[:, 0]
+
+
+def small_run(program: Program, architecture: str, *overrides: str) -> Run:
+    model = ("model=blank_model", "model.name_or_path=mine", "model.tokenizer_name_or_path=films")
+    quick = ("wandb.enabled=false", "n_examples=16", "n_eval_examples=8", "warmup_steps=2", "batch_size=4")
+    return program.ok(*REWARD, *model, f"model.architecture={ARCHITECTURES[architecture]}", *overrides, defaults=quick)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_an_export_gives_our_scores(program: Program, run_export: RunExport, architecture: str) -> None:
+    run = small_run(program, architecture)
+    target = program.directory / "exported"
+    status, _, err = run_export(f"from={run.dir}", f"to={target}")
+    assert status == 0, err
+    ours = our_scores(run.dir)
+    assert ours.std() > 0.01
+    for side in ("right", "left"):
+        torch.testing.assert_close(their_scores(target, side), ours, rtol=0, atol=1e-5)
+    torch.testing.assert_close(our_scores(target), ours, rtol=0, atol=1e-6)
+    config = json.loads((target / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert config["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
+    # A checkpoint has no padding token where the embeddings have no room: transformers then takes one row at a time.
+    with pytest.raises(ValueError, match="batch sizes > 1"):
+        their_scores(run.dir / "LATEST", "right")
+
+
+def test_a_checkpoint_with_room_for_a_padding_token_gives_our_scores(program: Program) -> None:
+    architecture = ARCHITECTURES["llama"].replace("}", ", vocab_size: 840}")
+    model = ("model=blank_model", "model.name_or_path=mine", "model.tokenizer_name_or_path=films")
+    run = program.ok(
+        *REWARD, *model, f"model.architecture={architecture}", defaults=("wandb.enabled=false", "n_examples=8")
+    )
+    for side in ("right", "left"):
+        torch.testing.assert_close(their_scores(run.dir / "LATEST", side), our_scores(run.dir), rtol=0, atol=1e-5)
+
+
+def test_adapters_merge_with_the_head(program: Program, run_export: RunExport) -> None:
+    run = program.ok(*REWARD, "peft=lora", "lr=1e-2", "n_examples=32")
+    target = program.directory / "exported"
+    status, _, err = run_export(f"from={run.dir}", f"to={target}")
+    assert status == 0, err
+    for side in ("right", "left"):
+        torch.testing.assert_close(their_scores(target, side), our_scores(run.dir), rtol=0, atol=1e-5)
+    adapter = load_file(run.dir / "LATEST" / "adapter_model.safetensors")
+    exported = load_file(target / "model.safetensors")
+    assert torch.equal(exported["score.weight"], adapter["base_model.model.score.weight"])
+    config = json.loads((target / "config.json").read_text())
+    assert config["reward_mean"] == pytest.approx(run.evals[-1]["rewards_eval/mean"])
+    assert config["reward_std"] == pytest.approx(run.evals[-1]["rewards_eval/std"])
+
+
+def test_the_head_stays_in_fp32(program: Program, run_export: RunExport) -> None:
+    run = program.ok(*REWARD, "model.policy_dtype=bfloat16")
+    target = program.directory / "exported"
+    assert run_export(f"from={run.dir}", f"to={target}")[0] == 0
+    before, after = (load_file(path / "model.safetensors") for path in (run.dir / "LATEST", target))
+    assert after["score.weight"].dtype == torch.float32 and after["model.norm.weight"].dtype == torch.bfloat16
+    assert torch.equal(before["score.weight"], after["score.weight"])
+    assert not torch.equal(after["score.weight"].bfloat16().float(), after["score.weight"])
+
+
+def test_the_rewards_of_held_out_responses_are_in_the_config(program: Program) -> None:
+    run = program.ok(*REWARD, "n_examples=16", "eval_every=8", "save_every=4", "keep_checkpoints=null")
+    configs = {step: json.loads((run.dir / f"step-{step}" / "config.json").read_text()) for step in (4, 8, 12, 16)}
+    for index, step in ((1, 8), (2, 16)):
+        assert configs[step]["reward_mean"] == pytest.approx(run.evals[index]["rewards_eval/mean"])
+        assert (
+            configs[step]["reward_std"] == pytest.approx(run.evals[index]["rewards_eval/std"])
+            and run.evals[index]["rewards_eval/std"] > 0
+        )
+    for step in (4, 12):  # not evaluated
+        assert configs[step]["reward_mean"] is None is configs[step]["reward_std"]
+
+
+def test_without_a_test_split_prompts_are_held_out(program: Program, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Is {n} good?", "chosen": f" yes, {n}.", "rejected": " no."} for n in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = program.ok(*REWARD, f"datasets={path}", "test_fraction=0", "n_examples=60", "n_epochs=2")
+    assert "held out of train: 2 rankings" in run.out and "(all there are" in run.out
+    assert len(run.evals) == 2
+    config = json.loads((run.dir / "LATEST" / "config.json").read_text())
+    assert config["reward_mean"] == pytest.approx(run.evals[-1]["rewards_eval/mean"])
+
+
+def test_held_out_prompts_are_not_trained_on() -> None:
+    from engine.data.examples import Split
+
+    examples = [
+        Example(each.prompt, each.responses, index // 3)
+        for index, each in enumerate(random_examples([(3, 2, 2)] * 300))
+    ]
+    train, test = hold_out_prompts(Split(examples, sizes=[90, 210]), seed=0)
+    assert len(test.examples) == 15 and len({example.prompt_index for example in test.examples}) == 5
+    assert not {example.prompt_index for example in train.examples} & {
+        example.prompt_index for example in test.examples
+    }
+    assert sum(train.sizes) == len(train.examples) == 285
+    assert train.sizes[0] == sum(example.prompt_index < 30 for example in train.examples)
+    again = hold_out_prompts(Split(examples, sizes=[90, 210]), seed=0)[1]
+    assert [id(example) for example in again.examples] == [id(example) for example in test.examples]
+    one = hold_out_prompts(Split(examples[:3], sizes=[3]), seed=0)
+    assert (len(one[0].examples), one[1].examples) == (3, [])
+
+
+def test_other_forms_refuse_a_reward_model(
+    program: Program, run_export: RunExport, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = program.ok(*REWARD, "n_examples=4")
+    status, _, err = run_export(f"from={run.dir}", "to=x.gguf", "format=gguf")
+    assert status == 2 and "format: gguf holds models of text" in err
+    monkeypatch.setattr("sys.argv", ["chat.py", f"model={run.dir}", "prompt=hello"])
+    assert chat.main() == 2
+    assert "is a reward model: it scores responses, and writes none" in capsys.readouterr().err
+    card_dir = program.directory / "card"
+    assert run_export(f"from={run.dir}", f"to={card_dir}")[0] == 0
+    card = (card_dir / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "- reward-model" in card
