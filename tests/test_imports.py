@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    ("train", "export", "chat"),
+    ("train", "evaluate", "export", "chat"),
     ("trainers",),
     ("preference_datasets",),
     ("engine",),
