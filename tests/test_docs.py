@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM
 
 import chat
+import evaluate
 import export
 from docs import make_config
 from engine.export.saved_models import load_saved
+from engine.models.score_head import AUTO_CLASSES, SCORE_WEIGHT
 from engine.settings.keys import all_keys
 from losses import LOSSES
 from tests.configs import composed
@@ -132,7 +133,7 @@ def test_every_command_runs(block: list[str], program: Program, archive: Path, m
         words = shlex.split(nearest_form(line).partition(" < ")[0])
         if words[0] == "train.py":
             run_training(words[1:], program)
-        elif words[0] == "python" and words[1] in ("chat.py", "export.py"):
+        elif words[0] == "python" and words[1] in ("chat.py", "export.py", "evaluate.py"):
             run_command(words[1], words[2:], line.partition(" < ")[2], monkeypatch)
         else:
             check_command(words)
@@ -150,11 +151,11 @@ def run_training(arguments: list[str], program: Program) -> None:
 
 
 def run_command(script: str, arguments: list[str], stdin: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """chat.py or export.py in this process."""
+    """chat.py, export.py or evaluate.py in this process."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(Path(stdin).read_text() if stdin else "hello\n"))
     quicker = ["max_new_tokens=4"] if script == "chat.py" else []
     monkeypatch.setattr(sys, "argv", [script, *arguments, *quicker])
-    status = {"chat.py": chat, "export.py": export}[script].main()
+    status = {"chat.py": chat, "export.py": export, "evaluate.py": evaluate}[script].main()
     values = dict(argument.split("=", 1) for argument in arguments)
     if values.get("from") == "meta":  # tests/test_export.py has such files; here they are missed in the right place
         assert status == EXIT_STATUS["CHECKPOINT"] and not Path(values["path"]).exists()
@@ -162,8 +163,9 @@ def run_command(script: str, arguments: list[str], stdin: str, monkeypatch: pyte
     assert status == 0
     if script == "export.py" and "format" not in values:
         state = load_saved(values["from"]).model.state_dict()
-        exported = AutoModelForCausalLM.from_pretrained(values["to"]).state_dict()
-        assert all(torch.equal(exported[name], value) for name, value in state.items())
+        auto_class = AUTO_CLASSES["score" if SCORE_WEIGHT in state else "lm"]
+        exported = auto_class.from_pretrained(values["to"]).state_dict()  # a row more for a padding token
+        assert all(torch.equal(exported[name][: len(value)], value) for name, value in state.items())
 
 
 def check_command(words: list[str]) -> None:
