@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from engine.data.examples import Example
 from engine.settings.schema import LoraSettings, Settings
 from engine.step.schedule import learning_rate
-from losses import LOSSES
 
 # Smaller margins come from a cache that was filled with other microbatches: their sums round differently.
 FIRST_MARGIN = 1e-3
@@ -99,7 +98,7 @@ def warn_of_first_margin(settings: Settings, metrics: Mapping[str, float]) -> st
     Args:
         metrics: of a step.
     """
-    if "reference" not in LOSSES[settings.loss.name].needs or settings.loss.keywords.get("reference_free"):
+    if "reference" not in settings.loss.needs:
         return None
     kind = "margin" if "rewards_train/margins" in metrics else "reward"
     names = ("rewards_train/margins",) if kind == "margin" else ("rewards_train/desirable", "rewards_train/undesirable")
