@@ -110,29 +110,37 @@ MODELS: dict[str, dict[str, Any]] = {
 # ---- Models and settings ----
 
 
-def write_model(architecture: dict[str, Any], folder: Path, dtype: str = "float32") -> None:
-    """Write a model with random weights. On a GPU another process makes them, so its GPU memory is free afterwards."""
+def write_model(architecture: dict[str, Any], folder: Path, dtype: str = "float32", gives_scores: bool = False) -> None:
+    """Write a model with random weights, of text or of scores.
+
+    On a GPU another process makes them, so its GPU memory is free afterwards.
+    """
     import torch
 
     if not torch.cuda.is_available():
-        make_and_save(architecture, folder, dtype, "cpu")
+        make_and_save(architecture, folder, dtype, "cpu", gives_scores)
         return
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(make_and_save, architecture, folder, dtype, "cuda").result()
+        pool.submit(make_and_save, architecture, folder, dtype, "cuda", gives_scores).result()
 
 
-def make_and_save(architecture: dict[str, Any], folder: Path, dtype: str, device: str) -> None:
+def make_and_save(
+    architecture: dict[str, Any], folder: Path, dtype: str, device: str, gives_scores: bool = False
+) -> None:
     """Make a model with random weights on the device, and save it. A GPU is much faster at this."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     values = dict(architecture)
     torch.manual_seed(0)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
+    auto_class = AutoModelForSequenceClassification if gives_scores else AutoModelForCausalLM
+    if gives_scores:
+        config.num_labels, config.pad_token_id = 1, 0
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = auto_class.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""Pairs of token ids for the benchmarks: real HH rows or synthetic ones, in batches, and the work they make."""
+"""Pairs and rankings of token ids for the benchmarks: HH rows or synthetic ones, in batches, and their work."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from benchmarks.common import compose_settings
 if TYPE_CHECKING:
     from engine.data.examples import Example
 
-Pair = dict[str, list[int]]  # prompt, chosen, rejected: token ids
+Pair = dict[str, list[int]]  # prompt, and responses from the best to the worst: token ids
 PARTS = ("prompt", "chosen", "rejected")
 
 
@@ -56,10 +56,23 @@ def synthetic_pairs(vocabulary: int, count: int) -> list[Pair]:
     return [{"prompt": tokens(120, 256), "chosen": tokens(43, 256), "rejected": tokens(53, 256)} for _ in range(count)]
 
 
+def with_more_responses(pairs: list[Pair], num_responses: int) -> list[Pair]:
+    """Rankings of num_responses: pairs with responses of the next pairs."""
+    others = [pair[name] for pair in pairs for name in PARTS[1:]]
+    return [
+        {**pair, **{f"more_{n}": others[(2 * index + 2 + n) % len(others)] for n in range(num_responses - 2)}}
+        for index, pair in enumerate(pairs)
+    ]
+
+
+def responses_of(pair: Pair) -> list[list[int]]:
+    return [tokens for name, tokens in pair.items() if name != "prompt"]
+
+
 def make_batches(pairs: list[Pair], batch_size: int, grouped: bool) -> list[list[Pair]]:
     """Batches in the order of pairs, or of similar lengths in random order."""
     if grouped:
-        pairs = sorted(pairs, key=lambda pair: len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"])))
+        pairs = sorted(pairs, key=lambda pair: len(pair["prompt"]) + max(map(len, responses_of(pair))))
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     if grouped:
         random.Random(0).shuffle(batches)
@@ -76,21 +89,29 @@ def make_example(pair: Pair, responses: Sequence[str] = ("chosen", "rejected"), 
     return Example(prompt, tuple(others), prompt_index=prompt_index)
 
 
+def make_ranking(pair: Pair) -> "Example":
+    """A pair, or more responses, as an example of a reward model."""
+    from dataclasses import replace
+
+    names = [name for name in pair if name != "prompt"]
+    return replace(make_example(pair, names), ranks=tuple(range(len(names))))
+
+
 # ---- Work ----
 
 
 def fed_tokens(pair: Pair) -> int:
     """Tokens of a pair in a packed row. The last token of each response is not fed."""
-    return sum(len(pair[name]) for name in PARTS) - 2
+    return sum(map(len, pair.values())) - len(responses_of(pair))
 
 
 def padded_tokens(batch: list[Pair]) -> int:
     """Tokens of a batch with one response a row, padded to the longest."""
-    longest = max(len(pair["prompt"]) + len(pair[name]) for pair in batch for name in ("chosen", "rejected"))
-    return 2 * len(batch) * longest
+    rows = [len(pair["prompt"]) + len(response) for pair in batch for response in responses_of(pair)]
+    return len(rows) * max(rows)
 
 
-def step_flops(model: dict[str, Any], batches: list[list[Pair]]) -> float:
+def step_flops(model: dict[str, Any], batches: list[list[Pair]], has_lm_head: bool = True) -> float:
     """Mean FLOP of a packed step, forward and backward.
 
     - 6 for each parameter of a layer and fed token.
@@ -103,10 +124,10 @@ def step_flops(model: dict[str, Any], batches: list[list[Pair]]) -> float:
     weights = ((2 + 2 * shared) * hidden**2 + num_products * hidden * inner) * num_layers
     pairs = [pair for batch in batches for pair in batch]
     fed = sum(map(fed_tokens, pairs))
-    targets = sum(len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
+    targets = sum(len(response) for pair in pairs for response in responses_of(pair)) if has_lm_head else 0
     scores = 0.0
     for pair in pairs:
-        prompt, *responses = (len(pair[name]) for name in PARTS)
+        prompt, responses = len(pair["prompt"]), map(len, responses_of(pair))
         scores += prompt**2 / 2 + sum(length * prompt + length**2 / 2 for length in responses)
     total = 6 * weights * fed + 6 * hidden * model["vocab_size"] * targets + 12 * hidden * num_layers * scores
     return total / len(batches)

@@ -1,4 +1,4 @@
-"""How long does a preference step take, and how much memory, beside TRL's DPOTrainer?
+"""How long does a preference step take, and how much memory, beside TRL's DPOTrainer or RewardTrainer?
 
 Each system runs in its own process, on the same weights, pairs, truncation, batches, optimizer (AdamW) and learning
 rate. Each uses its own best number of tokens at a time.
@@ -13,6 +13,8 @@ The table, of the steps after the warm-up:
 - times, median: ratio to the first system, of all steps together and of the median step.
 
     .venv/bin/python benchmarks/step.py --data DATA_DIR --model llama-8k
+
+--task reward trains reward models on rankings of --responses. TRL takes a ranking as all its pairs.
 
 TRL needs its own environment, .venv-bench; `make bench` builds it. Without it, only our systems are measured.
 """
@@ -31,7 +33,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import MODELS, TRL_PYTHON, add_results_option, machine, shown_command, write_model, write_result
-from benchmarks.pairs import Pair, fed_tokens, hh_pairs, make_batches, padded_tokens, step_flops, synthetic_pairs
+from benchmarks.pairs import (
+    Pair,
+    fed_tokens,
+    hh_pairs,
+    make_batches,
+    padded_tokens,
+    step_flops,
+    synthetic_pairs,
+    with_more_responses,
+)
 from benchmarks.workers import Worker
 
 # name -> (worker, its settings)
@@ -65,12 +76,12 @@ def run_systems(
     first_memory = len(batches) - arguments.memory_steps
     steps: Steps = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        write_model(model, Path(folder))
+        write_model(model, Path(folder), gives_scores=arguments.task == "reward")
 
         def start(name: str) -> Worker:
             worker, settings = SYSTEMS[name]
             job = {"worker": worker, "settings": settings, "model": folder, "batches": batches}
-            sizes = {"batch_size": arguments.batch_size}
+            sizes = {"batch_size": arguments.batch_size, "task": arguments.task}
             started = Worker(Path(folder, name), job | sizes, arguments.threads, arguments.trl_python)
             print(f"{name}: ready after {started.seconds_to_start:.0f} s", flush=True)
             return started
@@ -163,7 +174,7 @@ def summary(steps: Steps, batches: list[list[Pair]], arguments: argparse.Namespa
     fed = sum(fed_tokens(pair) for batch in timed for pair in batch)
     padded = sum(map(padded_tokens, timed))
     peaks = {dtype: gemm_peak(dtype, arguments.threads) for dtype in ("float32", "bfloat16")}
-    flops = step_flops(MODELS[arguments.model], timed)
+    flops = step_flops(MODELS[arguments.model], timed, has_lm_head=arguments.task == "dpo")
     first = next(iter(steps))
     table = {name: row_of(name, steps, first, timed, arguments.warmup, flops, peaks) for name in steps}
     losses = {name: [step["loss"] for step in steps[name][:4]] for name in steps}
@@ -191,6 +202,8 @@ def parse(texts: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with hh/train.jsonl.gz; without it, pairs are synthetic")
     parser.add_argument("--model", choices=MODELS, default="llama-8k")
     parser.add_argument("--systems", default=CPU_SYSTEMS, help="comma-separated, of " + ", ".join(SYSTEMS))
+    parser.add_argument("--task", choices=("dpo", "reward"), default="dpo")
+    parser.add_argument("--responses", type=int, default=2, help="of a prompt, for --task reward")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8, help="measured steps, after --warmup")
     parser.add_argument("--warmup", type=int, default=2)
@@ -205,6 +218,8 @@ def parse(texts: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(texts)
     if arguments.steps < 1:
         parser.error("--steps: must be 1 or more")
+    if arguments.responses < 2 or (arguments.responses > 2 and arguments.task == "dpo"):
+        parser.error("--responses: 2 for --task dpo, 2 or more for --task reward")
     if unknown := [name for name in arguments.systems.split(",") if name not in SYSTEMS]:
         parser.error(f"--systems: {', '.join(unknown)}: choose from {', '.join(SYSTEMS)}")
     return arguments
@@ -223,6 +238,7 @@ def main(texts: Sequence[str]) -> None:
     vocabulary = model["vocab_size"]
     count = arguments.batch_size * (arguments.warmup + arguments.steps + arguments.memory_steps)
     pairs = hh_pairs(arguments.data, vocabulary, count) if arguments.data else synthetic_pairs(vocabulary, count)
+    pairs = with_more_responses(pairs, arguments.responses)
     batches = make_batches(pairs, arguments.batch_size, arguments.grouped)
     steps = run_systems(names, model, batches, arguments)
     record = {
@@ -232,6 +248,8 @@ def main(texts: Sequence[str]) -> None:
         **summary(steps, batches, arguments),
     }
     label = f"{arguments.model}{'-grouped' if arguments.grouped else ''}-b{arguments.batch_size}"
+    if arguments.task == "reward":
+        label = f"reward-{arguments.responses}-{label}"
     write_result(arguments.results, f"step-{label}", record)
 
 

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 import traceback
+from itertools import combinations
 from pathlib import Path
 from typing import IO, Any, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import TRL_PYTHON, compose_settings, make_trainer, measured, model_overrides, take_step
-from benchmarks.pairs import Pair, make_example
+from benchmarks.pairs import Pair, make_example, make_ranking, responses_of
 
 BETA, LEARNING_RATE = 0.1, 1e-5
 READY = "ready"
@@ -33,7 +34,7 @@ class Worker:
 
     Args:
         folder: gets the job and the caches.
-        job: worker ("ours" or "trl"), settings, model (folder), batches, batch_size.
+        job: worker ("ours" or "trl"), settings, model (folder), batches, batch_size, task ("dpo" or "reward").
         trl_python: the interpreter of TRL's environment.
         threads: of the CPU.
     """
@@ -111,12 +112,15 @@ def answer(line: str) -> None:
 
 def work_ours(job: dict[str, Any]) -> None:
     """Steps of this repository's trainer."""
+    is_dpo = job.get("task", "dpo") == "dpo"
+    loss = ["loss=dpo", f"loss.beta={BETA}"] if is_dpo else ["loss=reward"]
     settings = compose_settings(
         *model_overrides(job["model"]),
-        *("loss=dpo", f"loss.beta={BETA}", f"batch_size={job['batch_size']}", "sample_during_eval=false"),
+        *(*loss, f"batch_size={job['batch_size']}", "sample_during_eval=false"),
         *("optimizer=AdamW", f"lr={LEARNING_RATE}", "warmup_steps=0", f"cache_dir={job['cache']}", *job["settings"]),
     )
-    batches = [[make_example(pair) for pair in batch] for batch in job["batches"]]
+    make = make_example if is_dpo else make_ranking
+    batches = [[make(pair) for pair in batch] for batch in job["batches"]]
     trainer = make_trainer(settings, Path(job["cache"]), [example for batch in batches for example in batch])
     answer(READY)
     for examples in batches:
@@ -128,13 +132,21 @@ def work_ours(job: dict[str, Any]) -> None:
 def trl_settings(job: dict[str, Any]) -> Any:
     """TRL's arguments: the job's own, and those of every system."""
     import torch
-    from trl import DPOConfig
+    from trl import DPOConfig, RewardConfig
 
-    return DPOConfig(
+    is_dpo = job.get("task", "dpo") == "dpo"
+    settings = {name: value for name, value in job["settings"].items() if name != "dtype"}
+    if is_dpo:
+        config_class, settings["beta"] = DPOConfig, BETA
+    else:  # a ranking is several pairs; each microbatch has as many pairs as the batch has rankings
+        config_class = RewardConfig
+        settings.pop("precompute_ref_log_probs", None)
+        num_responses = len(responses_of(job["batches"][0][0]))
+        settings["gradient_accumulation_steps"] = num_responses * (num_responses - 1) // 2
+    return config_class(
         output_dir=job["cache"],
         per_device_train_batch_size=job["batch_size"],
         num_train_epochs=1,
-        beta=BETA,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         weight_decay=0.01,  # AdamW's own default, as ours
@@ -145,7 +157,7 @@ def trl_settings(job: dict[str, Any]) -> Any:
         report_to=[],
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        **{name: value for name, value in job["settings"].items() if name != "dtype"},
+        **settings,
     )
 
 
@@ -163,15 +175,28 @@ def trl_rows(batches: list[list[Pair]]) -> list[dict[str, list[int]]]:
     return [{f"{name}_ids": tokens for name, tokens in pair.items()} for pair in pairs]
 
 
+def reward_rows(batches: list[list[Pair]]) -> list[dict[str, list[int]]]:
+    """All pairs of all rankings. Pairs of one ranking are adjacent, so a microbatch has few prompts."""
+    rows = []
+    for ranking in (ranking for batch in batches for ranking in batch):
+        texts = [[*ranking["prompt"], *response] for response in responses_of(ranking)]
+        pairs = combinations(texts, 2)
+        rows += [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in pairs]
+    return rows
+
+
 def work_trl(job: dict[str, Any]) -> None:
-    """Steps of TRL's DPOTrainer."""
+    """Steps of TRL's DPOTrainer or RewardTrainer."""
     import torch
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl import DPOTrainer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+    from trl import DPOTrainer, RewardTrainer
 
-    class Ordered(DPOTrainer):
+    is_dpo = job.get("task", "dpo") == "dpo"
+    base: Any = DPOTrainer if is_dpo else RewardTrainer
+
+    class Ordered(base):
         """Trains on the tokens of the job in their order."""
 
         def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -198,10 +223,11 @@ def work_trl(job: dict[str, Any]) -> None:
                 self.found = None
 
     dtype = getattr(torch, job["settings"].get("dtype", "float32"))
+    auto_class = AutoModelForCausalLM if is_dpo else AutoModelForSequenceClassification
     trainer = Ordered(
-        model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype),
+        model=auto_class.from_pretrained(job["model"], dtype=dtype),
         args=trl_settings(job),
-        train_dataset=Dataset.from_list(trl_rows(job["batches"])),
+        train_dataset=Dataset.from_list((trl_rows if is_dpo else reward_rows)(job["batches"])),
         processing_class=word_tokenizer(),
     )
     trainer.add_callback(Steps())

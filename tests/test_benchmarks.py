@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bf16, common, demo, gpu, gpu_plan, gpu_profile, growth, losses, memory, scaling, soak, step
-from benchmarks.pairs import hh_pairs, make_batches
+from benchmarks.pairs import hh_pairs, make_batches, with_more_responses
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = re.compile(r"\d+\.\d+")
@@ -80,6 +80,27 @@ def test_step(one_at_a_time, tmp_path, monkeypatch):
     if not one_at_a_time:
         first, padded = record["first_losses"].values()
         assert first == pytest.approx(padded, abs=1e-5)
+
+
+def test_step_of_a_reward_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "TRL_PYTHON", tmp_path / "none")
+    step.main(
+        [
+            *("--model", "tiny", "--systems", "ours,ours-padded", "--batch-size", "2", "--steps", "2", "--warmup", "1"),
+            *("--memory-steps", "1", "--threads", "1", "--results", str(tmp_path), "--task", "reward"),
+            *("--responses", "4", "--trl-python", str(tmp_path / "none")),
+        ]
+    )
+    record = result(tmp_path, "step-reward-4-tiny-b2")
+    first, padded = record["first_losses"].values()
+    assert first == pytest.approx(padded, abs=1e-5) and 0.1 < first[0] < 3
+
+
+def test_more_responses_are_those_of_other_pairs():
+    pairs = [{"prompt": [n], "chosen": [n, 1], "rejected": [n, 2]} for n in range(3)]
+    rankings = with_more_responses(pairs, 4)
+    assert [*rankings[0].values()] == [[0], [0, 1], [0, 2], [1, 1], [1, 2]]
+    assert [*rankings[2].values()][3:] == [[0, 1], [0, 2]] and with_more_responses(pairs, 2) == pairs
 
 
 def test_step_of_real_rows(tmp_path):
