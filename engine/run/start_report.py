@@ -105,8 +105,7 @@ def warn_of_first_margin(settings: Settings, metrics: Mapping[str, float]) -> st
     margin = max((metrics.get(name, 0.0) for name in names), key=abs)
     has_other_dtype = settings.model.reference_dtype not in (None, settings.model.policy_dtype)
     has_dropout = isinstance(settings.peft, LoraSettings) and settings.peft.dropout > 0
-    differs = has_other_dtype or has_dropout or "reference" not in settings.loss.needs
-    if metrics["counters/updates"] != 1 or differs or abs(margin) < FIRST_MARGIN:
+    if metrics["counters/updates"] != 1 or has_other_dtype or has_dropout or abs(margin) < FIRST_MARGIN:
         return None
     cause = "; compiled layers round differently without gradients" if settings.compile else ""
     return (
