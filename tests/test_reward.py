@@ -171,6 +171,8 @@ PLACEMENTS = {
     "basic": ("trainer=BasicTrainer",),
     "fsdp": ("trainer=FSDPTrainer",),
     "tensor": ("trainer=TensorParallelTrainer",),
+    "both": ("trainer=FSDPTrainer", "tensor_parallel_size=2"),
+    "deterministic": ("trainer=FSDPTrainer", "deterministic=true"),
 }
 
 
@@ -188,10 +190,12 @@ def runs_and_evaluations(names: list[str], directory: Path) -> tuple[list[Any], 
     return trajectories(jobs, directory), evaluations
 
 
-def test_every_trainer_gives_the_same_training_and_evaluation(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "num_ranks, names", [(2, ["fsdp", "tensor"]), pytest.param(4, ["both"], marks=pytest.mark.slow)]
+)
+def test_every_trainer_gives_the_same_training_and_evaluation(num_ranks: int, names: list[str], tmp_path: Path) -> None:
     (truth,), (evaluation,) = runs_and_evaluations(["basic"], tmp_path / "one")
-    names = ["fsdp", "tensor"]
-    for results, evaluations in on_ranks(2, runs_and_evaluations, names, tmp_path / "two"):
+    for results, evaluations in on_ranks(num_ranks, runs_and_evaluations, names, tmp_path / "several"):
         for name, (losses, norms, weights), measures in zip(names, results, evaluations, strict=True):
             torch.testing.assert_close(losses, truth[0], rtol=1e-4, atol=1e-6, msg=name)
             torch.testing.assert_close(norms, truth[1], rtol=1e-3, atol=1e-6, msg=name)
@@ -200,6 +204,15 @@ def test_every_trainer_gives_the_same_training_and_evaluation(tmp_path: Path) ->
             for key, value in truth[2].items():
                 difference = (weights[key] - value).norm() / value.norm()
                 assert difference.item() < 1e-2, (name, key)
+
+
+@pytest.mark.slow
+def test_the_world_size_changes_no_bit_of_a_deterministic_run(tmp_path: Path) -> None:
+    (one,) = on_ranks(1, runs_and_evaluations, ["deterministic"], tmp_path / "one")
+    two = on_ranks(2, runs_and_evaluations, ["deterministic"], tmp_path / "two")[0]
+    (losses, _, weights), (losses_of_two, _, weights_of_two) = one[0][0], two[0][0]
+    assert torch.equal(losses, losses_of_two)
+    assert all(torch.equal(weights[name], weights_of_two[name]) for name in weights)
 
 
 # ---- The embedded example ----
