@@ -495,8 +495,6 @@ class BasicTrainer:
         self.placement = self.placement_class(settings)(settings, tokenizer, run_dir)
         set_deterministic(settings.deterministic, self.device)
         self.policy = self.placement.place_model(getattr(torch, settings.model.policy_dtype))
-        if has_score_head(self.policy):
-            name_padding_token(self.policy, tokenizer)
         print(describe_parameters(*num_weights(self.policy)), flush=True)
         self.runner = MicrobatchRunner(
             self.policy,
@@ -527,6 +525,8 @@ class BasicTrainer:
 
     def prepare_policy(self) -> None:
         """Switch the policy to training, after the reference has used it."""
+        if has_score_head(self.policy):
+            name_padding_token(self.policy, self.tokenizer)
         if self.num_checkpointed:
             policy = self.policy
             old_name = policy.gradient_checkpointing_enable  # transformers 5.17 has no other
