@@ -5,6 +5,7 @@ import json
 import random
 import tempfile
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,15 +101,21 @@ def make_ranking(pair: Pair) -> "Example":
 # ---- Work ----
 
 
-def fed_tokens(pair: Pair) -> int:
-    """Tokens of a pair in a packed row. The last token of each response is not fed."""
-    return sum(map(len, pair.values())) - len(responses_of(pair))
+def fed_tokens(pair: Pair, feeds_last_token: bool = False) -> int:
+    """Tokens of a pair in a packed row. A score is read at the last token of a response, which is then fed."""
+    return sum(map(len, pair.values())) - (0 if feeds_last_token else len(responses_of(pair)))
 
 
 def padded_tokens(batch: list[Pair]) -> int:
-    """Tokens of a batch with one response a row, padded to the longest."""
-    rows = [len(pair["prompt"]) + len(response) for pair in batch for response in responses_of(pair)]
-    return len(rows) * max(rows)
+    """Tokens of a batch as TRL pads it: two rows for each pair of responses, as many pairs at a time as prompts."""
+    pairs = [pair_lengths for pair in batch for pair_lengths in combinations(row_lengths(pair), 2)]
+    parts = [pairs[start : start + len(batch)] for start in range(0, len(pairs), len(batch))]
+    return sum(2 * len(part) * max(map(max, part)) for part in parts)
+
+
+def row_lengths(pair: Pair) -> list[int]:
+    """Tokens of each response with its prompt."""
+    return [len(pair["prompt"]) + len(response) for response in responses_of(pair)]
 
 
 def step_flops(model: dict[str, Any], batches: list[list[Pair]], has_lm_head: bool = True) -> float:
@@ -123,7 +130,7 @@ def step_flops(model: dict[str, Any], batches: list[list[Pair]], has_lm_head: bo
     num_products = 3 if model["model_type"] == "llama" else 2
     weights = ((2 + 2 * shared) * hidden**2 + num_products * hidden * inner) * num_layers
     pairs = [pair for batch in batches for pair in batch]
-    fed = sum(map(fed_tokens, pairs))
+    fed = sum(fed_tokens(pair, feeds_last_token=not has_lm_head) for pair in pairs)
     targets = sum(len(response) for pair in pairs for response in responses_of(pair)) if has_lm_head else 0
     scores = 0.0
     for pair in pairs:

@@ -125,17 +125,17 @@ def gemm_peak(dtype: str, threads: int) -> float:
 
 
 def row_of(
-    name: str, steps: Steps, first: str, batches: list[list[Pair]], warmup: int, flops: float, peaks: dict[str, float]
+    name: str, steps: Steps, first: str, num_prompts: int, fed: int, timed: slice, flops: float, peaks: dict[str, float]
 ) -> dict[str, Any]:
     """A system's row of the table.
 
     Args:
         first: the system of ratio 1.
-        batches: of the measured steps.
-        flops: of a packed step.
+        num_prompts, fed: prompts and fed tokens of all measured steps.
+        timed: the measured steps.
+        flops: of all measured steps, packed.
         peaks: FLOP/s by dtype.
     """
-    timed = slice(warmup, warmup + len(batches))
     seconds, base = ([step["seconds"] for step in steps[each][timed]] for each in (name, first))
     total = sum(seconds)
     memory = [step["memory"] for step in steps[name] if "memory" in step]
@@ -144,18 +144,18 @@ def row_of(
     return {
         "seconds": [round(value, 4) for value in seconds],
         "median": round(statistics.median(seconds), 4),
-        "pairs_per_second": round(sum(map(len, batches)) / total, 2),
-        "tokens_per_second": round(sum(fed_tokens(pair) for batch in batches for pair in batch) / total),
+        "prompts_per_second": round(num_prompts / total, 2),
+        "tokens_per_second": round(fed / total),
         "memory_mb": round(max(memory) / 1e6) if memory else None,
         "ratio_of_totals": round(total / sum(base), 2),
         "median_ratio": round(statistics.median(a / b for a, b in zip(seconds, base, strict=True)), 2),
-        "share_of_gemm_peak": round(flops * len(batches) / total / peak, 3) if is_packed else None,
+        "share_of_gemm_peak": round(flops / total / peak, 3) if is_packed else None,
     }
 
 
 def print_table(table: dict[str, dict[str, Any]]) -> None:
     print(
-        f"\n{'system':17}{'s/step':>8}{'min':>8}{'max':>8}{'pairs/s':>9}{'tokens/s':>10}{'MB':>7}{'times':>8}{'median':>8}"
+        f"\n{'system':17}{'s/step':>8}{'min':>8}{'max':>8}{'prompts/s':>11}{'tokens/s':>10}{'MB':>7}{'times':>8}{'median':>8}"
         f"{'of peak':>9}"
     )
     for name, row in table.items():
@@ -163,20 +163,22 @@ def print_table(table: dict[str, dict[str, Any]]) -> None:
         memory = "" if row["memory_mb"] is None else row["memory_mb"]
         print(
             f"{name:17}{row['median']:8.3f}{min(row['seconds']):8.3f}{max(row['seconds']):8.3f}"
-            f"{row['pairs_per_second']:9.1f}{row['tokens_per_second']:10.0f}{memory:>7}{row['ratio_of_totals']:8.2f}"
+            f"{row['prompts_per_second']:11.1f}{row['tokens_per_second']:10.0f}{memory:>7}{row['ratio_of_totals']:8.2f}"
             f"{row['median_ratio']:8.2f}{share}"
         )
 
 
 def summary(steps: Steps, batches: list[list[Pair]], arguments: argparse.Namespace) -> dict[str, Any]:
     """Print losses and the table; returns both for the record."""
-    timed = batches[arguments.warmup : arguments.warmup + arguments.steps]
-    fed = sum(fed_tokens(pair) for batch in timed for pair in batch)
+    measured = slice(arguments.warmup, arguments.warmup + arguments.steps)
+    timed, is_reward = batches[measured], arguments.task == "reward"
+    pairs = [pair for batch in timed for pair in batch]
+    fed = sum(fed_tokens(pair, feeds_last_token=is_reward) for pair in pairs)
     padded = sum(map(padded_tokens, timed))
     peaks = {dtype: gemm_peak(dtype, arguments.threads) for dtype in ("float32", "bfloat16")}
-    flops = step_flops(MODELS[arguments.model], timed, has_lm_head=arguments.task == "dpo")
+    flops = step_flops(MODELS[arguments.model], timed, has_lm_head=not is_reward) * len(timed)
     first = next(iter(steps))
-    table = {name: row_of(name, steps, first, timed, arguments.warmup, flops, peaks) for name in steps}
+    table = {name: row_of(name, steps, first, len(pairs), fed, measured, flops, peaks) for name in steps}
     losses = {name: [step["loss"] for step in steps[name][:4]] for name in steps}
     print("\nlosses of the first steps:")
     for name, values in losses.items():

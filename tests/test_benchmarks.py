@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bf16, common, demo, gpu, gpu_plan, gpu_profile, growth, losses, memory, scaling, soak, step
-from benchmarks.pairs import hh_pairs, make_batches, with_more_responses
+from benchmarks.pairs import fed_tokens, hh_pairs, make_batches, padded_tokens, with_more_responses
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = re.compile(r"\d+\.\d+")
@@ -101,6 +101,15 @@ def test_more_responses_are_those_of_other_pairs():
     rankings = with_more_responses(pairs, 4)
     assert [*rankings[0].values()] == [[0], [0, 1], [0, 2], [1, 1], [1, 2]]
     assert [*rankings[2].values()][3:] == [[0, 1], [0, 2]] and with_more_responses(pairs, 2) == pairs
+
+
+def test_tokens_of_rankings():
+    """TRL pads all pairs of a ranking, as many at a time as the batch has prompts."""
+    batch = [{"prompt": [1, 2], "chosen": [3], "rejected": [4, 5], "more_0": [6, 7, 8]}]
+    assert fed_tokens(batch[0]) == 5 and fed_tokens(batch[0], feeds_last_token=True) == 8
+    assert padded_tokens(batch) == 2 * 4 + 2 * 5 + 2 * 5
+    pair = {"prompt": [1], "chosen": [2, 3], "rejected": [4]}
+    assert padded_tokens([pair, pair]) == 4 * 3
 
 
 def test_step_of_real_rows(tmp_path):
