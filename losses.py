@@ -704,25 +704,28 @@ def bco_state(
     return {"desirable_mean": moved(desirable_mean, labels), "undesirable_mean": moved(undesirable_mean, ~labels)}
 
 
-def ordered_pairs(ranks: Tensor) -> Tensor:
-    """Whether response i is better than response j, bool [rankings, k, k].
+def of_pairs(values: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of the better and of the worse response of each pair, [prompts, p] each.
 
     Args:
-        ranks: int64 [rankings, k], the best response's is the lowest; -1 where there is no response.
+        values: [prompts, k], of the responses.
+        pairs: int64 [prompts, p, 2], the better and the worse response as columns of values.
     """
-    better, worse = ranks[:, :, None], ranks[:, None, :]
-    return (better >= 0) & (better < worse)
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return values[rows, pairs[..., 0]], values[rows, pairs[..., 1]]
 
 
-def mean_over_pairs(values: Tensor, pairs: Tensor) -> Tensor:
-    """Means of values [rankings, k, k] over the pairs of each ranking; 0 without any."""
-    return values.where(pairs, 0).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+def mean_over_pairs(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted means of values [prompts, p] over the pairs of each prompt; 0 without any."""
+    totals = weights.sum(1)
+    return (weights * values).sum(1) / totals.where(totals > 0, 1)
 
 
 def reward_loss(
     scores: Tensor,
-    ranks: Tensor,
+    pairs: Tensor,
     margins: Tensor,
+    weights: Tensor,
     *,
     ranking: Literal["pairs", "plackett_luce"],
     centering: Annotated[float, Ge(0)],
@@ -733,34 +736,47 @@ def reward_loss(
     2307.09288), equation 2. Centering: Eisenstein et al. 2023 (arXiv 2312.09244).
 
     Args:
-        scores: [rankings, k].
-        ranks: int64 [rankings, k], 0 for the best response; equal ones are ties, -1 is no response.
-        margins: [rankings], by which scores should differ. plackett_luce lowers the best score by it.
-        ranking: "pairs": the mean of -log sigmoid(difference) over all pairs. "plackett_luce": the negative
-            log-likelihood of the order, without the tied responses.
-        centering: of the mean of (sum of both scores) ** 2 over all pairs.
+        scores: [prompts, k], of the responses.
+        pairs: int64 [prompts, p, 2], the better and the worse response as columns of scores. plackett_luce needs those
+            of one order.
+        margins: [prompts, p], by which the scores of a pair should differ.
+        weights: [prompts, p], of the pairs in the means; 0 for padding, the pair (0, 0) with the margin 0.
+        ranking: "pairs": the mean of -log sigmoid(better - worse - margin) over the pairs of a prompt.
+            "plackett_luce": the negative log-likelihood of the order, without the tied responses.
+        centering: of the mean of (better + worse) ** 2 over the same pairs.
 
     Returns:
-        losses [rankings]; for plackett_luce the number of tied responses, {"tied": [rankings]}.
+        losses [prompts]; for plackett_luce the number of tied responses, {"tied": [prompts]}.
     """
-    pairs = ordered_pairs(ranks)
+    better, worse = of_pairs(scores, pairs)
     metrics: dict[str, Tensor] = {}
     if ranking == "pairs":
-        differences = scores[:, :, None] - scores[:, None, :] - margins[:, None, None]
-        losses = mean_over_pairs(-F.logsigmoid(differences), pairs)
+        losses = mean_over_pairs(-F.logsigmoid(better - worse - margins), weights)
     else:
-        is_response = ranks >= 0
-        tied = ((ranks[:, :, None] == ranks[:, None, :]).sum(2) > 1) & is_response
-        ordered = is_response & ~tied
-        lowered = scores - margins[:, None] * (ranks == 0)
-        itself = torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
-        follows = (pairs & ordered[:, :, None] & ordered[:, None, :]) | itself
-        remaining = lowered[:, None, :].where(follows, -math.inf).logsumexp(2)  # [rankings, k]
-        losses = (remaining - lowered).where(ordered, 0).sum(1)
-        metrics["tied"] = tied.sum(1).to(scores.dtype)
+        losses, metrics["tied"] = _plackett_luce(scores, pairs, margins, weights)
     if centering:
-        losses = losses + centering * mean_over_pairs((scores[:, :, None] + scores[:, None, :]) ** 2, pairs)
+        losses = losses + centering * mean_over_pairs((better + worse) ** 2, weights)
     return losses, metrics
+
+
+def _plackett_luce(scores: Tensor, pairs: Tensor, margins: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods of orders, and numbers of their tied responses, [prompts] each.
+
+    Each response is the best of itself and the worse ones. A margin adds to the score of the worse response.
+    """
+    num_prompts, k = scores.shape
+    place = torch.arange(num_prompts, device=scores.device)[:, None], pairs[..., 0], pairs[..., 1]
+    is_better = torch.zeros(num_prompts, k, k, dtype=torch.bool, device=scores.device)
+    is_better = is_better.index_put(place, weights > 0)  # i is better than j
+    margin = scores.new_zeros(num_prompts, k, k).index_put(place, margins.to(scores.dtype))
+    itself = torch.eye(k, dtype=torch.bool, device=scores.device)
+    compared = is_better | is_better.mT
+    is_response = compared.any(2)
+    tied = is_response & (is_response[:, None, :] & ~compared & ~itself).any(2)
+    ordered = is_response & ~tied
+    remains = (is_better & ordered[:, :, None] & ordered[:, None, :]) | itself
+    log_totals = (scores[:, None, :] + margin).where(remains, -math.inf).logsumexp(2)  # [prompts, k]
+    return (log_totals - scores).where(ordered, 0).sum(1), tied.sum(1).to(scores.dtype)
 
 
 def sft_loss(policy_chosen_logps: Tensor) -> Tensor:
@@ -790,8 +806,9 @@ class Loss:
         function: takes the arguments below, returns the losses [examples]; of pairs and unpaired responses, a tuple of
             losses and rewards. A tuple may end in a dict of further metrics, {name: [examples]}.
         batch: "sft" (one target response per example), "pairs" (chosen and rejected), "unpaired" (one response and its
-            label) or "ranked" (responses with ranks). Fixes the first arguments, log-probs under the policy: chosen;
-            chosen and rejected; the response's. Of ranked responses: scores, ranks and margins.
+            label) or "ranked" (all responses to a prompt, and their pairs). Fixes the first arguments, log-probs under
+            the policy: chosen; chosen and rejected; the response's. Of ranked responses: scores, pairs, margins and
+            weights, as for reward_loss.
         needs: further arguments, in this order.
             - "reference": the same log-probs under a frozen reference model.
             - "token kl": KL(reference || policy) of the next token, summed over the response: chosen and rejected. With

@@ -176,11 +176,11 @@ def load_split(
 
     Args:
         settings: datasets, data_dir, format, chat_template, sft_turns, test_fraction, on_bad_row, max_length,
-            max_prompt_length, seed and cache_dir are read.
+            max_prompt_length, seed and cache_dir are read; of ranked responses loss too.
         tokenizer: needs an EOS token.
         split: "train" or "test".
         batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
-            response, two per pair; "ranked": one per ranking.
+            response, two per pair; "ranked": one per prompt, with all its pairs.
         needs_mismatched: give each example the response to another prompt.
 
     Raises:
@@ -197,7 +197,8 @@ def load_split(
             problem = f"datasets: {name} has no {split} rows{_describe_dropped(counts)}"
             raise UserError("DATA", problem, "add rows; test_fraction=0 trains without an evaluation")
     limits = {"max_length": settings.max_length, "max_prompt_length": settings.max_prompt_length}
-    result = tokenize(data, tokenizer, batch, counts, **limits, cache_dir=Path(settings.cache_dir))
+    needs_order, cache_dir = batch == "ranked" and settings.loss.needs_order, Path(settings.cache_dir)
+    result = tokenize(data, tokenizer, batch, counts, **limits, cache_dir=cache_dir, needs_order=needs_order)
     if not result.examples and (split == "train" or settings.test_fraction):
         names = ", ".join(settings.datasets)
         problem = f"datasets: no row of the {split} split of {names} is left{_describe_dropped(counts)}"
@@ -248,6 +249,8 @@ def format_counts(split_counts: dict[str, Any]) -> str:
     line = ", ".join(f"{split_counts[name]:,} {name}" for name in ("rows", "prompts", kind))
     if "desirable" in split_counts:
         line += f" ({split_counts['desirable']:,} desirable)"
+    if "compared_pairs" in split_counts:
+        line += f" of {split_counts['compared_pairs']:,} pairs"
     if split_counts["truncated"]:
         line += f", {split_counts['truncated']:,} of them truncated to max_length={split_counts['max_length']}"
     if split_counts["dropped"]:

@@ -94,8 +94,10 @@ def make_ranking(pair: Pair) -> "Example":
     """A pair, or more responses, as an example of a reward model."""
     from dataclasses import replace
 
+    from engine.data.rankings import compare_by_rank
+
     names = [name for name in pair if name != "prompt"]
-    return replace(make_example(pair, names), ranks=tuple(range(len(names))))
+    return replace(make_example(pair, names), comparisons=compare_by_rank(range(len(names))))
 
 
 # ---- Work ----

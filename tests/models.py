@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from engine.data.examples import Example
+from engine.data.rankings import compare_by_rank
 
 VOCABULARY = 61
 SIZES: dict[str, dict[str, Any]] = {
@@ -71,11 +72,15 @@ def ranking_examples(seed: int = 0) -> list[Example]:
     Some prompts and responses have one token. Two rankings share a prompt and a response."""
     sizes = [(9, 4, 7), (1, 6, 2, 1), (5, 1, 3, 4, 2), (12, 5, 1, 5)]
     ranks = [(0, 1), (0, 1, 2), (0, 1, 1, 3), (0, 0, 2)]
-    examples = [replace(each, ranks=of) for each, of in zip(random_examples(sizes, seed), ranks, strict=True)]
+    comparisons = [compare_by_rank(of_prompt) for of_prompt in ranks]
+    examples = [
+        replace(each, comparisons=of) for each, of in zip(random_examples(sizes, seed), comparisons, strict=True)
+    ]
     first = examples[0]
     extra = random_examples([(1, 5)], seed + 1)[0].responses[0]
     responses = (extra, first.responses[0])
-    return [*examples, Example(first.prompt, responses, first.prompt_index, ranks=(0, 1), margin=0.5)]
+    with_margin = compare_by_rank((0, 1), margin=0.5)
+    return [*examples, Example(first.prompt, responses, first.prompt_index, comparisons=with_margin)]
 
 
 def exact_norms(model: PreTrainedModel) -> PreTrainedModel:

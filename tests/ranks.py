@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
+from engine.data.rankings import compare_by_rank
 from engine.models.shards import full_tensor
 from engine.placement import process_group
 from tests.configs import make_settings
@@ -51,7 +52,8 @@ def make_trainer(job: Job, run_dir: Path) -> Any:
     if loss == "reward":  # rankings of two to four responses
         lengths = [(*sizes, 2 + index % 3, 4)[: 3 + index % 3] for index, sizes in enumerate(PAIRS)]
         ranks = {2: (0, 1), 3: (0, 1, 1), 4: (0, 1, 2, 3)}
-        examples = [replace(each, ranks=ranks[len(each.responses)]) for each in random_examples(lengths)]
+        rankings = random_examples(lengths)
+        examples = [replace(each, comparisons=compare_by_rank(ranks[len(each.responses)])) for each in rankings]
     with contextlib.redirect_stdout(io.StringIO()):
         return TRAINERS[parsed.trainer](parsed, run_dir, tokenizer, Split(examples), Split(examples[:7]))
 

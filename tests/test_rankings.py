@@ -1,78 +1,109 @@
-"""Preferences become rankings: whole ones with ties, pairs otherwise."""
+"""Preferences become rankings: one example per prompt, with all its pairs."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.data.preferences import pairs_by_score
-from engine.data.rankings import ComparedPair, Ranking, rankings_of
+from engine.data.preferences import Preferences, add_preference, pairs_by_score
+from engine.data.rankings import (
+    Comparisons,
+    Reasons,
+    compare_by_rank,
+    count_ties,
+    find_order,
+    join_equal,
+    read_comparisons,
+)
 from tests.configs import make_settings
 
-TEXTS = ["a", "b", "c", "d"]
+Row = tuple[list[str], list[tuple[int, int]]]
 
 
-def rankings(
-    responses: list[str],
-    pairs: list[tuple[int, int]],
-    margins: dict[Any, float] | None = None,
-    weights: dict[Any, float] | None = None,
-) -> list[Ranking]:
-    compared = [
-        ComparedPair(
-            (responses[i], responses[j]), (i, j), (weights or {}).get((i, j), 1.0), (margins or {}).get((i, j), 0.0)
-        )
-        for i, j in pairs
-    ]
-    return list(rankings_of(compared))
+def compared(
+    rows: Sequence[Row], margins: Sequence[float | None] = (), weights: Sequence[float] = ()
+) -> tuple[list[str], Comparisons, Counter[str]]:
+    """The different responses of rows of one prompt, their comparisons, and dropped pairs."""
+    preferences: Preferences = {}
+    for index, (responses, pairs) in enumerate(rows):
+        margin, weight = (margins or [None] * len(rows))[index], (weights or [1.0] * len(rows))[index]
+        add_preference(preferences, "p", responses, pairs, None, weight, margin)
+    texts, dropped = preferences["p"]["responses"], Counter[str]()
+    is_empty = [not text for text in texts]
+    comparisons = read_comparisons(preferences["p"])
+    kept, comparisons = join_equal(texts, is_empty, comparisons, dropped, Reasons("empty", "equal"))
+    return [texts[index] for index in kept], comparisons, dropped
 
 
-def test_a_whole_ranking_is_one_example_best_first() -> None:
-    assert rankings(TEXTS, pairs_by_score([2, 7, 1, 5])) == [Ranking(("b", "d", "a", "c"), (0, 1, 2, 3))]
+def named(texts: Sequence[str], comparisons: Comparisons) -> list[str]:
+    return [f"{texts[better]} > {texts[worse]}" for better, worse in comparisons.pairs]
+
+
+def ranks(comparisons: Comparisons) -> list[int] | None:
+    order = find_order(comparisons)
+    return None if order is None else order.tolist()
+
+
+def row(*best_first: str) -> Row:
+    return list(best_first), pairs_by_score([-index for index in range(len(best_first))])
+
+
+def test_a_row_is_an_order_of_its_responses() -> None:
+    texts, comparisons, _ = compared([(["a", "b", "c", "d"], pairs_by_score([2, 7, 1, 5]))])
+    assert texts == ["a", "b", "c", "d"] and ranks(comparisons) == [2, 0, 3, 1]
+    assert sorted(named(texts, comparisons)) == ["a > c", "b > a", "b > c", "b > d", "d > a", "d > c"]
+    assert comparisons.margins.tolist() == [0] * 6 and comparisons.weights.tolist() == [1] * 6
 
 
 def test_equal_scores_are_ties() -> None:
-    assert rankings(TEXTS, pairs_by_score([1, 3, 1, 0])) == [Ranking(("b", "a", "c", "d"), (0, 1, 1, 2))]
-    assert rankings(TEXTS[:2], pairs_by_score([1, 1])) == []
+    comparisons = compared([(["a", "b", "c", "d"], pairs_by_score([1, 3, 1, 0]))])[1]
+    assert ranks(comparisons) == [1, 0, 1, 2] and count_ties(comparisons) == 2
+    assert compared([(["a", "b"], pairs_by_score([1, 1]))])[0] == []
+    # A response with ties alone is in no pair.
+    assert ranks(compare_by_rank((0, 0, 2))) == [0, 0, 1] and count_ties(compare_by_rank((0, 0, 2))) == 2
 
 
-def test_pairs_of_other_texts_are_rankings_of_two() -> None:
-    two = [Ranking(("a", "b"), (0, 1)), Ranking(("c", "d"), (0, 1))]
-    assert rankings(TEXTS, [(0, 1), (2, 3)]) == two
-
-
-def test_pairs_of_several_rows_join_where_every_pair_was_compared() -> None:
-    responses = ["a", "b", "b", "c", "a", "c"]
-    assert rankings(responses, [(0, 1), (2, 3), (4, 5)]) == [Ranking(("a", "b", "c"), (0, 1, 2))]
-    chain = [Ranking(("a", "b"), (0, 1)), Ranking(("b", "c"), (0, 1))]
-    assert rankings(responses[:4], [(0, 1), (2, 3)]) == chain
+def test_rows_of_a_prompt_are_one_ranking_with_all_their_pairs() -> None:
+    rows = [row("a", "b"), row("c", "d"), row("b", "e")]
+    texts, comparisons, _ = compared(rows)
+    assert texts == ["a", "b", "c", "d", "e"] and named(texts, comparisons) == ["a > b", "c > d", "b > e"]
+    assert ranks(comparisons) is None and count_ties(comparisons) == 0
+    assert ranks(compared([row("a", "b"), row("b", "c"), row("a", "c")])[1]) == [0, 1, 2]
+    assert ranks(compared([row("a", "b"), row("b", "c")])[1]) is None
     # b and c were never compared: they are no tie.
-    apart = [Ranking(("a", "b"), (0, 1)), Ranking(("a", "c"), (0, 1))]
-    assert rankings(["a", "b", "a", "c"], [(0, 1), (2, 3)]) == apart
+    assert ranks(compared([row("a", "b"), row("a", "c")])[1]) is None
+    assert ranks(compared([(["a", "b", "c"], [(0, 1), (0, 2)])])[1]) == [0, 1, 1]
 
 
-def test_repeats_contradictions_and_margins_stay_pairs() -> None:
-    repeated = [Ranking(("a", "b"), (0, 1))] * 2
-    assert rankings(["a", "b", "a", "b"], [(0, 1), (2, 3)]) == repeated
-    opposite = [Ranking(("a", "b"), (0, 1)), Ranking(("b", "a"), (0, 1))]
-    assert rankings(["a", "b", "b", "a"], [(0, 1), (2, 3)]) == opposite
-    with_margin = rankings(["a", "b", "b", "c", "a", "c"], [(0, 1), (2, 3), (4, 5)], {(2, 3): 0.5})
-    assert with_margin == [
-        Ranking(("a", "b"), (0, 1)),
-        Ranking(("b", "c"), (0, 1), margin=0.5),
-        Ranking(("a", "c"), (0, 1)),
-    ]
+def test_repeats_and_opposites_stay_pairs() -> None:
+    texts, comparisons, _ = compared([row("a", "b"), row("a", "b"), row("b", "a"), row("b", "c")])
+    assert named(texts, comparisons) == ["a > b", "a > b", "b > a", "b > c"]
+    assert comparisons.count_repeats() == (1, 1) and ranks(comparisons) is None
+    cycle = compared([row("a", "b"), row("b", "c"), row("c", "a")])[1]
+    assert cycle.count_repeats() == (0, 0) and ranks(cycle) is None
+    repeated = compared([row("a", "b"), row("a", "b")])[1]
+    assert repeated.count_repeats() == (1, 0) and ranks(repeated) == [0, 1]
+    # With two margins, no order has both.
+    assert ranks(compared([row("a", "b")] * 2, [0.5, 1.0])[1]) is None
 
 
-def test_rows_of_one_weight_are_one_ranking() -> None:
-    responses, pairs = ["a", "b", "b", "c", "a", "c"], [(0, 1), (2, 3), (4, 5)]
-    assert rankings(responses, pairs, weights=dict.fromkeys(pairs, 2.0)) == [Ranking(("a", "b", "c"), (0, 1, 2), 2.0)]
-    assert rankings(responses, pairs, weights={pairs[0]: 2.0}) == [
-        Ranking(("a", "b"), (0, 1), 2.0),
-        Ranking(("b", "c"), (0, 1)),
-        Ranking(("a", "c"), (0, 1)),
-    ]
+def test_a_response_may_be_repeated_in_its_row() -> None:
+    texts, comparisons, dropped = compared([row("a", "b", "a")])
+    assert (texts, named(texts, comparisons)) == (["a", "b"], ["a > b", "b > a"]) and dropped == {"equal": 1}
+    texts, comparisons, dropped = compared([(["a", "b", "a"], pairs_by_score([3, 1, 3]))])
+    assert (texts, named(texts, comparisons)) == (["a", "b"], ["a > b", "a > b"]) and not dropped
+    assert compared([row("a", "a")])[0] == []
+    texts, comparisons, dropped = compared([row("a", "", "b")])
+    assert (texts, named(texts, comparisons)) == (["a", "b"], ["a > b"]) and dropped == {"empty": 2}
+
+
+def test_margins_and_weights_are_those_of_rows() -> None:
+    _, comparisons, _ = compared([row("a", "b", "c"), row("c", "d")], [0.5, None], [1.0, 3.0])
+    assert comparisons.margins.tolist() == [0.5, 0.5, 0.5, 0]
+    assert comparisons.weights.tolist() == [1, 1, 1, 3]
 
 
 # ---- From files ----
@@ -94,9 +125,13 @@ def load(tmp_path: Path, rows: list[dict[str, Any]], *overrides: str) -> tuple[A
 
 
 def shown(split: Any, tokenizer: Any) -> list[Any]:
-    """(texts, ranks, margin) of each example."""
+    """(texts, ranks, margins) of each example."""
     return [
-        ([tokenizer.decode(response[:-1]) for response in example.responses], example.ranks, example.margin)
+        (
+            [tokenizer.decode(response[:-1]) for response in example.responses],
+            ranks(example.comparisons),
+            {*example.comparisons.margins.tolist()},
+        )
         for example in split.examples
     ]
 
@@ -107,7 +142,7 @@ def test_rows_of_every_form_are_rankings(tmp_path: Path) -> None:
     forms: list[dict[str, Any]] = [
         {"prompt": "Is it good?", "chosen": " Yes.", "rejected": " No.", "margin": 2},
         {"chosen": "\n\nHuman: Is it good?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Is it good?\n\nAssistant: No."},
-        {"prompt": "Is it good?", "responses": [" Yes.", " No.", " The film."]},
+        {"prompt": "Is it good?", "responses": [" Yes.", " No.", " The film."], "margin": 1.5},
         {"chosen": turns[0], "rejected": turns[1], "margin": 0.5},
     ]
     found = []
@@ -116,12 +151,12 @@ def test_rows_of_every_form_are_rankings(tmp_path: Path) -> None:
         directory.mkdir()
         split, tokenizer, line = load(directory, [row], "chat_template=hh")
         found += shown(split, tokenizer)
-        assert "1 rankings" in line
+        assert f"1 rankings of {3 if index == 2 else 1} pairs" in line
     assert found == [
-        ([" Yes.", " No."], (0, 1), 2.0),
-        ([" Yes.", " No."], (0, 1), 0.0),
-        ([" Yes.", " No.", " The film."], (0, 1, 2), 0.0),
-        ([" Yes.", " No."], (0, 1), 0.5),
+        ([" Yes.", " No."], [0, 1], {2.0}),
+        ([" Yes.", " No."], [0, 1], {0.0}),
+        ([" Yes.", " No.", " The film."], [0, 1, 2], {1.5}),
+        ([" Yes.", " No."], [0, 1], {0.5}),
     ]
 
 
@@ -130,7 +165,7 @@ def test_ties_and_truncated_responses_are_counted(tmp_path: Path) -> None:
     rows = [{"prompt": "Is it good?", "responses": [" Yes.", " No.", " A film.", long], "scores": [3, 1, 1, 0]}]
     split, tokenizer, line = load(tmp_path, rows, "max_length=64", "max_prompt_length=32")
     (example,) = split.examples
-    assert example.ranks == (0, 1, 1, 2)
+    assert ranks(example.comparisons) == [0, 1, 1, 2]
     assert [response[-1] == tokenizer.eos_token_id for response in example.responses] == [True, True, True, False]
     assert "tied with another response to their prompt: 2 responses" in line
     assert "truncated, so scored before their end: 1 responses" in line
@@ -139,7 +174,7 @@ def test_ties_and_truncated_responses_are_counted(tmp_path: Path) -> None:
 def test_useless_pairs_leave_a_ranking_of_the_others(tmp_path: Path) -> None:
     rows = [{"prompt": "Is it good?", "responses": [" Yes.", " ", " No.", " A film."]}]
     split, tokenizer, _ = load(tmp_path, rows)
-    assert shown(split, tokenizer) == [([" Yes.", " No.", " A film."], (0, 1, 2), 0.0)]
+    assert shown(split, tokenizer) == [([" Yes.", " No.", " A film."], [0, 1, 2], {0.0})]
     assert split.counts["dropped"] == {"empty response": 3}
 
 
@@ -149,15 +184,69 @@ def test_responses_equal_as_tokens_are_one(tmp_path: Path) -> None:
         {"prompt": "Is it good?", "responses": [" Yes.", start + "x", start + "y"]},
         {"prompt": "Is it bad?", "chosen": start + "x", "rejected": start + "y"},
     ]
-    split, _, _ = load(tmp_path, rows[:1], "max_length=64", "max_prompt_length=32")
-    assert [(len(example.responses), example.ranks) for example in split.examples] == [(2, (0, 1))]
+    limits = ("max_length=64", "max_prompt_length=32")
+    split, _, line = load(tmp_path, rows[:1], *limits)
+    assert [(len(example.responses), ranks(example.comparisons)) for example in split.examples] == [(2, [0, 1])]
+    assert "dropped: 1 chosen equal to rejected as tokens" in line
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(Exception, match="chosen equal to rejected as tokens"):
-        load(other, rows[1:], "max_length=64", "max_prompt_length=32")
+        load(other, rows[1:], *limits)
+
+
+def test_pairs_of_a_prompt_are_one_example_and_counted(tmp_path: Path) -> None:
+    prompt = "Is it good?"
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt, "chosen": " Yes.", "rejected": " No.", "weight": 2},
+        {"prompt": prompt, "chosen": " Good.", "rejected": " Bad.", "margin": 0.5},
+        {"prompt": prompt, "chosen": " No.", "rejected": " Yes."},
+        {"prompt": prompt, "chosen": " Yes.", "rejected": " No."},
+    ]
+    split, tokenizer, line = load(tmp_path, rows)
+    ((texts, order, margins),), (example,) = shown(split, tokenizer), split.examples
+    assert texts == [" Yes.", " No.", " Good.", " Bad."] and order is None and margins == {0.0, 0.5}
+    assert named(texts, example.comparisons) == [" Yes. >  No.", " Good. >  Bad.", " No. >  Yes.", " Yes. >  No."]
+    assert example.weight == pytest.approx(5 / 4) and example.comparisons.weights.tolist() == [2, 1, 1, 1]
+    assert "4 rows, 1 prompts, 1 rankings of 4 pairs" in line
+    assert "kept, though they repeat a pair: 1 pairs" in line
+    assert "kept, though each has its opposite (A over B and B over A): 1 pairs" in line
+
+
+def test_a_prompt_without_a_pair_is_dropped_and_counted(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "Is it bad?", "responses": [" Yes.", " No."], "scores": [1, 1]},
+        {"prompt": "Is it long?", "responses": [" Yes."]},
+        {"prompt": "Is it good?", "responses": [" Yes.", " Yes."]},
+        {"prompt": "Is it new?", "responses": [" Yes.", " No."]},
+    ]
+    split, tokenizer, line = load(tmp_path, rows)
+    assert shown(split, tokenizer) == [([" Yes.", " No."], [0, 1], {0.0})]
+    assert "1 prompts, 1 rankings of 1 pairs" in line
+    assert "dropped: 2 prompt without a pair, 1 chosen equal to rejected" in line
+
+
+def test_plackett_luce_drops_and_counts_prompts_without_an_order(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "Is it good?", "chosen": " Yes.", "rejected": " No."},
+        {"prompt": "Is it good?", "chosen": " Good.", "rejected": " Bad."},
+        {"prompt": "Is it bad?", "chosen": " Yes.", "rejected": " No."},
+    ]
+    split, tokenizer, line = load(tmp_path, rows, "loss.ranking=plackett_luce")
+    assert shown(split, tokenizer) == [([" Yes.", " No."], [0, 1], {0.0})]
+    assert "dropped: 1 prompt without one order of its responses (loss.ranking=pairs learns its pairs)" in line
+    assert len(load(tmp_path, rows)[0].examples) == 2
+    with pytest.raises(Exception, match=r"no row of the train split .*loss.ranking=pairs learns its pairs"):
+        load(tmp_path, rows[:2], "loss.ranking=plackett_luce")
 
 
 def test_a_margin_must_be_a_number(tmp_path: Path) -> None:
-    rows = [{"prompt": "Is it good?", "chosen": " Yes.", "rejected": " No.", "margin": "much"}]
+    pair = {"prompt": "Is it good?", "chosen": " Yes.", "rejected": " No."}
     with pytest.raises(Exception, match="field 'margin' is text, not a number"):
-        load(tmp_path, rows)
+        load(tmp_path, [{**pair, "margin": "much"}])
+    ranked = {"prompt": "Is it good?", "responses": [" Yes.", " No.", " Bad."], "margin": [1, 2]}
+    with pytest.raises(Exception, match="field 'margin' is a list, not a number"):
+        load(tmp_path, [ranked])
+    split, *_ = load(
+        tmp_path, [{**pair, "margin": "1.5"}, {**pair, "margin": None}, {**pair, "margin": ""}]
+    )  # as in CSV
+    assert split.examples[0].comparisons.margins.tolist() == [1.5, 0, 0]

@@ -91,7 +91,7 @@ def test_an_encoder_has_no_score_head() -> None:
 
 def test_a_run_learns_and_logs(program: Program) -> None:
     run = program.ok(
-        *REWARD, "n_examples=600", "batch_size=8", "n_eval_examples=64", "keep_best=rewards_eval/accuracies"
+        *REWARD, "n_examples=1200", "batch_size=8", "n_eval_examples=64", "keep_best=rewards_eval/accuracies"
     )
     first, last = run.evals[0], run.evals[-1]
     assert last["rewards_eval/accuracies"] > first["rewards_eval/accuracies"] + 0.1

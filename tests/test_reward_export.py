@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import chat
 from engine.data.examples import Example
 from engine.data.held_out import hold_out_prompts
+from engine.data.rankings import compare_by_rank
 from engine.export.saved_models import load_saved
 from engine.step.heads import run_head
 from engine.step.layout import lay_out
@@ -40,7 +41,8 @@ def our_scores(name: Path | str) -> Tensor:
         return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
     responses = tuple(np.concatenate([ids(text), eos]).astype(np.int32) for text in RESPONSES)
-    examples = [Example(ids(prompt), responses, index, ranks=(0, 1, 2)) for index, prompt in enumerate(PROMPTS)]
+    comparisons = compare_by_rank((0, 1, 2))
+    examples = [Example(ids(prompt), responses, index, comparisons=comparisons) for index, prompt in enumerate(PROMPTS)]
     with torch.no_grad():
         return run_head(model, lay_out(examples, feeds_last_token=True))[1]
 

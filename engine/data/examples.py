@@ -1,7 +1,6 @@
 """Examples: preferences as truncated token ids."""
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -12,7 +11,14 @@ import numpy as np
 
 from engine.data.encoding import EncodedTexts, Text
 from engine.data.preferences import Preference, Preferences
-from engine.data.rankings import ComparedPair, rankings_of
+from engine.data.rankings import (
+    Comparisons,
+    Reasons,
+    count_ties,
+    find_order,
+    join_equal,
+    read_comparisons,
+)
 from engine.data.rows import RowCounts
 from engine.data.special_tokens import without_eos
 from engine.data.token_cache import encode_cached
@@ -26,6 +32,9 @@ if TYPE_CHECKING:
 TruncationMode = Literal["keep_end", "keep_start"]
 # By batch kind: the name of examples in counts, and what their prompt needs.
 COUNTED = {"sft": "targets", "pairs": "pairs", "unpaired": "examples", "ranked": "rankings"}
+USELESS_TEXTS = Reasons("empty response", "chosen equal to rejected")
+USELESS_TOKENS = Reasons("no response tokens left", "chosen equal to rejected as tokens")
+WITHOUT_ORDER = "prompt without one order of its responses (loss.ranking=pairs learns its pairs)"
 NEEDED = {"sft": "a desirable response", "pairs": "a pair", "unpaired": "a pair or a label", "ranked": "a pair"}
 
 
@@ -35,13 +44,12 @@ class Example:
 
     prompt: np.ndarray  # int32 [prompt tokens], truncated, with BOS if the tokenizer adds one
     responses: tuple[np.ndarray, ...]  # int32 [response tokens] each, with EOS unless truncated: (target,) for SFT,
-    # (chosen, rejected) for pairs, (response,) for unpaired ones, best first for rankings
+    # (chosen, rejected) for pairs, (response,) for unpaired ones, all different ones for rankings
     prompt_index: int  # shared by all examples of a prompt: 0, 1, ... in the order of the data
     label: bool | None = None  # of an unpaired response: whether it is desirable
     weight: float = 1.0  # scales the loss
     mismatched: np.ndarray | None = None  # int32, the response to another prompt, for losses with the need "kl"
-    ranks: tuple[int, ...] | None = None  # of the responses of a ranking, 0 for the best; equal ones are ties
-    margin: float = 0.0  # of a ranking: scores should differ by it
+    comparisons: Comparisons | None = None  # of the responses of a ranking; each is in a pair
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -57,8 +65,9 @@ def _parts(example: Example) -> Iterator[bytes]:
         yield repr(example.weight).encode()
     if example.mismatched is not None:
         yield example.mismatched.tobytes()
-    if example.ranks is not None:
-        yield repr((example.ranks, example.margin)).encode()
+    if example.comparisons is not None:
+        pairs, margins, weights, _ = example.comparisons
+        yield from (array.tobytes() for array in (pairs, margins, weights))
 
 
 @dataclass
@@ -71,14 +80,17 @@ class Split:
         examples: the examples.
         sizes: number of examples of each data set.
         counts: rows, prompts, pairs (for SFT: targets; for unpaired responses: examples, and desirable ones), dropped
-            {reason: number}, truncated (examples) and max_length; rankings in place of pairs for ranked responses. Only
-            if above 0: duplicates (of pairs or examples), contradictions (those with their opposite), ties and
-            cut_responses (ranked responses; the latter lost their end). Only if there is one: first_bad_row.
+            {reason: number}, truncated (examples) and max_length; for ranked responses, rankings and their
+            compared_pairs. Only if above 0: duplicates (of pairs or examples), contradictions (those with their
+            opposite), ties and cut_responses (ranked responses; the latter lost their end). Only if there is one:
+            first_bad_row.
+        prompt_texts: of each example, the number of its prompt before truncation. Data sets may share it.
     """
 
     examples: list[Example]
     counts: dict[str, Any] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
+    prompt_texts: list[int] = field(default_factory=list)
 
 
 def tokenize(
@@ -90,6 +102,7 @@ def tokenize(
     max_length: int,
     max_prompt_length: int,
     cache_dir: Path,
+    needs_order: bool = False,
 ) -> Split:
     """Make the examples of one or more data sets.
 
@@ -97,15 +110,17 @@ def tokenize(
         data: each data set, with the end of a prompt that truncation keeps.
         tokenizer: needs an EOS token.
         batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
-            response, two per pair; "ranked": one per ranking.
+            response, two per pair; "ranked": one per prompt, with all its pairs.
         counts: rows read and dropped so far; rows dropped here are added.
         max_length: of prompt + response, in tokens.
         max_prompt_length: of a truncated prompt, in tokens, with BOS.
         cache_dir: where encoded texts are cached.
+        needs_order: drop rankings unless their pairs are those of one order.
     """
     drafts = _draft(data, batch, counts, tokenizer)
     encoded = encode_cached(list(drafts.texts), tokenizer, cache_dir)
     examples: list[Example] = []
+    prompt_texts: list[int] = []
     prompt_indices: dict[int, int] = {}  # by prompt number; prompts without examples get none
     num_truncated = 0
     ends, sizes = list(accumulate(len(preferences) for preferences, _ in data)), [0] * len(data)  # ends: of prompts
@@ -115,13 +130,15 @@ def tokenize(
         keeps_end = draft.truncation_mode == "keep_end"
         num_front = _num_bos(prompt, encoded, tokenizer) if keeps_end else max_prompt_length
         prompt, responses = truncate(prompt, responses, max_length, max_prompt_length, num_front=num_front)
-        responses, ranks = _distinct(responses, draft.group.ranks)
-        if reason := _reason_to_drop(draft, encoded, prompt, responses, ranks):
-            counts.dropped[reason] += 1
+        has_text = [encoded.lengths[index] > 0 for index in draft.responses]
+        prompt_index = prompt_indices.get(draft.prompt_number, len(prompt_indices))
+        example, reason = _example(draft.group, prompt, responses, has_text, prompt_index, counts, needs_order)
+        if example is None:
+            counts.dropped.update([reason] if reason else [])
             continue
-        prompt_index = prompt_indices.setdefault(draft.prompt_number, len(prompt_indices))
-        _, label, weight, _, margin, _ = draft.group
-        examples.append(Example(prompt, responses, prompt_index, label, weight, ranks=ranks, margin=margin))
+        prompt_indices[draft.prompt_number] = prompt_index
+        examples.append(example)
+        prompt_texts.append(draft.prompt)
         sizes[bisect_right(ends, draft.prompt_number)] += 1
         num_truncated += len(prompt) + sum(map(len, responses)) < num_tokens
     split_counts = {
@@ -131,16 +148,26 @@ def tokenize(
         "dropped": dict(counts.dropped),
         "truncated": num_truncated,
         "max_length": max_length,
+        **({"desirable": sum(bool(example.label) for example in examples)} if batch == "unpaired" else {}),
+        **_optional_counts(drafts, examples, counts, tokenizer.eos_token_id),
     }
-    if batch == "unpaired":
-        split_counts["desirable"] = sum(bool(example.label) for example in examples)
+    return Split(examples, split_counts, sizes, prompt_texts)
+
+
+def _optional_counts(
+    drafts: "Drafts", examples: Sequence[Example], counts: RowCounts, eos_token_id: int
+) -> dict[str, Any]:
+    """The parts of Split.counts that are only there if above 0, or if there is one."""
+    rankings = [(example, example.comparisons) for example in examples if example.comparisons is not None]
     optional = {
         "duplicates": drafts.num_duplicates,
         "contradictions": drafts.num_contradictions,
-        **_ranking_counts(examples, tokenizer.eos_token_id),
+        "compared_pairs": sum(len(comparisons.pairs) for _, comparisons in rankings),
+        "ties": sum(count_ties(comparisons) for _, comparisons in rankings),
+        "cut_responses": sum(response[-1] != eos_token_id for example, _ in rankings for response in example.responses),
         "first_bad_row": counts.first_bad_row,
     }
-    return Split(examples, split_counts | {name: value for name, value in optional.items() if value}, sizes)
+    return {name: value for name, value in optional.items() if value}
 
 
 # ---- Before encoding ----
@@ -150,16 +177,13 @@ class Group(NamedTuple):
     """The responses of one example: (target,), (chosen, rejected), (response,) with a label, or a ranking.
 
     Args:
-        ranks, margin: of a ranking.
-        indices: of a pair, among the responses to its prompt.
+        comparisons: of a ranking.
     """
 
     responses: tuple[str, ...]
     label: bool | None = None
     weight: float = 1.0
-    ranks: tuple[int, ...] | None = None
-    margin: float = 0.0
-    indices: tuple[int, int] = (0, 0)
+    comparisons: Comparisons | None = None
 
     @property
     def opposite(self) -> "Group":
@@ -207,18 +231,21 @@ def _draft(
     prompt_number = 0
     for preferences, mode in data:
         for prompt, preference in preferences.items():
-            groups = _groups(preference, batch, counts)
             # Each response gets an EOS; one that its author wrote would be learned as letters.
-            groups = [
-                group._replace(responses=tuple(without_eos(text, tokenizer) for text in group.responses))
-                for group in groups
-            ]
-            if batch != "sft":
-                drafts.count_repeats(groups)
-            if not groups:
-                counts.dropped[f"prompt without {NEEDED[batch]}"] += 1
-            useful = _drop_useless(groups, batch, counts)
-            for group in _rankings(useful) if batch == "ranked" else useful:
+            if batch == "ranked":
+                responses = [without_eos(text, tokenizer) for text in preference["responses"]]
+                useful = _ranking(preference, responses, drafts, counts)
+            else:
+                groups = [
+                    group._replace(responses=tuple(without_eos(text, tokenizer) for text in group.responses))
+                    for group in _groups(preference, batch, counts)
+                ]
+                if batch != "sft":
+                    drafts.count_repeats(groups)
+                if not groups:
+                    counts.dropped[f"prompt without {NEEDED[batch]}"] += 1
+                useful = _drop_useless(groups, batch, counts)
+            for group in useful:
                 drafts.add(prompt_number, mode, preference.get("from_template", False), prompt, group)
             prompt_number += 1
     return drafts
@@ -229,9 +256,9 @@ def _drop_useless(groups: list[Group], batch: "BatchKind", counts: RowCounts) ->
     learned: set[tuple[str, ...]] = set()
     for group in groups:
         if not all(text.strip() for text in group.responses):
-            counts.dropped["empty response"] += 1
-        elif batch in ("pairs", "ranked") and group.responses[0] == group.responses[1]:
-            counts.dropped["chosen equal to rejected"] += 1
+            counts.dropped[USELESS_TEXTS.empty] += 1
+        elif batch == "pairs" and group.responses[0] == group.responses[1]:
+            counts.dropped[USELESS_TEXTS.equal] += 1
         elif batch == "sft" and group.responses in learned:
             counts.dropped["duplicate response"] += 1
         else:
@@ -239,14 +266,18 @@ def _drop_useless(groups: list[Group], batch: "BatchKind", counts: RowCounts) ->
             yield group
 
 
-def _rankings(pairs: Iterable[Group]) -> Iterator[Group]:
-    """The rankings of a prompt."""
-    compared = []
-    for pair in pairs:
-        preferred, other = pair.responses
-        compared.append(ComparedPair((preferred, other), pair.indices, pair.weight, pair.margin))
-    for responses, ranks, weight, margin in rankings_of(compared):
-        yield Group(responses, weight=weight, ranks=ranks, margin=margin)
+def _ranking(preference: Preference, responses: Sequence[str], drafts: Drafts, counts: RowCounts) -> Iterator[Group]:
+    """The ranking of a prompt, if it has a useful pair."""
+    if not preference["pairs"]:
+        counts.dropped[f"prompt without {NEEDED['ranked']}"] += 1
+        return
+    is_empty = [not text.strip() for text in responses]
+    kept, comparisons = join_equal(responses, is_empty, read_comparisons(preference), counts.dropped, USELESS_TEXTS)
+    if kept:
+        num_duplicates, num_contradictions = comparisons.count_repeats()
+        drafts.num_duplicates += num_duplicates
+        drafts.num_contradictions += num_contradictions
+        yield Group(tuple(responses[index] for index in kept), comparisons=comparisons)
 
 
 def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts) -> list[Group]:
@@ -260,12 +291,6 @@ def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts) -> li
         # Of rows with an equal response the first counts, as later ones are dropped.
         by_text = dict(reversed([*zip(responses, weights, strict=True)]))
         return [Group((text,), weight=by_text.get(text, 1.0)) for text in demonstrations]
-    if batch == "ranked":
-        margins = preference.get("margins", {})
-        return [
-            Group((responses[i], responses[j]), weight=weights[i], margin=margins.get((i, j), 0.0), indices=(i, j))
-            for i, j in preference["pairs"]
-        ]
     pairs = [(responses[chosen], responses[rejected], weights[chosen]) for chosen, rejected in preference["pairs"]]
     if batch == "pairs":
         return [Group((chosen, rejected), weight=weight) for chosen, rejected, weight in pairs]
@@ -273,7 +298,7 @@ def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts) -> li
     labelled = [Group((responses[index],), label, weights[index]) for index, label in labels]
     for chosen, rejected, weight in pairs:
         if chosen == rejected:
-            counts.dropped["chosen equal to rejected"] += 1
+            counts.dropped[USELESS_TEXTS.equal] += 1
         else:
             labelled += [Group((chosen,), True, weight), Group((rejected,), False, weight)]
     return labelled
@@ -310,37 +335,34 @@ def truncate(
     return prompt, responses
 
 
-def _distinct(
-    responses: tuple[np.ndarray, ...], ranks: tuple[int, ...] | None
-) -> tuple[tuple[np.ndarray, ...], tuple[int, ...] | None]:
-    """A ranking without responses that are equal to a better one as tokens; others as they are."""
-    if ranks is None:
-        return responses, None
-    first = {response.tobytes(): index for index, response in reversed([*enumerate(responses)])}
-    kept = sorted(first.values())
-    return tuple(responses[index] for index in kept), tuple(ranks[index] for index in kept)
-
-
-def _ranking_counts(examples: Sequence[Example], eos_token_id: int) -> dict[str, int]:
-    """Numbers of ranked responses: tied ones, and those without an end-of-text token."""
-    rankings = [example for example in examples if example.ranks is not None]
-    num_ties = [number for example in rankings for number in Counter(example.ranks).values() if number > 1]
-    num_cut = sum(response[-1] != eos_token_id for example in rankings for response in example.responses)
-    return {"ties": sum(num_ties), "cut_responses": num_cut}
-
-
-def _reason_to_drop(
-    draft: ExampleDraft,
-    encoded: EncodedTexts,
+def _example(
+    group: Group,
     prompt: np.ndarray,
     responses: tuple[np.ndarray, ...],
-    ranks: tuple[int, ...] | None,
-) -> str | None:
-    """Why a truncated example cannot train; None if it can."""
-    if not all(map(len, responses)) or not all(encoded.lengths[index] for index in draft.responses):
-        return "no response tokens left"
+    has_text: Sequence[bool],
+    prompt_index: int,
+    counts: RowCounts,
+    needs_order: bool,
+) -> tuple[Example | None, str | None]:
+    """The example of a truncated prompt and its responses.
+
+    Returns:
+        the example; or None and the reason to drop it, None if that is counted already: of all pairs of a ranking.
+    """
+    weight, comparisons = group.weight, group.comparisons
+    is_empty = [not has or not len(response) for has, response in zip(has_text, responses, strict=True)]
+    if comparisons is not None:
+        keys = [response.tobytes() for response in responses]
+        kept, comparisons = join_equal(keys, is_empty, comparisons, counts.dropped, USELESS_TOKENS)
+        if not kept:
+            return None, None
+        responses, weight = tuple(responses[index] for index in kept), float(comparisons.weights.mean())
+        if needs_order and find_order(comparisons) is None:
+            return None, WITHOUT_ORDER
+    elif any(is_empty):
+        return None, USELESS_TOKENS.empty
+    elif len(responses) == 2 and np.array_equal(*responses):
+        return None, USELESS_TOKENS.equal
     if not len(prompt):
-        return "empty prompt (no token predicts the first of the response)"
-    if (ranks is not None and len({*ranks}) == 1) or (len(responses) == 2 and np.array_equal(*responses)):
-        return "chosen equal to rejected as tokens"
-    return None
+        return None, "empty prompt (no token predicts the first of the response)"
+    return Example(prompt, responses, prompt_index, group.label, weight, comparisons=comparisons), None

@@ -113,9 +113,8 @@ def parse_rows(
         with counts.catch_bad_row():
             row_form = form or detect_form(row)
             parsed = _parse(row, row_form, chat, is_inferred=form is None)
-            if batch == "ranked" and isinstance(parsed, ParsedRow) and len(parsed.pairs) == 1:
-                has_margin = row.values.get("margin") is not None
-                parsed = parsed._replace(margin=row.number("margin") if has_margin else None)
+            if batch == "ranked" and isinstance(parsed, ParsedRow) and row.values.get("margin") not in (None, ""):
+                parsed = parsed._replace(margin=row.column_number("margin"))
             form = row_form
         if isinstance(parsed, str):
             counts.dropped[parsed] += 1

@@ -27,7 +27,7 @@ class ParsedRow(NamedTuple):
         label: of one response without a pair: whether it is desirable.
         from_template: whether a chat template wrote the texts.
         is_demonstration: one response without a preference.
-        margin: of a pair, the column `margin`.
+        margin: of all pairs, the column `margin`.
         earlier_turns: of a dialogue with several demonstrations, those before the last.
         weight: of the loss; None in a row without this column.
     """

@@ -1,76 +1,144 @@
-"""Rankings: the preferences of a prompt as ordered responses."""
+"""Rankings: the responses to a prompt, and the pairs compared among them."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 
-class ComparedPair(NamedTuple):
-    """Two different responses to a prompt.
-
-    Args:
-        responses: (preferred, other).
-        indices: of the responses, among those of all rows.
-        weight: of the loss.
-        margin: by which the scores should differ.
-    """
-
-    responses: tuple[str, str]
-    indices: tuple[int, int]
-    weight: float = 1.0
-    margin: float = 0.0
+from engine.data.preferences import Preference
 
 
-class Ranking(NamedTuple):
-    """Different responses to a prompt, best first.
+class Comparisons(NamedTuple):
+    """The compared pairs of a prompt's responses. A pair may be repeated, or have its opposite.
 
     Args:
-        ranks: of the responses, 0 for the best; equal ones are ties.
+        pairs: unsigned [pairs, 2], the better and the worse response as indices.
+        margins: fp32 [pairs], by which the scores should differ.
+        weights: fp32 [pairs], in the mean over the pairs.
+        is_of_one_row: responses of one row without a pair are ties. Of several rows they were never compared.
     """
 
-    responses: tuple[str, ...]
-    ranks: tuple[int, ...]
-    weight: float = 1.0
-    margin: float = 0.0
+    pairs: np.ndarray
+    margins: np.ndarray
+    weights: np.ndarray
+    is_of_one_row: bool = True
+
+    @property
+    def num_responses(self) -> int:
+        """Every response is in a pair."""
+        return int(self.pairs.max()) + 1
+
+    def better_than(self) -> np.ndarray:
+        """Whether response i is better than response j in a pair, bool [responses, responses]."""
+        is_better = np.zeros((self.num_responses, self.num_responses), dtype=bool)
+        is_better[self.pairs[:, 0], self.pairs[:, 1]] = True
+        return is_better
+
+    def count_repeats(self) -> tuple[int, int]:
+        """Numbers of repeated pairs, and of those with their opposite."""
+        if len(self.pairs) == 1:
+            return 0, 0
+        is_better = self.better_than()
+        return len(self.pairs) - int(is_better.sum()), int((is_better & is_better.T).sum()) // 2
 
 
-def rankings_of(pairs: Sequence[ComparedPair]) -> Iterator[Ranking]:
-    """The rankings of a prompt, in the order of their first pairs.
+def compare_by_rank(ranks: Sequence[int], margin: float = 0.0) -> Comparisons:
+    """All pairs of responses with unlike ranks, the lower is better."""
+    order = np.array(ranks)
+    pairs = np.argwhere(order[:, None] < order[None, :])
+    return _comparisons(pairs, np.full(len(pairs), margin), np.ones(len(pairs)), is_of_one_row=True)
 
-    Connected pairs are one ranking if they are all its pairs, each once, of one weight and without a margin. Other
-    pairs are rankings of two. Responses of one row without a pair are ties. Of several rows they were never compared,
-    and make no ranking.
+
+def read_comparisons(preference: Preference) -> Comparisons:
+    """The pairs of a prompt, as indices into its responses."""
+    pairs = np.array(preference["pairs"], dtype=np.int64).reshape(-1, 2)
+    margins, weights = np.zeros(len(pairs)), np.ones(len(pairs))
+    if "margins" in preference:
+        margins = np.array([preference["margins"].get(pair, 0.0) for pair in preference["pairs"]])
+    if "weights" in preference:
+        weights = np.array(preference["weights"])[pairs[:, 0]]
+    return _comparisons(pairs, margins, weights, _are_of_one_row(pairs))
+
+
+def _are_of_one_row(pairs: np.ndarray) -> bool:
+    """Whether all pairs are of the same row. Rows have consecutive responses, and pairs connect those of a row."""
+    firsts, lasts = pairs.min(axis=1), pairs.max(axis=1)
+    order = firsts.argsort()
+    reached = np.maximum.accumulate(lasts[order])
+    return bool((firsts[order][1:] <= reached[:-1]).all())
+
+
+def _comparisons(pairs: np.ndarray, margins: np.ndarray, weights: np.ndarray, is_of_one_row: bool) -> Comparisons:
+    smallest = np.min_scalar_type(pairs.max(initial=0))  # long rankings have many pairs
+    return Comparisons(pairs.astype(smallest), margins.astype(np.float32), weights.astype(np.float32), is_of_one_row)
+
+
+class Reasons(NamedTuple):
+    """Why pairs are dropped."""
+
+    empty: str
+    equal: str
+
+
+def join_equal(
+    keys: Sequence[Hashable],
+    is_empty: Sequence[bool],
+    comparisons: Comparisons,
+    dropped: Counter[str],
+    reasons: Reasons,
+) -> tuple[list[int], Comparisons]:
+    """Join equal responses, and drop pairs of equal or empty ones.
+
+    Args:
+        keys: of the responses; equal ones have equal keys.
+        is_empty: whether a response is.
+        dropped: gets the numbers of dropped pairs.
+
+    Returns:
+        indices of the responses that are in a pair, in their order, and their comparisons; both may be empty.
     """
-    for connected in _connected(pairs):
-        compared = [pair.responses for pair in connected]
-        wins = Counter(preferred for preferred, _ in compared)
-        texts = sorted(dict.fromkeys(text for pair in compared for text in pair), key=lambda text: -wins[text])
-        levels = sorted({wins[text] for text in texts}, reverse=True)
-        expected = {(first, second) for first in texts for second in texts if wins[first] > wins[second]}
-        is_whole = len(compared) == len(expected) and {*compared} == expected
-        is_of_one_row = len({index for pair in connected for index in pair.indices}) == len(texts)
-        is_uniform = len({pair.weight for pair in connected}) == 1 and not any(pair.margin for pair in connected)
-        if is_whole and is_uniform and (is_of_one_row or len(levels) == len(texts)):
-            ranks = tuple(levels.index(wins[text]) for text in texts)
-            yield Ranking(tuple(texts), ranks, connected[0].weight)
-        else:
-            yield from (Ranking(pair.responses, (0, 1), pair.weight, pair.margin) for pair in connected)
+    first: dict[Hashable, int] = {}
+    numbers = np.array([first.setdefault(key, index) for index, key in enumerate(keys)])
+    pairs = numbers[comparisons.pairs]
+    is_of_empty = np.array(is_empty)[pairs].any(axis=1)
+    is_equal = (pairs[:, 0] == pairs[:, 1]) & ~is_of_empty
+    for reason, is_dropped in ((reasons.empty, is_of_empty), (reasons.equal, is_equal)):
+        if is_dropped.any():
+            dropped[reason] += int(is_dropped.sum())
+    is_kept = ~(is_of_empty | is_equal)
+    kept, renumbered = np.unique(pairs[is_kept], return_inverse=True)
+    _, margins, weights, is_of_one_row = comparisons
+    pairs = renumbered.reshape(-1, 2)
+    return kept.tolist(), _comparisons(pairs, margins[is_kept], weights[is_kept], is_of_one_row)
 
 
-def _connected(pairs: Sequence[ComparedPair]) -> list[list[ComparedPair]]:
-    """Groups of pairs that share a text, or are connected by others."""
-    parents: dict[str, str] = {}
+def find_order(comparisons: Comparisons) -> np.ndarray | None:
+    """Ranks of the responses, 0 for the best, if the pairs are those of one order; else None.
 
-    def root(text: str) -> str:
-        parents.setdefault(text, text)
-        while parents[text] != text:
-            parents[text] = text = parents[parents[text]]
-        return text
+    An order has a pair for any two responses of unlike ranks, and one margin for each. Equal ranks are ties, of one row
+    alone.
+    """
+    pairs, margins, _, is_of_one_row = comparisons
+    is_better = comparisons.better_than()
+    num_better = is_better.sum(axis=0)
+    levels, ranks = np.unique(num_better, return_inverse=True)
+    margin_of = np.zeros(is_better.shape, dtype=margins.dtype)
+    margin_of[pairs[:, 0], pairs[:, 1]] = margins
+    is_order = (
+        np.array_equal(is_better, num_better[:, None] < num_better[None, :])
+        and (is_of_one_row or len(levels) == len(ranks))
+        and np.array_equal(margin_of[pairs[:, 0], pairs[:, 1]], margins)
+    )
+    return ranks if is_order else None
 
-    for pair in pairs:
-        preferred, other = pair.responses
-        parents[root(other)] = root(preferred)
-    groups: dict[str, list[ComparedPair]] = {}
-    for pair in pairs:
-        groups.setdefault(root(pair.responses[0]), []).append(pair)
-    return list(groups.values())
+
+def count_ties(comparisons: Comparisons) -> int:
+    """Number of responses with a tie, in an order."""
+    if len(comparisons.pairs) == 1:
+        return 0
+    ranks = find_order(comparisons)
+    if ranks is None:
+        return 0
+    sizes = np.bincount(ranks)
+    return int(sizes[sizes > 1].sum())

@@ -79,15 +79,19 @@ class Row:
     def number(self, name: str) -> float:
         return self.as_number(self.value(name), name)
 
-    def weight(self) -> float | None:
-        """The column `weight`, a number of at least 0, in CSV as text. None for a row without it."""
-        value = self.values.get("weight")
-        if "weight" not in self.values:
-            return None
+    def column_number(self, name: str) -> float:
+        """A field with a number, in CSV as text."""
+        value = self.value(name)
         if isinstance(value, str):
             with suppress(ValueError):
                 value = float(value)
-        weight = float(self.as_number(value, "weight"))
+        return float(self.as_number(value, name))
+
+    def weight(self) -> float | None:
+        """The column `weight`, a number of at least 0. None for a row without it."""
+        if "weight" not in self.values:
+            return None
+        weight = self.column_number("weight")
         if weight < 0:
             raise self.error("weight", f"is {weight:g}, below 0")
         return weight

@@ -85,6 +85,11 @@ class LossSettings(Group):
 
         return LOSSES[self.name].needs - ({"reference"} if self.keywords.get("reference_free") else set())
 
+    @property
+    def needs_order(self) -> bool:
+        """Whether the pairs of a prompt must be those of one order."""
+        return self.keywords.get("ranking") == "plackett_luce"
+
 
 class NoPeftSettings(Group):
     name: Literal["none"]

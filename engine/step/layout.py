@@ -49,9 +49,11 @@ class Microbatch:
     rejected: Tensor | None  # int64 [examples]; None for examples with one response
     labels: Tensor | None  # bool [examples], true for desirable responses; None if they have none
     weights: Tensor | None  # fp32 [examples], of the losses; None if all are 1
-    rankings: Tensor | None  # int64 [rankings, k], numbers of responses, best first; None without ranks
-    ranks: Tensor | None  # int64 [rankings, k], -1 where there is no response
-    margins: Tensor | None  # fp32 [rankings]
+    # Of ranked responses, padded. None for others.
+    rankings: Tensor | None  # int64 [examples, k], numbers of responses; -1 where there is none
+    pairs: Tensor | None  # int64 [examples, p, 2], the better and the worse response as columns of rankings
+    margins: Tensor | None  # fp32 [examples, p], of the pairs
+    pair_weights: Tensor | None  # fp32 [examples, p], 0 where there is no pair
     groups: list[GroupSpan]
     responses: list[tuple[np.ndarray, np.ndarray]]  # prompt and response tokens of each response
     prompt_indices: list[int]  # prompt numbers in the data set
@@ -150,7 +152,7 @@ def lay_out(
     # These slow down every operation of the model, by a third with GNU's OpenMP on two cores.
     lengths = np.array([len(response) for _, response in responses])
     in_order = [example for group in groups for example in group.examples]
-    has_pairs = in_order[0].ranks is None and len(numbers[0]) == 2
+    has_pairs = in_order[0].comparisons is None and len(numbers[0]) == 2
     shared: dict[str, Any] = {
         "targets": _tensor([response for _, response in responses]),
         "response_index": torch.from_numpy(np.repeat(np.arange(len(responses)), lengths)),
@@ -201,16 +203,19 @@ def _shared_targets(pairs: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
 
 
 def _rankings(examples: Sequence[Example], numbers: Sequence[tuple[int, ...]]) -> dict[str, Tensor | None]:
-    if examples[0].ranks is None:
-        return {"rankings": None, "ranks": None, "margins": None}
-    rankings = np.zeros((len(numbers), max(map(len, numbers))), dtype=np.int64)
-    ranks = np.full_like(rankings, -1)
-    for row, (example, of_example) in enumerate(zip(examples, numbers, strict=True)):
-        rankings[row] = of_example[0]  # where there is no response: a number of this group
+    comparisons = [example.comparisons for example in examples if example.comparisons is not None]
+    if not comparisons:
+        return {"rankings": None, "pairs": None, "margins": None, "pair_weights": None}
+    num_pairs = max(len(each.pairs) for each in comparisons)
+    rankings = np.full((len(numbers), max(map(len, numbers))), -1, dtype=np.int64)
+    pairs = np.zeros((len(numbers), num_pairs, 2), dtype=np.int64)
+    margins, weights = np.zeros((2, len(numbers), num_pairs), dtype=np.float32)
+    for row, (each, of_example) in enumerate(zip(comparisons, numbers, strict=True)):
+        num = len(each.pairs)
         rankings[row, : len(of_example)] = of_example
-        ranks[row, : len(of_example)] = np.array(example.ranks)
-    margins = torch.tensor([example.margin for example in examples])
-    return {"rankings": torch.from_numpy(rankings), "ranks": torch.from_numpy(ranks), "margins": margins}
+        pairs[row, :num], margins[row, :num], weights[row, :num] = each.pairs, each.margins, each.weights
+    padded = {"rankings": rankings, "pairs": pairs, "margins": margins, "pair_weights": weights}
+    return {name: torch.from_numpy(array) for name, array in padded.items()}
 
 
 def empty_microbatch(num_responses: int, layout: str = "packed", feeds_last_token: bool = False) -> Microbatch:
@@ -235,8 +240,9 @@ def empty_microbatch(num_responses: int, layout: str = "packed", feeds_last_toke
         labels=no_tokens.bool(),
         weights=None,
         rankings=no_tokens.view(0, 1),
-        ranks=no_tokens.view(0, 1),
-        margins=no_tokens.float(),
+        pairs=no_tokens.view(0, 1, 2),
+        margins=no_tokens.view(0, 1).float(),
+        pair_weights=no_tokens.view(0, 1).float(),
         groups=[GroupSpan(empty, empty, empty)],
         responses=[],
         prompt_indices=[],

@@ -12,7 +12,7 @@ from engine.step.layout import GroupSpan, Microbatch
 from engine.step.logprobs import sum_by_response
 from engine.step.metrics import MetricAccumulator
 from engine.step.reward_metrics import ScoredRankings
-from losses import LOSSES, BatchKind, Head, Loss, Need, mean_over_pairs, ordered_pairs
+from losses import LOSSES, BatchKind, Head, Loss, Need, mean_over_pairs, of_pairs
 from utils import UserError
 
 NO_COLUMNS: Mapping[str, Tensor] = {}
@@ -27,7 +27,7 @@ class LossInputs:
         arguments: of the loss function, before its scalars.
         chosen_means: log-prob per token of the chosen response, for sft_weight.
         weights: of the losses.
-        lengths: of ranked responses, in tokens, [rankings, k]; for metrics.
+        lengths: of ranked responses, in tokens, [examples, k], 0 where there is none; for metrics.
     """
 
     arguments: list[Tensor]
@@ -233,12 +233,16 @@ class RankingObjective:
         reference_logps: Tensor | None,
         columns: Mapping[str, Tensor] = NO_COLUMNS,
     ) -> LossInputs:
-        assert batch.rankings is not None and batch.ranks is not None and batch.margins is not None
-        rankings, ranks = batch.rankings[span.examples], batch.ranks[span.examples]  # [rankings, k]
-        scores = outputs[rankings - span.responses.start]
-        weights = scores.new_ones(len(ranks)) if batch.weights is None else batch.weights[span.examples]
-        arguments = [scores, ranks, batch.margins[span.examples]]
-        return LossInputs(arguments, scores.new_zeros(len(ranks)), weights, batch.response_lengths[rankings])
+        assert batch.rankings is not None and batch.pairs is not None
+        assert batch.margins is not None and batch.pair_weights is not None
+        rankings = batch.rankings[span.examples]  # [examples, k]
+        numbers = rankings.clamp(min=span.responses.start)  # any response of the span where there is none
+        scores = outputs[numbers - span.responses.start]
+        lengths = batch.response_lengths[numbers].where(rankings >= 0, 0)
+        margins, pair_weights = (each[span.examples].to(scores.dtype) for each in (batch.margins, batch.pair_weights))
+        weights = scores.new_ones(len(scores)) if batch.weights is None else batch.weights[span.examples]
+        arguments = [scores, batch.pairs[span.examples], margins, pair_weights]
+        return LossInputs(arguments, scores.new_zeros(len(scores)), weights, lengths)
 
     def next_state(self, inputs: LossInputs, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
@@ -246,23 +250,21 @@ class RankingObjective:
     def losses(self, inputs: LossInputs, scalars: Sequence[Tensor], metrics: MetricAccumulator) -> Tensor:
         losses, own_metrics = self._loss.function(*inputs.arguments, **self._settings.keywords)
         losses = losses * inputs.weights
-        scores, ranks, _ = inputs.arguments
-        scores, pairs = scores.detach(), ordered_pairs(ranks)
-        margins = scores[:, :, None] - scores[:, None, :]
-        metrics.add(
-            **{
-                "loss": losses,
-                "rewards/chosen": mean_over_pairs(scores[:, :, None].expand_as(pairs), pairs),
-                "rewards/rejected": mean_over_pairs(scores[:, None, :].expand_as(pairs), pairs),
-                "rewards/accuracies": mean_over_pairs((margins > 0).to(scores.dtype), pairs),
-                "rewards/margins": mean_over_pairs(margins, pairs),
-                **own_metrics,
-            }
-        )
-        metrics.add_spread(ranks >= 0, **{"rewards/std": scores})
+        scores, pairs, _, weights = inputs.arguments
+        scores = scores.detach()
+        better, worse = of_pairs(scores, pairs)
+        of_pair = {
+            "rewards/chosen": better,
+            "rewards/rejected": worse,
+            "rewards/accuracies": (better > worse).to(scores.dtype),
+            "rewards/margins": better - worse,
+        }
+        means = {name: mean_over_pairs(values, weights) for name, values in of_pair.items()}
+        metrics.add(loss=losses, **means, **own_metrics)
+        assert inputs.lengths is not None
+        metrics.add_spread(inputs.lengths > 0, **{"rewards/std": scores})
         if metrics.rankings is not None:
-            assert inputs.lengths is not None
-            metrics.rankings.append(ScoredRankings(scores, ranks, inputs.lengths))
+            metrics.rankings.append(ScoredRankings(scores, inputs.lengths, pairs, weights))
         return losses
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 import engine.step.attention
 from engine.data.examples import Example
+from engine.data.rankings import Comparisons
 from engine.settings.schema import LossSettings
 from engine.step.heads import run_head
 from engine.step.layout import GroupSpan, empty_microbatch, lay_out, num_fed_tokens
@@ -57,8 +59,10 @@ def one_response_at_a_time(
     for example in examples:
         rows = [torch.tensor([*example.prompt.tolist(), *response.tolist()])[None] for response in example.responses]
         scores = torch.cat([model(row).logits[:, 0] for row in rows])
-        ranks, margins = torch.tensor(example.ranks), torch.tensor([example.margin])
-        losses.append(reward_loss(scores[None], ranks[None], margins, ranking=ranking, centering=0.1)[0][0])
+        assert example.comparisons is not None
+        pairs, margins, weights = (torch.from_numpy(array.astype(float)) for array in example.comparisons[:3])
+        arguments = (scores[None], pairs.long()[None], margins[None], weights[None])
+        losses.append(reward_loss(*arguments, ranking=ranking, centering=0.1)[0][0])
     loss = torch.stack(losses).mean()
     loss.backward()
     return loss.item(), gradients(model)
@@ -85,6 +89,21 @@ def test_packed_equals_padded_equals_one_response_at_a_time(
     assert_same(loss_and_gradient(model, [examples], "packed", ranking), truth)
     monkeypatch.setattr(engine.step.attention, "BLOCK", 3)  # several query tiles
     assert_same(loss_and_gradient(model, [examples], "packed", ranking), truth)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_pairs_without_an_order_have_the_same_gradient(layout: str) -> None:
+    model = exact_norms(tiny_reward_model("llama", torch.float64))
+    pairs = np.array([(0, 1), (2, 1), (1, 0), (0, 1)], dtype=np.uint8)
+    numbers = np.array([[0.5, 0, 0, 1.5], [1, 2, 3, 0.5]], dtype=np.float32)
+    examples = ranking_examples()
+    examples[1] = replace(examples[1], comparisons=Comparisons(pairs, *numbers))
+    truth = one_response_at_a_time(model, examples, "pairs")
+    if layout == "packed":
+        use_packed_attention(model)
+    for parts in (1, 2, 4):
+        split = split_batch(examples, parts, 10**6, layout, feeds_last_token=True)
+        assert_same(loss_and_gradient(model, split, layout, "pairs"), truth)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
