@@ -823,9 +823,13 @@ class Loss:
         takes_sft_weight: whether the key sft_weight adds a log-likelihood. False for losses with one of their own, and
             for unpaired responses: undesirable ones are no targets.
         state: further arguments, scalars. It needs the whole batch.
-        head: "lm" for log-probs, "score" for a scalar at the last token of each response.
+        head: "lm" for log-probs, "score" for a scalar at the last token of each response. Ranked responses need it, and
+            it needs them.
 
     Labels of unpaired responses follow the columns above: bool [examples], true for desirable ones.
+
+    Raises:
+        ValueError: for values that do not fit each other.
     """
 
     function: Callable[..., Any]
@@ -835,6 +839,19 @@ class Loss:
     takes_sft_weight: bool = True
     state: MovingState | None = None
     head: Head = "lm"
+
+    def __post_init__(self) -> None:
+        if self.head == "score" and self.batch != "ranked":
+            raise ValueError(f'a loss with head="score" needs batch="ranked", not "{self.batch}"')
+        if self.batch != "ranked":
+            return
+        if self.head != "score":
+            raise ValueError(f'a loss with batch="ranked" needs head="score", not "{self.head}"')
+        if self.needs or self.state:
+            further = [*sorted(self.needs), *(["state"] if self.state else [])]
+            raise ValueError(f'a loss with batch="ranked" sees scores alone, not {", ".join(further)}')
+        if self.log_probs != "sums" or self.takes_sft_weight:
+            raise ValueError('a loss with batch="ranked" has no log-probs: log_probs="sums", takes_sft_weight=False')
 
 
 LOSSES = {

@@ -1,6 +1,7 @@
 """The loss of reward models by hand, and the metrics of its evaluations."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from engine.step.reward_metrics import (
     evaluation_metrics,
     fit_temperature,
 )
-from losses import reward_loss
+from losses import LOSSES, MovingState, reward_loss
 
 
 def matrix(*rows: list[float]) -> Tensor:
@@ -177,6 +178,28 @@ def test_extreme_scores_are_finite(ranking: Any) -> None:
     losses, _ = reward_loss(scores, *arguments(*[all_pairs(0, 1)] * 2), ranking=ranking, centering=0.0)
     losses.sum().backward()
     assert losses.tolist() == [0, 2e4] and scores.grad is not None and scores.grad.isfinite().all()
+
+
+# ---- Its definition ----
+
+
+@pytest.mark.parametrize(
+    "changed, problem",
+    [
+        ({"head": "lm"}, 'a loss with batch="ranked" needs head="score", not "lm"'),
+        ({"batch": "pairs"}, 'a loss with head="score" needs batch="ranked", not "pairs"'),
+        ({"batch": "sft"}, 'needs batch="ranked", not "sft"'),
+        ({"needs": {"whole batch"}}, "sees scores alone, not whole batch"),
+        ({"needs": {"reference"}}, "sees scores alone, not reference"),
+        ({"needs": {"kl"}}, "sees scores alone, not kl"),
+        ({"state": MovingState({"x": 0.0}, lambda *arguments: {})}, "sees scores alone, not state"),
+        ({"log_probs": "either"}, 'has no log-probs: log_probs="sums", takes_sft_weight=False'),
+        ({"takes_sft_weight": True}, 'has no log-probs: log_probs="sums", takes_sft_weight=False'),
+    ],
+)
+def test_a_loss_that_cannot_work_is_refused(changed: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        replace(LOSSES["reward"], **changed)
 
 
 # ---- Metrics of an evaluation ----
