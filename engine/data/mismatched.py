@@ -22,7 +22,7 @@ def add_mismatched(examples: Sequence[Example], max_length: int, seed: int, spli
     Raises:
         UserError: DATA, for a single prompt.
     """
-    prompts = _prompts(examples)
+    prompts = group_by_prompt(examples)
     if len(prompts) == 1:
         problem = f"datasets: the {split} split has a single prompt, and this loss needs responses to other prompts"
         held_out = "; test_fraction holds out more of a file, or none at 0" if split == "test" else ""
@@ -36,11 +36,14 @@ def add_mismatched(examples: Sequence[Example], max_length: int, seed: int, spli
     return added
 
 
-def _prompts(examples: Sequence[Example]) -> list[list[int]]:
+def group_by_prompt(examples: Sequence[Example], prompt_texts: Sequence[int] = ()) -> list[list[int]]:
     """Indices of the examples of each prompt, in the order of the data.
 
     Examples share a prompt by their rows or by their tokens: truncation gives one prompt several forms, and several
     prompts one form.
+
+    Args:
+        prompt_texts: Split.prompt_texts, to join equal prompts of several data sets too.
     """
     parents: dict[int, int] = {}  # prompt index -> a prompt index of the same prompt, itself at the root
 
@@ -54,6 +57,9 @@ def _prompts(examples: Sequence[Example]) -> list[list[int]]:
         parents.setdefault(example.prompt_index, example.prompt_index)
         first = first_indices.setdefault(example.prompt.tobytes(), example.prompt_index)
         parents[root(example.prompt_index)] = root(first)
+    first_of_text: dict[int, int] = {}
+    for text, example in zip(prompt_texts, examples, strict=bool(prompt_texts)):
+        parents[root(example.prompt_index)] = root(first_of_text.setdefault(text, example.prompt_index))
     prompts: dict[int, list[int]] = {}
     for number, example in enumerate(examples):
         prompts.setdefault(root(example.prompt_index), []).append(number)
