@@ -1,10 +1,13 @@
 """Preferences: prompts with their responses, and the pairs among these."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import combinations
 from typing import Literal, NotRequired, TypedDict
 
 SplitName = Literal["train", "test"]
+Pair = tuple[int, int]  # (preferred, other): indices into responses
+MAX_STORED = 64  # responses
 
 
 class Preference(TypedDict):
@@ -48,7 +51,7 @@ def add_preference(
     if weight != 1 or "weights" in preference:
         preference.setdefault("weights", [1.0] * start).extend([weight] * len(responses))
     preference["responses"].extend(responses)
-    added = [(start + chosen, start + rejected) for chosen, rejected in pairs]
+    added = [(start + chosen, start + rejected) for chosen, rejected in pairs] if start else pairs
     preference["pairs"].extend(added)
     if margin is not None:
         preference.setdefault("margins", {}).update(dict.fromkeys(added, margin))
@@ -59,8 +62,20 @@ def add_preference(
 
 def pairs_by_score(scores: Sequence[float]) -> list[tuple[int, int]]:
     """All pairs of indices, the higher score first; equal scores make no pair."""
+    both_ways = _stored_pairs(len(scores)) if len(scores) <= MAX_STORED else _all_pairs(len(scores))
     return [
-        (i, j) if scores[i] > scores[j] else (j, i)
-        for i, j in combinations(range(len(scores)), 2)
-        if scores[i] != scores[j]
+        pair if scores[pair[0]] > scores[pair[1]] else opposite
+        for pair, opposite in both_ways
+        if scores[pair[0]] != scores[pair[1]]
     ]
+
+
+def _all_pairs(count: int) -> Iterator[tuple[Pair, Pair]]:
+    """All pairs of indices below count, and their opposites."""
+    return (((i, j), (j, i)) for i, j in combinations(range(count), 2))
+
+
+@cache
+def _stored_pairs(count: int) -> list[tuple[Pair, Pair]]:
+    """The same. All rows share the tuples, as long rankings have many."""
+    return [*_all_pairs(count)]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ def compare_by_rank(ranks: Sequence[int], margin: float = 0.0) -> Comparisons:
 
 def read_comparisons(preference: Preference) -> Comparisons:
     """The pairs of a prompt, as indices into its responses."""
-    pairs = np.array(preference["pairs"], dtype=np.int64).reshape(-1, 2)
+    pairs = np.fromiter(chain.from_iterable(preference["pairs"]), dtype=np.int64).reshape(-1, 2)
     margins, weights = np.zeros(len(pairs)), np.ones(len(pairs))
     if "margins" in preference:
         margins = np.array([preference["margins"].get(pair, 0.0) for pair in preference["pairs"]])
@@ -107,10 +108,12 @@ def join_equal(
         if is_dropped.any():
             dropped[reason] += int(is_dropped.sum())
     is_kept = ~(is_of_empty | is_equal)
-    kept, renumbered = np.unique(pairs[is_kept], return_inverse=True)
     _, margins, weights, is_of_one_row = comparisons
-    pairs = renumbered.reshape(-1, 2)
-    return kept.tolist(), _comparisons(pairs, margins[is_kept], weights[is_kept], is_of_one_row)
+    pairs, margins, weights = pairs[is_kept], margins[is_kept], weights[is_kept]
+    is_compared = np.zeros(len(keys), dtype=bool)
+    is_compared[pairs] = True
+    renumbered = (np.cumsum(is_compared) - 1)[pairs]
+    return np.flatnonzero(is_compared).tolist(), _comparisons(renumbered, margins, weights, is_of_one_row)
 
 
 def find_order(comparisons: Comparisons) -> np.ndarray | None:
