@@ -1,6 +1,7 @@
 """Reward models: where they start, what trains, what is saved, and how runs on several processes agree."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,26 @@ def test_rankings_train(program: Program, tmp_path: Path) -> None:
     assert runs["plackett_luce"].evals[0]["tied/eval"] >= 2 and "tied/eval" not in runs["pairs"].evals[0]
     padded = program.ok(*common, "loss.ranking=pairs", "batching=padded")
     assert evaluation(padded, -1) == pytest.approx(evaluation(runs["pairs"], -1), rel=1e-3, abs=1e-5)
+
+
+def test_all_pairs_of_a_prompt_are_one_step(program: Program, tmp_path: Path) -> None:
+    """Three prompts of three pairs without an order, and three of one pair, a prompt a step."""
+    rows = [
+        {"prompt": f"Is film {i} good?", "chosen": chosen, "rejected": rejected, "margin": i}
+        for i in range(3)
+        for chosen, rejected in ((" Yes.", " No."), (" Good.", " Bad."), (" No.", " Yes."))
+    ]
+    rows += [{"prompt": f"Is film {i} bad?", "chosen": " Yes.", "rejected": " No."} for i in range(3)]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = (*REWARD, f"datasets={tmp_path}", "batch_size=1", "n_epochs=1", "n_examples=null", "n_eval_examples=6")
+    run = program.ok(*common)
+    assert "train: 12 rows, 6 prompts, 6 rankings of 12 pairs" in run.out
+    assert "kept, though each has its opposite (A over B and B over A): 3 pairs" in run.out
+    assert len(run.steps) == 6 and all(math.isfinite(step["loss/train"]) for step in run.steps)
+    order = program.ok(*common, "loss.ranking=plackett_luce")
+    assert "dropped: 3 prompt without one order of its responses (loss.ranking=pairs learns its pairs)" in order.out
+    assert len(order.steps) == 3
 
 
 @pytest.mark.parametrize("peft", ["lora", "qlora"])
