@@ -108,6 +108,7 @@ def load(options: ExportOptions, dtype: str | None) -> "tuple[SavedModel, RunRec
     from engine.export.meta_llama import load_meta
     from engine.export.run_record import RunRecord, read_run
     from engine.export.saved_models import check_finite, find_saved, load_saved
+    from engine.models.score_head import cast_model
     from preference_datasets import chat_form
 
     transformers.logging.set_verbosity_error()
@@ -121,7 +122,7 @@ def load(options: ExportOptions, dtype: str | None) -> "tuple[SavedModel, RunRec
         record = read_run(directory, chat_form) if directory is not None else RunRecord()
         saved = load_saved(options.source, base=options.base)
     if options.format != "gguf" and dtype is not None:
-        saved.model = saved.model.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype])
+        cast_model(saved.model, {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype])
     check_finite(saved.model, "dtype=bfloat16 has a wider range" if dtype == "f16" else "export another checkpoint")
     return saved, record
 

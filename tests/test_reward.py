@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.data.films import film_reward, film_rows
 from engine.data.forms import ParsedRow
@@ -16,7 +17,7 @@ from engine.export.scoring import Scorer
 from engine.models.score_head import prepare_config
 from engine.step.packing_check import use_packed_attention
 from tests.ranks import Job, make_trainer, on_ranks, trajectories
-from tests.runs import Program, Run
+from tests.runs import SMALL, Program, Run
 
 REWARD = ("loss=reward", "optimizer=AdamW", "lr=1e-3")
 SCORE = "score.weight"
@@ -52,8 +53,67 @@ def test_a_reward_model_starts_from_a_language_model_or_a_reward_model(program: 
         second = program.ok(*REWARD, f"model.archive={archive}")  # no new head
         assert evaluation(second, 0) == evaluation(first, -1)
         assert evaluation(second, -1) != evaluation(first, -1)
-    error = program("loss=dpo", "loss.beta=0.1", f"model.archive={first.dir}").err
-    assert "error[CHECKPOINT]" in error and "does not fit the model" in error
+
+
+@pytest.mark.parametrize("head", ["untied", "tied", "adapter"])
+def test_a_language_model_does_not_start_from_a_reward_model(program: Program, head: str) -> None:
+    """Its LM head would be random, or tied to embeddings that were trained for scores."""
+    overrides = {"untied": (), "tied": ("model.architecture.tie_word_embeddings=true",), "adapter": ("peft=lora",)}
+    sft = program.ok("loss=sft", "n_examples=4", *overrides["tied" if head == "tied" else "untied"])
+    common = overrides[head]
+    reward = program.ok(*REWARD, "n_examples=4", f"model.archive={sft.dir}", *common)
+    starts: list[tuple[str, ...]] = [(f"model.archive={reward.dir}",)]
+    if head != "adapter":
+        starts += [
+            ("model=blank_model", f"model.name_or_path={reward.dir}/LATEST"),
+            (f"{starts[0][0]}/LATEST/policy.pt",),
+        ]
+    for start in starts:
+        quick = ("wandb.enabled=false", "sample_during_eval=false", "n_examples=4")
+        own = () if start[0] == "model=blank_model" else (*SMALL, *common)
+        run = program("loss=dpo", "loss.beta=0.1", *start, *own, defaults=quick)
+        assert run.status == 4
+        assert start[-1].split("=")[0] in run.err
+        assert "is a reward model" in run.err and "or set loss=reward" in run.err
+    if head != "adapter":  # the other way round
+        common = (*REWARD, "lr=0", "model=blank_model")
+        _, again = (
+            program.ok(
+                *common, f"model.name_or_path={run.dir}/LATEST", defaults=("wandb.enabled=false", "n_examples=4")
+            )
+            for run in (sft, reward)
+        )
+        assert torch.equal(weights(again)[SCORE], weights(reward)[SCORE])
+
+
+def test_a_model_without_some_of_its_weights_is_refused(program: Program) -> None:
+    sft = program.ok("loss=sft", "n_examples=4")
+    file = sft.dir / "LATEST" / "model.safetensors"
+    directory = program.directory / "incomplete"
+    shutil.copytree(sft.dir / "LATEST", directory)
+    for name, loss in (("lm_head.weight", ("loss=sft",)), ("model.norm.weight", REWARD)):
+        kept = {key: value for key, value in load_file(file).items() if key != name}
+        save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+        start = ("model=blank_model", f"model.name_or_path={directory}")
+        run = program(*loss, *start, defaults=("wandb.enabled=false", "sample_during_eval=false", "n_examples=4"))
+        assert run.status == 4 and f"1 weights of the model are not in {directory}, such as {name}" in run.err
+
+
+def test_a_reward_model_in_16_bits_starts_with_its_head_in_fp32(program: Program) -> None:
+    first = program.ok(*REWARD, "n_examples=4", "model.policy_dtype=bfloat16")
+    head = weights(first)[SCORE]
+    assert not torch.equal(head.bfloat16().float(), head)
+    common = (*REWARD, "n_examples=4", "lr=0", "model.policy_dtype=bfloat16")
+    for start in (
+        (*SMALL, f"model.archive={first.dir}"),
+        (*SMALL, f"model.archive={first.dir}/LATEST/policy.pt"),
+        ("model=blank_model", f"model.name_or_path={first.dir}/LATEST"),
+    ):
+        second = weights(program.ok(*common, *start, defaults=("wandb.enabled=false",)))
+        assert second["model.norm.weight"].dtype == torch.bfloat16
+        assert torch.equal(second[SCORE], head)
+    saved = load_saved(str(first.dir), dtype=torch.float16).model
+    assert saved.dtype == torch.float16 and torch.equal(saved.score.weight, head)
 
 
 def test_the_new_head_is_seeded_and_has_a_known_size(program: Program) -> None:

@@ -1,6 +1,7 @@
 """Reward models in other programs: transformers gives our scores, whatever the padding."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -17,12 +18,13 @@ from engine.data.examples import Example
 from engine.data.held_out import hold_out_prompts
 from engine.data.rankings import compare_by_rank
 from engine.export.saved_models import load_saved
+from engine.models.quantization import QuantizedLinear
 from engine.step.heads import run_head
 from engine.step.layout import lay_out
 from engine.step.packing_check import use_packed_attention
 from tests.invariants.test_runs import ARCHITECTURES
 from tests.models import random_examples
-from tests.runs import Program, Run
+from tests.runs import QUICK, SMALL, Program, Run, copy_stopped
 
 REWARD = ("loss=reward", "optimizer=AdamW", "lr=1e-3")
 RunExport = Callable[..., tuple[int, str, str]]
@@ -112,14 +114,74 @@ def test_adapters_merge_with_the_head(program: Program, run_export: RunExport) -
     assert config["reward_std"] == pytest.approx(run.evals[-1]["rewards_eval/std"])
 
 
-def test_the_head_stays_in_fp32(program: Program, run_export: RunExport) -> None:
-    run = program.ok(*REWARD, "model.policy_dtype=bfloat16")
+@pytest.mark.parametrize("peft", ["lora", "qlora"])
+def test_adapters_on_an_sft_run_score_as_in_training(program: Program, run_export: RunExport, peft: str) -> None:
+    """The base on disk has an end-of-text token of zeros: it is the padding token too, and SFT does not feed it."""
+    sft = program.ok("loss=sft")
+    embeddings = load_file(sft.dir / "LATEST" / "model.safetensors")["model.embed_tokens.weight"]
+    assert not embeddings[0].any() and embeddings[1].any()
+    start: tuple[str, ...] = (*SMALL, f"model.archive={sft.dir}")
+    if peft == "qlora":  # export.py merges into the weights from before quantisation: they shall be equal here
+        start = ("peft.double_quant=false", "model=blank_model", f"model.name_or_path={on_grid(sft)}")
+    quick = [default for default in QUICK if not default.startswith("lr")]
+    common = (*REWARD, f"peft={peft}", *start, "batch_size=4", "save_every=8", "keep_checkpoints=null")
+    run = program.ok(*common, "lr=1e-2", defaults=(*quick,))
+    trained = evaluation(run, -1)
+    assert trained != evaluation(run, 0)
+
+    stopped = program.directory / "stopped"
+    copy_stopped(run, stopped, 8)
+    resumed = program.ok(*common, "lr=1e-2", f"resume={stopped}", defaults=(*quick,))
+    assert evaluation(resumed, -1) == trained  # bitwise
+    again = program.ok(*common, f"model.archive={run.dir}", "lr=0", defaults=(*quick,))
+    assert evaluation(again, 0) == pytest.approx(trained, rel=0, abs=1e-6)
+
     target = program.directory / "exported"
-    assert run_export(f"from={run.dir}", f"to={target}")[0] == 0
-    before, after = (load_file(path / "model.safetensors") for path in (run.dir / "LATEST", target))
-    assert after["score.weight"].dtype == torch.float32 and after["model.norm.weight"].dtype == torch.bfloat16
-    assert torch.equal(before["score.weight"], after["score.weight"])
-    assert not torch.equal(after["score.weight"].bfloat16().float(), after["score.weight"])
+    status, _, err = run_export(f"from={run.dir}", f"to={target}")
+    assert status == 0, err
+    exported = program.ok(*REWARD, "model=blank_model", f"model.name_or_path={target}", "lr=0", defaults=(*quick,))
+    assert evaluation(exported, 0) == pytest.approx(trained, rel=0, abs=1e-5)
+    assert torch.equal(load_file(target / "model.safetensors")["model.embed_tokens.weight"][0], embeddings[0])
+
+
+def on_grid(run: Run) -> Path:
+    """A copy of a model with the weights that it has in 4 bits."""
+    directory = run.dir / "on-grid"
+    shutil.copytree(run.dir / "LATEST", directory, ignore=shutil.ignore_patterns("manifest.json", "*state*"))
+    state = load_file(directory / "model.safetensors")
+    for name in [name for name in state if "_proj" in name]:
+        layer = torch.nn.Linear(state[name].shape[1], state[name].shape[0], bias=False)
+        layer.weight.data = state[name]
+        options: dict[str, Any] = {"quant_type": "nf4", "double_quant": False, "compute_dtype": None}
+        device = torch.device("cpu")
+        state[name] = QuantizedLinear(layer, **options, storage_dtype=torch.uint8, device=device).dequantize()
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def evaluation(run: Run, index: int) -> dict[str, float]:
+    return {name: value for name, value in run.evals[index].items() if name.startswith(("rewards_eval", "loss"))}
+
+
+@pytest.mark.parametrize("peft", ["full", "lora"])
+def test_the_head_stays_in_fp32(program: Program, run_export: RunExport, peft: str) -> None:
+    common: tuple[str, ...] = ("model.policy_dtype=bfloat16", "n_examples=4")
+    name, prefix = "model.safetensors", ""
+    if peft == "lora":
+        sft = program.ok("loss=sft", *common)
+        common = (*common, "peft=lora", f"model.archive={sft.dir}")
+        name, prefix = "adapter_model.safetensors", "base_model.model."
+    run = program.ok(*REWARD, *common)
+    head = load_file(run.dir / "LATEST" / name)[f"{prefix}score.weight"]
+    assert head.dtype == torch.float32 and not torch.equal(head.bfloat16().float(), head)
+    for dtype in ("bfloat16", "float16"):  # as stored, and cast
+        target = program.directory / f"exported-{dtype}"
+        option = [] if dtype == "bfloat16" else [f"dtype={dtype}"]
+        status, _, err = run_export(f"from={run.dir}", f"to={target}", *option)
+        assert status == 0, err
+        exported = load_file(target / "model.safetensors")
+        assert exported["model.norm.weight"].dtype == getattr(torch, dtype)
+        assert torch.equal(exported["score.weight"], head)
 
 
 def test_the_rewards_of_held_out_responses_are_in_the_config(program: Program) -> None:

@@ -20,9 +20,10 @@ from engine.models.archives import (
     is_local,
     locate,
 )
-from engine.models.loading import BUFFERS, reason_of
+from engine.models.loading import reason_of
+from engine.models.pretrained import load_pretrained
 from engine.models.records import AdapterConfig, check_shard_index, read_record
-from engine.models.score_head import AUTO_CLASSES, SCORE, SCORE_WEIGHT, has_score_head, prepare_config
+from engine.models.score_head import cast_model, prepare_config
 from engine.models.tokenizers import END_OF_TEXT
 from losses import Head
 from utils import UserError, is_out_of_memory, progress, quiet_bitsandbytes
@@ -145,9 +146,7 @@ def _load_model(source: str, dtype: torch.dtype | None, head: Head | None) -> Pr
             prepare_config(config, head)
         is_quantised = getattr(config, "quantization_config", None) is not None
         if not is_quantised:
-            model, info = AUTO_CLASSES[head].from_pretrained(
-                source, config=config, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
-            )
+            loaded = load_pretrained(source, head, config, dtype=dtype or "auto", trust_remote_code=False)
     except Exception as error:  # nearly any type, for damaged files
         raise loading_error("model", source, error) from error
     if is_quantised:
@@ -156,28 +155,11 @@ def _load_model(source: str, dtype: torch.dtype | None, head: Head | None) -> Pr
             f"{source} is stored quantised",
             "export the model from before quantisation; for an adapter, give that model as base=PATH",
         )
-    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.endswith(BUFFERS)}
-    if head == "score" and info["missing_keys"] == {SCORE_WEIGHT} and not is_reward_model:  # it is in an adapter
-        of_body = f"{model.base_model_prefix}."
-        info["missing_keys"], unexpected = set(), info["unexpected_keys"]
-        info["unexpected_keys"] = {key for key in unexpected if key.startswith(of_body)}
-    problems = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in info if info[kind]]
+    problems = loaded.problems or ("no score head" if loaded.has_new_score and is_reward_model else "")
     if problems:
-        problem = f"the weights in {source} do not match the model ({', '.join(problems)})"
+        problem = f"the weights in {source} do not match the model ({problems})"
         raise UserError("CHECKPOINT", problem, "give a complete directory")
-    if head == "score":
-        _restore_score(model, Path(source))
-    return model
-
-
-@torch.no_grad()
-def _restore_score(model: PreTrainedModel, directory: Path) -> None:
-    """Give a score head its stored fp32 weights. transformers rounds them to the dtype of the model."""
-    score = model.get_submodule(SCORE).float()
-    for path in directory.glob("model*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            if SCORE_WEIGHT in file.keys():  # noqa: SIM118  not a mapping
-                score.weight.copy_(file.get_tensor(SCORE_WEIGHT))
+    return loaded.model
 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -255,12 +237,7 @@ def _merge(model: PreTrainedModel, adapter: Path, stored: set[str], show_progres
             layer.to(torch.float32)
             layer.merge(safe_merge=True)
             layer.to(dtype)
-        merged = adapted.merge_and_unload()
-        score = merged.score.weight.float() if has_score_head(merged) else None
-        merged = merged.to(dtype)
-        if score is not None:
-            merged.score.float().weight.copy_(score)
-        return merged
+        return cast_model(adapted.merge_and_unload(), dtype)
 
 
 def _set_end_of_text(saved: SavedModel) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from engine.models.adapters import TRAINED_ADAPTER, Adapter
 from engine.models.archives import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, find_checkpoint, locate
+from engine.models.pretrained import reward_model_error
 from engine.models.records import AdapterConfig, read_record
 from engine.models.score_head import SCORE, SCORE_WEIGHT
 from engine.models.shards import copy_to_shard
@@ -83,6 +84,8 @@ def check_same_adapter(archive: Path, config: Any) -> None:
     """
     stored = read_adapter_config(archive)
     wanted = config.to_dict()
+    if wanted["task_type"] != "SEQ_CLS" and stored.get("task_type") == "SEQ_CLS":
+        raise reward_model_error("model.archive", str(archive))
     if wanted["task_type"] == "SEQ_CLS" and stored.get("task_type") != "SEQ_CLS":
         wanted["modules_to_save"] = [name for name in wanted["modules_to_save"] if name != SCORE]
     if stored.get("peft_type") != "LORA":

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.models.archives import find_checkpoint, is_checkpoint
+from engine.models.pretrained import Pretrained, load_pretrained
 from engine.models.records import check_shard_index
-from engine.models.score_head import AUTO_CLASSES, SCORE_WEIGHT, finish_score_head, head_of_loss, prepare_config
+from engine.models.score_head import AUTO_CLASSES, finish_score_head, head_of_loss, prepare_config
 from engine.settings.schema import ModelSettings, Settings
+from losses import Head
 from utils import UserError, clipped, is_out_of_memory
 
-# Masks and frequencies. Older versions of transformers saved them with the weights.
-BUFFERS = ("attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
 # Keys of a transformers config without effect on log-probs, by the ends of their names. Dropout is turned off.
 HARMLESS = re.compile(
     r"^_|(^|_)(architectures|transformers_version|dtype|use_cache|return_dict|output_attentions|output_hidden_states"
@@ -69,9 +69,9 @@ def load_model(
     turn_off_dropout(hf_config)
     head = head_of_loss(settings)
     prepare_config(hf_config, head, settings.model.trust_remote_code)
-    model, missing = _load_weights(settings, hf_config, dtype, device)
+    model, has_new_score = _load_weights(settings, hf_config, dtype, device)
     if head == "score":
-        finish_score_head(model, settings, is_new=SCORE_WEIGHT in missing)
+        finish_score_head(model, settings, tokenizer, is_new=has_new_score)
     if not hasattr(model, "hf_device_map"):
         model = model.to(device)
     for module in model.modules():
@@ -91,30 +91,42 @@ def load_model(
 
 def _load_weights(
     settings: Settings, hf_config: Any, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel, set[str]]:
-    """A model from its archive, from scratch, or from name_or_path, and the names of missing weights."""
-    auto_class = AUTO_CLASSES[head_of_loss(settings)]
+) -> tuple[PreTrainedModel, bool]:
+    """A model from its archive, from scratch, or from name_or_path, and whether it needs a new score head."""
+    head = head_of_loss(settings)
     name, trusted = settings.model.name_or_path, settings.model.trust_remote_code
-    kwargs: dict[str, Any] = {"config": hf_config, "dtype": dtype, "trust_remote_code": trusted}
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trusted}
     if device.type == "cuda":
         kwargs["device_map"] = "balanced" if torch.cuda.device_count() > 1 else device
     if settings.model.archive is not None:
-        return _load_archive(Path(settings.model.archive), auto_class, kwargs)
+        loaded = _load_archive(Path(settings.model.archive), head, hf_config, kwargs)
+        return loaded.model, loaded.has_new_score
     if settings.model.architecture is None:
-        check_shard_index(Path(name), "model.name_or_path")
-        try:
-            model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
-            return model, set(info["missing_keys"])
-        except Exception as error:  # damaged files raise nearly anything
-            raise loading_error("model", "model.name_or_path", name, error) from error
+        loaded = _load_name(name, head, hf_config, kwargs)
+        return loaded.model, loaded.has_new_score
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # policy and reference start from the same weights
         try:
-            return auto_class.from_config(hf_config, dtype=dtype, trust_remote_code=trusted), {SCORE_WEIGHT}
+            return AUTO_CLASSES[head].from_config(hf_config, dtype=dtype, trust_remote_code=trusted), True
         except Exception as error:  # inconsistent values raise nearly anything
             if is_out_of_memory(error):
                 raise
             raise _architecture_error(error) from error
+
+
+def _load_name(name: str, head: Head, hf_config: Any, kwargs: dict[str, Any]) -> Pretrained:
+    """A model from model.name_or_path. Weights that the model has no place for are ignored."""
+    key = "model.name_or_path"
+    check_shard_index(Path(name), key)
+    try:
+        loaded = load_pretrained(name, head, hf_config, **kwargs)
+    except Exception as error:  # damaged files raise nearly anything
+        raise loading_error("model", key, name, error) from error
+    loaded.check_head(key, name)
+    if loaded.missing:  # transformers has filled them with random numbers
+        problem = f"{key}: {len(loaded.missing)} weights of the model are not in {name}, such as {min(loaded.missing)}"
+        raise UserError("CHECKPOINT", problem, "give a complete model")
+    return loaded
 
 
 def hf_config_of(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -179,8 +191,8 @@ def _repair_generation_config(model: PreTrainedModel) -> None:
         model.generation_config.do_sample = True
 
 
-def _load_archive(archive: Path, auto_class: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
-    """A model from model.archive, and the names of missing weights: that of a new score head at most."""
+def _load_archive(archive: Path, head: Head, hf_config: Any, kwargs: dict[str, Any]) -> Pretrained:
+    """A model from model.archive."""
     fix = "give the run directory, checkpoint (step-N, LATEST) or policy.pt of a run with this model"
     if archive.is_dir() and not (archive / "config.json").exists():  # a run directory
         archive = find_checkpoint(archive, "model.archive") or archive
@@ -191,16 +203,13 @@ def _load_archive(archive: Path, auto_class: Any, kwargs: dict[str, Any]) -> tup
     try:
         if (archive.is_dir() or is_checkpoint(directory)) and (directory / "config.json").exists():
             stored = AutoConfig.from_pretrained(directory, trust_remote_code=kwargs["trust_remote_code"])
-            if differing := differing_values(stored, kwargs["config"]):
+            if differing := differing_values(stored, hf_config):
                 raise UserError("CHECKPOINT", f"model.archive: {archive} does not fit the model ({differing})", fix)
         if archive.is_dir():
-            model, info = auto_class.from_pretrained(archive, output_loading_info=True, **kwargs)
+            loaded = load_pretrained(archive, head, hf_config, **kwargs)
         else:
             state = torch.load(archive, map_location="cpu", weights_only=True, mmap=True)["state"]
-            with torch.device("meta"):  # only the model's own class loads weights without a name
-                trusted = kwargs.pop("trust_remote_code")
-                model_class = type(auto_class.from_config(kwargs["config"], trust_remote_code=trusted))
-            model, info = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **kwargs)
+            loaded = load_pretrained(None, head, hf_config, state=state, **kwargs)
     except UserError:
         raise
     except Exception as error:  # a damaged file raises nearly anything
@@ -208,13 +217,7 @@ def _load_archive(archive: Path, auto_class: Any, kwargs: dict[str, Any]) -> tup
             raise
         problem = f"model.archive: cannot load {archive}: {reason_of(error)}"
         raise UserError("CHECKPOINT", problem, fix) from error
-    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.endswith(BUFFERS)}
-    missing = set(info["missing_keys"])
-    if auto_class is AUTO_CLASSES["score"] and missing == {SCORE_WEIGHT}:  # of a language model
-        of_body = f"{model.base_model_prefix}."
-        info["unexpected_keys"] = {key for key in info["unexpected_keys"] if key.startswith(of_body)}
-        info["missing_keys"] = set()
-    problems = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in info if info[kind] and kind != "error_msgs"]
-    if problems:
-        raise UserError("CHECKPOINT", f"model.archive: {archive} does not fit the model ({', '.join(problems)})", fix)
-    return model, missing
+    loaded.check_head("model.archive", str(archive))
+    if loaded.problems:
+        raise UserError("CHECKPOINT", f"model.archive: {archive} does not fit the model ({loaded.problems})", fix)
+    return loaded

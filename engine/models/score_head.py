@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from engine.models.layers import find_layers
-from engine.settings.schema import Settings
+from engine.settings.schema import LoraSettings, Settings
 from losses import LOSSES, Head
 from utils import UserError
 
@@ -39,6 +39,15 @@ def has_score_head(model: PreTrainedModel) -> bool:
 def head_of(model: PreTrainedModel) -> nn.Linear:
     """The LM head of a model, or its score head."""
     return model.score if has_score_head(model) else model.get_output_embeddings()
+
+
+def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the weights of a model in place; a score head keeps at least fp32."""
+    weight = model.score.weight.detach() if has_score_head(model) else None
+    model = model.to(dtype)
+    if weight is not None:
+        model.score.weight.data = weight.to(torch.promote_types(dtype, torch.float32))
+    return model
 
 
 def prepare_config(hf_config: Any, head: Head, trusted: bool = False) -> Any:
@@ -82,7 +91,9 @@ def _families() -> list[str]:
     return sorted(causal & scored)
 
 
-def finish_score_head(model: PreTrainedModel, settings: Settings, is_new: bool) -> None:
+def finish_score_head(
+    model: PreTrainedModel, settings: Settings, tokenizer: PreTrainedTokenizerBase, is_new: bool
+) -> None:
     """Give the score head at least fp32, and new weights if it has none.
 
     Args:
@@ -96,9 +107,8 @@ def finish_score_head(model: PreTrainedModel, settings: Settings, is_new: bool) 
     if is_new:
         generator = torch.Generator().manual_seed(settings.seed)
         _draw(head.weight, _standard_deviation(model, settings), generator)
-        embeddings = model.get_input_embeddings().weight
-        for row in (embeddings == 0).all(1).nonzero().flatten():  # the padding token: norms would scale its gradient up
-            _draw(embeddings[row], embeddings.std().item(), generator)
+        if not _has_stored_base(settings):
+            _draw_end_of_text(model, tokenizer.eos_token_id, generator)
 
 
 def train_all_embeddings(model: PreTrainedModel) -> None:
@@ -129,6 +139,22 @@ def name_padding_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def record_rewards(model: PreTrainedModel, mean: float | None, deviation: float | None) -> None:
     """Keep mean and standard deviation of the rewards of held-out responses in the config; None if unknown."""
     model.config.reward_mean, model.config.reward_std = mean, deviation
+
+
+def _has_stored_base(settings: Settings) -> bool:
+    """Whether adapters are trained on weights that other programs load too: these weights must stay as they are."""
+    is_from_scratch = settings.model.archive is None and settings.model.architecture is not None
+    return isinstance(settings.peft, LoraSettings) and not is_from_scratch
+
+
+def _draw_end_of_text(model: PreTrainedModel, token: int, generator: torch.Generator) -> None:
+    """Draw the embedding of the end-of-text token if it is 0, as of a padding token: a score is read there.
+
+    Norms would scale its gradient up.
+    """
+    embeddings = model.get_input_embeddings().weight
+    if not embeddings[token].any():
+        _draw(embeddings[token], embeddings.std().item(), generator)
 
 
 @torch.no_grad()

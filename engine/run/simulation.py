@@ -272,7 +272,7 @@ def _model_shape(
     with torch.device("meta"):
         model = AUTO_CLASSES[head].from_config(hf_config, dtype=dtype, trust_remote_code=trusted)
     if head == "score":
-        finish_score_head(model, settings, is_new=False)
+        finish_score_head(model, settings, tokenizer, is_new=False)
     return model.eval()
 
 
