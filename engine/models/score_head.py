@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -63,32 +65,28 @@ def prepare_config(hf_config: Any, head: Head, trusted: bool = False) -> Any:
         return hf_config
     auto_map = getattr(hf_config, "auto_map", None) or {}
     has_code = trusted and AutoModelForSequenceClassification.__name__ in auto_map
-    if not has_code and not _has_score_class(type(hf_config)):
-        families = ", ".join(sorted(_families()))
+    if not has_code and not _sets_score(type(hf_config)):
+        families = ", ".join(_families())
         problem = f"model: transformers has no score head for {hf_config.model_type}, and a reward model needs one"
         raise UserError("CONFIG", problem, f"use a model of one of these families: {families}")
     hf_config.num_labels = 1
     return hf_config
 
 
-def _has_score_class(config_class: type) -> bool:
-    mapping = AutoModelForSequenceClassification._model_mapping
+def _sets_score(config_class: type) -> bool:
+    """Whether transformers has a model with a score head for a config. Encoders have other heads."""
     with suppress(ImportError, AttributeError):  # a family may need a package
-        if config_class in mapping:
-            model_class: Any = mapping[config_class]
-            own = inspect.getsource(model_class.__init__)
-            inherited = "" if "super().__init__" not in own else inspect.getsource(model_class.__mro__[1].__init__)
-            return f"self.{SCORE} =" in own + inherited
+        model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(config_class, None)
+        constructors = (vars(each).get("__init__") for each in inspect.getmro(model_class or object))
+        codes = (getattr(inspect.unwrap(each), "__code__", None) for each in constructors if each is not None)
+        return any(SCORE in code.co_names for code in codes if code is not None)
     return False
 
 
 def _families() -> list[str]:
     """The model types of causal language models with a score head."""
-    causal = {config_class.model_type for config_class in AutoModelForCausalLM._model_mapping}
-    scored = {
-        config.model_type for config in AutoModelForSequenceClassification._model_mapping if _has_score_class(config)
-    }
-    return sorted(causal & scored)
+    scored = {each.model_type for each in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if _sets_score(each)}
+    return sorted(scored & {each.model_type for each in MODEL_FOR_CAUSAL_LM_MAPPING})
 
 
 def finish_score_head(
