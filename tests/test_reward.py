@@ -40,16 +40,19 @@ def test_a_reward_model_starts_from_a_language_model_or_a_reward_model(program: 
     reward = program.ok(*REWARD, f"model.archive={sft.dir}", "lr=0")
     trained, started = weights(sft), weights(reward)
     assert started.keys() - trained.keys() == {SCORE} and trained.keys() - started.keys() == {"lm_head.weight"}
-    differing = {name for name in started.keys() & trained.keys() if not torch.equal(started[name], trained[name])}
-    assert differing == {"model.embed_tokens.weight"}  # the unused row of the padding token, see below
-    rows = (started["model.embed_tokens.weight"] != trained["model.embed_tokens.weight"]).any(1)
-    assert rows.nonzero().flatten().tolist() == [0] and not trained["model.embed_tokens.weight"][0].any()
+    embeddings = "model.embed_tokens.weight"
+    before, after = trained.pop(embeddings), started.pop(embeddings)
+    assert all(torch.equal(started[name], trained[name]) for name in started.keys() & trained.keys())
+    # The embedding of the end-of-text token is 0 before, as of a padding token. The last row is for a padding token.
+    assert len(after) == len(before) + 1 and not before[0].any() and after[0].any() and not after[-1].any()
+    assert torch.equal(after[1:-1], before[1:])
     for archive in (sft.dir / "LATEST", sft.dir / "LATEST" / "policy.pt"):
         again = program.ok(*REWARD, f"model.archive={archive}", "lr=0")
         assert evaluation(again, 0) == evaluation(reward, 0)
 
     first = program.ok(*REWARD, f"model.archive={sft.dir}")
-    for archive in (first.dir, first.dir / "LATEST" / "policy.pt"):
+    policy = Path(shutil.copy(first.dir / "LATEST" / "policy.pt", program.directory))  # without a config
+    for archive in (first.dir, first.dir / "LATEST" / "policy.pt", policy):
         second = program.ok(*REWARD, f"model.archive={archive}")  # no new head
         assert evaluation(second, 0) == evaluation(first, -1)
         assert evaluation(second, -1) != evaluation(first, -1)
@@ -236,6 +239,20 @@ def test_a_reward_adapter_starts_from_an_sft_adapter(program: Program) -> None:
     ours, theirs = (load_file(run.dir / "LATEST" / "adapter_model.safetensors") for run in (reward, sft))
     assert ours.keys() - theirs.keys() == {"base_model.model.score.weight"}
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_adapters_start_from_a_reward_model(program: Program) -> None:
+    """Its head is not new. It trains, and the adapter's checkpoint has it in full."""
+    first = program.ok(*REWARD)
+    second = program.ok(*REWARD, "peft=lora", "lr=1e-2", f"model.archive={first.dir}")
+    assert evaluation(second, 0) == evaluation(first, -1) != evaluation(second, -1)
+    adapter = load_file(second.dir / "LATEST" / "adapter_model.safetensors")
+    head = adapter["base_model.model.score.weight"]
+    assert head.shape == weights(first)[SCORE].shape and not torch.equal(head, weights(first)[SCORE])
+    third = program.ok(*REWARD, "peft=lora", "lr=0", f"model.archive={second.dir}")
+    assert evaluation(third, 0) == pytest.approx(evaluation(second, -1), rel=1e-5, abs=1e-6)
+    saved = load_saved(str(second.dir)).model
+    assert torch.equal(saved.score.weight, head)
 
 
 def test_layers_freeze(program: Program) -> None:

@@ -23,7 +23,7 @@ from engine.models.archives import (
 from engine.models.loading import reason_of
 from engine.models.pretrained import load_pretrained
 from engine.models.records import AdapterConfig, check_shard_index, read_record
-from engine.models.score_head import cast_model, prepare_config
+from engine.models.score_head import cast_model, is_reward_config, prepare_config
 from engine.models.tokenizers import END_OF_TEXT
 from losses import Head
 from utils import UserError, is_out_of_memory, progress, quiet_bitsandbytes
@@ -140,7 +140,7 @@ def _load_model(source: str, dtype: torch.dtype | None, head: Head | None) -> Pr
     check_shard_index(Path(source), "model")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        is_reward_model = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+        is_reward_model = is_reward_config(config)
         head = head or ("score" if is_reward_model else "lm")
         if head == "score":
             prepare_config(config, head)

@@ -11,9 +11,17 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.models.archives import find_checkpoint, is_checkpoint
-from engine.models.pretrained import Pretrained, load_pretrained
+from engine.models.pretrained import Pretrained, load_pretrained, reward_model_error
 from engine.models.records import check_shard_index
-from engine.models.score_head import AUTO_CLASSES, finish_score_head, head_of_loss, prepare_config
+from engine.models.score_head import (
+    AUTO_CLASSES,
+    SCORE_WEIGHT,
+    finish_score_head,
+    has_padding_row,
+    head_of_loss,
+    is_reward_config,
+    prepare_config,
+)
 from engine.settings.schema import ModelSettings, Settings
 from losses import Head
 from utils import UserError, clipped, is_out_of_memory
@@ -159,9 +167,10 @@ def differing_values(stored: Any, expected: Any) -> str:
         for key in sorted(theirs.keys() & ours.keys()):
             if isinstance(ours[key], dict) and key.endswith("_config") and isinstance(theirs[key], dict):
                 yield from compare(theirs[key], ours[key])
-            elif theirs[key] != ours[key] and not HARMLESS.search(key):
+            elif theirs[key] != ours[key] and not HARMLESS.search(key) and not (has_row and key == "vocab_size"):
                 yield f"{key} is {theirs[key]} there, not {ours[key]}"
 
+    has_row = has_padding_row(stored, expected)
     if stored.model_type != expected.model_type:
         return f"model_type is {stored.model_type} there, not {expected.model_type}"
     return clipped(", ".join(compare(stored.to_dict(), expected.to_dict())), 500)
@@ -203,12 +212,18 @@ def _load_archive(archive: Path, head: Head, hf_config: Any, kwargs: dict[str, A
     try:
         if (archive.is_dir() or is_checkpoint(directory)) and (directory / "config.json").exists():
             stored = AutoConfig.from_pretrained(directory, trust_remote_code=kwargs["trust_remote_code"])
+            if head == "lm" and is_reward_config(stored):
+                raise reward_model_error("model.archive", str(archive))
+            if has_padding_row(stored, hf_config):
+                hf_config.get_text_config().vocab_size += 1
             if differing := differing_values(stored, hf_config):
                 raise UserError("CHECKPOINT", f"model.archive: {archive} does not fit the model ({differing})", fix)
         if archive.is_dir():
             loaded = load_pretrained(archive, head, hf_config, **kwargs)
         else:
             state = torch.load(archive, map_location="cpu", weights_only=True, mmap=True)["state"]
+            if head == "lm" and SCORE_WEIGHT in state:  # its embeddings may have other shapes
+                raise reward_model_error("model.archive", str(archive))
             loaded = load_pretrained(None, head, hf_config, state=state, **kwargs)
     except UserError:
         raise

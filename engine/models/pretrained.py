@@ -66,6 +66,8 @@ def load_pretrained(
         with torch.device("meta"):
             shape = auto_class.from_config(config, trust_remote_code=trusted)
         auto_class, config = type(shape), shape.config
+        if state is not None:
+            _fit_padding_row(shape, state)
     if head == "score":
         auto_class = _with_fp32_score(auto_class)
     if state is not None:
@@ -80,6 +82,14 @@ def load_pretrained(
         missing.remove(SCORE_WEIGHT)
         unexpected = {key for key in unexpected if key.startswith(f"{model.base_model_prefix}.")}
     return Pretrained(model, missing, unexpected, has_new_score)
+
+
+def _fit_padding_row(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    """Give a model's config the row for a padding token if the weights of a reward model have one."""
+    embeddings = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is embeddings)
+    if SCORE_WEIGHT in state and name in state and len(state[name]) == len(embeddings) + 1:
+        model.config.get_text_config().vocab_size += 1
 
 
 def _with_fp32_score(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -98,6 +98,8 @@ def finish_score_head(
         is_new: the weights came without a score head.
     """
     head = model.score
+    may_change = not _has_stored_base(settings)
+    _set_padding_id(model, tokenizer, may_grow=may_change)
     train_all_embeddings(model)
     model.generation_config = None  # it writes no text
     model.config.architectures = [type(model).__name__]  # as save_pretrained() does: it tells a reward model
@@ -105,7 +107,7 @@ def finish_score_head(
     if is_new:
         generator = torch.Generator().manual_seed(settings.seed)
         _draw(head.weight, _standard_deviation(model, settings), generator)
-        if not _has_stored_base(settings):
+        if may_change:
             _draw_end_of_text(model, tokenizer.eos_token_id, generator)
 
 
@@ -117,6 +119,18 @@ def train_all_embeddings(model: PreTrainedModel) -> None:
     model.get_input_embeddings().padding_idx = None
 
 
+def is_reward_config(hf_config: Any) -> bool:
+    """Whether a transformers config is of a model with a score head."""
+    name = AutoModelForSequenceClassification.__name__.removeprefix("AutoModel")
+    return any(each.endswith(name) for each in hf_config.architectures or [])
+
+
+def has_padding_row(stored: Any, expected: Any) -> bool:
+    """Whether a stored config is of a reward model with a row for its padding token, and the expected one has none."""
+    rows, expected_rows = (getattr(each.get_text_config(), "vocab_size", 0) for each in (stored, expected))
+    return is_reward_config(stored) and rows == expected_rows + 1
+
+
 def name_padding_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, may_grow: bool = False) -> None:
     """Name a padding token in config and tokenizer, other than the end-of-text token.
 
@@ -125,13 +139,30 @@ def name_padding_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     Args:
         may_grow: whether the embeddings may get a row for a new token.
     """
-    embeddings = model.get_input_embeddings().weight
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and (may_grow or len(tokenizer) < len(embeddings)):
+    _set_padding_id(model, tokenizer, may_grow)
+    if _lacks_padding(tokenizer) and model.config.get_text_config().pad_token_id is not None:
         tokenizer.add_special_tokens({"pad_token": PADDING})
-        if tokenizer.pad_token_id >= len(embeddings):
-            model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
-    is_shared = tokenizer.pad_token_id == tokenizer.eos_token_id
-    model.config.pad_token_id = None if is_shared else tokenizer.pad_token_id
+
+
+def _lacks_padding(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.pad_token_id in (None, tokenizer.eos_token_id)
+
+
+@torch.no_grad()
+def _set_padding_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, may_grow: bool) -> None:
+    """Set the id of the padding token in the config; None if the embeddings have no row for it.
+
+    Args:
+        may_grow: whether they may get a row of zeros.
+    """
+    config, token = model.config.get_text_config(), tokenizer.pad_token_id
+    if _lacks_padding(tokenizer):  # it will be added
+        token = tokenizer.get_vocab().get(PADDING, len(tokenizer))
+    if may_grow and token == config.vocab_size:
+        with torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(token + 1, mean_resizing=False)
+        model.get_input_embeddings().weight[token] = 0
+    config.pad_token_id = token if token < config.vocab_size else None
 
 
 def record_rewards(model: PreTrainedModel, mean: float | None, deviation: float | None) -> None:
@@ -153,6 +184,11 @@ def _draw_end_of_text(model: PreTrainedModel, token: int, generator: torch.Gener
     embeddings = model.get_input_embeddings().weight
     if not embeddings[token].any():
         _draw(embeddings[token], embeddings.std().item(), generator)
+
+
+def stored_rewards(model: PreTrainedModel) -> tuple[float | None, float | None]:
+    """Mean and standard deviation that record_rewards() has kept in the config."""
+    return getattr(model.config, "reward_mean", None), getattr(model.config, "reward_std", None)
 
 
 @torch.no_grad()
