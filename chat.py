@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # it takes seconds to import
     from transformers import PreTrainedTokenizerBase
 
     from engine.data.chat import Message
+    from engine.export.run_record import RunRecord
+    from engine.export.saved_models import SavedModel
 
 HUMAN = "\n\nHuman:"  # begins the next turn of an HH dialogue
 COMMANDS = "/reset forgets the dialogue, /quit or Ctrl-D leaves, Ctrl-C stops a response"
@@ -31,10 +33,12 @@ COMMANDS = "/reset forgets the dialogue, /quit or Ctrl-D leaves, Ctrl-C stops a 
 class ChatOptions(Options):
     model: PossiblePath = Field(description="a run, checkpoint, adapter, exported directory, or a name on the hub")
     compare: PossiblePath | None = Field(None, description="a second model, to respond after the first")
+    reward_model: PossiblePath | None = Field(None, description="a reward model, to score each response")
     prompt: Text | None = Field(None, description="respond to this and leave")
     stdin: Literal["lines", "whole"] = Field("lines", description="of a pipe: a prompt per line, or all of it as one")
     output: Literal["text", "jsonl"] = Field(
-        "text", description="of prompt or a pipe: text, or jsonl, a JSON object per prompt: prompt, response, compare"
+        "text",
+        description="of prompt or a pipe: text, or jsonl, a JSON object per prompt: prompt, response, compare, rewards",
     )
     system: Text | None = Field(None, description="a system prompt")
     temperature: NonNegative = Field(0.7, description="of sampling; 0: the likeliest token")
@@ -62,35 +66,16 @@ class ChatModel:
     def __init__(self, name: str, options: ChatOptions):
         import torch
 
-        from engine.export.run_record import RunRecord, read_run
-        from engine.export.saved_models import check_finite, find_saved, load_saved
-        from engine.models.archives import ADAPTER_CONFIG
         from engine.models.score_head import has_score_head
-        from preference_datasets import chat_form
 
-        directory = find_saved(name)
-        record = RunRecord() if directory is None else read_run(directory, chat_form)
-        self.is_adapter = directory is not None and (directory / ADAPTER_CONFIG).is_file()
-        dtype = options.dtype and getattr(torch, options.dtype)
-        base = options.base if self.is_adapter else None
-        saved = load_saved(name, dtype=dtype, base=base, show_progress=sys.stderr.isatty())
+        saved, record, self.is_adapter = load(name, options)
         if has_score_head(saved.model):
             problem = f"model: {name} is a reward model: it scores responses, and writes none"
-            raise UserError("CONFIG", problem, "python evaluate.py model=RUN data=FILE to=SCORES.jsonl")
-        fix = "dtype=bfloat16 has a wider range" if options.dtype == "float16" else "chat with another checkpoint"
-        check_finite(saved.model, fix, show_progress=sys.stderr.isatty())
+            raise UserError("CONFIG", problem, "reward_model=RUN beside a model of text; evaluate.py scores a file")
         self.name, self.options = name, options
         self.model: Any = saved.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.tokenizer: PreTrainedTokenizerBase = saved.tokenizer
-        jinja = record.template_text() if options.chat_template is None else None
-        template = options.chat_template or record.chat_template
-        tokenizer_template = self.tokenizer.chat_template or JINJA["hh"]
-        # export.py writes the hh template behind BOS.
-        tokenizer_has_hh = isinstance(tokenizer_template, str) and tokenizer_template.removeprefix(BOS) == JINJA["hh"]
-        self.is_hh = template == "hh" or (template is None and tokenizer_has_hh)
-        self.jinja: str | None = None
-        if template is not None and not self.is_hh:
-            self.jinja = jinja or read_template(template, "give chat_template=FILE, hh, llama2 or chatml")
+        self.is_hh, self.jinja = choose_template(self.tokenizer, record, options)
         self.messages: list[Message] = []
         self.reset()
 
@@ -205,6 +190,84 @@ class ChatModel:
         )
 
 
+class RewardModel:
+    """Scores the last response of a dialogue, by the chat template that it was trained with.
+
+    Scores are normalised if it has mean and standard deviation of its rewards.
+
+    Args:
+        name: a reward model: a run, checkpoint, adapter or model directory, or a name on the hub.
+        options: of the command.
+    """
+
+    def __init__(self, name: str, options: ChatOptions):
+        import torch
+
+        from engine.data.chat import Chat
+        from engine.export.scoring import Scorer
+        from engine.models.score_head import has_score_head, stored_rewards
+
+        options = options.model_copy(update={"base": None, "dtype": None, "chat_template": None})  # of the other models
+        saved, record, _ = load(name, options)
+        if not has_score_head(saved.model):
+            raise UserError("CONFIG", f"reward_model: {name} is a model of text", "train one with loss=reward")
+        mean, deviation = record.reward_mean, record.reward_std
+        if mean is None:
+            mean, deviation = stored_rewards(saved.model)
+        if mean is None or not deviation:
+            print(f"reward_model: {name} has no reward_mean and reward_std: its scores are raw", file=sys.stderr)
+            mean, deviation = 0.0, 1.0
+        length = getattr(saved.model.config, "max_position_embeddings", None) or 4096
+        model = saved.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        sizes = {"max_length": length, "max_prompt_length": length // 2}
+        self._scorer = Scorer(model, saved.tokenizer, layout="padded", mean=mean, deviation=deviation, **sizes)
+        is_hh, jinja = choose_template(saved.tokenizer, record, options)
+        self._chat = Chat(saved.tokenizer, "hh" if is_hh else None)
+        self._chat.jinja = jinja
+
+    def score(self, messages: "list[Message]") -> float:
+        """The score of the last message."""
+        from engine.data.forms import ParsedRow
+        from engine.data.rows import Row
+
+        prompt, responses = self._chat.render(Row({}, "the dialogue"), messages[:-1], messages[-1:])
+        row = ParsedRow(prompt, prompt, responses, [], from_template=self._chat.is_template)
+        return self._scorer.scores([row])[0][0]
+
+
+def load(name: str, options: ChatOptions) -> "tuple[SavedModel, RunRecord, bool]":
+    """Load a model, the record of its training, and whether it is an adapter."""
+    import torch
+
+    from engine.export.run_record import RunRecord, read_run
+    from engine.export.saved_models import check_finite, find_saved, load_saved
+    from engine.models.archives import ADAPTER_CONFIG
+    from preference_datasets import chat_form
+
+    directory = find_saved(name)
+    record = RunRecord() if directory is None else read_run(directory, chat_form)
+    is_adapter = directory is not None and (directory / ADAPTER_CONFIG).is_file()
+    dtype = options.dtype and getattr(torch, options.dtype)
+    saved = load_saved(name, dtype=dtype, base=options.base if is_adapter else None, show_progress=sys.stderr.isatty())
+    fix = "dtype=bfloat16 has a wider range" if options.dtype == "float16" else "chat with another checkpoint"
+    check_finite(saved.model, fix, show_progress=sys.stderr.isatty())
+    return saved, record, is_adapter
+
+
+def choose_template(tokenizer: Any, record: "RunRecord", options: ChatOptions) -> tuple[bool, str | None]:
+    """Whether dialogues have the form of HH, and else their chat template; None for the tokenizer's."""
+    jinja = record.template_text() if options.chat_template is None else None
+    template = options.chat_template or record.chat_template
+    tokenizer_template = tokenizer.chat_template or JINJA["hh"]
+    # export.py writes the hh template behind BOS.
+    tokenizer_has_hh = isinstance(tokenizer_template, str) and tokenizer_template.removeprefix(BOS) == JINJA["hh"]
+    if template == "hh" or (template is None and tokenizer_has_hh):
+        return True, None
+    if template is not None:
+        jinja = jinja or read_template(template, "give chat_template=FILE, hh, llama2 or chatml")
+    return False, jinja
+
+
 def is_utf8(text: str) -> bool:
     """Whether text can be encoded as UTF-8; undecodable bytes of a command line cannot."""
     try:
@@ -240,19 +303,23 @@ def until_next_turn(pieces: Iterable[str]) -> Iterator[str]:
 # ---- The dialogue ----
 
 
-def print_responses(models: list[ChatModel], question: str, output: str = "text") -> bool:
-    """Print the response of each model, under its name if there are several.
+def print_responses(
+    models: list[ChatModel], question: str, output: str = "text", reward_model: RewardModel | None = None
+) -> bool:
+    """Print the response of each model, under its name if there are several, and its reward.
 
     Ctrl-C stops the current response only, so all models see the same questions. A blank question gets an empty
     response from each: no model is asked.
 
     Args:
         output: text; or jsonl, one line with the question and all responses.
+        reward_model: scores them; None prints no rewards.
 
     Returns:
         False if Ctrl-C stopped a response.
     """
     is_complete, responses = True, []
+    rewards: list[float | None] = []
     for model in models:
         if len(models) > 1 and output == "text":
             print(f"== {model.name}")
@@ -275,9 +342,14 @@ def print_responses(models: list[ChatModel], question: str, output: str = "text"
         responses.append("".join(pieces).strip())
         if output == "text":
             print(flush=True)
+        if reward_model is not None:
+            rewards.append(reward_model.score(model.messages) if question and is_complete else None)
+            if output == "text" and rewards[-1] is not None:
+                print(f"[reward {rewards[-1]:.3f}]", flush=True)
     if output == "jsonl" and is_complete:
         named = zip(("response", "compare"), responses, strict=False)
-        print(json.dumps({"prompt": question, **dict(named)}, ensure_ascii=False), flush=True)
+        named_rewards = zip(("reward", "compare_reward"), rewards, strict=False)
+        print(json.dumps({"prompt": question, **dict(named), **dict(named_rewards)}, ensure_ascii=False), flush=True)
     return is_complete
 
 
@@ -286,7 +358,7 @@ def chat(options: ChatOptions) -> None:
     if options.output == "jsonl" and options.prompt is None and sys.stdin.isatty():
         raise UserError("CONFIG", "output: jsonl is for prompt=TEXT or a pipe", "python chat.py ... < prompts.txt")
     names = [name for name in (options.model, options.compare) if name is not None]
-    settle_network([*names, options.base])
+    settle_network([*names, options.base, options.reward_model])
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -295,28 +367,31 @@ def chat(options: ChatOptions) -> None:
     models = [ChatModel(name, options) for name in names]
     if options.base and not any(model.is_adapter for model in models):
         raise UserError("CONFIG", f"base: {' and '.join(names)} is no adapter, so it has no base", "leave base out")
+    reward_model = None if options.reward_model is None else RewardModel(options.reward_model, options)
     if options.prompt is not None:
-        if not print_responses(models, options.prompt, options.output):
+        if not print_responses(models, options.prompt, options.output, reward_model):
             raise KeyboardInterrupt
     elif not sys.stdin.isatty():
-        respond_to_pipe(models, sys.stdin, options)
+        respond_to_pipe(models, sys.stdin, options, reward_model)
     else:
-        converse(models)
+        converse(models, reward_model)
 
 
-def respond_to_pipe(models: list[ChatModel], source: TextIO, options: ChatOptions) -> None:
+def respond_to_pipe(
+    models: list[ChatModel], source: TextIO, options: ChatOptions, reward_model: RewardModel | None
+) -> None:
     """Respond to each line as a dialogue of its own, or to the whole text; a blank line gets an empty response."""
     try:
         for prompt in [source.read()] if options.stdin == "whole" else source:
             for model in models:
                 model.reset()
-            if not print_responses(models, prompt.strip(), options.output):
+            if not print_responses(models, prompt.strip(), options.output, reward_model):
                 raise KeyboardInterrupt
     except UnicodeDecodeError as error:
         raise UserError("DATA", f"stdin is not UTF-8 ({error})", "convert it, with iconv for example") from error
 
 
-def converse(models: list[ChatModel]) -> None:
+def converse(models: list[ChatModel], reward_model: RewardModel | None) -> None:
     """Run a dialogue at the terminal."""
     with contextlib.suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  gives input() line editing and a history
@@ -340,7 +415,7 @@ def converse(models: list[ChatModel]) -> None:
             print(COMMANDS)
         elif question:
             try:
-                print_responses(models, question)
+                print_responses(models, question, reward_model=reward_model)
             except UserError as error:  # about this question; the dialogue continues
                 print(error, file=sys.stderr)
 

@@ -9,7 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from engine.export.run_record import RunRecord
 from engine.export.saved_models import SavedModel
-from engine.models.score_head import has_score_head
+from engine.models.score_head import has_score_head, stored_rewards
 
 # Keys about the machine of a run. They do not affect training.
 LOCAL_KEYS = ("local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "wandb", "tensorboard", "debug")
@@ -36,6 +36,8 @@ def model_card(name: str, saved: SavedModel, record: RunRecord) -> str:
     )
     if saved.base:
         lines.append(f"Adapters were merged into {base}.")
+    if gives_scores:
+        lines += ["", *_describe_scores(saved)]
     if not config:
         return "\n".join([*lines, ""])
     archive = (config.get("model") or {}).get("archive")
@@ -53,6 +55,18 @@ def model_card(name: str, saved: SavedModel, record: RunRecord) -> str:
         lines += [f"| {key} | {value:.6g} |" for key, value in sorted(record.metrics.items()) if "counters" not in key]
     lines += ["", "## Config", "", "```yaml", yaml.safe_dump(config, sort_keys=False).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _describe_scores(saved: SavedModel) -> list[str]:
+    """How to read the scores of a reward model."""
+    lines = ["A reward model: `AutoModelForSequenceClassification` gives one score to a prompt with a response."]
+    lines.append("Each text ends with the end-of-text token. Higher is better.")
+    mean, deviation = stored_rewards(saved.model)
+    if mean is not None and deviation is not None:
+        lines.append(f"On held-out responses the scores have the mean {mean:.6g} and the standard deviation")
+        lines.append(f"{deviation:.6g} (`reward_mean` and `reward_std` in config.json): they are as trained, and")
+        lines.append("`(score - reward_mean) / reward_std` is normalised.")
+    return lines
 
 
 def _public_config(config: dict[str, Any]) -> dict[str, Any]:
