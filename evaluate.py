@@ -1,12 +1,14 @@
 """Score a file with a reward model: python evaluate.py model=RUN data=FILE to=SCORES.jsonl; see docs/reward.md."""
 
-import json
+import math
 import os
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pydantic import Field
 
@@ -14,14 +16,17 @@ from engine.models.hub import settle_network
 from engine.settings.choices import RowForm
 from engine.settings.options import Options, run_command
 from engine.settings.value_types import ChatTemplate, Count, PossiblePath
-from utils import UserError, content_hash, progress
+from utils import Progress, StopRequest, UserError, content_hash
 
 if TYPE_CHECKING:  # it takes seconds to import
     from engine.data.chat import Chat
+    from engine.export.rows_to_score import RowReader, RowSurvey
+    from engine.export.run_record import RunRecord
+    from engine.export.score_file import ScoreFile
     from engine.export.scoring import Scorer
 
-ROWS_AT_ONCE = 64
-DEFAULT_LENGTH = 4096  # in tokens, of models without a run
+ROWS_PER_BATCH = 64
+DEFAULT_MAX_LENGTH = 4096  # in tokens, of models without a run
 
 
 class EvaluateOptions(Options):
@@ -29,10 +34,15 @@ class EvaluateOptions(Options):
     data: PossiblePath = Field(description="rows of any form: .json, .jsonl or .csv, also .gz, .parquet or .arrow")
     to: PossiblePath = Field(description="the JSON lines to write, one a row; a stopped command continues")
     format: RowForm | None = Field(
-        None, description="the form of the rows; messages writes plain text by the chat template; null: inferred"
+        None,
+        description="the form of the rows; messages writes plain text by the chat template, strings leaves it as it "
+        "is; null: inferred, and messages for RewardBench",
     )
     chat_template: ChatTemplate | None = Field(
         None, description="hh, llama2, chatml or a Jinja file; null: the run's, else the tokenizer's own"
+    )
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error", description="a malformed row ends the command before scoring (error), or is dropped and counted (drop)"
     )
     normalize: bool = Field(False, description="subtract reward_mean of config.json, and divide by reward_std")
     max_length: Count | None = Field(None, description="tokens of prompt and response; null: the run's")
@@ -46,57 +56,74 @@ class EvaluateOptions(Options):
 
 def evaluate(options: EvaluateOptions) -> None:
     """Score all rows, and print the results."""
-    from engine.export.reward_bench import results_of
-
     target, data = Path(options.to).expanduser(), Path(options.data).expanduser()
     if target.exists():
         raise UserError("CONFIG", f"to: {target} exists", "give another file, or remove it")
     if not data.is_file():
         raise UserError("DATA", f"data: {data} is not a file", "give a file of rows")
     settle_network([options.model, options.base])
-    scorer, chat, identity = load(options)
-    rows = write_scores(options, scorer, chat, content_hash([identity, *file_facts(data), options.model_dump_json()]))
-    dropped = [row for row in rows if "dropped" in row]
-    print(f"{len(rows) - len(dropped):,} rows scored, {len(dropped):,} dropped: {target}")
-    for name, value in results_of(rows).items():
-        print(f"{name:<24} {value:.4f}")
+
+    from engine.export.rows_to_score import RowReader
+    from engine.export.run_record import RunRecord, read_run
+    from engine.export.saved_models import find_saved
+    from engine.export.score_file import ScoreFile
+    from preference_datasets import chat_form
+
+    directory = find_saved(options.model)
+    record = RunRecord() if directory is None else read_run(directory, chat_form)
+    identity = identity_of(options, data, directory, record)
+    with StopRequest(first=stop), ScoreFile(target, identity, ROWS_PER_BATCH) as file:
+        scorer, chat = load(options, record)
+        reader = RowReader(data, options.format, chat, options.on_bad_row)
+        survey = reader.survey()
+        check_rows(survey, data)
+        print_notes(survey, reader, data)
+        score_rows(reader, survey, scorer, file)
+        file.finish()
+    print_results(file.lines, survey, scorer.max_length, target)
 
 
-def load(options: EvaluateOptions) -> "tuple[Scorer, Chat, str]":
-    """Load the model.
+def stop(number: int) -> NoReturn:
+    """End the command by a signal. Scored batches are in the partial file."""
+    with suppress(OSError):  # the terminal may be gone
+        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    raise SystemExit(128 + number)
 
-    Returns:
-        a scorer, the writer of messages, and a hash of the model's files.
-    """
+
+def identity_of(options: EvaluateOptions, data: Path, directory: Path | None, record: "RunRecord") -> str:
+    """A hash of all that decides the scores: model, data and options."""
+    files = [data] if directory is None else [data, *sorted(file for file in directory.iterdir() if file.is_file())]
+    return content_hash([options.model_dump_json(), repr(record), *map(file_facts, files)])
+
+
+def file_facts(path: Path) -> tuple[str, int, int]:
+    """What tells that a file has changed."""
+    facts = path.stat()
+    return str(path.resolve()), facts.st_size, facts.st_mtime_ns
+
+
+def load(options: EvaluateOptions, record: "RunRecord") -> "tuple[Scorer, Chat]":
+    """Load the model; returns a scorer, and the writer of messages."""
     import torch
     import transformers
 
     from engine.data.chat import Chat
-    from engine.export.run_record import RunRecord, read_run
-    from engine.export.saved_models import check_finite, find_saved, load_saved
+    from engine.export.saved_models import check_finite, load_saved
     from engine.export.scoring import Scorer
     from engine.models.score_head import has_score_head
     from engine.step.packing_check import use_packed_attention
-    from preference_datasets import chat_form
 
     transformers.logging.set_verbosity_error()
-    directory = find_saved(options.model)
-    record = RunRecord() if directory is None else read_run(directory, chat_form)
     saved = load_saved(options.model, dtype=options.dtype and getattr(torch, options.dtype), base=options.base)
     if not has_score_head(saved.model):
         problem = f"model: {options.model} is a model of text, not a reward model"
         raise UserError("CONFIG", problem, "train one with loss=reward")
     check_finite(saved.model, "evaluate another checkpoint")
     model = saved.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    max_length, max_prompt_length = lengths(options, model.config, record)
+    mean, deviation = read_normalization(options, model.config, record)
     if options.batching == "packed":
         use_packed_attention(model)
-    mean, deviation = read_normalization(options, model.config, record)
-    context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
-    max_length = options.max_length or record.config.get("max_length") or min(context, DEFAULT_LENGTH)
-    max_prompt_length = options.max_prompt_length or record.config.get("max_prompt_length") or max_length // 2
-    if max_prompt_length >= max_length:
-        problem = f"max_prompt_length: {max_prompt_length} is not below max_length ({max_length})"
-        raise UserError("CONFIG", problem, "lower it, to leave room for a response")
     scorer = Scorer(
         model,
         saved.tokenizer,
@@ -110,83 +137,124 @@ def load(options: EvaluateOptions) -> "tuple[Scorer, Chat, str]":
     chat = Chat(saved.tokenizer, template if template in (None, "hh") or options.chat_template else None, "last")
     if options.chat_template is None and template not in (None, "hh"):
         chat.jinja = record.template_text()
-    files = sorted(directory.iterdir()) if directory is not None else []
-    return scorer, chat, content_hash([options.model, *(fact for file in files for fact in file_facts(file))])
+    return scorer, chat
 
 
-def read_normalization(options: EvaluateOptions, config: Any, record: Any) -> tuple[float, float]:
+def lengths(options: EvaluateOptions, config: Any, record: "RunRecord") -> tuple[int, int]:
+    """max_length and max_prompt_length, as asked, else of the run, else by the model."""
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    of_run = {name: record.config.get(name) for name in ("max_length", "max_prompt_length")}
+    for name, value in of_run.items():
+        if value is not None and not isinstance(value, int):
+            problem = f"{name}: the config.yaml of the run has {value!r}, not a number"
+            raise UserError("CHECKPOINT", problem, "correct it there")
+    max_length = options.max_length or of_run["max_length"] or min(context, DEFAULT_MAX_LENGTH)
+    max_prompt_length = options.max_prompt_length or of_run["max_prompt_length"] or max_length // 2
+    if max_length > context:
+        problem = f"max_length: {max_length} is more than the {context} positions of the model"
+        raise UserError("CONFIG", problem, "lower it")
+    if max_prompt_length >= max_length:
+        problem = f"max_prompt_length: {max_prompt_length} is not below max_length ({max_length})"
+        raise UserError("CONFIG", problem, "lower it, to leave room for a response")
+    return max_length, max_prompt_length
+
+
+def read_normalization(options: EvaluateOptions, config: Any, record: "RunRecord") -> tuple[float, float]:
     """Mean and standard deviation of the rewards, as asked; 0 and 1 without normalize."""
     if not options.normalize:
         return 0.0, 1.0
-    mean = record.reward_mean if record.reward_mean is not None else getattr(config, "reward_mean", None)
-    deviation = record.reward_std if record.reward_std is not None else getattr(config, "reward_std", None)
-    if mean is None or not deviation:
-        problem = "normalize: config.json has no reward_mean and reward_std"
-        raise UserError("CONFIG", problem, "evaluate a checkpoint saved after an evaluation, such as the last one")
-    return mean, deviation
+    # An adapter has no config of a model; its run has recorded them.
+    mean, deviation = (
+        value if value is not None else getattr(config, name, None)
+        for name, value in (("reward_mean", record.reward_mean), ("reward_std", record.reward_std))
+    )
+    numbers = [value for value in (mean, deviation) if isinstance(value, int | float) and math.isfinite(value)]
+    if len(numbers) < 2:
+        problem = f"normalize: config.json of {options.model} has no reward_mean and reward_std"
+        raise UserError("CONFIG", problem, "give a checkpoint saved after an evaluation, such as the last of a run")
+    if numbers[1] <= 0:
+        problem = f"normalize: reward_std of {options.model} is {numbers[1]}, so scores cannot be divided by it"
+        raise UserError("CONFIG", problem, "leave normalize out")
+    return numbers[0], numbers[1]
 
 
-def file_facts(path: Path) -> tuple[str, int, int]:
-    """What tells that a file has changed."""
-    facts = path.stat()
-    return str(path.resolve()), facts.st_size, facts.st_mtime_ns
+def check_rows(survey: "RowSurvey", data: Path) -> None:
+    """Refuse a file without a row to score."""
+    if not survey.num_rows:
+        raise UserError("DATA", f"data: {data} has no rows", "give a file of rows")
+    if survey.dropped.total() == survey.num_rows:
+        problem = f"data: no row of {data} can be scored ({describe_dropped(survey)})"
+        raise UserError("DATA", problem, "correct the rows")
 
 
-def write_scores(options: EvaluateOptions, scorer: "Scorer", chat: "Chat", identity: str) -> list[dict[str, Any]]:
-    """Write the scores of all rows, a line each; returns the lines.
-
-    Lines go to a file beside the target. A stopped command continues after its last complete line.
-
-    Args:
-        identity: a hash of model, data and options.
-    """
-    from engine.export.scoring import rows_to_score, scored_row
-
-    target = Path(options.to).expanduser()
-    partial = target.with_name(f".{target.name}.partial")
-    done = read_partial(partial, identity)
-    rows = rows_to_score(Path(options.data).expanduser(), options.format, chat)
-    shown = progress(rows, description="scoring", unit="rows")
-    skipped = list(islice(shown, len(done)))
-    assert len(skipped) == len(done)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "a", encoding="utf-8") as file:
-        while batch := list(islice(shown, ROWS_AT_ONCE)):
-            scores: Iterator[list[float]] = iter(
-                scorer.scores([row.parsed for row in batch if not isinstance(row.parsed, str)])
-            )
-            lines = [scored_row(row, None if isinstance(row.parsed, str) else next(scores)) for row in batch]
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
-            done += lines
-    complete = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    complete.write_text("".join(json.dumps(line) + "\n" for line in done), encoding="utf-8")
-    os.replace(complete, target)
-    partial.unlink()
-    return done
-
-
-def read_partial(partial: Path, identity: str) -> list[dict[str, Any]]:
-    """The lines of a stopped command, without a cut one; a new file if there is none.
+def score_rows(reader: "RowReader", survey: "RowSurvey", scorer: "Scorer", file: "ScoreFile") -> None:
+    """Score the rows that the file lacks, a batch at a time.
 
     Raises:
-        UserError: CONFIG, if another model, data or options made them.
+        UserError: NONFINITE for a score that is NaN or Inf.
     """
-    if not partial.exists():
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"of": identity}) + "\n", encoding="utf-8")
-        return []
-    text = partial.read_bytes()
-    text = text[: text.rfind(b"\n") + 1]
-    header, *lines = map(json.loads, text.splitlines()) if text else ({},)
-    if header.get("of") != identity:
-        problem = f"to: {partial} is of another model, other data or other options"
-        raise UserError("CONFIG", problem, "remove it, or give another file")
-    with open(partial, "r+b") as file:
-        file.truncate(len(text))
-    if lines:
-        print(f"continuing after {len(lines):,} rows of {partial}")
-    return lines
+    from engine.export.scoring import scored_row
+
+    rows = iter(reader)
+    with Progress("scoring", total=survey.num_rows, unit="rows") as progress:
+        progress.update(sum(1 for _ in islice(rows, len(file.lines))))
+        while batch := list(islice(rows, ROWS_PER_BATCH)):
+            scores = iter(scorer.score([row.parsed for row in batch if not isinstance(row.parsed, str)]))
+            lines = [scored_row(row, None if isinstance(row.parsed, str) else next(scores)) for row in batch]
+            for line in lines:
+                if not all(map(math.isfinite, line.get("scores", []))):
+                    problem = f"model: a score of row {line['row']} is NaN or Inf"
+                    raise UserError("NONFINITE", problem, "dtype=float32 has a wider range; else give another model")
+            file.add(lines)
+            progress.update(len(batch))
+
+
+# ---- Printing ----
+
+
+def print_notes(survey: "RowSurvey", reader: "RowReader", data: Path) -> None:
+    """Tell which rows the chat template writes, where users may expect otherwise."""
+    if survey.num_benchmark_messages:
+        rows = f"{survey.num_benchmark_messages:,} rows of RewardBench are"
+        print(f"note: {rows} written by the chat template (format=strings scores their text as it is)", flush=True)
+    if reader.has_template and survey.num_plain_text:
+        rows = f"{survey.num_plain_text:,} of {survey.num_rows:,} rows of {data} are plain text"
+        advice = "(format=messages applies it to prompt with chosen and rejected, or completion)"
+        print(f"note: {rows}, scored as they are, without the chat template {advice}", flush=True)
+    elif survey.num_benchmark_plain:
+        rows = f"{survey.num_benchmark_plain:,} rows of RewardBench are"
+        problem = "scored as plain text, as the tokenizer has no chat template"
+        print(f"note: {rows} {problem} (chat_template=chatml, llama2, hh or a Jinja file writes them)", flush=True)
+
+
+def describe_dropped(survey: "RowSurvey") -> str:
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in survey.dropped.items())
+    first = survey.first_bad_row and f"; the first malformed row: {survey.first_bad_row}"
+    return f"dropped: {reasons}{first}"
+
+
+def print_results(lines: list[dict[str, Any]], survey: "RowSurvey", max_length: int, target: Path) -> None:
+    """Print numbers of rows, then results by subset, section and benchmark."""
+    from engine.export.reward_bench import results_of
+
+    num_dropped = survey.dropped.total()
+    print(f"{survey.num_rows - num_dropped:,} rows scored, {num_dropped:,} dropped: {target}")
+    if num_dropped:
+        print(f"  {describe_dropped(survey)}")
+    num_prompts = sum("prompt_is_truncated" in line for line in lines)
+    num_responses = sum(len(line.get("truncated_responses", [])) for line in lines)
+    if num_prompts or num_responses:
+        print(f"  truncated to max_length={max_length}: {num_prompts:,} prompts, {num_responses:,} responses")
+    if num_responses:
+        print("  a truncated response is scored before its end")
+    print("\n".join(result_lines(results_of(lines))))
+
+
+def result_lines(results: dict[str, list[Any]]) -> Iterator[str]:
+    """A table of results."""
+    for heading, of_heading in results.items():
+        yield f"{heading:<36}  {'rows':>7}  accuracy"
+        yield from (f"  {name:<34}  {num_rows:>7,}  {score:.4f}" for name, score, num_rows in of_heading)
 
 
 def main() -> int:

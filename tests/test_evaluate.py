@@ -1,19 +1,37 @@
 """evaluate.py: scores in order, continued after a stop, and RewardBench's results."""
 
+import errno
+import fcntl
 import json
 import math
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import evaluate
-from engine.export.reward_bench import SECTIONS, results_of, row_accuracy, ties_score
-from engine.export.scoring import Scorer
+from engine.data.chat import Chat
+from engine.data.examples import tokenize
+from engine.data.files import load_file
+from engine.data.rows import RowCounts
+from engine.export import scoring
+from engine.export.reward_bench import SECTION_WEIGHTS, results_of, row_accuracy, ties_score
+from engine.export.rows_to_score import RowReader
+from engine.export.saved_models import load_saved
+from engine.export.scoring import RowScores, Scorer
+from engine.step.heads import run_head
+from engine.step.layout import lay_out
+from losses import BatchKind
 from tests.runs import Program
+from utils import Progress
 
 REWARD = ("loss=reward", "optimizer=AdamW", "lr=1e-3", "n_examples=16")
 Evaluate = Callable[..., tuple[int, str, str]]
@@ -75,7 +93,8 @@ def test_scores_are_those_of_the_run(
         rows = read(target)
         assert [row["row"] for row in rows] == list(range(9)) and all(len(row["scores"]) == 2 for row in rows)
         assert [row["accuracy"] for row in rows] == [float(a > b) for a, b in (row["scores"] for row in rows)]
-        assert f"all rows                 {sum(row['accuracy'] for row in rows) / 9:.4f}" in out
+        accuracy = sum(row["accuracy"] for row in rows) / 9
+        assert f"  all rows {9:>34}  {accuracy:.4f}" in out
     packed, padded = (read(tmp_path / f"{layout}.jsonl") for layout in ("packed", "padded"))
     for one, other in zip(packed, padded, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
@@ -113,44 +132,130 @@ def test_every_form_is_scored_in_order(run_evaluate: Evaluate, reward_run: Path,
         assert ("accuracy" in line) == (form not in ("completion", "alpaca"))
 
 
+class Stopped:
+    """A Scorer.score that ends the command after a number of batches."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, batch_size: int = 2):
+        self.num_rows, self.num_left, self.end = 0, -1, lambda: None
+        self._plain = Scorer.score
+        monkeypatch.setattr(evaluate, "ROWS_PER_BATCH", batch_size)
+        monkeypatch.setattr(Scorer, "score", lambda scorer, rows: self._score(scorer, rows))
+
+    def after(self, num_batches: int, end: Callable[[], None]) -> None:
+        self.num_rows, self.num_left, self.end = 0, num_batches, end
+
+    def _score(self, scorer: Scorer, rows: Any) -> list[RowScores]:
+        if self.num_left == 0:
+            self.num_left = -1
+            self.end()
+        self.num_left -= 1
+        self.num_rows += len(rows)
+        return self._plain(scorer, rows)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_stopped_command_continues(
     run_evaluate: Evaluate, reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """To the same bytes, after SIGINT, SIGTERM, a full disk and a truncated line."""
     data = write(tmp_path / "rows.jsonl", PAIRS)
+    stopped = Stopped(monkeypatch)
     arguments = (f"model={reward_run}", f"data={data}")
     assert run_evaluate(*arguments, f"to={tmp_path}/whole.jsonl")[0] == 0
-    monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 2)
-    scored: list[int] = []
-    plain = Scorer.scores
-
-    def stopped(self: Scorer, rows: Any) -> list[list[float]]:
-        if len(scored) == 4 and not scored[0] < 0:
-            raise KeyboardInterrupt
-        scored.extend(range(len(rows)))
-        return plain(self, rows)
-
-    monkeypatch.setattr(Scorer, "scores", stopped)
-    target = tmp_path / "part.jsonl"
-    assert run_evaluate(*arguments, f"to={target}")[0] == 130 and not target.exists()
-    partial = tmp_path / ".part.jsonl.partial"
-    with open(partial, "a") as file:
-        file.write('{"row": 4, "sco')  # a cut line
-    scored[:] = [-1]
+    target, partial = tmp_path / "part.jsonl", tmp_path / ".part.jsonl.partial"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stopped.after(1, lambda number=number: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as ended:
+            run_evaluate(*arguments, f"to={target}")
+        assert ended.value.code == 128 + number and not target.exists()
+    assert len(partial.read_text().splitlines()) == 1 + 4
+    stopped.after(1, full_disk)
+    status, _, err = run_evaluate(*arguments, f"to={target}")
+    assert status == 6 and "error[STORAGE]" in err and "6 rows are scored; repeat the command to continue" in err
+    with open(partial, "a") as file:  # killed between two batches, and in a line
+        file.write('{"row": 6, "scores": [0.0, 0.0]}\n{"row": 7, "sco')
+    stopped.after(-1, interrupt)
     status, out, err = run_evaluate(*arguments, f"to={target}")
     assert status == 0, err
-    assert "continuing after 4 rows" in out and len(scored) == 1 + 5
-    whole = read(tmp_path / "whole.jsonl")
-    for row, other in zip(read(target), whole, strict=True):
-        assert row["row"] == other["row"] and row["scores"] == pytest.approx(other["scores"], abs=1e-5)
-    assert not partial.exists()
-    # Another option, or other data, continues nothing.
-    scored[:] = []
-    assert run_evaluate(*arguments, f"to={tmp_path}/third.jsonl")[0] == 130
-    scored[:] = [-1]
-    status, _, err = run_evaluate(*arguments, f"to={tmp_path}/third.jsonl", "normalize=true")
-    assert status == 2 and "is of another model, other data or other options" in err
+    assert "continuing after 6 rows" in out and stopped.num_rows == 3
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "whole.jsonl", "part.jsonl"}
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_partial_file_of_something_else_is_refused(
+    run_evaluate: Evaluate, reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write(tmp_path / "rows.jsonl", PAIRS)
+    model = tmp_path / "model"
+    shutil.copytree((reward_run / "LATEST").resolve(), model)
+    stopped = Stopped(monkeypatch)
+    arguments = (f"model={model}", f"data={data}", f"to={tmp_path}/out.jsonl")
+    stopped.after(1, interrupt)
+    assert run_evaluate(*arguments)[0] == 130
+    partial = tmp_path / ".out.jsonl.partial"
+    whole = partial.read_bytes()
+
+    status, _, err = run_evaluate(*arguments, "normalize=true")
+    assert status == 2 and "is damaged, or of another model, other data or other options" in err
+    header, *lines = whole.splitlines(keepends=True)
+    for damaged in (b"\x00\xff\n" + whole, header + b"\xff\n", header + b"3\n", header + lines[1], b"[]\n"):
+        partial.write_bytes(damaged)
+        status, _, err = run_evaluate(*arguments)
+        assert (status, err.count("error[CONFIG] to: "), err.count("\n")) == (2, 1, 1), damaged
+        assert partial.read_bytes() == damaged
+    partial.write_bytes(whole)
+    os.utime(model / "config.json", (1, 1))
+    assert run_evaluate(*arguments)[0] == 2  # another model
+    for empty in (b"", header[:9]):
+        partial.write_bytes(empty)
+        assert run_evaluate(*arguments)[0] == 0
+        (tmp_path / "out.jsonl").unlink()
     write(data, PAIRS[:8])
-    assert run_evaluate(*arguments, f"to={tmp_path}/third.jsonl")[0] == 2
+    partial.write_bytes(whole)
+    assert run_evaluate(*arguments)[0] == 2  # other data
+    partial.unlink()
+
+    with open(partial, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        status, _, err = run_evaluate(*arguments)
+    assert status == 2 and "another command writes" in err
+
+
+def test_progress_is_printed(
+    run_evaluate: Evaluate, reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write(tmp_path / "rows.jsonl", PAIRS)
+    monkeypatch.setattr(evaluate, "ROWS_PER_BATCH", 4)
+    monkeypatch.setattr(Progress, "INTERVAL", 0.0)
+    out = run_evaluate(f"model={reward_run}", f"data={data}", f"to={tmp_path}/lines")[1]
+    assert "scoring: 4 of 9 rows, " in out and "scoring: 9 of 9 rows, 0 s left" in out
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    err = run_evaluate(f"model={reward_run}", f"data={data}", f"to={tmp_path}/bar")[2]
+    assert "scoring: 100%" in err and "9/9" in err
+
+
+def test_scores_are_independent_of_the_batch(
+    run_evaluate: Evaluate, reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write(
+        tmp_path / "rows.jsonl", [row | {"prompt": row["prompt"] * (1 + n % 3)} for n, row in enumerate(PAIRS)]
+    )
+    found = []
+    for batch_size, budget in ((64, 4096), (1, 4096), (4, 200), (9, 1)):
+        monkeypatch.setattr(evaluate, "ROWS_PER_BATCH", batch_size)
+        monkeypatch.setitem(scoring.TOKEN_BUDGET, "cpu", budget)
+        target = tmp_path / f"{batch_size}.jsonl"
+        assert run_evaluate(f"model={reward_run}", f"data={data}", f"to={target}")[0] == 0
+        found.append(torch.tensor([row["scores"] for row in read(target)]))
+    for scores in found[1:]:
+        torch.testing.assert_close(scores, found[0], rtol=1e-5, atol=1e-6)
 
 
 def test_normalised_scores(run_evaluate: Evaluate, reward_run: Path, tmp_path: Path) -> None:
@@ -176,6 +281,201 @@ def test_wrong_models_and_files(run_evaluate: Evaluate, sft_run: Path, reward_ru
     assert status == 3 and "bad.jsonl line 3: field 'chosen' is a number, not text" in err
 
 
+@pytest.mark.parametrize(
+    ("keys", "status", "problem"),
+    [
+        (["to=/proc/none/out"], 6, "error[STORAGE] to: /proc/none/out cannot be written (No such file or directory)"),
+        (["to=/proc/out"], 6, "error[STORAGE] to: /proc/out cannot be written"),
+        (["to=FILE/out"], 6, "/file is not a folder)"),
+        (["max_length=100000"], 2, "error[CONFIG] max_length: 100000 is more than the 1024 positions of the model"),
+        (["max_length=64"], 2, "max_prompt_length: 256 is not below max_length (64)"),
+        (["max_length=0"], 2, "max_length: "),
+        (["data=missing.jsonl"], 3, "error[DATA] data: missing.jsonl is not a file"),
+        (["data=FOLDER"], 3, "is not a file"),
+        (["data=EMPTY"], 3, "has no rows"),
+        (["data=BLANK"], 3, "has no rows"),
+        (["data=BINARY"], 3, "line 1 is not UTF-8"),
+        (["data=BINARY", "on_bad_row=drop"], 3, "no row of "),
+        (["data=UNKNOWN"], 3, "unknown kind of file"),
+        (["data=TABLE"], 3, "cannot be read"),
+        (["model=missing/"], 4, "error[CHECKPOINT]"),
+        (["model=FOLDER"], 4, "contains no model"),
+        (["on_bad_row=keep"], 2, "on_bad_row"),
+    ],
+)
+def test_every_error_is_one_line(
+    keys: list[str], status: int, problem: str, run_evaluate: Evaluate, reward_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    files = {"EMPTY": ("empty.jsonl", b""), "BLANK": ("blank.jsonl", b"\n\n"), "BINARY": ("bin.jsonl", b"\x89\xff\n"),
+             "UNKNOWN": ("rows.bin", b"\x00"), "TABLE": ("rows.parquet", b"PAR1"), "FILE": ("file", b"")}  # fmt: skip
+    for name, content in files.values():
+        (tmp_path / name).write_bytes(content)
+    places = {**{key: tmp_path / name for key, (name, _) in files.items()}, "FOLDER": tmp_path / "folder"}
+    data = write(tmp_path / "rows.jsonl", PAIRS)
+    arguments = {"model": str(reward_run), "data": str(data), "to": str(tmp_path / "out.jsonl")}
+    for key in keys:
+        name, _, value = key.partition("=")
+        for place, path in places.items():
+            value = value.replace(place, str(path))
+        arguments[name] = value
+    found, _, err = run_evaluate(*(f"{name}={value}" for name, value in arguments.items()))
+    assert found == status and problem in err, err
+    assert err.startswith("error[") and "; fix: " in err and err.count("\n") == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "out"))]
+
+
+def test_malformed_rows_are_dropped_and_counted(run_evaluate: Evaluate, reward_run: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    bad = ['{"prompt": "x", "chosen": 3, "rejected": "y"}', "{broken", json.dumps(PAIRS[1]), "[1]"]
+    data.write_text("\n".join([json.dumps(PAIRS[0]), *bad]) + "\n")
+    arguments = (f"model={reward_run}", f"data={data}", f"to={tmp_path}/out.jsonl")
+    status, out, err = run_evaluate(*arguments)
+    assert status == 3 and "rows.jsonl line 2: field 'chosen' is a number, not text" in err
+    assert "on_bad_row=drop leaves out such rows" in err
+    status, out, err = run_evaluate(*arguments, "on_bad_row=drop")
+    assert status == 0, err
+    rows = read(tmp_path / "out.jsonl")
+    assert [row["row"] for row in rows] == [0, 1, 2, 3, 4]
+    assert ["scores" in row for row in rows] == [True, False, False, True, False]
+    assert rows[2]["dropped"].startswith(f"{data} line 3 is not JSON")
+    assert "2 rows scored, 3 dropped" in out and "dropped: 3 malformed; the first malformed row: " in out
+
+
+def test_a_score_that_is_not_a_number(
+    run_evaluate: Evaluate, reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write(tmp_path / "rows.jsonl", PAIRS)
+    plain = Scorer.score
+
+    def score(self: Scorer, rows: Any) -> list[RowScores]:
+        first, second, *others = plain(self, rows)
+        return [first, second._replace(scores=[0.0, math.inf]), *others]
+
+    monkeypatch.setattr(Scorer, "score", score)
+    status, _, err = run_evaluate(f"model={reward_run}", f"data={data}", f"to={tmp_path}/out.jsonl")
+    assert status == 5 and "a score of row 1 is NaN or Inf" in err
+
+
+# ---- The same tokens and scores as in training ----
+
+
+LENGTHS = {"max_length": 160, "max_prompt_length": 100}
+LONG = "and so on " * 60
+QUESTIONS = [f"{LONG * (n % 2)}Is {n} good?" for n in range(6)]  # three too long
+ANSWERS = [f" Yes, {n}.{LONG * (n == 3)}" for n in range(6)]
+
+
+def hh(question: str) -> str:
+    return f"\n\nHuman: {question}\n\nAssistant:"
+
+
+# By batch kind of training and form: a row of a question and its best response, with the end-of-text token.
+ROWS: dict[tuple[BatchKind, str], Callable[[str, str, str], dict[str, Any]]] = {
+    ("ranked", "strings"): lambda question, answer, end: {
+        "prompt": hh(question), "chosen": answer, "rejected": f" No.{end}",
+    },
+    ("ranked", "ranked"): lambda question, answer, end: {
+        "prompt": hh(question), "responses": [answer, " No.", f" {end}?"],
+    },
+    ("ranked", "messages"): lambda question, answer, end: {
+        "prompt": [{"role": "user", "content": question + end}],
+        "chosen": [{"role": "assistant", "content": answer + end}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    },
+    ("unpaired", "unpaired"): lambda question, answer, end: {
+        "prompt": hh(question), "completion": answer, "label": True,
+    },
+    ("sft", "alpaca"): lambda question, answer, end: {"instruction": question, "output": answer},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["hh", "chatml"])
+@pytest.mark.parametrize(("batch", "form"), list(ROWS))
+def test_tokens_and_scores_are_those_of_training(
+    batch: BatchKind, form: str, template: str, run_evaluate: Evaluate, reward_run: Path, tmp_path: Path
+) -> None:
+    saved = load_saved(str(reward_run))
+    tokenizer = saved.tokenizer
+    row = ROWS[batch, form]
+    data = write(
+        tmp_path / "rows.jsonl", [row(*texts, tokenizer.eos_token) for texts in zip(QUESTIONS, ANSWERS, strict=True)]
+    )
+    preferences = load_file(data, "train", RowCounts(), tokenizer, chat_template=template, test_fraction=0, batch=batch)
+    split = tokenize([(preferences, "keep_end")], tokenizer, batch, RowCounts(), **LENGTHS, cache_dir=tmp_path)
+    scorer = Scorer(saved.model.eval(), tokenizer, layout="padded", **LENGTHS)
+    reader = RowReader(data, None, Chat(tokenizer, template, "last"))
+    found = scorer.examples([each.parsed for each in reader if not isinstance(each.parsed, str)])
+    for example, (of_row, _, _) in zip(split.examples, found, strict=True):
+        assert np.array_equal(example.prompt, of_row.prompt)
+        assert len(example.responses) == len(of_row.responses)
+        assert all(map(np.array_equal, example.responses, of_row.responses))
+
+    keys = [f"chat_template={template}", *(f"{name}={value}" for name, value in LENGTHS.items())]
+    status, out, err = run_evaluate(f"model={reward_run}", f"data={data}", f"to={tmp_path}/out", *keys)
+    assert status == 0, err
+    lines = read(tmp_path / "out")
+    saved.model.double()
+    exact = scorer.score([each.parsed for each in reader if not isinstance(each.parsed, str)])
+    for example, line, scores in zip(split.examples, lines, exact, strict=True):
+        with torch.no_grad():
+            expected = run_head(saved.model, lay_out([example], "padded", feeds_last_token=True))[1].tolist()
+        assert scores.scores == pytest.approx(expected, abs=1e-10)
+        assert line["scores"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert [n for n, line in enumerate(lines) if "prompt_is_truncated" in line] == [1, 3, 5]
+    assert [line.get("truncated_responses") for line in lines] == [None, None, None, [0], None, None]
+    assert "truncated to max_length=160: 3 prompts, 1 responses" in out
+
+
+# ---- Chat templates ----
+
+
+def test_rows_of_reward_bench_are_messages(run_evaluate: Evaluate, reward_run: Path, tmp_path: Path) -> None:
+    """By the chat template; format=strings leaves them as they are, and a line says which."""
+    prompt, texts = "Is it good?", ["Yes.", "No."]
+    pair = {"prompt": prompt, "chosen": texts[0], "rejected": texts[1], "subset": "hep-go"}
+    lists = {"prompt": prompt, "chosen": texts[:1], "rejected": texts[1:], "subset": "Math"}
+    user = {"role": "user", "content": prompt}
+    answers = [{"role": "assistant", "content": text} for text in texts]
+    messages = {"prompt": [user], "chosen": answers[:1], "rejected": answers[1:]}
+    own = {**pair, "subset": "mine"}
+
+    def scores(row: dict[str, Any], *keys: str) -> tuple[list[float], str]:
+        target = tmp_path / "out.jsonl"
+        target.unlink(missing_ok=True)
+        data = write(tmp_path / "rows.jsonl", [row])
+        status, out, err = run_evaluate(f"model={reward_run}", f"data={data}", f"to={target}", *keys)
+        assert status == 0, err
+        (line,) = read(target)
+        return line["scores"], out
+
+    for template in ([], ["chat_template=chatml"]):  # the run's is hh
+        expected, out = scores(messages, *template)
+        assert "note" not in out
+        for row in (pair, lists):
+            found, out = scores(row, *template)
+            assert found == pytest.approx(expected, abs=1e-6)
+            assert "note: 1 rows of RewardBench are written by the chat template (format=strings" in out
+            plain, out = scores(row, *template, "format=strings")
+            assert plain != pytest.approx(expected, abs=1e-6)
+            assert "note: 1 of 1 rows of " in out and "plain text, scored as they are, without the chat template" in out
+        found, out = scores(own, *template)
+        assert found == plain and "are plain text, scored as they are, without the chat template" in out
+        assert scores(own, *template, "format=messages")[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_rows_of_reward_bench_without_a_template(run_evaluate: Evaluate, reward_run: Path, tmp_path: Path) -> None:
+    """A model without a run or a template of its own scores plain text, and a line says so."""
+    model = tmp_path / "model"
+    shutil.copytree((reward_run / "LATEST").resolve(), model)
+    (model / "training_state.json").unlink()
+    assert not AutoTokenizer.from_pretrained(model).chat_template
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "B", "subset": "hep-go"}])
+    status, out, err = run_evaluate(f"model={model}", f"data={data}", f"to={tmp_path}/out.jsonl")
+    assert status == 0, err
+    assert "note: 1 rows of RewardBench are scored as plain text, as the tokenizer has no chat template" in out
+
+
 # ---- Results ----
 
 
@@ -188,23 +488,49 @@ def test_accuracy_of_a_row() -> None:
     assert row_accuracy([3.0, 2.0, 1.0], [], 2) == 1 and row_accuracy([3.0, 1.0, 2.0], [], 2) == 0
 
 
+def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, int]]]:
+    return {
+        heading: {name: (score, num_rows) for name, score, num_rows in results}
+        for heading, results in results_of(rows).items()
+    }
+
+
 def test_results_of_reward_bench_by_hand() -> None:
     # Each subset is right in one of two rows, but for math-prm (2 of 2) and mt-bench-easy (0 of 2).
     rows = [
         {"subset": subset, "accuracy": {"math-prm": 1.0, "mt-bench-easy": 0.0}.get(subset, float(half)), "scores": []}
-        for subsets in SECTIONS.values()
+        for subsets in SECTION_WEIGHTS.values()
         for subset in subsets
         for half in range(2)
     ]
-    results = results_of(rows)
-    assert results["hep-go"] == 0.5 and results["Safety"] == results["Chat Hard"] == 0.5
-    assert results["Chat"] == pytest.approx(0.5 * 330 / 358)
-    assert results["Reasoning"] == pytest.approx(0.75)  # math-prm weighs as much as code
-    assert results["RewardBench"] == pytest.approx((0.5 + 0.5 + 0.75 + 0.5 * 330 / 358) / 4)
-    assert sum(SECTIONS["Reasoning"].values()) == 2 * 984
-    some = results_of([{"subset": "hep-go", "accuracy": 1.0}, {"subset": "mine", "accuracy": 0.0}])
-    assert some == {"hep-go": 1.0, "mine": 0.0, "Reasoning": 1.0, "all rows": 0.5}
-    assert results_of([{"scores": [1.0]}]) == {}
+    results = table(rows)
+    assert list(results) == ["RewardBench", "overall"] and results["RewardBench"]["hep-go"] == (0.5, 2)
+    overall = results["overall"]
+    assert overall["Safety"] == (0.5, 10) and overall["Chat Hard"] == (0.5, 12)
+    assert overall["Chat"][0] == pytest.approx(0.5 * 330 / 358)
+    assert overall["Reasoning"][0] == pytest.approx(0.75)  # math-prm weighs as much as code
+    assert overall["RewardBench"] == (pytest.approx((0.5 + 0.5 + 0.75 + 0.5 * 330 / 358) / 4), 46)
+    assert overall["all rows"] == (0.5, 46)
+    assert [sum(weights.values()) for weights in SECTION_WEIGHTS.values()] == [358, 456, 740, 2 * 984]
+
+
+def test_unknown_and_missing_subsets_are_told() -> None:
+    rows: list[dict[str, Any]] = [
+        {"subset": "hep-go", "accuracy": 1.0},
+        {"subset": "math-prm", "accuracy": 0.5},
+        {"subset": "mine", "accuracy": 0.0},
+        {"subset": 7, "accuracy": 1.0},
+        {"subset": "Math", "accuracy": 1.0},  # RewardBench 2 has lists
+        {"accuracy": 0.0},
+    ]
+    results = table(rows)
+    assert results["RewardBench"] == {"hep-go": (1.0, 1), "math-prm": (0.5, 1)}
+    assert results["other subsets"] == {"mine": (0, 1), "7": (1, 1), "Math": (1, 1), "(no subset)": (0, 1)}
+    partial = pytest.approx((164 + 0.5 * 984) / (164 + 984))
+    assert results["overall"] == {"Reasoning (2 of 7 subsets)": (partial, 2), "all rows": (pytest.approx(3.5 / 6), 6)}
+    assert table(rows[2:3]) == {"other subsets": {"mine": (0, 1)}, "overall": {"all rows": (0, 1)}}
+    assert table(rows[-1:]) == {"overall": {"all rows": (0, 1)}}
+    assert table([{"scores": [1.0]}]) == {}
 
 
 def test_results_of_reward_bench_2_by_hand() -> None:
@@ -221,6 +547,19 @@ def test_results_of_reward_bench_2_by_hand() -> None:
     assert ties_score(ties) == pytest.approx(expected)
     assert ties_score([{"id": "7", "num_chosen": 1, "scores": [1.0, 0.0]}]) is None
     others = ["Factuality", "Precise IF", "Math", "Safety", "Focus"]
-    rows = [{"subset": name, "accuracy": 0.5, "scores": []} for name in others]
-    rows += [{"subset": "Ties", "accuracy": 1.0, **row} for row in ties]
-    assert results_of(rows)["RewardBench 2"] == pytest.approx((5 * 0.5 + expected) / 6)
+    rows = [{"subset": name, "accuracy": 0.5, "num_chosen": 1, "scores": []} for name in others]
+    rows += [{"subset": "ties", "accuracy": 1.0, **row} for row in ties]
+    results = table(rows)
+    assert results["RewardBench 2"]["Ties"] == (pytest.approx(expected), 4)
+    assert results["overall"]["RewardBench 2"] == (pytest.approx((5 * 0.5 + expected) / 6), 9)
+    assert "RewardBench 2" not in table(rows[1:])["overall"]
+    without_ids = table([row | {"id": "7"} for row in rows])
+    assert without_ids["RewardBench 2"]["Ties, plain accuracy"] == (1.0, 4)
+    assert "RewardBench 2" not in without_ids["overall"]
+    # Equal right scores: the last term is 1, -1, or 0 where the gap is 0 too.
+    for gap, last in ((1.0, 1.0), (-1.0, -1.0), (0.0, 0.0)):
+        pair = [
+            {"id": "tied:1", "num_chosen": 2, "scores": [2.0, 2.0, 2.0 - gap]},
+            {"id": "ref:1", "num_chosen": 1, "scores": [2.0, -9.0]},
+        ]
+        assert ties_score(pair) == pytest.approx(0.3 + (gap > 0) * 0.7 + 0.01 * last)

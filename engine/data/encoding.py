@@ -49,7 +49,7 @@ class EncodedTexts:
         return self.tokens[self.starts[index] : self.starts[index] + self.lengths[index] + 1]
 
 
-def encode(texts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase") -> EncodedTexts:
+def encode(texts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase", *, show_progress: bool = True) -> EncodedTexts:
     """Encode texts.
 
     Special tokens count in text of a chat template, unless they are marked. Elsewhere they are plain text.
@@ -57,7 +57,7 @@ def encode(texts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase") -> Encod
     prefix, eos = token_prefix(tokenizer), eos_token_id(tokenizer)
     arrays: list[np.ndarray] = []
     lengths: list[int] = []
-    with Progress("tokenizing", total=len(texts), unit="texts") as progress:
+    with Progress("tokenizing", total=len(texts), unit="texts", is_shown=None if show_progress else False) as progress:
         for from_template, group in groupby(texts, key=lambda item: item.from_template):
             while chunk := [item.text for item in islice(group, CHUNK_SIZE)]:
                 ids = encode_texts(chunk, tokenizer, parse_special_tokens=from_template)

@@ -128,7 +128,7 @@ def tokenize(
         prompt, responses = encoded.prompt(draft.prompt), tuple(map(encoded.response, draft.responses))
         num_tokens = len(prompt) + sum(map(len, responses))
         keeps_end = draft.truncation_mode == "keep_end"
-        num_front = _num_bos(prompt, encoded, tokenizer) if keeps_end else max_prompt_length
+        num_front = num_bos(prompt, encoded, tokenizer) if keeps_end else max_prompt_length
         prompt, responses = truncate(prompt, responses, max_length, max_prompt_length, num_front=num_front)
         has_text = [encoded.lengths[index] > 0 for index in draft.responses]
         prompt_index = prompt_indices.get(draft.prompt_number, len(prompt_indices))
@@ -307,7 +307,7 @@ def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts) -> li
 # ---- After encoding ----
 
 
-def _num_bos(prompt: np.ndarray, encoded: EncodedTexts, tokenizer: "PreTrainedTokenizerBase") -> int:
+def num_bos(prompt: np.ndarray, encoded: EncodedTexts, tokenizer: "PreTrainedTokenizerBase") -> int:
     """Number of tokens before a prompt's text: the prefix, or a template's BOS."""
     return len(encoded.prefix) or int(prompt[:1].tolist() == [tokenizer.bos_token_id])
 
