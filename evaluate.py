@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pydantic import Field
@@ -114,6 +115,8 @@ def load(options: EvaluateOptions, record: "RunRecord") -> "tuple[Scorer, Chat]"
     from engine.step.packing_check import use_packed_attention
 
     transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     saved = load_saved(options.model, dtype=options.dtype and getattr(torch, options.dtype), base=options.base)
     if not has_score_head(saved.model):
         problem = f"model: {options.model} is a model of text, not a reward model"
@@ -247,7 +250,13 @@ def print_results(lines: list[dict[str, Any]], survey: "RowSurvey", max_length: 
         print(f"  truncated to max_length={max_length}: {num_prompts:,} prompts, {num_responses:,} responses")
     if num_responses:
         print("  a truncated response is scored before its end")
-    print("\n".join(result_lines(results_of(lines))))
+    scores = [score for line in lines for score in line.get("scores", [])]
+    print(f"  scores of {len(scores):,} responses: mean {fmean(scores):.4f}, standard deviation {pstdev(scores):.4f}")
+    results = results_of(lines)
+    if not results:
+        print("  no row has a preference, so there is no accuracy")
+    for line in result_lines(results):
+        print(line)
 
 
 def result_lines(results: dict[str, list[Any]]) -> Iterator[str]:

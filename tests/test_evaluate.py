@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import json
 import math
 import os
@@ -119,10 +120,10 @@ def test_every_form_is_scored_in_order(run_evaluate: Evaluate, reward_run: Path,
         "alpaca": {"instruction": "Is it good?", "output": "Yes."},
         "lists": {"prompt": prompt, "chosen": texts[:1], "rejected": texts[1:]},
     }
-    found = {}
+    found, outputs = {}, {}
     for form, row in forms.items():
         data, target = write(tmp_path / f"{form}.jsonl", [row]), tmp_path / f"{form}.out"
-        status, _, err = run_evaluate(f"model={reward_run}", f"data={data}", f"to={target}")
+        status, outputs[form], err = run_evaluate(f"model={reward_run}", f"data={data}", f"to={target}")
         assert status == 0, (form, err)
         (found[form],) = read(target)
     first = found["strings"]["scores"]
@@ -130,6 +131,7 @@ def test_every_form_is_scored_in_order(run_evaluate: Evaluate, reward_run: Path,
     for form, line in found.items():
         assert line["scores"] == pytest.approx(first[: len(line["scores"])], abs=1e-5), form
         assert ("accuracy" in line) == (form not in ("completion", "alpaca"))
+        assert ("no row has a preference" in outputs[form]) == (form in ("completion", "alpaca"))
 
 
 class Stopped:
@@ -167,7 +169,7 @@ def test_a_stopped_command_continues(
     assert run_evaluate(*arguments, f"to={tmp_path}/whole.jsonl")[0] == 0
     target, partial = tmp_path / "part.jsonl", tmp_path / ".part.jsonl.partial"
     for number in (signal.SIGINT, signal.SIGTERM):
-        stopped.after(1, lambda number=number: os.kill(os.getpid(), number))
+        stopped.after(1, functools.partial(os.kill, os.getpid(), number))
         with pytest.raises(SystemExit) as ended:
             run_evaluate(*arguments, f"to={target}")
         assert ended.value.code == 128 + number and not target.exists()
@@ -267,6 +269,32 @@ def test_normalised_scores(run_evaluate: Evaluate, reward_run: Path, tmp_path: P
     for row, other in zip(read(plain), read(normal), strict=True):
         expected = [(score - config["reward_mean"]) / config["reward_std"] for score in row["scores"]]
         assert other["scores"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_normalisation_comes_from_the_config(run_evaluate: Evaluate, reward_run: Path, tmp_path: Path) -> None:
+    """Of a model without a run; an error names a config without usable numbers."""
+    model = tmp_path / "model"
+    shutil.copytree((reward_run / "LATEST").resolve(), model)
+    (model / "training_state.json").unlink()
+    config = json.loads((model / "config.json").read_text())
+    data = write(tmp_path / "rows.jsonl", PAIRS)
+
+    def normal(**changed: Any) -> tuple[int, str]:
+        (model / "config.json").write_text(json.dumps(config | changed))
+        keys = ("normalize=true", f"to={tmp_path}/{len(list(tmp_path.iterdir()))}.jsonl")
+        status, _, err = run_evaluate(f"model={model}", f"data={data}", *keys)
+        return status, err
+
+    assert normal()[0] == 0
+    scores = [score for row in read(tmp_path / "2.jsonl") for score in row["scores"]]
+    assert normal(reward_mean=config["reward_mean"] + config["reward_std"])[0] == 0
+    shifted = [score for row in read(tmp_path / "3.jsonl") for score in row["scores"]]
+    assert shifted == pytest.approx([score - 1 for score in scores], abs=1e-6)
+    for changed in ({"reward_mean": None}, {"reward_std": None}, {"reward_mean": "0.5"}):
+        status, err = normal(**changed)
+        assert status == 2 and "has no reward_mean and reward_std; fix: give a checkpoint saved after" in err
+    status, err = normal(reward_std=0.0)
+    assert status == 2 and "cannot be divided by it" in err
 
 
 def test_wrong_models_and_files(run_evaluate: Evaluate, sft_run: Path, reward_run: Path, tmp_path: Path) -> None:
@@ -462,6 +490,8 @@ def test_rows_of_reward_bench_are_messages(run_evaluate: Evaluate, reward_run: P
         found, out = scores(own, *template)
         assert found == plain and "are plain text, scored as they are, without the chat template" in out
         assert scores(own, *template, "format=messages")[0] == pytest.approx(expected, abs=1e-6)
+        written = {**own, "prompt": hh(prompt), "chosen": " Yes.", "rejected": " No."}
+        assert ("scored as they are" in scores(written, *template)[1]) == (template != [])  # the run's is hh
 
 
 def test_rows_of_reward_bench_without_a_template(run_evaluate: Evaluate, reward_run: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class RowSurvey:
         num_rows: of all rows.
         dropped: number of dropped rows by reason.
         first_bad_row: the problem of the first malformed row.
-        num_plain_text: rows scored as they are, though there is a chat template or RewardBench expects one.
+        num_plain_text: rows scored as they are; not those in the format of HH where the model expects it.
         num_benchmark_plain: rows of RewardBench among them.
         num_benchmark_messages: rows of RewardBench that a chat template writes.
     """
@@ -59,15 +59,19 @@ class RowSurvey:
     num_benchmark_plain: int = 0
     num_benchmark_messages: int = 0
 
-    def add(self, row: RowToScore, chat: Chat) -> None:
+    def add(self, row: RowToScore, expects_hh: bool) -> None:
+        """Count a row.
+
+        Args:
+            expects_hh: whether the model was trained on text in the format of HH.
+        """
         self.num_rows += 1
         if isinstance(row.parsed, str):
             self.dropped[MALFORMED if row.is_malformed else row.parsed] += 1
             if row.is_malformed:
                 self.first_bad_row = self.first_bad_row or row.parsed
         elif row.parsed.is_plain_text:
-            # The author may have written text in the format of HH.
-            self.num_plain_text += chat.is_template or ASSISTANT_TURN not in row.parsed.prompt
+            self.num_plain_text += not (expects_hh and ASSISTANT_TURN in row.parsed.prompt)
             self.num_benchmark_plain += row.is_of_benchmark
         else:
             self.num_benchmark_messages += row.is_of_benchmark
@@ -108,9 +112,13 @@ class RowReader:
 
     def survey(self) -> RowSurvey:
         """Parse all rows once, to find a malformed one before the first is scored."""
+        # Exported models have the format of HH as a template.
+        expects_hh = not self._chat.is_template or ASSISTANT_TURN.strip() in str(
+            self._chat.jinja or self._chat.tokenizer.chat_template
+        )
         survey = RowSurvey()
         for row in progress(self, description=f"reading {self._path.name}", unit="rows"):
-            survey.add(row, self._chat)
+            survey.add(row, expects_hh)
         return survey
 
     def _rows(self) -> Iterator[Row | BadRow]:

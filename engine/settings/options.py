@@ -78,9 +78,10 @@ def parse_value(annotation: Any, text: str) -> Any:
 
 def help_text(usage: str, options: type[Options]) -> str:
     lines = [usage, ""]
+    width = max(len(key) for key in keys_of(options)) + 2
     for key, field in keys_of(options).items():
         default = "required" if field.is_required() else yaml.safe_dump(field.default).split("\n")[0]
-        lines.append(f"  {key + '=':<16} {field.description} [{default}]")
+        lines.append(f"  {key + '=':<{width}} {field.description} [{default}]")
     return "\n".join(lines)
 
 
