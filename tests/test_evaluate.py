@@ -388,7 +388,7 @@ def test_a_score_that_is_not_a_number(
 # ---- The same tokens and scores as in training ----
 
 
-LENGTHS = {"max_length": 160, "max_prompt_length": 100}
+MAX_LENGTH, MAX_PROMPT_LENGTH = 160, 100
 LONG = "and so on " * 60
 QUESTIONS = [f"{LONG * (n % 2)}Is {n} good?" for n in range(6)]  # three too long
 ANSWERS = [f" Yes, {n}.{LONG * (n == 3)}" for n in range(6)]
@@ -430,8 +430,17 @@ def test_tokens_and_scores_are_those_of_training(
         tmp_path / "rows.jsonl", [row(*texts, tokenizer.eos_token) for texts in zip(QUESTIONS, ANSWERS, strict=True)]
     )
     preferences = load_file(data, "train", RowCounts(), tokenizer, chat_template=template, test_fraction=0, batch=batch)
-    split = tokenize([(preferences, "keep_end")], tokenizer, batch, RowCounts(), **LENGTHS, cache_dir=tmp_path)
-    scorer = Scorer(saved.model.eval(), tokenizer, layout="padded", **LENGTHS)
+    split = tokenize(
+        [(preferences, "keep_end")],
+        tokenizer,
+        batch,
+        RowCounts(),
+        max_length=MAX_LENGTH,
+        max_prompt_length=MAX_PROMPT_LENGTH,
+        cache_dir=tmp_path,
+    )
+    model = saved.model.eval()
+    scorer = Scorer(model, tokenizer, layout="padded", max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT_LENGTH)
     reader = RowReader(data, None, Chat(tokenizer, template, "last"))
     found = scorer.examples([each.parsed for each in reader if not isinstance(each.parsed, str)])
     for example, (of_row, _, _) in zip(split.examples, found, strict=True):
@@ -439,15 +448,15 @@ def test_tokens_and_scores_are_those_of_training(
         assert len(example.responses) == len(of_row.responses)
         assert all(map(np.array_equal, example.responses, of_row.responses))
 
-    keys = [f"chat_template={template}", *(f"{name}={value}" for name, value in LENGTHS.items())]
+    keys = [f"chat_template={template}", f"max_length={MAX_LENGTH}", f"max_prompt_length={MAX_PROMPT_LENGTH}"]
     status, out, err = run_evaluate(f"model={reward_run}", f"data={data}", f"to={tmp_path}/out", *keys)
     assert status == 0, err
     lines = read(tmp_path / "out")
-    saved.model.double()
+    model.double()
     exact = scorer.score([each.parsed for each in reader if not isinstance(each.parsed, str)])
     for example, line, scores in zip(split.examples, lines, exact, strict=True):
         with torch.no_grad():
-            expected = run_head(saved.model, lay_out([example], "padded", feeds_last_token=True))[1].tolist()
+            expected = run_head(model, lay_out([example], "padded", feeds_last_token=True))[1].tolist()
         assert scores.scores == pytest.approx(expected, abs=1e-10)
         assert line["scores"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert [n for n, line in enumerate(lines) if "prompt_is_truncated" in line] == [1, 3, 5]
