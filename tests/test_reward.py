@@ -15,6 +15,7 @@ from engine.data.forms import ParsedRow
 from engine.export.saved_models import load_saved
 from engine.export.scoring import Scorer
 from engine.models.score_head import prepare_config
+from engine.models.shards import full_tensor
 from engine.step.packing_check import use_packed_attention
 from tests.ranks import Job, make_trainer, on_ranks, trajectories
 from tests.runs import SMALL, Program, Run
@@ -302,6 +303,26 @@ def test_every_trainer_gives_the_same_training_and_evaluation(num_ranks: int, na
             for key, value in truth[2].items():
                 difference = (weights[key] - value).norm() / value.norm()
                 assert difference.item() < 1e-2, (name, key)
+
+
+def loaded_heads(archive: Path, directory: Path) -> list[torch.Tensor]:
+    """The score heads of sharded trainers that start from an archive in bf16."""
+    heads = []
+    for name in ("fsdp", "tensor"):
+        overrides = (*PLACEMENTS[name], f"model.archive={archive}", "model.policy_dtype=bfloat16")
+        trainer = make_trainer(("llama", "reward", overrides), directory / name)
+        heads.append(full_tensor(trainer.policy.score.weight).detach().clone())
+    return heads
+
+
+@pytest.mark.slow
+def test_sharded_trainers_start_with_the_head_in_fp32(tmp_path: Path) -> None:
+    (tmp_path / "start").mkdir()
+    make_trainer(("llama", "reward", ("model.policy_dtype=bfloat16", "n_epochs=1")), tmp_path / "start").train()
+    head = load_file(tmp_path / "start" / "LATEST" / "model.safetensors")[SCORE]
+    assert not torch.equal(head.bfloat16().float(), head)
+    for heads in on_ranks(2, loaded_heads, tmp_path / "start", tmp_path):
+        assert all(torch.equal(each, head) for each in heads)
 
 
 @pytest.mark.slow
