@@ -218,6 +218,7 @@ def test_all_pairs_of_a_prompt_are_one_step(program: Program, tmp_path: Path) ->
     assert len(run.steps) == 6 and all(math.isfinite(step["loss/train"]) for step in run.steps)
     order = program.ok(*common, "loss.ranking=plackett_luce")
     assert "dropped: 3 prompt without one order of its responses (loss.ranking=pairs learns its pairs)" in order.out
+    assert "kept, though" not in order.out
     assert len(order.steps) == 3
 
 

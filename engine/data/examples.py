@@ -134,7 +134,8 @@ def tokenize(
         prompt_index = prompt_indices.get(draft.prompt_number, len(prompt_indices))
         example, reason = _example(draft.group, prompt, responses, has_text, prompt_index, counts, needs_order)
         if example is None:
-            counts.dropped.update([reason] if reason else [])
+            if reason is not None:
+                counts.dropped[reason] += 1
             continue
         prompt_indices[draft.prompt_number] = prompt_index
         examples.append(example)
@@ -159,9 +160,10 @@ def _optional_counts(
 ) -> dict[str, Any]:
     """The parts of Split.counts that are only there if above 0, or if there is one."""
     rankings = [(example, example.comparisons) for example in examples if example.comparisons is not None]
+    repeats = [comparisons.count_repeats() for _, comparisons in rankings]
     optional = {
-        "duplicates": drafts.num_duplicates,
-        "contradictions": drafts.num_contradictions,
+        "duplicates": drafts.num_duplicates + sum(duplicates for duplicates, _ in repeats),
+        "contradictions": drafts.num_contradictions + sum(contradictions for _, contradictions in repeats),
         "compared_pairs": sum(len(comparisons.pairs) for _, comparisons in rankings),
         "ties": sum(count_ties(comparisons) for _, comparisons in rankings),
         "cut_responses": sum(response[-1] != eos_token_id for example, _ in rankings for response in example.responses),
@@ -234,7 +236,7 @@ def _draft(
             # Each response gets an EOS; one that its author wrote would be learned as letters.
             if batch == "ranked":
                 responses = [without_eos(text, tokenizer) for text in preference["responses"]]
-                useful = _ranking(preference, responses, drafts, counts)
+                useful = _ranking(preference, responses, counts)
             else:
                 groups = [
                     group._replace(responses=tuple(without_eos(text, tokenizer) for text in group.responses))
@@ -266,7 +268,7 @@ def _drop_useless(groups: list[Group], batch: "BatchKind", counts: RowCounts) ->
             yield group
 
 
-def _ranking(preference: Preference, responses: Sequence[str], drafts: Drafts, counts: RowCounts) -> Iterator[Group]:
+def _ranking(preference: Preference, responses: Sequence[str], counts: RowCounts) -> Iterator[Group]:
     """The ranking of a prompt, if it has a useful pair."""
     if not preference["pairs"]:
         counts.dropped[f"prompt without {NEEDED['ranked']}"] += 1
@@ -274,9 +276,6 @@ def _ranking(preference: Preference, responses: Sequence[str], drafts: Drafts, c
     is_empty = [not text.strip() for text in responses]
     kept, comparisons = join_equal(responses, is_empty, read_comparisons(preference), counts.dropped, USELESS_TEXTS)
     if kept:
-        num_duplicates, num_contradictions = comparisons.count_repeats()
-        drafts.num_duplicates += num_duplicates
-        drafts.num_contradictions += num_contradictions
         yield Group(tuple(responses[index] for index in kept), comparisons=comparisons)
 
 
