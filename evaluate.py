@@ -202,7 +202,7 @@ def score_rows(reader: "RowReader", survey: "RowSurvey", scorer: "Scorer", file:
     with Progress("scoring", total=survey.num_rows, unit="rows") as progress:
         progress.update(sum(1 for _ in islice(rows, len(file.lines))))
         while batch := list(islice(rows, ROWS_PER_BATCH)):
-            scores = iter(scorer.score([row.parsed for row in batch if not isinstance(row.parsed, str)]))
+            scores = iter(scorer.score_rows([row.parsed for row in batch if not isinstance(row.parsed, str)]))
             lines = [scored_row(row, None if isinstance(row.parsed, str) else next(scores)) for row in batch]
             for line in lines:
                 if not all(map(math.isfinite, line.get("scores", []))):

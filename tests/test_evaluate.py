@@ -135,13 +135,13 @@ def test_every_form_is_scored_in_order(run_evaluate: Evaluate, reward_run: Path,
 
 
 class Stopped:
-    """A Scorer.score that ends the command after a number of batches."""
+    """A Scorer.score_rows that ends the command after a number of batches."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, batch_size: int = 2):
         self.num_rows, self.num_left, self.end = 0, -1, lambda: None
-        self._plain = Scorer.score
+        self._plain = Scorer.score_rows
         monkeypatch.setattr(evaluate, "ROWS_PER_BATCH", batch_size)
-        monkeypatch.setattr(Scorer, "score", lambda scorer, rows: self._score(scorer, rows))
+        monkeypatch.setattr(Scorer, "score_rows", lambda scorer, rows: self._score(scorer, rows))
 
     def after(self, num_batches: int, end: Callable[[], None]) -> None:
         self.num_rows, self.num_left, self.end = 0, num_batches, end
@@ -374,13 +374,13 @@ def test_a_score_that_is_not_a_number(
     run_evaluate: Evaluate, reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write(tmp_path / "rows.jsonl", PAIRS)
-    plain = Scorer.score
+    plain = Scorer.score_rows
 
     def score(self: Scorer, rows: Any) -> list[RowScores]:
         first, second, *others = plain(self, rows)
         return [first, second._replace(scores=[0.0, math.inf]), *others]
 
-    monkeypatch.setattr(Scorer, "score", score)
+    monkeypatch.setattr(Scorer, "score_rows", score)
     status, _, err = run_evaluate(f"model={reward_run}", f"data={data}", f"to={tmp_path}/out.jsonl")
     assert status == 5 and "a score of row 1 is NaN or Inf" in err
 
@@ -453,7 +453,7 @@ def test_tokens_and_scores_are_those_of_training(
     assert status == 0, err
     lines = read(tmp_path / "out")
     model.double()
-    exact = scorer.score([each.parsed for each in reader if not isinstance(each.parsed, str)])
+    exact = scorer.score_rows([each.parsed for each in reader if not isinstance(each.parsed, str)])
     for example, line, scores in zip(split.examples, lines, exact, strict=True):
         with torch.no_grad():
             expected = run_head(model, lay_out([example], "padded", feeds_last_token=True))[1].tolist()

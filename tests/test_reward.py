@@ -346,8 +346,7 @@ def test_the_embedded_example_finds_the_true_reward(program: Program) -> None:
     use_packed_attention(saved.model.eval())
     scorer = Scorer(saved.model, saved.tokenizer, layout="packed", max_length=512, max_prompt_length=256)
     rows = film_rows("test")
-    parsed = [ParsedRow(r["prompt"], r["prompt"], [r["chosen"], r["rejected"]], []) for r in rows]
-    scores = [row.scores for row in scorer.score(parsed)]
+    scores = scorer.scores([ParsedRow(r["prompt"], r["prompt"], [r["chosen"], r["rejected"]], []) for r in rows])
     assert sum(chosen > rejected for chosen, rejected in scores) >= 0.95 * len(rows) == 0.95 * 512
     truth = [film_reward(row[role]) for row in rows for role in ("chosen", "rejected")]
 

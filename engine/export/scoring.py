@@ -57,9 +57,13 @@ class Scorer:
         self.max_length, self._max_prompt_length = max_length, max_prompt_length
         self._mean, self._deviation = mean, deviation
 
+    def scores(self, rows: Sequence[ParsedRow]) -> list[list[float]]:
+        """The score of each response of each row."""
+        return [row.scores for row in self.score_rows(rows)]
+
     @torch.no_grad()
-    def score(self, rows: Sequence[ParsedRow]) -> list[RowScores]:
-        """The scores of each row."""
+    def score_rows(self, rows: Sequence[ParsedRow]) -> list[RowScores]:
+        """The scores of each row, and what it has lost to truncation."""
         encoded = self.examples(rows)
         examples = [example for example, _, _ in encoded]
         device = self._model.device
