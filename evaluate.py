@@ -98,7 +98,7 @@ def identity_of(options: EvaluateOptions, data: Path, directory: Path | None, re
 
 
 def file_facts(path: Path) -> tuple[str, int, int]:
-    """What tells that a file has changed."""
+    """Path, size and time of a file, to notice a change."""
     facts = path.stat()
     return str(path.resolve()), facts.st_size, facts.st_mtime_ns
 

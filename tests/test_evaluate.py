@@ -1,4 +1,4 @@
-"""evaluate.py: scores in order, continued after a stop, and RewardBench's results."""
+"""evaluate.py: scores in order, those of training, continued after a stop; its errors."""
 
 import errno
 import fcntl
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -24,7 +26,7 @@ from engine.data.examples import tokenize
 from engine.data.files import load_file
 from engine.data.rows import RowCounts
 from engine.export import scoring
-from engine.export.reward_bench import SECTION_WEIGHTS, results_of, row_accuracy, ties_score
+from engine.export.reward_bench import SECTION_WEIGHTS, ties_score
 from engine.export.rows_to_score import RowReader
 from engine.export.saved_models import load_saved
 from engine.export.scoring import RowScores, Scorer
@@ -515,90 +517,41 @@ def test_rows_of_reward_bench_without_a_template(run_evaluate: Evaluate, reward_
     assert "note: 1 rows of RewardBench are scored as plain text, as the tokenizer has no chat template" in out
 
 
-# ---- Results ----
-
-
-def test_accuracy_of_a_row() -> None:
-    assert row_accuracy([2.0, 1.0], [(0, 1)], None) == 1 and row_accuracy([1.0, 1.0], [(0, 1)], None) == 0
-    assert row_accuracy([3.0, 1.0, 2.0], [(0, 1), (0, 2), (1, 2)], None) == pytest.approx(2 / 3)
-    assert row_accuracy([3.0], [], None) is None
-    best_of_four = [([4.0, 1, 2, 3], 1), ([4.0, 4, 2, 3], 1 / 2), ([4.0, 4, 4, 4], 1 / 4), ([3.0, 4, 2, 3], 0)]
-    assert [row_accuracy(scores, [], 1) for scores, _ in best_of_four] == [expected for _, expected in best_of_four]
-    assert row_accuracy([3.0, 2.0, 1.0], [], 2) == 1 and row_accuracy([3.0, 1.0, 2.0], [], 2) == 0
-
-
-def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, int]]]:
-    return {
-        heading: {name: (score, num_rows) for name, score, num_rows in results}
-        for heading, results in results_of(rows).items()
-    }
-
-
-def test_results_of_reward_bench_by_hand() -> None:
-    # Each subset is right in one of two rows, but for math-prm (2 of 2) and mt-bench-easy (0 of 2).
-    rows = [
-        {"subset": subset, "accuracy": {"math-prm": 1.0, "mt-bench-easy": 0.0}.get(subset, float(half)), "scores": []}
-        for subsets in SECTION_WEIGHTS.values()
-        for subset in subsets
-        for half in range(2)
+def test_files_of_both_benchmarks(run_evaluate: Evaluate, reward_run: Path, tmp_path: Path) -> None:
+    """Parquet in their published form; the printed scores are those of the lines, by hand."""
+    columns = {"chosen_model": "human", "rejected_model": "model", "id": 0}
+    pairs = [
+        {"prompt": f"Q{n}", "chosen": "AB"[n % 2], "rejected": "BA"[n % 2], "subset": subset, **columns}
+        for n, subset in enumerate(name for weights in SECTION_WEIGHTS.values() for name in weights)
     ]
-    results = table(rows)
-    assert list(results) == ["RewardBench", "overall"] and results["RewardBench"]["hep-go"] == (0.5, 2)
-    overall = results["overall"]
-    assert overall["Safety"] == (0.5, 10) and overall["Chat Hard"] == (0.5, 12)
-    assert overall["Chat"][0] == pytest.approx(0.5 * 330 / 358)
-    assert overall["Reasoning"][0] == pytest.approx(0.75)  # math-prm weighs as much as code
-    assert overall["RewardBench"] == (pytest.approx((0.5 + 0.5 + 0.75 + 0.5 * 330 / 358) / 4), 46)
-    assert overall["all rows"] == (0.5, 46)
-    assert [sum(weights.values()) for weights in SECTION_WEIGHTS.values()] == [358, 456, 740, 2 * 984]
-
-
-def test_unknown_and_missing_subsets_are_told() -> None:
-    rows: list[dict[str, Any]] = [
-        {"subset": "hep-go", "accuracy": 1.0},
-        {"subset": "math-prm", "accuracy": 0.5},
-        {"subset": "mine", "accuracy": 0.0},
-        {"subset": 7, "accuracy": 1.0},
-        {"subset": "Math", "accuracy": 1.0},  # RewardBench 2 has lists
-        {"accuracy": 0.0},
+    subsets = ["Factuality", "Precise IF", "Math", "Safety", "Focus"]
+    lists = [
+        {"id": str(n), "prompt": f"Q{n}", "chosen": [f"A{n}"], "rejected": [f"{c}{n}" for c in "BCD"], "subset": subset}
+        for n, subset in enumerate(subsets)
     ]
-    results = table(rows)
-    assert results["RewardBench"] == {"hep-go": (1.0, 1), "math-prm": (0.5, 1)}
-    assert results["other subsets"] == {"mine": (0, 1), "7": (1, 1), "Math": (1, 1), "(no subset)": (0, 1)}
-    partial = pytest.approx((164 + 0.5 * 984) / (164 + 984))
-    assert results["overall"] == {"Reasoning (2 of 7 subsets)": (partial, 2), "all rows": (pytest.approx(3.5 / 6), 6)}
-    assert table(rows[2:3]) == {"other subsets": {"mine": (0, 1)}, "overall": {"all rows": (0, 1)}}
-    assert table(rows[-1:]) == {"overall": {"all rows": (0, 1)}}
-    assert table([{"scores": [1.0]}]) == {}
+    ties = {"prompt": "Name a film", "rejected": ["3", "7"], "subset": "Ties"}
+    lists += [{"id": "ref:1", "chosen": ["Alien"], **ties}, {"id": "tied:1", "chosen": ["Alien", "Heat"], **ties}]
 
+    def printed(rows: list[dict[str, Any]], name: str) -> tuple[dict[str, str], list[dict[str, Any]]]:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+        target = tmp_path / f"{name}.jsonl"
+        status, out, err = run_evaluate(f"model={reward_run}", f"data={tmp_path}/{name}.parquet", f"to={target}")
+        assert status == 0, err
+        assert f"note: {len(rows)} rows of RewardBench are written by the chat template" in out
+        words = (line.rsplit(maxsplit=2) for line in out.splitlines() if line.startswith("  "))
+        return {line[0].strip(): line[-1] for line in words}, read(target)
 
-def test_results_of_reward_bench_2_by_hand() -> None:
-    ties = [
-        # Gap 1 and 2, spread 0.5.
-        {"id": "tied:1", "num_chosen": 2, "scores": [3.0, 2.5, 1.5]},
-        {"id": "ref:1", "num_chosen": 1, "scores": [3.0, 1.0]},
-        # Gap -1 and 0.5, spread 0.25.
-        {"id": "tied:2", "num_chosen": 2, "scores": [2.0, 1.75, 2.75]},
-        {"id": "ref:2", "num_chosen": 1, "scores": [2.0, 1.5]},
-    ]
-    margin = (math.tanh(1 / 0.5 - 1) + math.tanh(-1 / 0.25 - 1)) / 2
-    expected = 0.3 * 0.5 + 0.3 * 1 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * margin
-    assert ties_score(ties) == pytest.approx(expected)
-    assert ties_score([{"id": "7", "num_chosen": 1, "scores": [1.0, 0.0]}]) is None
-    others = ["Factuality", "Precise IF", "Math", "Safety", "Focus"]
-    rows = [{"subset": name, "accuracy": 0.5, "num_chosen": 1, "scores": []} for name in others]
-    rows += [{"subset": "ties", "accuracy": 1.0, **row} for row in ties]
-    results = table(rows)
-    assert results["RewardBench 2"]["Ties"] == (pytest.approx(expected), 4)
-    assert results["overall"]["RewardBench 2"] == (pytest.approx((5 * 0.5 + expected) / 6), 9)
-    assert "RewardBench 2" not in table(rows[1:])["overall"]
-    without_ids = table([row | {"id": "7"} for row in rows])
-    assert without_ids["RewardBench 2"]["Ties, plain accuracy"] == (1.0, 4)
-    assert "RewardBench 2" not in without_ids["overall"]
-    # Equal right scores: the last term is 1, -1, or 0 where the gap is 0 too.
-    for gap, last in ((1.0, 1.0), (-1.0, -1.0), (0.0, 0.0)):
-        pair = [
-            {"id": "tied:1", "num_chosen": 2, "scores": [2.0, 2.0, 2.0 - gap]},
-            {"id": "ref:1", "num_chosen": 1, "scores": [2.0, -9.0]},
-        ]
-        assert ties_score(pair) == pytest.approx(0.3 + (gap > 0) * 0.7 + 0.01 * last)
+    found, lines = printed(pairs, "first")
+    right = {line["subset"]: float(line["scores"][0] > line["scores"][1]) for line in lines}
+    sections = []
+    for section, weights in SECTION_WEIGHTS.items():
+        sections.append(sum(right[name] * weight for name, weight in weights.items()) / sum(weights.values()))
+        assert found[section] == f"{sections[-1]:.4f}"
+    assert found["RewardBench"] == f"{sum(sections) / 4:.4f}" and 0 < sum(sections) < 4
+
+    found, lines = printed(lists, "second")
+    assert [line["num_chosen"] for line in lines] == [1, 1, 1, 1, 1, 1, 2]
+    best = [float(line["scores"][0] > max(line["scores"][1:])) for line in lines[:5]]
+    assert [found[subset] for subset in subsets] == [f"{score:.4f}" for score in best]
+    score = ties_score(lines[5:])
+    assert score is not None and found["RewardBench 2"] == f"{(sum(best) + score) / 6:.4f}"
