@@ -92,9 +92,18 @@ def stop(number: int) -> NoReturn:
 
 
 def identity_of(options: EvaluateOptions, data: Path, directory: Path | None, record: "RunRecord") -> str:
-    """A hash of all that decides the scores: model, data and options."""
-    files = [data] if directory is None else [data, *sorted(file for file in directory.iterdir() if file.is_file())]
-    return content_hash([options.model_dump_json(), repr(record), *map(file_facts, files)])
+    """A hash of all that decides the scores: data, options, and files of the model and of its base."""
+    from engine.models.archives import ADAPTER_CONFIG, find_base_model
+    from engine.models.records import AdapterConfig, read_record
+
+    folders = [] if directory is None else [directory]
+    if directory is not None and (directory / ADAPTER_CONFIG).is_file():
+        config = read_record(AdapterConfig, directory / ADAPTER_CONFIG, "adapter", "give another adapter")
+        name = options.base or config.get("base_model_name_or_path")
+        base = find_base_model(directory, name) if name else None  # load_saved() explains a missing name
+        folders += [] if base is None else [base]
+    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+    return content_hash([options.model_dump_json(), repr(record), *map(file_facts, [data, *files])])
 
 
 def file_facts(path: Path) -> tuple[str, int, int]:

@@ -232,6 +232,23 @@ def test_a_partial_file_of_something_else_is_refused(
     assert status == 2 and "another command writes" in err
 
 
+def test_a_changed_base_continues_nothing(
+    run_evaluate: Evaluate, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an adapter, which keeps it in a folder of its own."""
+    run = program.ok(*REWARD, "peft=lora", "peft.rank=2")
+    stopped = Stopped(monkeypatch)
+    data = write(tmp_path / "rows.jsonl", PAIRS)
+    arguments = (f"model={run.dir}", f"data={data}", f"to={tmp_path}/out.jsonl")
+    stopped.after(1, interrupt)
+    assert run_evaluate(*arguments)[0] == 130
+    os.utime(run.dir / "base" / "model.safetensors", (1, 1))
+    status, _, err = run_evaluate(*arguments)
+    assert status == 2 and "of another model" in err
+    (tmp_path / ".out.jsonl.partial").unlink()
+    assert run_evaluate(*arguments)[0] == 0
+
+
 def test_progress_is_printed(
     run_evaluate: Evaluate, reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
