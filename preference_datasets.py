@@ -266,8 +266,8 @@ def format_counts(split_counts: dict[str, Any]) -> str:
         line += f"\n  kept, though each has its opposite ({opposite}): {split_counts['contradictions']:,} {kept}"
     if "ties" in split_counts:
         line += f"\n  tied with another response to their prompt: {split_counts['ties']:,} responses"
-    if "cut_responses" in split_counts:
-        line += f"\n  truncated, so scored before their end: {split_counts['cut_responses']:,} responses"
+    if "truncated_responses" in split_counts:
+        line += f"\n  truncated, so scored before their end: {split_counts['truncated_responses']:,} responses"
     return line
 
 

@@ -82,7 +82,7 @@ class Split:
         counts: rows, prompts, pairs (for SFT: targets; for unpaired responses: examples, and desirable ones), dropped
             {reason: number}, truncated (examples) and max_length; for ranked responses, rankings and their
             compared_pairs. Only if above 0: duplicates (of pairs or examples), contradictions (those with their
-            opposite), ties and cut_responses (ranked responses; the latter lost their end). Only if there is one:
+            opposite), ties and truncated_responses (ranked responses; the latter lost their end). Only if there is one:
             first_bad_row.
         prompt_texts: of each example, the number of its prompt before truncation. Data sets may share it.
     """
@@ -166,7 +166,9 @@ def _optional_counts(
         "contradictions": drafts.num_contradictions + sum(contradictions for _, contradictions in repeats),
         "compared_pairs": sum(len(comparisons.pairs) for _, comparisons in rankings),
         "ties": sum(count_ties(comparisons) for _, comparisons in rankings),
-        "cut_responses": sum(response[-1] != eos_token_id for example, _ in rankings for response in example.responses),
+        "truncated_responses": sum(
+            response[-1] != eos_token_id for example, _ in rankings for response in example.responses
+        ),
         "first_bad_row": counts.first_bad_row,
     }
     return {name: value for name, value in optional.items() if value}

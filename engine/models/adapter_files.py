@@ -16,7 +16,7 @@ from engine.models.adapters import TRAINED_ADAPTER, Adapter
 from engine.models.archives import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_FILE, find_checkpoint, locate
 from engine.models.pretrained import reward_model_error
 from engine.models.records import AdapterConfig, read_record
-from engine.models.score_head import SCORE, SCORE_WEIGHT
+from engine.models.score_head import SCORE_NAME, SCORE_WEIGHT
 from engine.models.shards import copy_to_shard
 from utils import UserError
 
@@ -87,7 +87,7 @@ def check_same_adapter(archive: Path, config: Any) -> None:
     if wanted["task_type"] != "SEQ_CLS" and stored.get("task_type") == "SEQ_CLS":
         raise reward_model_error("model.archive", str(archive))
     if wanted["task_type"] == "SEQ_CLS" and stored.get("task_type") != "SEQ_CLS":
-        wanted["modules_to_save"] = [name for name in wanted["modules_to_save"] if name != SCORE]
+        wanted["modules_to_save"] = [name for name in wanted["modules_to_save"] if name != SCORE_NAME]
     if stored.get("peft_type") != "LORA":
         problem = f"model.archive: {archive} has peft_type {stored.get('peft_type')}, not LORA"
         raise UserError("CHECKPOINT", problem, "give a LoRA adapter")

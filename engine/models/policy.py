@@ -30,7 +30,7 @@ from engine.models.hashing import weights_hash
 from engine.models.layers import find_layers
 from engine.models.loading import differing_values, hf_config_of, load_model
 from engine.models.quantization import quantization_settings, quantize
-from engine.models.score_head import SCORE, has_score_head, head_of
+from engine.models.score_head import SCORE_NAME, has_score_head, head_of
 from engine.settings.schema import LoraSettings, QLoraSettings, Settings
 from utils import UserError, apply_umask, as_os_errors, clipped, install_directory
 
@@ -138,7 +138,7 @@ def _describe_adapter(
     is_meta = model.get_input_embeddings().weight.is_meta
     base_hash = "" if is_meta else weights_hash(model, {})  # meta tensors have no hash
     is_quantized = isinstance(peft, QLoraSettings)
-    full_names = [*peft.full_modules, SCORE] if has_score_head(model) else peft.full_modules
+    full_names = [*peft.full_modules, SCORE_NAME] if has_score_head(model) else peft.full_modules
     full_modules = find_full_modules(model, full_names, layers, is_quantized, lora.target_modules)
     lora.modules_to_save = full_modules or None
     if archive is not None:

@@ -23,8 +23,8 @@ from engine.settings.schema import LoraSettings, Settings
 from losses import LOSSES, Head
 from utils import UserError
 
-SCORE, SCORE_WEIGHT = "score", "score.weight"
-PADDING = "<|pad|>"
+SCORE_NAME, SCORE_WEIGHT = "score", "score.weight"
+PAD_TOKEN = "<|pad|>"
 AUTO_CLASSES: dict[Head, Any] = {"lm": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 
 
@@ -35,7 +35,7 @@ def head_of_loss(settings: Settings) -> Head:
 
 def has_score_head(model: PreTrainedModel) -> bool:
     """Whether a model gives scores, not logits of tokens."""
-    return isinstance(getattr(model, SCORE, None), nn.Linear) and model.get_output_embeddings() is None
+    return isinstance(getattr(model, SCORE_NAME, None), nn.Linear) and model.get_output_embeddings() is None
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
@@ -79,7 +79,7 @@ def _sets_score(config_class: type) -> bool:
         model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(config_class, None)
         constructors = (vars(each).get("__init__") for each in inspect.getmro(model_class or object))
         codes = (getattr(inspect.unwrap(each), "__code__", None) for each in constructors if each is not None)
-        return any(SCORE in code.co_names for code in codes if code is not None)
+        return any(SCORE_NAME in code.co_names for code in codes if code is not None)
     return False
 
 
@@ -141,7 +141,7 @@ def name_padding_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """
     _set_padding_id(model, tokenizer, may_grow)
     if _lacks_padding(tokenizer) and model.config.get_text_config().pad_token_id is not None:
-        tokenizer.add_special_tokens({"pad_token": PADDING})
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
 
 
 def _lacks_padding(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -157,7 +157,7 @@ def _set_padding_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """
     config, token = model.config.get_text_config(), tokenizer.pad_token_id
     if _lacks_padding(tokenizer):  # it will be added
-        token = tokenizer.get_vocab().get(PADDING, len(tokenizer))
+        token = tokenizer.get_vocab().get(PAD_TOKEN, len(tokenizer))
     if may_grow and token == config.vocab_size:
         with torch.random.fork_rng(devices=[]):
             model.resize_token_embeddings(token + 1, mean_resizing=False)
