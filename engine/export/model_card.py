@@ -64,7 +64,7 @@ def _describe_scores(saved: SavedModel) -> list[str]:
     mean, deviation = stored_rewards(saved.model)
     if mean is not None and deviation is not None:
         lines.append(f"On held-out responses the scores have the mean {mean:.6g} and the standard deviation")
-        lines.append(f"{deviation:.6g} (`reward_mean` and `reward_std` in config.json): they are as trained, and")
+        lines.append(f"{deviation:.6g} (`reward_mean` and `reward_std` in config.json). The model gives raw scores:")
         lines.append("`(score - reward_mean) / reward_std` is normalised.")
     return lines
 
