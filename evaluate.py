@@ -92,7 +92,8 @@ def stop(number: int) -> NoReturn:
 
 
 def identity_of(options: EvaluateOptions, data: Path, directory: Path | None, record: "RunRecord") -> str:
-    """A hash of all that decides the scores: data, options, and files of the model and of its base."""
+    """A hash of what decides the scores: data, options, chat template, and files of the model and of its base."""
+    from engine.data.chat_templates import template_to_record
     from engine.models.archives import ADAPTER_CONFIG, find_base_model
     from engine.models.records import AdapterConfig, read_record
 
@@ -103,7 +104,8 @@ def identity_of(options: EvaluateOptions, data: Path, directory: Path | None, re
         base = find_base_model(directory, name) if name else None  # load_saved() explains a missing name
         folders += [] if base is None else [base]
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-    return content_hash([options.model_dump_json(), repr(record), *map(file_facts, [data, *files])])
+    options_text = options.model_dump_json() + (template_to_record(options.chat_template) or "")
+    return content_hash([options_text, repr(record), *map(file_facts, [data, *files])])
 
 
 def file_facts(path: Path) -> tuple[str, int, int]:
@@ -227,14 +229,14 @@ def score_rows(reader: "RowReader", survey: "RowSurvey", scorer: "Scorer", file:
 def print_notes(survey: "RowSurvey", reader: "RowReader", data: Path) -> None:
     """Tell which rows the chat template writes, where users may expect otherwise."""
     if survey.num_benchmark_messages:
-        rows = f"{survey.num_benchmark_messages:,} rows of RewardBench are"
+        rows = f"rows of RewardBench ({survey.num_benchmark_messages:,}) are"
         print(f"note: {rows} written by the chat template (format=strings scores their text as it is)", flush=True)
     if reader.has_template and survey.num_plain_text:
         rows = f"{survey.num_plain_text:,} of {survey.num_rows:,} rows of {data} are plain text"
         advice = "(format=messages applies it to prompt with chosen and rejected, or completion)"
         print(f"note: {rows}, scored as they are, without the chat template {advice}", flush=True)
     elif survey.num_benchmark_plain:
-        rows = f"{survey.num_benchmark_plain:,} rows of RewardBench are"
+        rows = f"rows of RewardBench ({survey.num_benchmark_plain:,}) are"
         problem = "scored as plain text, as the tokenizer has no chat template"
         print(f"note: {rows} {problem} (chat_template=chatml, llama2, hh or a Jinja file writes them)", flush=True)
 

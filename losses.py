@@ -729,7 +729,7 @@ def reward_loss(
     *,
     ranking: Literal["pairs", "plackett_luce"],
     centering: Annotated[float, Ge(0)],
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Tensor:
     """Loss of a reward model: better responses get higher scores.
 
     Pairs: Ouyang et al. 2022 (arXiv 2203.02155), equation 1, with the margins of Touvron et al. 2023 (Llama 2, arXiv
@@ -738,29 +738,28 @@ def reward_loss(
     Args:
         scores: [prompts, k], of the responses.
         pairs: int64 [prompts, p, 2], the better and the worse response as columns of scores. plackett_luce needs those
-            of one order.
+            of one order without ties.
         margins: [prompts, p], by which the scores of a pair should differ.
         weights: [prompts, p], of the pairs in the means; 0 for padding, the pair (0, 0) with the margin 0.
         ranking: "pairs": the mean of -log sigmoid(better - worse - margin) over the pairs of a prompt.
-            "plackett_luce": the negative log-likelihood of the order, without the tied responses.
+            "plackett_luce": the negative log-likelihood of the order. The data leave tied responses out.
         centering: of the mean of (better + worse) ** 2 over the same pairs.
 
     Returns:
-        losses [prompts]; for plackett_luce the number of tied responses, {"tied": [prompts]}.
+        losses [prompts].
     """
     better, worse = of_pairs(scores, pairs)
-    metrics: dict[str, Tensor] = {}
     if ranking == "pairs":
         losses = mean_over_pairs(-F.logsigmoid(better - worse - margins), weights)
     else:
-        losses, metrics["tied"] = _plackett_luce(scores, pairs, margins, weights)
+        losses = _plackett_luce(scores, pairs, margins, weights)
     if centering:
         losses = losses + centering * mean_over_pairs((better + worse) ** 2, weights)
-    return losses, metrics
+    return losses
 
 
-def _plackett_luce(scores: Tensor, pairs: Tensor, margins: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods of orders, and numbers of their tied responses, [prompts] each.
+def _plackett_luce(scores: Tensor, pairs: Tensor, margins: Tensor, weights: Tensor) -> Tensor:
+    """Negative log-likelihoods of orders, [prompts].
 
     Each response is the best of itself and the worse ones. A margin adds to the score of the worse response.
     """
@@ -769,14 +768,9 @@ def _plackett_luce(scores: Tensor, pairs: Tensor, margins: Tensor, weights: Tens
     is_better = torch.zeros(num_prompts, k, k, dtype=torch.bool, device=scores.device)
     is_better = is_better.index_put(place, weights > 0)  # i is better than j
     margin = scores.new_zeros(num_prompts, k, k).index_put(place, margins.to(scores.dtype))
-    itself = torch.eye(k, dtype=torch.bool, device=scores.device)
-    compared = is_better | is_better.mT
-    is_response = compared.any(2)
-    tied = is_response & (is_response[:, None, :] & ~compared & ~itself).any(2)
-    ordered = is_response & ~tied
-    remains = (is_better & ordered[:, :, None] & ordered[:, None, :]) | itself
+    remains = is_better | torch.eye(k, dtype=torch.bool, device=scores.device)
     log_totals = (scores[:, None, :] + margin).where(remains, -math.inf).logsumexp(2)  # [prompts, k]
-    return (log_totals - scores).where(ordered, 0).sum(1), tied.sum(1).to(scores.dtype)
+    return (log_totals - scores).sum(1)
 
 
 def sft_loss(policy_chosen_logps: Tensor) -> Tensor:

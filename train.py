@@ -157,6 +157,8 @@ def load_data(settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[Split]
     if loss.head == "score" and not splits[1].examples:
         splits = list(hold_out_prompts(splits[0], settings.seed))
         print(f"held out of train: {len(splits[1].examples):,} rankings, for evaluations and the mean of the rewards")
+        if not splits[1].examples:
+            print("warning: no ranking can be held out: no evaluation, and no reward_mean and reward_std (add prompts)")
     shared, num_prompts = num_shared_prompts(*splits)
     if shared:
         print(f"warning: {shared:,} of the {num_prompts:,} test prompts are train prompts too: evaluation is too good")

@@ -232,6 +232,22 @@ def test_a_partial_file_of_something_else_is_refused(
     assert status == 2 and "another command writes" in err
 
 
+def test_a_changed_template_continues_nothing(
+    run_evaluate: Evaluate, reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, template = write(tmp_path / "rows.jsonl", PAIRS), tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    arguments = (f"model={reward_run}", f"data={data}", f"to={tmp_path}/out.jsonl", f"chat_template={template}")
+    stopped = Stopped(monkeypatch)
+    stopped.after(1, interrupt)
+    assert run_evaluate(*arguments)[0] == 130
+    text = template.read_text()
+    template.write_text(text + "!")
+    assert run_evaluate(*arguments)[0] == 2
+    template.write_text(text)
+    assert run_evaluate(*arguments)[0] == 0
+
+
 def test_a_changed_base_continues_nothing(
     run_evaluate: Evaluate, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -511,7 +527,7 @@ def test_rows_of_reward_bench_are_messages(run_evaluate: Evaluate, reward_run: P
         for row in (pair, lists):
             found, out = scores(row, *template)
             assert found == pytest.approx(expected, abs=1e-6)
-            assert "note: 1 rows of RewardBench are written by the chat template (format=strings" in out
+            assert "note: rows of RewardBench (1) are written by the chat template (format=strings" in out
             plain, out = scores(row, *template, "format=strings")
             assert plain != pytest.approx(expected, abs=1e-6)
             assert "note: 1 of 1 rows of " in out and "plain text, scored as they are, without the chat template" in out
@@ -531,7 +547,7 @@ def test_rows_of_reward_bench_without_a_template(run_evaluate: Evaluate, reward_
     data = write(tmp_path / "rows.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "B", "subset": "hep-go"}])
     status, out, err = run_evaluate(f"model={model}", f"data={data}", f"to={tmp_path}/out.jsonl")
     assert status == 0, err
-    assert "note: 1 rows of RewardBench are scored as plain text, as the tokenizer has no chat template" in out
+    assert "note: rows of RewardBench (1) are scored as plain text, as the tokenizer has no chat template" in out
 
 
 def test_files_of_both_benchmarks(run_evaluate: Evaluate, reward_run: Path, tmp_path: Path) -> None:
@@ -554,7 +570,7 @@ def test_files_of_both_benchmarks(run_evaluate: Evaluate, reward_run: Path, tmp_
         target = tmp_path / f"{name}.jsonl"
         status, out, err = run_evaluate(f"model={reward_run}", f"data={tmp_path}/{name}.parquet", f"to={target}")
         assert status == 0, err
-        assert f"note: {len(rows)} rows of RewardBench are written by the chat template" in out
+        assert f"note: rows of RewardBench ({len(rows)}) are written by the chat template" in out
         words = (line.rsplit(maxsplit=2) for line in out.splitlines() if line.startswith("  "))
         return {line[0].strip(): line[-1] for line in words}, read(target)
 

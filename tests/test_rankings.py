@@ -186,6 +186,19 @@ def test_ties_and_truncated_responses_are_counted(tmp_path: Path) -> None:
     assert "truncated, so scored before their end: 1 responses" in line
 
 
+def test_an_order_leaves_tied_responses_out(tmp_path: Path) -> None:
+    texts = [" Yes.", " No.", " A film.", " It was."]
+    rows = [
+        {"prompt": "Is it good?", "responses": texts, "scores": [3, 1, 1, 0]},
+        {"prompt": "Is it bad?", "responses": texts, "scores": [1, 0, 0, 0]},
+    ]
+    split, tokenizer, line = load(tmp_path, rows, "loss.ranking=plackett_luce")
+    (example,) = split.examples
+    assert [tokenizer.decode(response[:-1]) for response in example.responses] == [" Yes.", " It was."]
+    assert ranks(example.comparisons) == [0, 1]
+    assert "2 tied response" in line and "1 prompt without two untied responses (loss.ranking=pairs" in line
+
+
 def test_useless_pairs_leave_a_ranking_of_the_others(tmp_path: Path) -> None:
     rows = [{"prompt": "Is it good?", "responses": [" Yes.", " ", " No.", " A film."]}]
     split, tokenizer, _ = load(tmp_path, rows)
@@ -258,6 +271,8 @@ def test_a_margin_must_be_a_number(tmp_path: Path) -> None:
     pair = {"prompt": "Is it good?", "chosen": " Yes.", "rejected": " No."}
     with pytest.raises(Exception, match="field 'margin' is text, not a number"):
         load(tmp_path, [{**pair, "margin": "much"}])
+    with pytest.raises(Exception, match=r"field 'margin' is 1e.39, beyond the range of fp32"):
+        load(tmp_path, [{**pair, "margin": 1e39}])
     ranked = {"prompt": "Is it good?", "responses": [" Yes.", " No.", " Bad."], "margin": [1, 2]}
     with pytest.raises(Exception, match="field 'margin' is a list, not a number"):
         load(tmp_path, [ranked])

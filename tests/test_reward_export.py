@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import chat
 from engine.data.examples import Example
@@ -19,6 +27,7 @@ from engine.data.held_out import hold_out_prompts
 from engine.data.rankings import compare_by_rank
 from engine.export.saved_models import load_saved
 from engine.models.quantization import QuantizedLinear
+from engine.models.score_head import name_padding_token
 from engine.step.heads import run_head
 from engine.step.layout import lay_out
 from engine.step.packing_check import use_packed_attention
@@ -270,3 +279,14 @@ def test_chat_prints_the_normalised_reward(
     assert f"[reward {line['reward']:.3f}]" in answer(f"reward_model={target}")[1]
     status, _, err = answer(f"reward_model={sft.dir}")
     assert status == 2 and "is a model of text" in err
+
+
+def test_the_padding_token_of_a_tokenizer_with_gaps_in_its_ids() -> None:
+    vocabulary = {f"w{index}": index for index in range(50)} | {"<eos>": 60, "last": 53}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")), eos_token="<eos>", pad_token="<eos>"
+    )
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=64, num_labels=1, **sizes))
+    name_padding_token(model, tokenizer, may_grow=True)
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 61

@@ -18,6 +18,7 @@ from engine.data.rankings import (
     find_order,
     join_equal,
     read_comparisons,
+    without_ties,
 )
 from engine.data.rows import RowCounts
 from engine.data.special_tokens import without_eos
@@ -35,6 +36,8 @@ COUNTED = {"sft": "targets", "pairs": "pairs", "unpaired": "examples", "ranked":
 USELESS_TEXTS = Reasons("empty response", "chosen equal to rejected")
 USELESS_TOKENS = Reasons("no response tokens left", "chosen equal to rejected as tokens")
 WITHOUT_ORDER = "prompt without one order of its responses (loss.ranking=pairs learns its pairs)"
+WITHOUT_UNTIED = "prompt without two untied responses (loss.ranking=pairs learns its pairs)"
+TIED = "tied response"
 NEEDED = {"sft": "a desirable response", "pairs": "a pair", "unpaired": "a pair or a label", "ranked": "a pair"}
 
 
@@ -357,9 +360,17 @@ def _example(
         kept, comparisons = join_equal(keys, is_empty, comparisons, counts.dropped, USELESS_TOKENS)
         if not kept:
             return None, None
-        responses, weight = tuple(responses[index] for index in kept), float(comparisons.weights.mean())
-        if needs_order and find_order(comparisons) is None:
-            return None, WITHOUT_ORDER
+        responses = tuple(responses[index] for index in kept)
+        if needs_order:
+            ranks = find_order(comparisons)
+            if ranks is None:
+                return None, WITHOUT_ORDER
+            kept, comparisons = without_ties(comparisons, ranks)
+            if not kept:
+                return None, WITHOUT_UNTIED
+            counts.dropped.update({TIED: len(responses) - len(kept)} if len(kept) < len(responses) else {})
+            responses = tuple(responses[index] for index in kept)
+        weight = float(comparisons.weights.mean())
     elif any(is_empty):
         return None, USELESS_TOKENS.empty
     elif len(responses) == 2 and np.array_equal(*responses):

@@ -114,7 +114,7 @@ def parse_rows(
             row_form = form or detect_form(row)
             parsed = _parse(row, row_form, chat, is_inferred=form is None)
             if batch == "ranked" and isinstance(parsed, ParsedRow) and row.values.get("margin") not in (None, ""):
-                parsed = parsed._replace(margin=row.column_number("margin"))
+                parsed = parsed._replace(margin=row.margin())
             form = row_form
         if isinstance(parsed, str):
             counts.dropped[parsed] += 1

@@ -136,6 +136,23 @@ def find_order(comparisons: Comparisons) -> np.ndarray | None:
     return ranks if is_order else None
 
 
+def without_ties(comparisons: Comparisons, ranks: np.ndarray) -> tuple[list[int], Comparisons]:
+    """Leave out the tied responses of an order.
+
+    Args:
+        ranks: of the responses.
+
+    Returns:
+        indices of the other responses, in their order, and their comparisons; without two of them, none.
+    """
+    is_kept = np.bincount(ranks)[ranks] == 1
+    pairs, margins, weights, is_of_one_row = comparisons
+    has_both = is_kept[pairs].all(axis=1)
+    renumbered = (np.cumsum(is_kept) - 1)[pairs[has_both]]
+    kept = np.flatnonzero(is_kept).tolist() if has_both.any() else []
+    return kept, _comparisons(renumbered, margins[has_both], weights[has_both], is_of_one_row)
+
+
 def count_ties(comparisons: Comparisons) -> int:
     """Number of responses with a tie, in an order."""
     if len(comparisons.pairs) == 1:

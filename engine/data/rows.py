@@ -12,6 +12,7 @@ from utils import UserError, clipped
 # Longer texts are no dialogues, and a tokenizer would need minutes for them.
 MAX_LINE_BYTES = 16_000_000
 MAX_CHARACTERS = 2_000_000
+LARGEST_FP32 = 3.4028234663852886e38
 MALFORMED = "malformed"  # reason for dropping bad rows
 
 
@@ -95,6 +96,13 @@ class Row:
         if weight < 0:
             raise self.error("weight", f"is {weight:g}, below 0")
         return weight
+
+    def margin(self) -> float:
+        """The column `margin`, a number in the range of fp32."""
+        margin = self.column_number("margin")
+        if abs(margin) > LARGEST_FP32:
+            raise self.error("margin", f"is {margin:g}, beyond the range of fp32")
+        return margin
 
     def boolean(self, name: str) -> bool:
         """A field with true or false, 1 or 0; in CSV, these as text."""

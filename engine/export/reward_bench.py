@@ -1,7 +1,8 @@
 """Results of scored rows: accuracy by subset, and the scores of RewardBench.
 
 RewardBench: Lambert et al. 2024 (arXiv 2403.13787). RewardBench 2: Malik et al. 2025 (arXiv 2506.01937). Weights and
-formulas are those of the authors' program, github.com/allenai/reward-bench.
+formulas are those of the authors' program, github.com/allenai/reward-bench. Its leaderboard adds the prior sets as a
+fifth section with half a weight. They are other subsets here.
 """
 
 import math

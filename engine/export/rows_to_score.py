@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -159,13 +160,18 @@ class RowReader:
 
 def has_lists(row: Row) -> bool:
     """Whether chosen and rejected are lists of texts, as in RewardBench 2."""
-    values = [row.values.get(name) for name in ("chosen", "rejected")]
-    return all(isinstance(value, list) and value and isinstance(value[0], str) for value in values)
+    chosen, rejected = row.values.get("chosen"), row.values.get("rejected")
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        return False
+    return isinstance(next(chain(chosen, rejected), None), str)
 
 
 def _lists(row: Row, chat: Chat, as_messages: bool) -> ParsedRow:
     prompt = row.text("prompt")
     names = ("chosen", "rejected")
+    for name in names:
+        if not row.items(name):
+            raise row.error(name, "is an empty list")
     texts = [row.as_text(text, f"{name}[{i}]") for name in names for i, text in enumerate(row.items(name))]
     if len(texts) > MAX_RESPONSES:
         raise row.error("chosen", f"and rejected have {len(texts):,} responses, more than {MAX_RESPONSES:,}")

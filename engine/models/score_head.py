@@ -3,6 +3,7 @@
 It is transformers' `score`, Linear(hidden size, 1) without bias, of AutoModelForSequenceClassification.
 """
 
+import copy
 import inspect
 from contextlib import suppress
 from typing import Any
@@ -157,7 +158,9 @@ def _set_padding_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """
     config, token = model.config.get_text_config(), tokenizer.pad_token_id
     if _lacks_padding(tokenizer):  # it will be added
-        token = tokenizer.get_vocab().get(PAD_TOKEN, len(tokenizer))
+        with_token = copy.deepcopy(tokenizer)  # its ids may have gaps, so only the tokenizer knows the next
+        with_token.add_special_tokens({"pad_token": PAD_TOKEN})
+        token = with_token.pad_token_id
     if may_grow and token == config.vocab_size:
         with torch.random.fork_rng(devices=[]):
             model.resize_token_embeddings(token + 1, mean_resizing=False)

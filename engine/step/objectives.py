@@ -248,7 +248,8 @@ class RankingObjective:
         return {}
 
     def losses(self, inputs: LossInputs, scalars: Sequence[Tensor], metrics: MetricAccumulator) -> Tensor:
-        losses, own_metrics = self._loss.function(*inputs.arguments, **self._settings.keywords)
+        output = self._loss.function(*inputs.arguments, **self._settings.keywords)
+        losses, own_metrics = output if isinstance(output, tuple) else (output, {})
         losses = losses * inputs.weights
         scores, pairs, _, weights = inputs.arguments
         scores = scores.detach()

@@ -62,7 +62,7 @@ def one_response_at_a_time(
         assert example.comparisons is not None
         pairs, margins, weights = (torch.from_numpy(array.astype(float)) for array in example.comparisons[:3])
         arguments = (scores[None], pairs.long()[None], margins[None], weights[None])
-        losses.append(reward_loss(*arguments, ranking=ranking, centering=0.1)[0][0])
+        losses.append(reward_loss(*arguments, ranking=ranking, centering=0.1)[0])
     loss = torch.stack(losses).mean()
     loss.backward()
     return loss.item(), gradients(model)
