@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field
 
-from engine.data.chat_templates import BOS, JINJA, read_template
+from engine.data.chat_templates import BOS, JINJA, end_with_eos, read_template
 from engine.models.hub import settle_network
 from engine.settings.options import Options, run_command
 from engine.settings.value_types import ChatTemplate, Count, PossiblePath, Repository
@@ -187,9 +187,10 @@ def atomic_target(target: Path, file: str | None) -> Iterator[Path]:
 def write_hf(path: Path, saved: "SavedModel", record: "RunRecord", name: str, template: Any) -> None:
     """Write a directory for from_pretrained, with a model card."""
     from engine.export.model_card import model_card
+    from engine.models.score_head import has_score_head
 
     saved.model.save_pretrained(path)
-    saved.tokenizer.chat_template = template
+    saved.tokenizer.chat_template = end_with_eos(template) if has_score_head(saved.model) else template
     saved.tokenizer.save_pretrained(path)
     (path / "README.md").write_text(model_card(name, saved, record), encoding="utf-8")
 

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,6 +167,25 @@ def run_command(script: str, arguments: list[str], stdin: str, monkeypatch: pyte
         auto_class = AUTO_CLASSES["score" if SCORE_WEIGHT in state else "lm"]
         exported = auto_class.from_pretrained(values["to"]).state_dict()  # a row more for a padding token
         assert all(torch.equal(exported[name][: len(value)], value) for name, value in state.items())
+
+
+def test_python_of_the_page_of_reward_models_runs(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(program.directory)
+    run = program.ok("loss=reward", "optimizer=AdamW", "n_examples=4", defaults=SMALL + QUICKER)
+    run_command("export.py", [f"from={run.dir}", "to=my-reward-model"], "", monkeypatch)
+    text = (ROOT / "docs" / "reward.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(code, names)
+    scores = names["scores"].tolist()
+    assert len(scores) == 2 and scores[0] != scores[1]
+    assert names["scores_of_messages"].tolist() == pytest.approx(scores, abs=1e-5)  # the same text, by the hh template
+    rows = [{"prompt": names["prompt"], "chosen": names["responses"][0], "rejected": names["responses"][1]}]
+    Path("rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    for target, key, found in (("a", "false", scores), ("b", "true", names["normalised"].tolist())):
+        arguments = [f"model={run.dir}", "data=rows.jsonl", f"to={target}.jsonl", f"normalize={key}"]
+        run_command("evaluate.py", arguments, "", monkeypatch)
+        assert json.loads(Path(f"{target}.jsonl").read_text())["scores"] == pytest.approx(found, abs=1e-4)
 
 
 def check_command(words: list[str]) -> None:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import chat
+import evaluate
 from engine.data.examples import Example
 from engine.data.held_out import hold_out_prompts
 from engine.data.rankings import compare_by_rank
@@ -149,9 +150,56 @@ def test_adapters_on_an_sft_run_score_as_in_training(program: Program, run_expor
     target = program.directory / "exported"
     status, _, err = run_export(f"from={run.dir}", f"to={target}")
     assert status == 0, err
+    for side in ("right", "left"):
+        torch.testing.assert_close(their_scores(target, side), our_scores(run.dir), rtol=0, atol=1e-5)
     exported = program.ok(*REWARD, "model=blank_model", f"model.name_or_path={target}", "lr=0", defaults=(*quick,))
     assert evaluation(exported, 0) == pytest.approx(trained, rel=0, abs=1e-5)
     assert torch.equal(load_file(target / "model.safetensors")["model.embed_tokens.weight"][0], embeddings[0])
+
+
+QUESTION = {"role": "user", "content": "Is it any good?"}
+OWN_EOS = (  # and a newline behind it, as in Qwen's
+    "{% for m in messages %}\n{{ m.role + '\\n' + m.content + eos_token + '\\n' }}{% endfor %}\n"
+    "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}\n"
+)
+
+
+@pytest.mark.parametrize("template", ["hh", "chatml", "own-eos"])
+def test_the_chat_template_of_an_export_writes_our_tokens(
+    program: Program, run_export: RunExport, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    if template == "own-eos":
+        template = str(program.directory / "own.jinja")
+        Path(template).write_text(OWN_EOS)
+    answers = [[{"role": "assistant", "content": text}] for text in ("Yes, a charming film.", "No.")]
+    rows = [{"prompt": [QUESTION], "chosen": answers[0], "rejected": answers[1]}]
+    data, target = program.directory / "rows.jsonl", program.directory / "exported"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    run = program.ok(*REWARD, f"datasets={data}", "test_fraction=0", f"chat_template={template}", "lr=1e-2")
+    status, _, err = run_export(f"from={run.dir}", f"to={target}")
+    assert status == 0, err
+
+    def ours(name: Path) -> list[float]:
+        scores = name.with_suffix(".scores")
+        monkeypatch.setattr("sys.argv", ["evaluate.py", f"model={name}", f"data={data}", f"to={scores}"])
+        assert evaluate.main() == 0
+        return json.loads(scores.read_text().splitlines()[0])["scores"]
+
+    model = AutoModelForSequenceClassification.from_pretrained(target).eval()
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    texts = tokenizer.apply_chat_template([[QUESTION, *answer] for answer in answers], tokenize=False)
+    assert all(text.count(tokenizer.eos_token) == (2 if template.endswith(".jinja") else 1) for text in texts)
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    with torch.no_grad():
+        theirs = model(**batch).logits[:, 0].tolist()
+    assert abs(theirs[0] - theirs[1]) > 0.01
+    assert ours(run.dir) == pytest.approx(theirs, abs=1e-5)
+    assert ours(target) == pytest.approx(theirs, abs=1e-5)  # the EOS is not doubled
+    start = ("model=blank_model", f"model.name_or_path={target}", f"datasets={data}", "test_fraction=0")
+    again = program.ok(*REWARD, *start, "lr=0", defaults=QUICK)  # by the template of the export
+    assert ours(again.dir) == pytest.approx(theirs, abs=1e-5)
+    prompt = tokenizer.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True)
+    assert not prompt.rstrip().endswith(tokenizer.eos_token)
 
 
 def on_grid(run: Run) -> Path:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils import UserError
 
@@ -43,6 +43,17 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+# Around the template of an exported reward model: a score is read at EOS. Templates for generation write none behind
+# the last response, or write more behind it. The plus signs keep the whitespace of the template inside.
+_END_START = "{% set dialogue_text +%}"
+_END_STOP = (
+    "{%+ endset %}"
+    "{% if add_generation_prompt or messages[-1]['role'] != 'assistant' %}{{ dialogue_text }}"
+    "{% elif dialogue_text.rstrip().endswith(eos_token) %}{{ dialogue_text.rstrip() }}"
+    "{% else %}{{ dialogue_text }}{{ eos_token }}"
+    "{% endif %}"
+)
+
 JINJA = {"hh": HH, "llama2": LLAMA2, "chatml": CHATML}
 MAX_TEMPLATE_BYTES = 1_000_000  # the longest published templates have some 20,000
 
@@ -76,6 +87,28 @@ def read_template(name: str, fix: str) -> str:
 def template_to_record(name: str | None) -> str | None:
     """The text of a Jinja file, for checkpoints; None for a name of JINJA or the tokenizer's template."""
     return None if name is None or name in JINJA else read_template(name, "give the path of a Jinja file")
+
+
+def end_with_eos(template: Any) -> Any:
+    """The chat template, with exactly one EOS at the end of a last response.
+
+    Args:
+        template: Jinja text, a dict of name to Jinja text, or None.
+    """
+    if isinstance(template, dict):
+        return {name: end_with_eos(text) for name, text in template.items()}
+    if template is None or template.endswith(_END_STOP):
+        return template
+    return _END_START + template.removesuffix("\n") + _END_STOP  # Jinja drops that newline at the end of a text
+
+
+def without_end(template: Any) -> Any:
+    """The chat template before end_with_eos()."""
+    if isinstance(template, dict):
+        return {name: without_end(text) for name, text in template.items()}
+    if template is None or not template.endswith(_END_STOP):
+        return template
+    return template.removeprefix(_END_START).removesuffix(_END_STOP)
 
 
 def _check_jinja(text: str) -> None:

@@ -61,6 +61,9 @@ def _describe_scores(saved: SavedModel) -> list[str]:
     """How to read the scores of a reward model."""
     lines = ["A reward model: `AutoModelForSequenceClassification` gives one score to a prompt with a response."]
     lines.append("Each text ends with the end-of-text token. Higher is better.")
+    if saved.tokenizer.chat_template:
+        lines.append("Of messages, `tokenizer.apply_chat_template(messages, tokenize=False)` writes the text with that")
+        lines.append("token. Encode it with `add_special_tokens=False`.")
     mean, deviation = stored_rewards(saved.model)
     if mean is not None and deviation is not None:
         lines.append(f"On held-out responses the scores have the mean {mean:.6g} and the standard deviation")

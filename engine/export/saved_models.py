@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.data.chat_templates import without_end
 from engine.models.archives import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -164,9 +165,11 @@ def _load_model(source: str, dtype: torch.dtype | None, head: Head | None) -> Pr
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise loading_error("tokenizer", source, error) from error
+    tokenizer.chat_template = without_end(tokenizer.chat_template)
+    return tokenizer
 
 
 def loading_error(kind: str, source: str, error: Exception) -> UserError:

@@ -2,6 +2,7 @@
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from engine.data.chat_templates import without_end
 from engine.models.loading import loading_error
 from engine.settings.schema import ModelSettings
 from utils import UserError
@@ -27,6 +28,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
         except Exception as error:  # damaged files raise nearly anything
             raise loading_error("tokenizer", key, name, error) from error
+    tokenizer.chat_template = without_end(tokenizer.chat_template)  # of a reward model: responses get their EOS here
     if tokenizer.eos_token_id is None:  # a tokenizer.json alone does not name it
         vocabulary = tokenizer.get_vocab()
         known = next((token for token in END_OF_TEXT if token in vocabulary), None)
