@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pydantic import Field
 
-from engine.data.chat_templates import BOS, JINJA, read_template
 from engine.data.rows import MARK
 from engine.models.hub import settle_network
 from engine.settings.options import Options, run_command
@@ -66,6 +65,7 @@ class ChatModel:
     def __init__(self, name: str, options: ChatOptions):
         import torch
 
+        from engine.export.dialogues import chat_of
         from engine.models.score_head import has_score_head
 
         saved, record, self.is_adapter = load(name, options)
@@ -75,7 +75,7 @@ class ChatModel:
         self.name, self.options = name, options
         self.model: Any = saved.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.tokenizer: PreTrainedTokenizerBase = saved.tokenizer
-        self.is_hh, self.jinja = choose_template(self.tokenizer, record, options)
+        self.chat = chat_of(self.tokenizer, record, options.chat_template, default="hh")
         self.messages: list[Message] = []
         self.reset()
 
@@ -89,17 +89,14 @@ class ChatModel:
 
         The oldest turns are dropped where they would leave less than max_new_tokens, or half the context if smaller.
         """
-        from engine.data.chat import Chat
         from engine.data.rows import Row
 
-        chat = Chat(self.tokenizer, "hh" if self.is_hh else None)
-        chat.jinja = self.jinja
         context = getattr(self.model.config, "max_position_embeddings", None)
         room = None if context is None else max(context - self.options.max_new_tokens, context // 2)
         messages = list(self.messages)
         while True:
-            prompt, _ = chat.render(Row({}, "the dialogue"), messages, [])
-            ids = encode_prompt(self.tokenizer, prompt, chat.is_template)
+            prompt, _ = self.chat.render(Row({}, "the dialogue"), messages, [])
+            ids = encode_prompt(self.tokenizer, prompt, self.chat.is_template)
             if room is None or len(ids) <= room:
                 return ids
             first = next(i for i, message in enumerate(messages) if message["role"] == "user")
@@ -137,7 +134,7 @@ class ChatModel:
         thread.start()
         said = ""
         try:
-            for piece in until_next_turn(streamer) if self.is_hh else streamer:
+            for piece in streamer if self.chat.is_template else until_next_turn(streamer):
                 piece = piece if said else piece.lstrip()
                 said += piece
                 if piece:
@@ -197,42 +194,44 @@ class RewardModel:
 
     Args:
         name: a reward model: a run, checkpoint, adapter or model directory, or a name on the hub.
-        options: of the command.
     """
 
-    def __init__(self, name: str, options: ChatOptions):
-        import torch
+    def __init__(self, name: str):
+        from engine.export.dialogues import chat_of
+        from engine.export.run_record import RunRecord, read_run
+        from engine.export.saved_models import find_saved
+        from engine.export.scoring import open_reward_model
+        from preference_datasets import chat_form
 
-        from engine.data.chat import Chat
-        from engine.export.scoring import Scorer
-        from engine.models.score_head import has_score_head, stored_rewards
-
-        options = options.model_copy(update={"base": None, "dtype": None, "chat_template": None})  # of the other models
-        saved, record, _ = load(name, options)
-        if not has_score_head(saved.model):
-            raise UserError("CONFIG", f"reward_model: {name} is a model of text", "train one with loss=reward")
-        mean, deviation = record.reward_mean, record.reward_std
-        if mean is None:
-            mean, deviation = stored_rewards(saved.model)
-        if mean is None or not deviation:
+        directory = find_saved(name)
+        record = RunRecord() if directory is None else read_run(directory, chat_form)
+        options: Any = {"key": "reward_model", "layout": "padded", "show_progress": sys.stderr.isatty()}
+        try:
+            self._scorer = open_reward_model(name, record, **options)
+        except UserError as error:
+            if "base=" not in error.fix:
+                raise
+            fix = f"python export.py from={name} base=PATH to=DIR, and give DIR"  # base is of the other models
+            raise UserError(error.code, f"reward_model: {error.what}", fix) from error
+        mean, deviation = self._scorer.statistics or (0.0, 0.0)
+        if deviation > 0:
+            self._scorer.mean, self._scorer.deviation = mean, deviation
+        else:
             print(f"reward_model: {name} has no reward_mean and reward_std: its scores are raw", file=sys.stderr)
-            mean, deviation = 0.0, 1.0
-        length = getattr(saved.model.config, "max_position_embeddings", None) or 4096
-        model = saved.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        sizes = {"max_length": length, "max_prompt_length": length // 2}
-        self._scorer = Scorer(model, saved.tokenizer, layout="padded", mean=mean, deviation=deviation, **sizes)
-        is_hh, jinja = choose_template(saved.tokenizer, record, options)
-        self._chat = Chat(saved.tokenizer, "hh" if is_hh else None)
-        self._chat.jinja = jinja
+        self._chat = chat_of(self._scorer.tokenizer, record, default="hh")
 
     def score(self, messages: "list[Message]") -> float:
-        """The score of the last message."""
+        """The score of the last message; says so if tokens are lost to truncation."""
         from engine.data.forms import ParsedRow
         from engine.data.rows import Row
 
         prompt, responses = self._chat.render(Row({}, "the dialogue"), messages[:-1], messages[-1:])
         row = ParsedRow(prompt, prompt, responses, [], from_template=self._chat.is_template)
-        return self._scorer.scores([row])[0][0]
+        (found,) = self._scorer.score_rows([row])
+        if found.prompt_is_truncated or found.truncated_responses:
+            lost = "the response" if found.truncated_responses else "the prompt"
+            print(f"reward_model: {lost} is truncated, as in training: it is too long", file=sys.stderr)
+        return found.scores[0]
 
 
 def load(name: str, options: ChatOptions) -> "tuple[SavedModel, RunRecord, bool]":
@@ -252,20 +251,6 @@ def load(name: str, options: ChatOptions) -> "tuple[SavedModel, RunRecord, bool]
     fix = "dtype=bfloat16 has a wider range" if options.dtype == "float16" else "chat with another checkpoint"
     check_finite(saved.model, fix, show_progress=sys.stderr.isatty())
     return saved, record, is_adapter
-
-
-def choose_template(tokenizer: Any, record: "RunRecord", options: ChatOptions) -> tuple[bool, str | None]:
-    """Whether dialogues have the form of HH, and else their chat template; None for the tokenizer's."""
-    jinja = record.template_text() if options.chat_template is None else None
-    template = options.chat_template or record.chat_template
-    tokenizer_template = tokenizer.chat_template or JINJA["hh"]
-    # export.py writes the hh template behind BOS.
-    tokenizer_has_hh = isinstance(tokenizer_template, str) and tokenizer_template.removeprefix(BOS) == JINJA["hh"]
-    if template == "hh" or (template is None and tokenizer_has_hh):
-        return True, None
-    if template is not None:
-        jinja = jinja or read_template(template, "give chat_template=FILE, hh, llama2 or chatml")
-    return False, jinja
 
 
 def is_utf8(text: str) -> bool:
@@ -367,7 +352,7 @@ def chat(options: ChatOptions) -> None:
     models = [ChatModel(name, options) for name in names]
     if options.base and not any(model.is_adapter for model in models):
         raise UserError("CONFIG", f"base: {' and '.join(names)} is no adapter, so it has no base", "leave base out")
-    reward_model = None if options.reward_model is None else RewardModel(options.reward_model, options)
+    reward_model = None if options.reward_model is None else RewardModel(options.reward_model)
     if options.prompt is not None:
         if not print_responses(models, options.prompt, options.output, reward_model):
             raise KeyboardInterrupt

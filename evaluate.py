@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # it takes seconds to import
     from engine.export.scoring import Scorer
 
 ROWS_PER_BATCH = 64
-DEFAULT_MAX_LENGTH = 4096  # in tokens, of models without a run
 
 
 class EvaluateOptions(Options):
@@ -119,77 +118,36 @@ def load(options: EvaluateOptions, record: "RunRecord") -> "tuple[Scorer, Chat]"
     import torch
     import transformers
 
-    from engine.data.chat import Chat
-    from engine.export.saved_models import check_finite, load_saved
-    from engine.export.scoring import Scorer
-    from engine.models.score_head import has_score_head
-    from engine.step.packing_check import use_packed_attention
+    from engine.export.dialogues import chat_of
+    from engine.export.scoring import open_reward_model
 
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    saved = load_saved(options.model, dtype=options.dtype and getattr(torch, options.dtype), base=options.base)
-    if not has_score_head(saved.model):
-        problem = f"model: {options.model} is a model of text, not a reward model"
-        raise UserError("CONFIG", problem, "train one with loss=reward")
-    check_finite(saved.model, "evaluate another checkpoint")
-    model = saved.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    max_length, max_prompt_length = lengths(options, model.config, record)
-    mean, deviation = read_normalization(options, model.config, record)
-    if options.batching == "packed":
-        use_packed_attention(model)
-    scorer = Scorer(
-        model,
-        saved.tokenizer,
+    scorer = open_reward_model(
+        options.model,
+        record,
         layout=options.batching,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        mean=mean,
-        deviation=deviation,
+        max_length=options.max_length,
+        max_prompt_length=options.max_prompt_length,
+        dtype=options.dtype and getattr(torch, options.dtype),
+        base=options.base,
     )
-    template = options.chat_template or record.chat_template
-    chat = Chat(saved.tokenizer, template if template in (None, "hh") or options.chat_template else None, "last")
-    if options.chat_template is None and template not in (None, "hh"):
-        chat.jinja = record.template_text()
-    return scorer, chat
+    if options.normalize:
+        normalize(scorer, options.model)
+    return scorer, chat_of(scorer.tokenizer, record, options.chat_template, sft_turns="last")
 
 
-def lengths(options: EvaluateOptions, config: Any, record: "RunRecord") -> tuple[int, int]:
-    """max_length and max_prompt_length, as asked, else of the run, else by the model."""
-    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    of_run = {name: record.config.get(name) for name in ("max_length", "max_prompt_length")}
-    for name, value in of_run.items():
-        if value is not None and not isinstance(value, int):
-            problem = f"{name}: the config.yaml of the run has {value!r}, not a number"
-            raise UserError("CHECKPOINT", problem, "correct it there")
-    max_length = options.max_length or of_run["max_length"] or min(context, DEFAULT_MAX_LENGTH)
-    max_prompt_length = options.max_prompt_length or of_run["max_prompt_length"] or max_length // 2
-    if max_length > context:
-        problem = f"max_length: {max_length} is more than the {context} positions of the model"
-        raise UserError("CONFIG", problem, "lower it")
-    if max_prompt_length >= max_length:
-        problem = f"max_prompt_length: {max_prompt_length} is not below max_length ({max_length})"
-        raise UserError("CONFIG", problem, "lower it, to leave room for a response")
-    return max_length, max_prompt_length
-
-
-def read_normalization(options: EvaluateOptions, config: Any, record: "RunRecord") -> tuple[float, float]:
-    """Mean and standard deviation of the rewards, as asked; 0 and 1 without normalize."""
-    if not options.normalize:
-        return 0.0, 1.0
-    # An adapter has no config of a model; its run has recorded them.
-    mean, deviation = (
-        value if value is not None else getattr(config, name, None)
-        for name, value in (("reward_mean", record.reward_mean), ("reward_std", record.reward_std))
-    )
-    numbers = [value for value in (mean, deviation) if isinstance(value, int | float) and math.isfinite(value)]
-    if len(numbers) < 2:
-        problem = f"normalize: config.json of {options.model} has no reward_mean and reward_std"
+def normalize(scorer: "Scorer", name: str) -> None:
+    """Make the scorer give normalised scores."""
+    if scorer.statistics is None:
+        problem = f"normalize: config.json of {name} has no reward_mean and reward_std"
         raise UserError("CONFIG", problem, "give a checkpoint saved after an evaluation, such as the last of a run")
-    if numbers[1] <= 0:
-        problem = f"normalize: reward_std of {options.model} is {numbers[1]}, so scores cannot be divided by it"
+    mean, deviation = scorer.statistics
+    if deviation <= 0:
+        problem = f"normalize: reward_std of {name} is {deviation}, so scores cannot be divided by it"
         raise UserError("CONFIG", problem, "leave normalize out")
-    return numbers[0], numbers[1]
+    scorer.mean, scorer.deviation = mean, deviation
 
 
 def check_rows(survey: "RowSurvey", data: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field
 
-from engine.data.chat_templates import BOS, JINJA, end_with_eos, read_template
+from engine.data.chat_templates import BOS, JINJA, end_with_eos
 from engine.models.hub import settle_network
 from engine.settings.options import Options, run_command
 from engine.settings.value_types import ChatTemplate, Count, PossiblePath, Repository
@@ -143,11 +143,12 @@ def prepare_reward_model(saved: "SavedModel", record: "RunRecord", kind: str) ->
 def choose_template(name: str | None, saved: "SavedModel", record: "RunRecord") -> Any:
     """The chat template to write, as Jinja text: of that name, else the training data's, else the tokenizer's."""
     from engine.data.encoding import token_prefix
+    from engine.export.dialogues import chat_of
 
-    if (name or record.chat_template) == "hh":
+    chat = chat_of(saved.tokenizer, record, name)
+    if not chat.is_template:
         return BOS + JINJA["hh"] if token_prefix(saved.tokenizer) else JINJA["hh"]
-    text = read_template(name, "give chat_template=FILE, hh, llama2 or chatml") if name else record.template_text()
-    return text or saved.tokenizer.chat_template
+    return chat.jinja or saved.tokenizer.chat_template
 
 
 @contextmanager

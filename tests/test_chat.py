@@ -130,11 +130,11 @@ def test_the_training_datas_template_takes_precedence_over_the_tokenizers(tmp_pa
     run = save(tmp_path / "run" / "step-4", chat_template="{{ messages }}").parent
     (run / "step-4" / "training_state.json").write_text('{"counters": {"examples": 4}}')
     (run / "config.yaml").write_text("datasets: [hh]\nchat_template: null\n")
-    assert load(run).is_hh
+    assert not load(run).chat.is_template
     (run / "config.yaml").write_text("datasets: [x.jsonl]\nchat_template: llama2\n")
-    assert load(run).jinja == JINJA["llama2"]
+    assert load(run).chat.jinja == JINJA["llama2"]
     (run / "config.yaml").write_text("datasets: [x.jsonl]\nchat_template: null\n")
-    assert (load(run).is_hh, load(run).jinja) == (False, None)
+    assert (load(run).chat.is_template, load(run).chat.jinja) == (True, None)
 
 
 def test_a_long_dialogue_drops_its_oldest_turns(directory):

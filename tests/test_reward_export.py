@@ -23,6 +23,7 @@ from transformers import (
 
 import chat
 import evaluate
+from engine.data.chat import Message
 from engine.data.examples import Example
 from engine.data.held_out import hold_out_prompts
 from engine.data.rankings import compare_by_rank
@@ -35,6 +36,7 @@ from engine.step.packing_check import use_packed_attention
 from tests.invariants.test_runs import ARCHITECTURES
 from tests.models import random_examples
 from tests.runs import QUICK, SMALL, Program, Run, copy_stopped
+from utils import UserError
 
 REWARD = ("loss=reward", "optimizer=AdamW", "lr=1e-3")
 RunExport = Callable[..., tuple[int, str, str]]
@@ -338,3 +340,50 @@ def test_the_padding_token_of_a_tokenizer_with_gaps_in_its_ids() -> None:
     model = LlamaForSequenceClassification(LlamaConfig(vocab_size=64, num_labels=1, **sizes))
     name_padding_token(model, tokenizer, may_grow=True)
     assert model.config.pad_token_id == tokenizer.pad_token_id == 61
+
+
+def test_chat_scores_a_long_dialogue_as_evaluate_does(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = program.ok(*REWARD, "n_examples=8", "max_length=48", "max_prompt_length=24")
+    answer: Message = {"role": "assistant", "content": "A charming film."}
+    for content, lost in (("Is it good? " * 20, "the prompt"), ("Is it good?", "")):
+        question: Message = {"role": "user", "content": content}
+        data, scores = program.directory / "rows.jsonl", program.directory / f"{len(content)}.jsonl"
+        data.write_text(json.dumps({"messages": [question, answer]}) + "\n")
+        arguments = [f"model={run.dir}", f"data={data}", f"to={scores}", "normalize=true"]
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
+        assert evaluate.main() == 0
+        line = json.loads(scores.read_text())
+        assert line.get("prompt_is_truncated", False) == bool(lost)
+        capsys.readouterr()
+        assert chat.RewardModel(str(run.dir)).score([question, answer]) == pytest.approx(line["scores"][0], abs=1e-5)
+        assert (f"{lost} is truncated" in capsys.readouterr().err) == bool(lost)
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [("text", 1.0), (0.5, float("nan")), (0.5, 0.0), (None, None)])
+def test_chat_gives_raw_scores_without_usable_statistics(
+    program: Program, run_export: RunExport, capsys: pytest.CaptureFixture[str], mean: Any, deviation: Any
+) -> None:
+    run, target = program.ok(*REWARD, "n_examples=4"), program.directory / "exported"
+    assert run_export(f"from={run.dir}", f"to={target}")[0] == 0
+    dialogue: list[Message] = [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "Yes."}]
+    normalised = chat.RewardModel(str(target)).score(dialogue)
+    config = json.loads((target / "config.json").read_text())
+    raw = normalised * config["reward_std"] + config["reward_mean"]
+    (target / "config.json").write_text(json.dumps(config | {"reward_mean": mean, "reward_std": deviation}))
+    capsys.readouterr()
+    assert chat.RewardModel(str(target)).score(dialogue) == pytest.approx(raw, abs=1e-5)
+    assert "its scores are raw" in capsys.readouterr().err
+
+
+def test_a_reward_model_on_a_moved_base_is_exported_for_chat(program: Program, run_export: RunExport) -> None:
+    run, target = program.ok(*REWARD, "peft=lora", "n_examples=4"), program.directory / "exported"
+    dialogue: list[Message] = [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "Yes."}]
+    expected = chat.RewardModel(str(run.dir)).score(dialogue)
+    moved = (run.dir / "base").rename(program.directory / "moved")
+    with pytest.raises(UserError, match=r"reward_model: .*fix: python export.py from=\S+ base=PATH to=DIR"):
+        chat.RewardModel(str(run.dir))
+    status, _, err = run_export(f"from={run.dir}", f"base={moved}", f"to={target}")
+    assert status == 0, err
+    assert chat.RewardModel(str(target)).score(dialogue) == pytest.approx(expected, abs=1e-5)

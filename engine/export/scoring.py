@@ -1,5 +1,7 @@
 """Score the responses of rows with a reward model."""
 
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +14,16 @@ from engine.data.forms import ParsedRow
 from engine.data.special_tokens import without_eos
 from engine.export.reward_bench import row_accuracy
 from engine.export.rows_to_score import RowToScore
+from engine.export.run_record import RunRecord
+from engine.export.saved_models import check_finite, load_saved
+from engine.models.score_head import has_score_head, stored_rewards
 from engine.step.heads import run_head
 from engine.step.layout import lay_out
+from engine.step.packing_check import use_packed_attention
 from engine.step.splitting import split_batch
+from utils import UserError
 
+DEFAULT_MAX_LENGTH = 4096  # in tokens, of models without a run
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 32768}  # of a forward pass, by device
 
 
@@ -39,7 +47,10 @@ class Scorer:
     Args:
         layout: "packed" or "padded".
         max_length, max_prompt_length: as in training.
-        mean, deviation: of the rewards, for normalised scores.
+        statistics: mean and standard deviation of the rewards; None if unknown.
+
+    Attributes:
+        mean, deviation: of normalised scores; 0 and 1 for raw ones.
     """
 
     def __init__(
@@ -50,12 +61,12 @@ class Scorer:
         layout: str,
         max_length: int,
         max_prompt_length: int,
-        mean: float = 0.0,
-        deviation: float = 1.0,
+        statistics: tuple[float, float] | None = None,
     ):
-        self._model, self._tokenizer, self._layout = model, tokenizer, layout
+        self._model, self.tokenizer, self._layout = model, tokenizer, layout
         self.max_length, self._max_prompt_length = max_length, max_prompt_length
-        self._mean, self._deviation = mean, deviation
+        self.statistics = statistics
+        self.mean, self.deviation = 0.0, 1.0
 
     def scores(self, rows: Sequence[ParsedRow]) -> list[list[float]]:
         """The score of each response of each row."""
@@ -69,13 +80,13 @@ class Scorer:
         device = self._model.device
         found: dict[tuple[bytes, bytes], float] = {}
         for part in split_batch(examples, 1, TOKEN_BUDGET[device.type], self._layout, feeds_last_token=True):
-            batch = lay_out(part, self._layout, self._tokenizer.pad_token_id or 0, feeds_last_token=True)
+            batch = lay_out(part, self._layout, self.tokenizer.pad_token_id or 0, feeds_last_token=True)
             scores = run_head(self._model, batch.to(device))[1].tolist()
             found |= {(p.tobytes(), r.tobytes()): s for (p, r), s in zip(batch.responses, scores, strict=True)}
         results = []
         for example, prompt_is_truncated, truncated_responses in encoded:
             raw = [found[example.prompt.tobytes(), response.tobytes()] for response in example.responses]
-            scores = [(score - self._mean) / self._deviation for score in raw]
+            scores = [(score - self.mean) / self.deviation for score in raw]
             results.append(RowScores(scores, prompt_is_truncated, truncated_responses))
         return results
 
@@ -83,14 +94,14 @@ class Scorer:
         """The tokens of each row, as in training; whether its prompt, and which of its responses, are truncated."""
         texts: dict[Text, int] = {}
         for row in rows:
-            for text in _texts(row, self._tokenizer):
+            for text in _texts(row, self.tokenizer):
                 texts.setdefault(text, len(texts))
-        encoded = encode(list(texts), self._tokenizer, show_progress=False)
+        encoded = encode(list(texts), self.tokenizer, show_progress=False)
         results = []
         for index, row in enumerate(rows):
-            prompt_text, *response_texts = (texts[text] for text in _texts(row, self._tokenizer))
+            prompt_text, *response_texts = (texts[text] for text in _texts(row, self.tokenizer))
             prompt, responses = encoded.prompt(prompt_text), tuple(map(encoded.response, response_texts))
-            num_front = num_bos(prompt, encoded, self._tokenizer)
+            num_front = num_bos(prompt, encoded, self.tokenizer)
             kept_prompt, kept = truncate(
                 prompt, responses, self.max_length, self._max_prompt_length, num_front=num_front
             )
@@ -98,6 +109,68 @@ class Scorer:
             truncated = [number for number, is_shorter in enumerate(shorter) if is_shorter]
             results.append((Example(kept_prompt, kept, index), len(kept_prompt) < len(prompt), truncated))
         return results
+
+
+def open_reward_model(
+    name: str,
+    record: RunRecord,
+    *,
+    key: str = "model",
+    layout: str = "packed",
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    dtype: torch.dtype | None = None,
+    base: str | None = None,
+    show_progress: bool = True,
+) -> Scorer:
+    """Load a reward model, to give raw scores.
+
+    Args:
+        name: a run, checkpoint, adapter or model directory, or a name on the hub.
+        record: its training.
+        key: the option with the name, for errors.
+        max_length, max_prompt_length: None for the run's, else by the model.
+        dtype, base, show_progress: as of load_saved().
+    """
+    saved = load_saved(name, dtype=dtype, base=base, show_progress=show_progress)
+    if not has_score_head(saved.model):
+        problem = f"{key}: {name} is a model of text, not a reward model"
+        raise UserError("CONFIG", problem, "train one with loss=reward")
+    check_finite(saved.model, "give another checkpoint", show_progress=show_progress)
+    model: Any = saved.model
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    max_length, max_prompt_length = _lengths(model.config, record, max_length, max_prompt_length)
+    if layout == "packed":
+        use_packed_attention(model)
+    sizes = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    return Scorer(model, saved.tokenizer, layout=layout, statistics=_statistics(model, record), **sizes)
+
+
+def _lengths(config: Any, record: RunRecord, max_length: int | None, max_prompt_length: int | None) -> tuple[int, int]:
+    """max_length and max_prompt_length, as asked, else of the run, else by the model."""
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    of_run = {name: record.config.get(name) for name in ("max_length", "max_prompt_length")}
+    for name, value in of_run.items():
+        if value is not None and not isinstance(value, int):
+            problem = f"{name}: the config.yaml of the run has {value!r}, not a number"
+            raise UserError("CHECKPOINT", problem, "correct it there")
+    max_length = max_length or of_run["max_length"] or min(context, DEFAULT_MAX_LENGTH)
+    max_prompt_length = max_prompt_length or of_run["max_prompt_length"] or max_length // 2
+    if max_length > context:
+        problem = f"max_length: {max_length} is more than the {context} positions of the model"
+        raise UserError("CONFIG", problem, "lower it")
+    if max_prompt_length >= max_length:
+        problem = f"max_prompt_length: {max_prompt_length} is not below max_length ({max_length})"
+        raise UserError("CONFIG", problem, "lower it, to leave room for a response")
+    return max_length, max_prompt_length
+
+
+def _statistics(model: PreTrainedModel, record: RunRecord) -> tuple[float, float] | None:
+    """Mean and standard deviation of the rewards; None if either is unknown or not finite."""
+    of_run = record.reward_mean, record.reward_std  # an adapter has no config of a model
+    values = [own if own is not None else kept for own, kept in zip(of_run, stored_rewards(model), strict=True)]
+    numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
 
 
 def _texts(row: ParsedRow, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
