@@ -4,14 +4,11 @@ It is transformers' `score`, Linear(hidden size, 1) without bias, of AutoModelFo
 """
 
 import copy
-import inspect
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,6 +23,7 @@ from utils import UserError
 
 SCORE_NAME, SCORE_WEIGHT = "score", "score.weight"
 PAD_TOKEN = "<|pad|>"
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # some of those with a score head
 AUTO_CLASSES: dict[Head, Any] = {"lm": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 
 
@@ -66,28 +64,23 @@ def prepare_config(hf_config: Any, head: Head, trusted: bool = False) -> Any:
         return hf_config
     auto_map = getattr(hf_config, "auto_map", None) or {}
     has_code = trusted and AutoModelForSequenceClassification.__name__ in auto_map
-    if not has_code and not _sets_score(type(hf_config)):
-        families = ", ".join(_families())
+    if not has_code and not _has_family_score(hf_config):
         problem = f"model: transformers has no score head for {hf_config.model_type}, and a reward model needs one"
-        raise UserError("CONFIG", problem, f"use a model of one of these families: {families}")
+        raise UserError("CONFIG", problem, f"use one of {', '.join(FAMILIES)}, or another decoder with `score`")
     hf_config.num_labels = 1
     return hf_config
 
 
-def _sets_score(config_class: type) -> bool:
+def _has_family_score(hf_config: Any) -> bool:
     """Whether transformers has a model with a score head for a config. Encoders have other heads."""
-    with suppress(ImportError, AttributeError):  # a family may need a package
-        model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(config_class, None)
-        constructors = (vars(each).get("__init__") for each in inspect.getmro(model_class or object))
-        codes = (getattr(inspect.unwrap(each), "__code__", None) for each in constructors if each is not None)
-        return any(SCORE_NAME in code.co_names for code in codes if code is not None)
-    return False
-
-
-def _families() -> list[str]:
-    """The model types of causal language models with a score head."""
-    scored = {each.model_type for each in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if _sets_score(each)}
-    return sorted(scored & {each.model_type for each in MODEL_FOR_CAUSAL_LM_MAPPING})
+    if type(hf_config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return False
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # without memory: a second for 80 layers
+            model = AutoModelForSequenceClassification.from_config(copy.deepcopy(hf_config))
+    except Exception:  # of an impossible config; loading reports it
+        return True
+    return hasattr(model, SCORE_NAME)
 
 
 def finish_score_head(
