@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from engine.data.chat_templates import JINJA, read_template, template_advice
+from engine.data.chat_templates import JINJA, end_with_eos, read_template, template_advice, without_end
 from engine.data.special_tokens import MARK
-from tests.data.samples import CHAT, assistant, byte_tokenizer, load_rows, user
+from tests.data.samples import CHAT, CHATML, EOS, assistant, byte_tokenizer, load_rows, user
 from utils import UserError
 
 
@@ -210,6 +210,38 @@ def test_hh_as_jinja_equals_the_text_of_training(tmp_path):
         turns[:-1], chat_template=JINJA["hh"], tokenize=False, add_generation_prompt=True
     )
     assert rendered == prompt
+
+
+ODD_TEMPLATES = {
+    "lines": "\n\n  {% for m in messages %}\n    {{ m.role }}: {{ m.content }}\n  {% endfor %}\n\n",
+    "trimmed": "  {%- for m in messages -%}\n  {{ m.role }}: {{ m.content }} \n {%- endfor -%}\n   \n",
+    "space": "{% for m in messages %}{{ m.content }}{% endfor %}\n   ",
+    "names": "{% set messages = messages[1:] %}{% set ns = namespace(n=0) %}{% macro f(m) %}{{ m.content + eos_token }}"
+    "{% endmacro %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ f(m) }}{{ ns.n }}{% endfor %}\n",
+    "break": "{% for m in messages %}{{ m.content }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
+    "eos": CHATML,
+}
+
+
+@pytest.mark.parametrize("text", [*JINJA.values(), *ODD_TEMPLATES.values()], ids=[*JINJA, *ODD_TEMPLATES])
+def test_a_template_that_ends_with_eos_differs_at_the_end_alone(text):
+    turns = [user(" hi "), assistant("yes \n"), user("so"), assistant(" end ")]
+    tokenizer, ended = byte_tokenizer(), end_with_eos(text)
+
+    def render(template: str, num_turns: int, **options: bool) -> str:
+        return tokenizer.apply_chat_template(turns[:num_turns], chat_template=template, tokenize=False, **options)
+
+    for num_turns, prompts in ((1, True), (3, True), (3, False), (4, True)):
+        options = {"add_generation_prompt": prompts}
+        assert render(ended, num_turns, **options) == render(text, num_turns, **options)
+    for num_turns in (2, 4):
+        plain = render(text, num_turns)
+        stripped = plain.rstrip()
+        assert render(ended, num_turns) == (stripped if stripped.endswith(EOS) else plain + EOS)
+    assert end_with_eos(ended) == ended
+    assert render(without_end(ended), 4) == render(text, 4)
+    assert without_end({"default": ended, "other": text}).keys() == {"default", "other"}
+    assert end_with_eos({"default": text}) == {"default": ended} and end_with_eos(None) is None is without_end(None)
 
 
 def test_a_chat_template_is_needed(tmp_path):
