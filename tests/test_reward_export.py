@@ -303,6 +303,7 @@ def test_other_forms_refuse_a_reward_model(
     mean, deviation = (run.evals[-1][f"rewards_eval/{name}"] for name in ("mean", "std"))
     assert f"the mean {mean:.6g} and the standard deviation\n{deviation:.6g} (" in card
     assert "pipeline_tag: text-classification" in card and "- reward-model" in card
+    assert "apply_chat_template(messages, tokenize=False)" in card
 
 
 def test_chat_prints_the_normalised_reward(
