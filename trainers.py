@@ -341,7 +341,8 @@ class BasicTrainer:
         if self.sync_stop_request():
             return False
         if self.evaluator.should_sample:
-            rows, sampled = self.evaluator.sample_policy(self.counters["examples"], self.token_budget)
+            is_last = self.counters["examples"] >= self.source.num_examples
+            rows, sampled = self.evaluator.sample_policy(self.counters["examples"], self.token_budget, is_last)
             self.eval_metrics |= sampled
             self.loggers.samples(rows)
         self.loggers.eval(self.eval_metrics | self.progress_counters() | self.skip_counter())
@@ -505,7 +506,7 @@ class BasicTrainer:
             compute_dtype=self.placement.compute_dtype,
         )
         reward = ground_truth_reward(settings.datasets)
-        self.evaluator = Evaluator(settings, tokenizer, self.placement, self.runner, eval_examples, reward)
+        self.evaluator = Evaluator(settings, tokenizer, self.placement, self.runner, eval_examples, reward, self.say)
         self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, self.train_examples)
         self.runner.reference, self.reference_hash = self.build_reference()
         self.prepare_policy()
@@ -515,9 +516,11 @@ class BasicTrainer:
         self.eval_metrics = {}
         self.evaluated_at = -1  # examples
         self.writer = CheckpointWriter(run_dir, settings.keep_checkpoints)
-        self.nonfinite = NonFinitePolicy(
-            settings, run_dir, self.placement, self.counters, self.roll_back, lambda line: self.loggers.print(line)
-        )
+        self.nonfinite = NonFinitePolicy(settings, run_dir, self.placement, self.counters, self.roll_back, self.say)
+
+    def say(self, line: str) -> None:
+        """Print a line around the progress bar."""
+        self.loggers.print(line)
 
     @property
     def device(self) -> torch.device:
@@ -543,7 +546,7 @@ class BasicTrainer:
             ),
             self.with_mismatched(self.evaluator.batches(self.token_budget), 1),
         )
-        return build_reference(self.settings, self.placement, self.runner, self.evaluator, batches)
+        return build_reference(self.settings, self.placement, self.runner, self.evaluator, batches, self.token_budget)
 
     def with_mismatched(self, batches: Iterable[list[list[Example]]], num_parts: int) -> Iterator[list[list[Example]]]:
         """The microbatches of each batch, and those of its mismatched responses."""

@@ -92,7 +92,7 @@ def test_the_kl_is_the_mean_log_ratio_of_policy_to_reference(tmp_path: Path, mon
     prompts = list({example.prompt.tobytes(): example.prompt for example in evaluator.examples}.values())[:3]
     responses = [example.responses[0] for example in random_examples([(1, 4), (1, 1), (1, 7)])]
     monkeypatch.setattr(evaluator, "sample", lambda model, num_examples: responses)
-    _, metrics = evaluator.sample_policy(0, trainer.token_budget)
+    _, metrics = evaluator.sample_policy(0, trainer.token_budget, is_last=False)
 
     @torch.no_grad()
     def log_prob(model, prompt: np.ndarray, response: np.ndarray) -> float:

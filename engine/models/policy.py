@@ -143,7 +143,8 @@ def _describe_adapter(
     lora.modules_to_save = full_modules or None
     if archive is not None:
         check_same_adapter(archive, lora)
-    has_own_reference = settings.has_live_reference and not full_modules and not _trains_biases(model, lora)
+    is_reference = settings.has_live_reference or settings.measures_kl
+    has_own_reference = is_reference and not full_modules and not _trains_biases(model, lora)
     needs_copy = has_own_reference and (archive is not None or peft.dora)
     compute_dtype = peft.compute_dtype if isinstance(peft, QLoraSettings) else None
     return Adapter(lora, full_modules, archive, has_own_reference, compute_dtype, base_hash), needs_copy

@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from engine.data.examples import Example
+from engine.models.shards import local_shard
 from engine.step.heads import run_head
 from engine.step.microbatches import MicrobatchRunner
 
 FEWEST_TOKENS = 512
 # The fraction of memory for saved activations. Temporaries, gradients and fragmentation take the rest.
 SHARE = 0.6
+SECOND_MODEL_SHARE = 0.6  # of the memory for a second model. Copies in a low dtype and activations take the rest.
 
 
 def total_memory(device: torch.device) -> int:
@@ -41,6 +44,19 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def fits_twice(model: PreTrainedModel) -> bool:
+    """Whether a second model of the same size fits beside it now. On a CPU, memory is taken to be there."""
+    needed: dict[torch.device, float] = {}
+    for shard in map(local_shard, model.parameters()):
+        needed[shard.device] = needed.get(shard.device, 0) + shard.nbytes / SECOND_MODEL_SHARE
+    for device, num_bytes in needed.items():
+        if device.type == "cuda":
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            if num_bytes > torch.cuda.mem_get_info(device)[0] + unused:
+                return False
+    return True
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> int:

@@ -27,6 +27,7 @@ from engine.step.attention import flash_serves
 from engine.step.microbatches import Batch, MicrobatchRunner
 from engine.step.packing_check import use_packed_attention
 from engine.step.splitting import split_for_ranks
+from utils import UserError
 
 T = TypeVar("T")
 
@@ -116,6 +117,17 @@ class Placement:
         self.device = head_of(model).weight.device  # with layers split among GPUs, the head's
         self.aliases = named_aliases(model)
         return self.compile_layers(model).eval()
+
+    def place_again(self, dtype: torch.dtype) -> PreTrainedModel:
+        """place_model() during a run, when files may be gone.
+
+        Raises:
+            OSError: on all ranks alike.
+        """
+        try:
+            return self.place_model(dtype)
+        except UserError as error:
+            raise OSError(str(error)) from error
 
     def load_model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """A model with the starting weights. Trained parameters require gradients."""

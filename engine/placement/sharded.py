@@ -92,6 +92,22 @@ class ShardedProcesses(Placement):
             hf_config_of(settings.model, self.tokenizer)
         with rank_0_first():
             full = self.load_model(dtype, torch.device("cpu")) if self.rank == 0 else None
+        return self._shard(full)
+
+    def place_again(self, dtype: torch.dtype) -> PreTrainedModel:
+        full, problem = None, None
+        with rank_0_first():
+            try:
+                full = self.load_model(dtype, torch.device("cpu")) if self.rank == 0 else None
+            except (UserError, OSError) as error:
+                problem = str(error)
+        if problem := self.gather_from_data_ranks(problem)[0]:
+            raise OSError(problem)
+        return self._shard(full)
+
+    def _shard(self, full: PreTrainedModel | None) -> PreTrainedModel:
+        """Split rank 0's model among all ranks."""
+        settings = self.settings
         empty = without_weights(full, settings.model.trust_remote_code)
         model = self.compile_layers(match_structure(empty, full, settings))
         self.permutations = shard_model(

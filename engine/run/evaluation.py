@@ -13,10 +13,10 @@ from engine.models.adapters import adapter_of
 from engine.models.generation import sample_responses
 from engine.models.precision import run_in_dtype
 from engine.placement.placement import Placement
+from engine.run.kl import KLMeter
 from engine.settings.schema import Settings
 from engine.step.metrics import MetricAccumulator, prefix_metrics, to_floats
 from engine.step.microbatches import MicrobatchRunner
-from engine.step.reference import LiveReference
 from engine.step.reward_metrics import evaluation_metrics
 from utils import content_hash, prefetch, progress
 
@@ -29,9 +29,7 @@ class Evaluator:
     Args:
         examples: to evaluate on; may be empty.
         reward: the ground-truth reward of a response; None for data sets without one.
-
-    Attributes:
-        reference_samples: the reference's response to each prompt, int32 [response tokens].
+        say: prints a notice.
     """
 
     def __init__(
@@ -42,13 +40,14 @@ class Evaluator:
         runner: MicrobatchRunner,
         examples: Sequence[Example],
         reward: Callable[[str], float] | None,
+        say: Callable[[str], None],
     ):
         self.examples = examples
-        self.reference_samples: list[np.ndarray] = []
         self._settings, self._tokenizer = settings, tokenizer
         self._placement, self._runner, self._reward = placement, runner, reward
         prompts = {example.prompt.tobytes(): example.prompt for example in examples}
         self._prompts = list(prompts.values())[: settings.n_eval_model_samples]
+        self.kl = KLMeter(settings, placement, runner, self._prompts, say)
 
     @property
     def should_sample(self) -> bool:
@@ -106,14 +105,17 @@ class Evaluator:
         by_rank, num_ranks = placement.gather_from_data_ranks(responses), placement.num_data_ranks
         return [by_rank[index % num_ranks][index // num_ranks] for index in range(len(self._prompts))]
 
-    def sample_policy(self, num_examples: int, token_budget: int) -> tuple[Rows, dict[str, float]]:
+    def sample_policy(self, num_examples: int, token_budget: int, is_last: bool) -> tuple[Rows, dict[str, float]]:
         """Sample responses of the policy.
 
+        Args:
+            is_last: this evaluation is the last of the run.
+
         Returns:
-            rows with the texts, and metrics: the ground-truth reward, if any, and the KL to a live reference.
+            rows with the texts, and metrics: the ground-truth reward, if any, and KL divergences.
         """
         policy = self.sample(self._runner.policy, num_examples)
-        samples = {"policy": policy} | ({"reference": self.reference_samples} if self.reference_samples else {})
+        samples = {"policy": policy} | ({"reference": self.kl.reference_samples} if self.kl.reference_samples else {})
         texts = {model: self._tokenizer.batch_decode(ids, skip_special_tokens=True) for model, ids in samples.items()}
         prompts = self._tokenizer.batch_decode(self._prompts, skip_special_tokens=True)
         rows: Rows = [{"examples": num_examples, "prompt": prompt} for prompt in prompts]
@@ -121,9 +123,7 @@ class Evaluator:
             for row, text in zip(rows, texts[model], strict=True):
                 row[model] = text
         metrics = self._add_rewards(rows, list(texts))
-        if isinstance(self._runner.reference, LiveReference):
-            metrics["kl_eval"] = self._estimate_kl(policy, token_budget)
-        return rows, metrics
+        return rows, metrics | self.kl.measure(policy, token_budget, is_last)
 
     def _add_rewards(self, rows: Rows, models: Sequence[str]) -> dict[str, float]:
         """Add ground-truth rewards to the rows; returns their means and the win rate."""
@@ -138,22 +138,3 @@ class Evaluator:
             differences = np.array([row["policy_reward"] - row["reference_reward"] for row in rows])
             metrics["ground_truth/win_rate"] = float(np.mean((differences > 0) + 0.5 * (differences == 0)))
         return metrics
-
-    @torch.no_grad()
-    def _estimate_kl(self, responses: Sequence[np.ndarray], token_budget: int) -> float:
-        """KL(policy || reference) in nats per response: the mean of log(policy / reference) over sampled responses.
-
-        This estimate is unbiased.
-        """
-        runner, placement = self._runner, self._placement
-        pairs = zip(self._prompts, responses, strict=True)
-        examples = [Example(prompt, (response,), index) for index, (prompt, response) in enumerate(pairs)]
-        ratios = []
-        with runner.in_mixed_precision():
-            for microbatch in placement.rank_slice(placement.split_batch(examples, 1, token_budget)):
-                batch = runner.lay_out(microbatch)
-                policy = LiveReference(runner.policy, runner.compute_dtype).logps(batch)
-                assert runner.reference is not None
-                ratios.append(policy - runner.reference.logps(batch))
-        by_rank = placement.gather_from_data_ranks(ratios)
-        return torch.cat([torch.cat(of_rank).cpu() for of_rank in by_rank]).mean().item()

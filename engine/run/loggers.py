@@ -22,7 +22,7 @@ LINE_LENGTH = 200  # of a printed line
 # Parts of the names of metrics, in the order of a printed line.
 TELLING = (
     "loss/", "accuracies", "margins", "desirable", "kl_", "kl/", "ground_truth/", "learning_rate", "grad_norm",
-    "tokens_per_second", "peak_memory", "skipped", "rewards", "logps",
+    "tokens_per_second", "peak_memory", "skipped", "rewards", "logratios", "logps",
 )  # fmt: skip
 
 
@@ -161,6 +161,8 @@ def fit_line(start: str, metrics: Metrics) -> str:
     """A line with as many metrics as fit, the most telling first, without counters. metrics.jsonl has all of them."""
 
     def rank(name: str) -> int:
+        if name.endswith("standard_error"):
+            return len(TELLING) + 1
         return next((i for i, part in enumerate(TELLING) if part in name), len(TELLING))
 
     line = f"{start}:"

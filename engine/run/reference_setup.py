@@ -1,6 +1,7 @@
 """Set up the reference: place the frozen model, and fill the cache of its log-probs."""
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,22 +23,29 @@ def build_reference(
     runner: MicrobatchRunner,
     evaluator: Evaluator,
     batches: Iterable[list[list[Example]]],
+    token_budget: int,
 ) -> tuple[Reference | None, str | None]:
     """The frozen reference, and a hash of its weights; None for a loss without a reference.
 
     Args:
         runner: of the untrained policy.
         evaluator: gets responses sampled from the reference.
-        batches: contain every example. Log-probs are cached for these.
+        batches: contain every example. Log-probs are cached for these, and for the reference's samples.
+        token_budget: of a microbatch of samples.
     """
     live = place_reference(settings, placement, runner)
     if live is None:
         return None, None
+    adapter = adapter_of(runner.policy)
     if evaluator.should_sample:
-        evaluator.reference_samples = evaluator.sample(live.model, 0)
+        evaluator.kl.reference_samples = evaluator.sample(live.model, 0)
+        if adapter and adapter.has_own_reference and live.model is runner.policy:
+            evaluator.kl.adapters_off = AdapterReference(live.model, placement.compute_dtype)
     reference_hash = hash_reference(live, placement, runner)
     if settings.has_live_reference:
         return live, reference_hash
+    if evaluator.kl.reference_samples:
+        batches = chain(batches, [evaluator.kl.microbatches(evaluator.kl.reference_samples, token_budget)])
     return cache_reference(live, reference_hash, settings, placement, runner, batches), reference_hash
 
 

@@ -239,6 +239,11 @@ class Settings(Group):
         is_needed = "token kl" in self.loss.needs or self.reference_refresh.every is not None
         return self.reference == "live" or (self.reference == "auto" and is_needed)
 
+    @property
+    def measures_kl(self) -> bool:
+        """Whether evaluations compare sampled responses with the reference."""
+        return "reference" in self.loss.needs and self.sample_during_eval and self.n_eval_model_samples > 0
+
     def with_source(self, source: DictConfig) -> Self:
         """A copy with another source."""
         OmegaConf.set_readonly(source, True)

@@ -166,7 +166,7 @@ def lay_out(
         "responses": responses,
         "prompt_indices": sorted({example.prompt_index for example in examples}),
     }
-    if with_shared:
+    if with_shared and has_pairs:  # sampled responses are single
         shared |= _shared_targets(np.array(numbers), lengths)
     rows = _packed_row(groups, feeds_last_token) if layout == "packed" else _padded_rows(responses, pad_token_id)
     if not feeds_last_token:

@@ -188,6 +188,14 @@ class SequenceObjective:
             raise UserError("CONFIG", problem, fix)
         metrics.add(**own_metrics)
         if self.batch == "pairs":
+            if "reference" in self.needs:
+                chosen, rejected, reference_chosen, reference_rejected = inputs.arguments[:4]
+                metrics.add(
+                    **{
+                        "logratios/chosen": chosen - reference_chosen,
+                        "logratios/rejected": rejected - reference_rejected,
+                    }
+                )
             chosen_rewards, rejected_rewards = rest
             metrics.add(
                 **{

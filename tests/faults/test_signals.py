@@ -143,10 +143,10 @@ def signal_in_sampling(update: int, on_rank: int) -> None:
     """Send this process SIGTERM while responses are sampled."""
     sample = Evaluator.sample_policy
 
-    def signalled(evaluator: Evaluator, num_examples: int, token_budget: int) -> Any:
+    def signalled(evaluator: Evaluator, num_examples: int, *arguments: Any) -> Any:
         if num_examples == 4 * update and process_group.world().rank == on_rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        return sample(evaluator, num_examples, token_budget)
+        return sample(evaluator, num_examples, *arguments)
 
     Evaluator.sample_policy = signalled  # type: ignore[method-assign, assignment]
 
