@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from engine.data.examples import Example
 from engine.placement.placement import Placement
@@ -143,6 +144,32 @@ def test_a_resumed_run_has_the_same_kl(program: Program, overrides: tuple[str, .
     resumed = program.ok(*DPO, *SAMPLES, *overrides, f"resume={run.dir}")
     assert "after 8 examples" in resumed.out
     assert numbers(run) == expected and REVERSE in expected[-1]
+
+
+@pytest.mark.parametrize("damage", [None, b"{", b'{"samples": [[1], [2], [3]], "checksum": "0"}'])
+def test_samples_of_the_reference_are_drawn_once(
+    program: Program, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
+) -> None:
+    """And again from a damaged file. Other settings of the samples have a file of their own."""
+    cache = f"cache_dir={program.directory / 'own'}"
+    drawn = []
+    sample = Evaluator.sample
+
+    def noted(evaluator: Evaluator, model: PreTrainedModel, num_examples: int) -> list[np.ndarray]:
+        drawn.append(num_examples)
+        return sample(evaluator, model, num_examples)
+
+    monkeypatch.setattr(Evaluator, "sample", noted)
+    first = program.ok(*DPO, *SAMPLES, cache)
+    assert drawn == [0, 0, 8, 16]
+    (path,) = (program.directory / "own" / "reference").glob("*.samples.json")
+    if damage is not None:
+        path.write_bytes(damage)
+    again = program.ok(*DPO, *SAMPLES, cache)
+    assert drawn[4:] == ([0, 8, 16] if damage is None else [0, 0, 8, 16])
+    assert numbers(again) == numbers(first) and again.samples == first.samples
+    program.ok(*DPO, *SAMPLES, cache, "max_prompt_length=255")
+    assert len([*path.parent.glob("*.samples.json")]) == 2
 
 
 def test_archived_adapters_are_the_reference(program: Program) -> None:

@@ -29,10 +29,10 @@ class KLMeter:
       it is measured in the last evaluation alone: the reference is loaded for it.
 
     Args:
-        prompts: of the samples.
         say: prints a notice.
 
     Attributes:
+        prompts: of the samples.
         reference_samples: the reference's response to each prompt, int32 [response tokens]; empty without a reference.
         adapters_off: the policy as its own reference; None if it cannot be.
     """
@@ -48,11 +48,11 @@ class KLMeter:
         self.reference_samples: list[np.ndarray] = []
         self.adapters_off: LiveReference | None = None
         self._settings, self._placement, self._runner = settings, placement, runner
-        self._prompts, self._say = prompts, say
+        self.prompts, self._say = prompts, say
 
     def microbatches(self, responses: Sequence[np.ndarray], token_budget: int) -> list[list[Example]]:
         """The prompts with one response each, split into microbatches for all ranks."""
-        pairs = zip(self._prompts, responses, strict=True)
+        pairs = zip(self.prompts, responses, strict=True)
         examples = [Example(prompt, (response,), index) for index, (prompt, response) in enumerate(pairs)]
         return self._placement.split_batch(examples, 1, token_budget)
 

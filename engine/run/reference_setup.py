@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine.data.examples import Example
@@ -11,6 +12,7 @@ from engine.models.adapters import adapter_of
 from engine.models.hashing import reference_hash_spec, weights_hash
 from engine.placement.placement import Placement
 from engine.run.evaluation import Evaluator
+from engine.run.reference_samples import read_or_draw, samples_path
 from engine.settings.schema import Settings
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.reference import AdapterReference, LiveReference, Reference, fill_cache, reference_key
@@ -36,17 +38,17 @@ def build_reference(
     live = place_reference(settings, placement, runner)
     if live is None:
         return None, None
-    adapter = adapter_of(runner.policy)
+    reference_hash = hash_reference(live, placement, runner)
+    path = cache_path(reference_hash, settings, placement)
     if evaluator.should_sample:
-        evaluator.kl.reference_samples = evaluator.sample(live.model, 0)
+        evaluator.kl.reference_samples = sample_reference(live, path, settings, placement, evaluator)
+        adapter = adapter_of(runner.policy)
         if adapter and adapter.has_own_reference and live.model is runner.policy:
             evaluator.kl.adapters_off = AdapterReference(live.model, placement.compute_dtype)
-    reference_hash = hash_reference(live, placement, runner)
+        batches = chain(batches, [evaluator.kl.microbatches(evaluator.kl.reference_samples, token_budget)])
     if settings.has_live_reference:
         return live, reference_hash
-    if evaluator.kl.reference_samples:
-        batches = chain(batches, [evaluator.kl.microbatches(evaluator.kl.reference_samples, token_budget)])
-    return cache_reference(live, reference_hash, settings, placement, runner, batches), reference_hash
+    return cache_reference(live, path, placement, runner, batches), reference_hash
 
 
 def place_reference(settings: Settings, placement: Placement, runner: MicrobatchRunner) -> LiveReference | None:
@@ -77,18 +79,34 @@ def hash_reference(live: LiveReference, placement: Placement, runner: Microbatch
     return reference_hash
 
 
+def cache_path(reference_hash: str, settings: Settings, placement: Placement) -> Path:
+    """The file of the reference's log-probs."""
+    numerics = (settings.mixed_precision, settings.matmul_precision, settings.batching, settings.compile)
+    key = reference_key(reference_hash, numerics, placement.device)
+    return Path(settings.cache_dir or "") / "reference" / f"{key}.sqlite"
+
+
+def sample_reference(
+    live: LiveReference, path: Path, settings: Settings, placement: Placement, evaluator: Evaluator
+) -> list[np.ndarray]:
+    """The reference's samples, read from beside its log-probs at path or drawn now."""
+
+    def draw() -> list[np.ndarray]:
+        return evaluator.sample(live.model, 0)
+
+    if settings.has_live_reference:
+        return draw()
+    return read_or_draw(samples_path(path, placement, evaluator.kl.prompts), placement, draw)
+
+
 def cache_reference(
     live: LiveReference,
-    reference_hash: str,
-    settings: Settings,
+    path: Path,
     placement: Placement,
     runner: MicrobatchRunner,
     batches: Iterable[list[list[Example]]],
 ) -> CachedReference:
-    """Log-probs of all examples under the reference, read from cache_dir or computed now."""
-    numerics = (settings.mixed_precision, settings.matmul_precision, settings.batching, settings.compile)
-    key = reference_key(reference_hash, numerics, placement.device)
-    path = Path(settings.cache_dir or "") / "reference" / f"{key}.sqlite"
+    """Log-probs of all examples under the reference, read from path or computed now."""
     by_token = "shared length" in runner.objective.needs
     cached = CachedReference(path, placement.gather_from_data_ranks, by_token=by_token)
     fill_cache(
