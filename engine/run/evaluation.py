@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.examples import Example
@@ -13,7 +14,7 @@ from engine.models.adapters import adapter_of
 from engine.models.generation import sample_responses
 from engine.models.precision import run_in_dtype
 from engine.placement.placement import Placement
-from engine.run.kl import KLMeter
+from engine.run.kl import KLMeter, mean_and_error
 from engine.settings.schema import Settings
 from engine.step.metrics import MetricAccumulator, prefix_metrics, to_floats
 from engine.step.microbatches import MicrobatchRunner
@@ -122,8 +123,24 @@ class Evaluator:
         for model in texts:
             for row, text in zip(rows, texts[model], strict=True):
                 row[model] = text
-        metrics = self._add_rewards(rows, list(texts))
+        metrics = self._add_rewards(rows, list(texts)) | self._lengths(policy)
         return rows, metrics | self.kl.measure(policy, token_budget, is_last)
+
+    def _lengths(self, samples: Sequence[np.ndarray]) -> dict[str, float]:
+        """Means of lengths in tokens and of responses without end of text; and their change from the reference."""
+
+        def numbers(responses: Sequence[np.ndarray]) -> dict[str, Tensor]:
+            ends = [response[-1] == self._tokenizer.eos_token_id for response in responses]
+            lengths = torch.tensor([len(response) for response in responses], dtype=torch.float64)
+            return {"length": lengths, "unfinished": 1 - torch.tensor(ends, dtype=torch.float64)}
+
+        policy, metrics = numbers(samples), dict[str, float]()
+        for name, values in policy.items():
+            metrics |= mean_and_error(f"samples_eval/{name}", values)
+        if self.kl.reference_samples:
+            for name, values in numbers(self.kl.reference_samples).items():
+                metrics |= mean_and_error(f"samples_eval/{name}_change", policy[name] - values)
+        return metrics
 
     def _add_rewards(self, rows: Rows, models: Sequence[str]) -> dict[str, float]:
         """Add ground-truth rewards to the rows; returns their means and the win rate."""

@@ -1,4 +1,4 @@
-"""Log a run: metrics.jsonl, samples.jsonl, the terminal, wandb and TensorBoard."""
+"""Log a run: metrics.jsonl, samples.jsonl, warnings.jsonl, the terminal, wandb and TensorBoard."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.run.background_logger import BackgroundLogger, Logger, Metrics
+from engine.run.run_warnings import WARNINGS_FILE, RunWarnings, describe
 from engine.run.tensorboard_logger import TensorBoard
 from engine.run.wandb_logger import Wandb
 from engine.settings.schema import Settings
@@ -65,6 +66,7 @@ class Loggers:
             nrows=terminal.lines,
         )
         self._loggers: list[Logger] = []
+        self._warnings = RunWarnings(settings, num_examples, run_dir)
 
         def write(line: str) -> None:
             self.print(redact(line, settings.source))  # errors of libraries may contain secrets
@@ -87,6 +89,7 @@ class Loggers:
         """Log a training step."""
         examples = int(metrics["counters/examples"])
         self._write("metrics.jsonl", [metrics])
+        self._warn(metrics)
         self._bar.update(examples - self._bar.n)
         now = self._clock()
         self._first = self._first or (examples, now)
@@ -105,6 +108,7 @@ class Loggers:
         examples = int(metrics["counters/examples"])
         self._write("metrics.jsonl", [metrics])
         self.print(fit_line(f"eval {self._progress(examples, self._clock())}", metrics))
+        self._warn(metrics)
         self._log(metrics, examples)
 
     def _progress(self, examples: int, now: float) -> str:
@@ -132,6 +136,14 @@ class Loggers:
     def _log(self, metrics: Metrics, step: int) -> None:
         for logger in self._loggers:
             logger.log(metrics, step)
+
+    def _warn(self, metrics: Metrics) -> None:
+        """Write and print new warnings about a row of metrics."""
+        warnings = self._warnings.see(metrics)
+        if warnings:
+            self._write(WARNINGS_FILE, warnings)
+        for warning in warnings:
+            self.print(describe(warning))
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -18,7 +18,7 @@ from utils import UserError, fsync
 TEMPORARY = re.compile(
     rf"\.(step-\d+|LATEST|BEST|base|(config\.yaml|{re.escape(RECORD)}|nonfinite-\d+\.json)\.\d+)\.tmp"
 )
-LOG_FILES = ("metrics.jsonl", "samples.jsonl")
+LOG_FILES = ("metrics.jsonl", "samples.jsonl", "warnings.jsonl")
 EARLY_FILES = ("config.yaml", RECORD, "base")  # of a run that has not begun to train
 
 

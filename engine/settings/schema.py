@@ -147,6 +147,19 @@ class WandbSettings(Group):
     project: Text
 
 
+class WarningSettings(Group):
+    """Limits of run_warnings.CHECKS, by name."""
+
+    chosen_falls: Count | None
+    early_accuracy: Probability | None
+    flat_loss: Positive | None
+    length_ratio: Positive | None
+    unfinished_rise: Probability | None
+    clipped_share: Fraction | None
+    kl: Positive | None
+    standard_errors: NonNegative
+
+
 class Names(TypedDict):
     """Settings derived if unset."""
 
@@ -217,6 +230,7 @@ class Settings(Group):
     save_every: Count | None
     keep_checkpoints: Count | None
     keep_best: BestMetric | None
+    warnings: WarningSettings
     minimum_log_interval_secs: NonNegative
     wandb: WandbSettings
     tensorboard: bool
