@@ -19,7 +19,7 @@ Row = Mapping[str, float]
 METRICS_FILE, WARNINGS_FILE = "metrics.jsonl", "warnings.jsonl"
 COUNTERS = ("counters/examples", "counters/updates")
 WINDOW = 128  # examples: means over fewer are chance
-FEWEST_STEPS = 50  # for a share of steps
+FEWEST_STEPS = 50  # of a run, for a share of steps
 EARLY = 0.1  # the share of a run that counts as its start
 FIRST_LOSS = 1e-2  # how far from ln 2 a loss may start, relatively: low dtypes round
 
@@ -38,7 +38,7 @@ class History:
         self.recent: deque[Row] = deque()
         self.evaluations: list[Row] = []
         self.first_loss: float | None = None
-        self.num_steps = self.num_clipped = 0
+        self.num_clipped = 0
         self._before = 0.0  # examples before the first of recent
 
     def add(self, row: Row) -> None:
@@ -48,7 +48,6 @@ class History:
             return
         if row.get("counters/updates") == 1:
             self.first_loss = row["loss/train"]
-        self.num_steps += 1
         self.num_clipped += row.get("grad_norm", 0.0) >= self.settings.max_grad_norm
         if not self.recent:
             self._before = max(0, row["counters/examples"] - self.settings.batch_size)
@@ -146,11 +145,14 @@ def _unfinished_rise(history: History, limit: float) -> str | None:
 
 
 def _clipped_share(history: History, limit: float) -> str | None:
-    share = history.num_clipped / max(history.num_steps, 1)
-    if history.num_steps < FEWEST_STEPS or share <= limit:
+    # Of the whole run: a run from scratch often starts with clipped steps, and leaves them soon.
+    num_updates = math.ceil(history.num_examples / history.settings.batch_size)
+    if num_updates < FEWEST_STEPS or history.num_clipped <= limit * num_updates:
         return None
     norm = history.settings.max_grad_norm
-    return f"grad_norm was at least max_grad_norm={norm:g} in {share:.0%} of {history.num_steps:,} steps"
+    return (
+        f"grad_norm was at least max_grad_norm={norm:g} in {history.num_clipped:,} of {num_updates:,} steps of the run"
+    )
 
 
 def _kl(history: History, limit: float) -> str | None:
