@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 
 from engine.run.run_warnings import CHECKS, RunWarnings, describe
+from engine.settings.keys import all_keys
 from engine.settings.schema import WarningSettings
+from losses import LOSSES
 from tests.configs import make_settings
 from tests.runs import Program, Run, stop_after
 
@@ -75,7 +78,11 @@ def warned(rows: Sequence[Row], tmp_path: Path, *overrides: str) -> list[dict[st
 
 PLANTED = {
     "chosen_falls": [chosen(0, -1, -2, -3), chosen(-1, -2, -3), chosen(0.5, 1, -1, -2, -3)],
-    "early_accuracy": [steps(8, **{"rewards_train/accuracies": 1.0}), steps(40, **{"rewards_train/accuracies": 0.99})],
+    "early_accuracy": [
+        steps(8, **{"rewards_train/accuracies": 1.0}),
+        steps(40, **{"rewards_train/accuracies": 0.99}),
+        [step(update, **{"rewards_train/accuracies": 1.0 if update > 8 else 0.5}) for update in range(1, 17)],
+    ],
     "flat_loss": [flat(), flat(end=0.699), flat(start=0.6948)],
     "length_ratio": [sampled(LENGTH, 150, 50, 10)],
     "unfinished_rise": [sampled(UNFINISHED, 0.5, 0.1, 0.04), unfinished((0.0, 0.0), (0.3, 0.1))],
@@ -159,6 +166,13 @@ def test_a_warning_tells_which_keys_help(tmp_path: Path) -> None:
     line = describe(warned(PLANTED["clipped_share"][0], tmp_path)[0])
     assert line.startswith("warning: grad_norm was at least max_grad_norm=10 in 201 of 400 steps of the run. Usually ")
     assert "What helps: raise max_grad_norm" in line and "warnings.clipped_share=null" in line
+
+
+def test_advice_names_keys_and_losses_that_exist() -> None:
+    advice = " ".join(check.help for check in CHECKS)
+    assert {*re.findall(r"\bloss=(\w+)", advice)} <= {*LOSSES}
+    words = {*re.findall(r"\b(?:[a-z]+\.)?[a-z]+(?:_[a-z]+)+\b|\bloss\.[a-z]+", advice)} - {"ld_dpo"}
+    assert "max_length" in words and "loss.beta" in words and words <= {*all_keys()} | {"samples.jsonl"}
 
 
 # ---- Runs ----

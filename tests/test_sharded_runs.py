@@ -49,7 +49,7 @@ COMMON = (
 MODEL = {name: (f"model.architecture={value}",) for name, value in ARCHITECTURES.items()}
 LLAMA = MODEL["llama"]
 # Samples differ between placements, so these metrics do too.
-SAMPLE_METRICS = ("ground_truth/", "kl_eval", "forward_kl_eval")
+SAMPLE_METRICS = ("ground_truth/", "kl_eval", "forward_kl_eval", "samples_eval/")
 
 
 def command(directory: Path, name: str, overrides: tuple[str, ...]) -> list[str]:
@@ -111,7 +111,7 @@ def assert_same(ours: Run, theirs: Run, rel: float = 1e-5, after: int = -1) -> N
             if "accuracies" in key and abs(other[key.replace("accuracies", "margins")]) < 1e-4:
                 continue  # near a tie, the larger of two is chance
             # Rewards are a tenth of differences of log-probs of about 100, and kl is their mean.
-            scale = 1 if "rewards" in key else 10 if key.startswith("kl/") else 0.1
+            scale = 1 if "rewards" in key else 10 if key.startswith(("kl/", "logratios")) else 0.1
             assert row[key] == pytest.approx(value, rel=rel, abs=scale * rel), (key, row, other)
     assert_same_weights(ours, theirs, rel)
 
