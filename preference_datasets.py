@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.chat import ASSISTANT_TURN, HUMAN_TURN
-from engine.data.examples import COUNTED, Example, Split, TruncationMode, tokenize
+from engine.data.examples import COUNTED, Example, Observe, Split, TruncationMode, tokenize
 from engine.data.files import load_file
 from engine.data.films import film_reward, film_rows
 from engine.data.forms import PROMPTS_DIFFER, split_transcript
@@ -52,7 +52,7 @@ def get_hh(split: SplitName, source: RowSource) -> Preferences:
         with source.catch_bad_row():
             parts = split_transcript(row)
             if parts is None:
-                source.drop(PROMPTS_DIFFER)
+                source.drop(PROMPTS_DIFFER, row.origin)
                 continue
             prompt, chosen, rejected = parts
             add_preference(preferences, prompt, [chosen, rejected], [(0, 1)], chosen)
@@ -76,7 +76,7 @@ def get_shp(split: SplitName, source: RowSource) -> Preferences:
                 raise row.error("labels", f"is {label:g}, not 1 (A is preferred) or 0 (B is preferred)")
             # No division, as a score may be 0. Negative scores have no ratio.
             if min(scores) < 0 or max(scores) < 2 * min(scores) or max(scores) == 0:
-                source.drop("score ratio below 2")
+                source.drop("score ratio below 2", row.origin)
                 continue
             scored = [*zip(scores, responses, strict=True)]
             best[prompt] = max([best[prompt], *scored] if prompt in best else scored, key=lambda item: item[0])
@@ -171,6 +171,8 @@ def load_split(
     batch: "BatchKind",
     *,
     needs_mismatched: bool = False,
+    counts: RowCounts | None = None,
+    observe: Observe | None = None,
 ) -> Split:
     """Load the examples of a split, from all of settings.datasets in order.
 
@@ -182,12 +184,14 @@ def load_split(
         batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
             response, two per pair; "ranked": one per prompt, with all its pairs.
         needs_mismatched: give each example the response to another prompt.
+        counts: gets the rows read and dropped.
+        observe: gets each example beside its text, those dropped by tokenization too.
 
     Raises:
         UserError: if rows are unreadable or malformed, or none can be trained on.
     """
     assert settings.cache_dir is not None  # the run has named it
-    counts = RowCounts(on_bad_row=settings.on_bad_row)
+    counts = counts or RowCounts(on_bad_row=settings.on_bad_row)
     data: list[tuple[Preferences, TruncationMode]] = []
     for name in settings.datasets:
         preferences, truncation_mode = _load_dataset(name, settings, tokenizer, split, batch, counts)
@@ -197,8 +201,16 @@ def load_split(
             problem = f"datasets: {name} has no {split} rows{_describe_dropped(counts)}"
             raise UserError("DATA", problem, "add rows; test_fraction=0 trains without an evaluation")
     limits = {"max_length": settings.max_length, "max_prompt_length": settings.max_prompt_length}
-    needs_order, cache_dir = batch == "ranked" and settings.loss.needs_order, Path(settings.cache_dir)
-    result = tokenize(data, tokenizer, batch, counts, **limits, cache_dir=cache_dir, needs_order=needs_order)
+    result = tokenize(
+        data,
+        tokenizer,
+        batch,
+        counts,
+        **limits,
+        cache_dir=Path(settings.cache_dir),
+        needs_order=batch == "ranked" and settings.loss.needs_order,
+        observe=observe,
+    )
     if not result.examples and (split == "train" or settings.test_fraction):
         names = ", ".join(settings.datasets)
         problem = f"datasets: no row of the {split} split of {names} is left{_describe_dropped(counts)}"

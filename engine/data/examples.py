@@ -1,7 +1,8 @@
 """Examples: preferences as truncated token ids."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -96,6 +97,35 @@ class Split:
     prompt_texts: list[int] = field(default_factory=list)
 
 
+class TokenizedExample(NamedTuple):
+    """An example beside its texts, and its tokens before truncation.
+
+    Args:
+        example: with all its responses if it is dropped.
+        prompt_text: of its prompt.
+        response_texts: of its responses.
+        prompt: int32 [prompt tokens], before truncation.
+        responses: int32 [response tokens] of each of its responses, before truncation.
+        num_front: first tokens that a truncated prompt keeps.
+        reason: for dropping it.
+        num_pairs: compared, those dropped by tokenization too.
+        num_made_equal: of them, distinct responses that truncation made equal.
+    """
+
+    example: Example
+    prompt_text: Text
+    response_texts: tuple[Text, ...]
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+    num_front: int
+    reason: str | None
+    num_pairs: int
+    num_made_equal: int
+
+
+Observe = Callable[[TokenizedExample], None]
+
+
 def tokenize(
     data: Sequence[tuple[Preferences, TruncationMode]],
     tokenizer: "PreTrainedTokenizerBase",
@@ -106,6 +136,7 @@ def tokenize(
     max_prompt_length: int,
     cache_dir: Path,
     needs_order: bool = False,
+    observe: Observe | None = None,
 ) -> Split:
     """Make the examples of one or more data sets.
 
@@ -119,43 +150,55 @@ def tokenize(
         max_prompt_length: of a truncated prompt, in tokens, with BOS.
         cache_dir: where encoded texts are cached.
         needs_order: drop rankings unless their pairs are those of one order.
+        observe: gets each example beside its text, dropped ones too.
     """
     drafts = _draft(data, batch, counts, tokenizer)
-    encoded = encode_cached(list(drafts.texts), tokenizer, cache_dir)
+    texts = list(drafts.texts)
+    encoded = encode_cached(texts, tokenizer, cache_dir)
     examples: list[Example] = []
     prompt_texts: list[int] = []
     prompt_indices: dict[int, int] = {}  # by prompt number; prompts without examples get none
     num_truncated = 0
     ends, sizes = list(accumulate(len(preferences) for preferences, _ in data)), [0] * len(data)  # ends: of prompts
     for draft in drafts.examples:
-        prompt, responses = encoded.prompt(draft.prompt), tuple(map(encoded.response, draft.responses))
+        whole = prompt, responses = encoded.prompt(draft.prompt), tuple(map(encoded.response, draft.responses))
         num_tokens = len(prompt) + sum(map(len, responses))
-        keeps_end = draft.truncation_mode == "keep_end"
-        num_front = num_bos(prompt, encoded, tokenizer) if keeps_end else max_prompt_length
+        num_front = max_prompt_length if draft.truncation_mode == "keep_start" else num_bos(prompt, encoded, tokenizer)
         prompt, responses = truncate(prompt, responses, max_length, max_prompt_length, num_front=num_front)
         has_text = [encoded.lengths[index] > 0 for index in draft.responses]
         prompt_index = prompt_indices.get(draft.prompt_number, len(prompt_indices))
-        example, reason = _example(draft.group, prompt, responses, has_text, prompt_index, counts, needs_order)
-        if example is None:
-            if reason is not None:
-                counts.dropped[reason] += 1
+        outcome = _example(draft.group, prompt, responses, has_text, prompt_index, needs_order)
+        for reason, number in outcome.dropped.items():
+            counts.drop(reason, _place(texts[draft.prompt].text), number)
+        if observe is not None:
+            observe(_tokenized(draft, texts, whole, (prompt, responses), num_front, outcome))
+        if outcome.example is None:
             continue
         prompt_indices[draft.prompt_number] = prompt_index
-        examples.append(example)
+        examples.append(outcome.example)
         prompt_texts.append(draft.prompt)
         sizes[bisect_right(ends, draft.prompt_number)] += 1
         num_truncated += len(prompt) + sum(map(len, responses)) < num_tokens
     split_counts = {
-        "rows": counts.rows,
-        "prompts": len(prompt_indices),
-        COUNTED[batch]: len(examples),
-        "dropped": dict(counts.dropped),
+        **_split_counts(examples, batch, counts),
         "truncated": num_truncated,
         "max_length": max_length,
-        **({"desirable": sum(bool(example.label) for example in examples)} if batch == "unpaired" else {}),
         **_optional_counts(drafts, examples, counts, tokenizer.eos_token_id),
     }
     return Split(examples, split_counts, sizes, prompt_texts)
+
+
+def _split_counts(examples: Sequence[Example], batch: "BatchKind", counts: RowCounts) -> dict[str, Any]:
+    """The parts of Split.counts without truncation that are always there."""
+    split_counts = {
+        "rows": counts.rows,
+        "prompts": len({example.prompt_index for example in examples}),
+        COUNTED[batch]: len(examples),
+        "dropped": dict(counts.dropped),
+    }
+    if batch == "unpaired":
+        split_counts["desirable"] = sum(bool(example.label) for example in examples)
+    return split_counts
 
 
 def _optional_counts(
@@ -241,50 +284,57 @@ def _draft(
             # Each response gets an EOS; one that its author wrote would be learned as letters.
             if batch == "ranked":
                 responses = [without_eos(text, tokenizer) for text in preference["responses"]]
-                useful = _ranking(preference, responses, counts)
+                useful = _ranking(preference, responses, counts, prompt)
             else:
                 groups = [
                     group._replace(responses=tuple(without_eos(text, tokenizer) for text in group.responses))
-                    for group in _groups(preference, batch, counts)
+                    for group in _groups(preference, batch, counts, prompt)
                 ]
                 if batch != "sft":
                     drafts.count_repeats(groups)
                 if not groups:
-                    counts.dropped[f"prompt without {NEEDED[batch]}"] += 1
-                useful = _drop_useless(groups, batch, counts)
+                    counts.drop(f"prompt without {NEEDED[batch]}", _place(prompt))
+                useful = _drop_useless(groups, batch, counts, prompt)
             for group in useful:
                 drafts.add(prompt_number, mode, preference.get("from_template", False), prompt, group)
             prompt_number += 1
     return drafts
 
 
-def _drop_useless(groups: list[Group], batch: "BatchKind", counts: RowCounts) -> Iterator[Group]:
+def _place(prompt: str) -> str:
+    """A prompt to recognise a dropped row by: its end is next to the response."""
+    return f"prompt {prompt!r}" if len(prompt) <= 60 else f"prompt ...{prompt[-60:]!r}"
+
+
+def _drop_useless(groups: list[Group], batch: "BatchKind", counts: RowCounts, prompt: str) -> Iterator[Group]:
     """The groups of a prompt, without those useless for training."""
     learned: set[tuple[str, ...]] = set()
     for group in groups:
         if not all(text.strip() for text in group.responses):
-            counts.dropped[USELESS_TEXTS.empty] += 1
+            counts.drop(USELESS_TEXTS.empty, _place(prompt))
         elif batch == "pairs" and group.responses[0] == group.responses[1]:
-            counts.dropped[USELESS_TEXTS.equal] += 1
+            counts.drop(USELESS_TEXTS.equal, _place(prompt))
         elif batch == "sft" and group.responses in learned:
-            counts.dropped["duplicate response"] += 1
+            counts.drop("duplicate response", _place(prompt))
         else:
             learned.add(group.responses)
             yield group
 
 
-def _ranking(preference: Preference, responses: Sequence[str], counts: RowCounts) -> Iterator[Group]:
+def _ranking(preference: Preference, responses: Sequence[str], counts: RowCounts, prompt: str) -> Iterator[Group]:
     """The ranking of a prompt, if it has a useful pair."""
     if not preference["pairs"]:
-        counts.dropped[f"prompt without {NEEDED['ranked']}"] += 1
+        counts.drop(f"prompt without {NEEDED['ranked']}", _place(prompt))
         return
-    is_empty = [not text.strip() for text in responses]
-    kept, comparisons = join_equal(responses, is_empty, read_comparisons(preference), counts.dropped, USELESS_TEXTS)
+    is_empty, dropped = [not text.strip() for text in responses], Counter[str]()
+    kept, comparisons = join_equal(responses, is_empty, read_comparisons(preference), dropped, USELESS_TEXTS)
+    for reason, number in dropped.items():
+        counts.drop(reason, _place(prompt), number)
     if kept:
         yield Group(tuple(responses[index] for index in kept), comparisons=comparisons)
 
 
-def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts) -> list[Group]:
+def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts, prompt: str) -> list[Group]:
     """The examples of a prompt, each with the weight of its row."""
     responses, target = preference["responses"], preference["sft_target"]
     weights = preference.get("weights", [1.0] * len(responses))
@@ -302,7 +352,7 @@ def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts) -> li
     labelled = [Group((responses[index],), label, weights[index]) for index, label in labels]
     for chosen, rejected, weight in pairs:
         if chosen == rejected:
-            counts.dropped[USELESS_TEXTS.equal] += 1
+            counts.drop(USELESS_TEXTS.equal, _place(prompt))
         else:
             labelled += [Group((chosen,), True, weight), Group((rejected,), False, weight)]
     return labelled
@@ -339,42 +389,110 @@ def truncate(
     return prompt, responses
 
 
+class Outcome(NamedTuple):
+    """Of a draft after encoding.
+
+    Args:
+        example: None if it is dropped.
+        kept: indices of the draft's responses in the example.
+        dropped: numbers by reason: of examples, or of pairs and responses of a ranking.
+    """
+
+    example: Example | None
+    kept: Sequence[int]
+    dropped: Counter[str]
+
+
 def _example(
     group: Group,
     prompt: np.ndarray,
     responses: tuple[np.ndarray, ...],
     has_text: Sequence[bool],
     prompt_index: int,
-    counts: RowCounts,
     needs_order: bool,
-) -> tuple[Example | None, str | None]:
-    """The example of a truncated prompt and its responses.
-
-    Returns:
-        the example; or None and the reason to drop it, None if that is counted already: of all pairs of a ranking.
-    """
-    weight, comparisons = group.weight, group.comparisons
+) -> Outcome:
+    """Make the example of a truncated prompt and its responses, or drop it."""
+    weight, comparisons, dropped = group.weight, group.comparisons, Counter[str]()
+    kept, reason = [*range(len(responses))], None
     is_empty = [not has or not len(response) for has, response in zip(has_text, responses, strict=True)]
     if comparisons is not None:
         keys = [response.tobytes() for response in responses]
-        kept, comparisons = join_equal(keys, is_empty, comparisons, counts.dropped, USELESS_TOKENS)
+        kept, comparisons = join_equal(keys, is_empty, comparisons, dropped, USELESS_TOKENS)
+        if kept and needs_order:
+            kept, comparisons = _untie(kept, comparisons, dropped)
         if not kept:
-            return None, None
+            return Outcome(None, kept, dropped)
         responses = tuple(responses[index] for index in kept)
-        if needs_order:
-            ranks = find_order(comparisons)
-            if ranks is None:
-                return None, WITHOUT_ORDER
-            kept, comparisons = without_ties(comparisons, ranks)
-            if not kept:
-                return None, WITHOUT_UNTIED
-            counts.dropped.update({TIED: len(responses) - len(kept)} if len(kept) < len(responses) else {})
-            responses = tuple(responses[index] for index in kept)
         weight = float(comparisons.weights.mean())
     elif any(is_empty):
-        return None, USELESS_TOKENS.empty
+        reason = USELESS_TOKENS.empty
     elif len(responses) == 2 and np.array_equal(*responses):
-        return None, USELESS_TOKENS.equal
-    if not len(prompt):
-        return None, "empty prompt (no token predicts the first of the response)"
-    return Example(prompt, responses, prompt_index, group.label, weight, comparisons=comparisons), None
+        reason = USELESS_TOKENS.equal
+    if reason is None and not len(prompt):
+        reason = "empty prompt (no token predicts the first of the response)"
+    if reason is not None:
+        dropped[reason] += 1
+        return Outcome(None, kept, dropped)
+    return Outcome(
+        Example(prompt, responses, prompt_index, group.label, weight, comparisons=comparisons), kept, dropped
+    )
+
+
+def _untie(kept: list[int], comparisons: Comparisons, dropped: Counter[str]) -> tuple[list[int], Comparisons]:
+    """Leave out the tied responses of a ranking, or all of it if it has no order.
+
+    Args:
+        kept: numbers of its responses.
+        dropped: gets what is left out.
+    """
+    ranks = find_order(comparisons)
+    if ranks is None:
+        dropped[WITHOUT_ORDER] += 1
+        return [], comparisons
+    untied, comparisons = without_ties(comparisons, ranks)
+    if not untied:
+        dropped[WITHOUT_UNTIED] += 1
+    elif len(untied) < len(kept):
+        dropped[TIED] += len(kept) - len(untied)
+    return [kept[index] for index in untied], comparisons
+
+
+def _tokenized(
+    draft: ExampleDraft,
+    texts: Sequence[Text],
+    whole: tuple[np.ndarray, tuple[np.ndarray, ...]],
+    truncated: tuple[np.ndarray, tuple[np.ndarray, ...]],
+    num_front: int,
+    outcome: Outcome,
+) -> TokenizedExample:
+    """What an observer gets of a draft, its prompt and its responses."""
+    example, kept = outcome.example, outcome.kept
+    if example is None:
+        example, kept = Example(*truncated, draft.prompt_number, draft.group.label), range(len(draft.responses))
+    comparisons = draft.group.comparisons
+    pairs = [(0, 1)] if len(kept) == 2 else []
+    if comparisons is not None:
+        pairs = comparisons.pairs.tolist()
+    return TokenizedExample(
+        example,
+        prompt_text=texts[draft.prompt],
+        response_texts=tuple(texts[draft.responses[index]] for index in kept),
+        prompt=whole[0],
+        responses=tuple(whole[1][index] for index in kept),
+        num_front=num_front,
+        reason=", ".join(outcome.dropped) if outcome.example is None else None,
+        num_pairs=len(pairs),
+        num_made_equal=_count_made_equal(pairs, whole[1], truncated[1]),
+    )
+
+
+def _count_made_equal(
+    pairs: Sequence[Sequence[int]], whole: Sequence[np.ndarray], truncated: Sequence[np.ndarray]
+) -> int:
+    """Number of pairs of distinct responses that truncation made equal."""
+    if sum(map(len, whole)) == sum(map(len, truncated)):
+        return 0
+    return sum(
+        np.array_equal(truncated[left], truncated[right]) and not np.array_equal(whole[left], whole[right])
+        for left, right in pairs
+    )

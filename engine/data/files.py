@@ -117,7 +117,7 @@ def parse_rows(
                 parsed = parsed._replace(margin=row.margin())
             form = row_form
         if isinstance(parsed, str):
-            counts.dropped[parsed] += 1
+            counts.drop(parsed, row.origin)
         elif parsed is not None:
             _check_kind(parsed, batch, f"{row.origin}: rows of format={form}")
             yield parsed

@@ -54,9 +54,9 @@ class RowSource:
             self.counts.rows += 1
             yield row
 
-    def drop(self, reason: str) -> None:
+    def drop(self, reason: str, place: str = "") -> None:
         """Count a useless row."""
-        self.counts.dropped[reason] += 1
+        self.counts.drop(reason, place)
 
     def catch_bad_row(self) -> AbstractContextManager[None]:
         """A block for one row: a bad row ends the run, or is dropped."""

@@ -14,6 +14,7 @@ MAX_LINE_BYTES = 16_000_000
 MAX_CHARACTERS = 2_000_000
 LARGEST_FP32 = 3.4028234663852886e38
 MALFORMED = "malformed"  # reason for dropping bad rows
+MAX_PLACES = 3  # kept of the rows dropped for a reason
 
 
 class BadRow(UserError):
@@ -33,18 +34,30 @@ class RowCounts:
         dropped: number of dropped rows by reason.
         on_bad_row: "error": a bad row ends the run; "drop": it is dropped.
         first_bad_row: the problem of the first bad row dropped.
+        places: of the first rows dropped for each reason: file and line, or a piece of the prompt.
     """
 
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     on_bad_row: str = "error"
     first_bad_row: str = ""
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def drop(self, reason: str, place: str = "", number: int = 1) -> None:
+        """Count dropped rows, or parts of a row."""
+        self.dropped[reason] += number
+        self._note(reason, place)
+
+    def _note(self, reason: str, place: str) -> None:
+        places = self.places.setdefault(reason, [])
+        if place and len(places) < MAX_PLACES:
+            places.append(place)
 
     def reject(self, error: BadRow) -> None:
         """Drop a bad row, or raise its error."""
         if self.on_bad_row == "error":
             raise error
-        self.dropped[MALFORMED] += 1
+        self.drop(MALFORMED, error.what)
         self.first_bad_row = self.first_bad_row or error.what
 
     @contextmanager
@@ -60,6 +73,9 @@ class RowCounts:
         self.rows += other.rows
         self.dropped.update(other.dropped)
         self.first_bad_row = self.first_bad_row or other.first_bad_row
+        for reason, places in other.places.items():
+            for place in places:
+                self._note(reason, place)
 
 
 @dataclass(frozen=True)
