@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    ("train", "evaluate", "export", "chat"),
+    ("train", "evaluate", "export", "chat", "inspect_data"),
     ("trainers",),
     ("preference_datasets",),
     ("engine",),

@@ -1,0 +1,142 @@
+"""Repeats: duplicates, contradictions, near-duplicates, and prompts in both splits."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from engine.data.examples import TokenizedExample
+from engine.inspect.collecting import Data, DatasetSplit, key_of, place_of, quoted_end
+from engine.inspect.findings import (
+    MAX_PLACES,
+    MAX_ROWS_FOR_NEAR_DUPLICATES,
+    MIN_JACCARD,
+    SHINGLE_TOKENS,
+    Finding,
+)
+
+# A pair is a candidate if all numbers of a band are equal. With these, 1 in 20,000 pairs at MIN_JACCARD is missed.
+NUM_BANDS, BAND_SIZE = 25, 5
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so each token of a piece changes its number
+
+
+def duplicates(data: Data) -> Iterator[Finding]:
+    """Examples that repeat one of their split, before truncation, in any data set."""
+    seen: set[tuple[str, bytes, bool | None]] = set()
+    number, total = 0, 0
+    places: list[str] = []
+    for split, each in data.kept():
+        key = split.split, key_of((each.prompt, *each.responses)), each.example.label
+        total += 1
+        if key in seen:
+            number += 1
+            if len(places) < MAX_PLACES:
+                places.append(place_of(split, each))
+        seen.add(key)
+    if number:
+        meaning = "A repeated example counts more than others. Remove repeats, or use a column `weight` on purpose."
+        yield Finding("duplicates", number, total, "examples", meaning, places)
+
+
+def contradictions(data: Data) -> Iterator[Finding]:
+    """Preferences with their opposite in the same split."""
+    if not data.is_pairs and all(each.example.label is None for _, each in data.kept()):
+        return
+    seen: set[tuple[str, bytes, bool | None]] = set()
+    found: dict[tuple[str, bytes], str] = {}
+    total = 0
+    for split, each in data.kept():
+        total += 1
+        label = each.example.label
+        key = split.split, key_of((each.prompt, *each.responses))
+        opposite = split.split, key_of((each.prompt, *each.responses[::-1]))
+        if (*opposite, None if label is None else not label) in seen:
+            found.setdefault(min(key, opposite), place_of(split, each))
+        seen.add((*key, label))
+    if found:
+        meaning = "Two rows ask for opposite things, and their gradients cancel. Keep one of them, or neither."
+        yield Finding("contradictions", len(found), total, "examples", meaning, [*found.values()][:MAX_PLACES])
+
+
+def prompts_in_both_splits(data: Data) -> Iterator[Finding]:
+    """Truncated prompts of the test split in the train split."""
+    train = {each.example.prompt.tobytes() for split, each in data.kept() if split.split == "train"}
+    test: dict[bytes, str] = {}
+    for split, each in data.kept():
+        if split.split == "test":
+            test.setdefault(each.example.prompt.tobytes(), place_of(split, each))
+    shared = [place for prompt, place in test.items() if prompt in train]
+    if shared:
+        meaning = "The evaluation is too good on prompts that were trained on. Remove them from one of the splits."
+        yield Finding("prompts in both splits", len(shared), len(test), "test prompts", meaning, shared[:MAX_PLACES])
+
+
+# ---- Near-duplicates ----
+
+
+def near_duplicates(data: Data, is_asked: bool | None, notes: list[str]) -> Iterator[Finding]:
+    """Prompts nearly equal to an earlier one of any split.
+
+    MinHash finds candidates. The exact Jaccard index of their pieces decides.
+
+    Args:
+        is_asked: None skips large data.
+        notes: gets the reason for skipping it.
+    """
+    if is_asked is None and data.num_rows > MAX_ROWS_FOR_NEAR_DUPLICATES:
+        limit = f"more than {MAX_ROWS_FOR_NEAR_DUPLICATES:,}"
+        notes.append(f"near-duplicates: skipped for {data.num_rows:,} rows, {limit}; near_duplicates=true runs it")
+        return
+    if is_asked is False:
+        return
+    prompts: dict[bytes, tuple[DatasetSplit, TokenizedExample]] = {}
+    for split, each in data.kept():
+        prompts.setdefault(each.prompt.tobytes(), (split, each))
+    items = [*prompts.values()]
+    pairs = similar_sets([pieces(each.prompt) for _, each in items])
+    places: list[str] = []
+    across = 0
+    for later, earlier in pairs:
+        (split, each), (other_split, other) = items[later], items[earlier]
+        across += split.split != other_split.split
+        if len(places) < MAX_PLACES:
+            places.append(f"{place_of(split, each)} is like {quoted_end(other.prompt_text.text)}")
+    if pairs:
+        meaning = (
+            f"Each shares {MIN_JACCARD:.0%} or more of its pieces of {SHINGLE_TOKENS} tokens with an earlier prompt;"
+            f" {across:,} with one of the other split. They teach little new, and make the evaluation too good."
+        )
+        yield Finding("near-duplicates", len(pairs), len(items), "distinct prompts", meaning, places)
+
+
+def pieces(tokens: np.ndarray) -> np.ndarray:
+    """uint32 [pieces]: distinct numbers of all runs of SHINGLE_TOKENS tokens, or of the whole if shorter."""
+    length = min(SHINGLE_TOKENS, len(tokens))
+    num_pieces = len(tokens) - length + 1
+    hashed = np.zeros(num_pieces, np.uint64)
+    for offset in range(length):
+        hashed = (hashed + tokens[offset : offset + num_pieces].astype(np.uint64) + np.uint64(1)) * MULTIPLIER
+        hashed ^= hashed >> np.uint64(29)
+    return np.unique((hashed >> np.uint64(32)).astype(np.uint32))
+
+
+def similar_sets(sets: list[np.ndarray]) -> list[tuple[int, int]]:
+    """(later, earlier) of each set that is similar to an earlier one."""
+    from datasketch import MinHash, MinHashLSH
+
+    index = MinHashLSH(num_perm=NUM_BANDS * BAND_SIZE, params=(NUM_BANDS, BAND_SIZE))
+    empty = MinHash(num_perm=NUM_BANDS * BAND_SIZE, hashfunc=int)  # the pieces are numbers already
+    found: list[tuple[int, int]] = []
+    for number, numbers in enumerate(sets):
+        signature = empty.copy()
+        signature.update_batch(numbers)
+        similar = (other for other in sorted(index.query(signature)) if jaccard(numbers, sets[other]) >= MIN_JACCARD)
+        earlier = next(similar, None)
+        if earlier is not None:
+            found.append((number, earlier))
+        index.insert(number, signature)
+    return found
+
+
+def jaccard(left: np.ndarray, right: np.ndarray) -> float:
+    num_shared = len(np.intersect1d(left, right, assume_unique=True))
+    return num_shared / (len(left) + len(right) - num_shared)

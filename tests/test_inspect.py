@@ -1,0 +1,406 @@
+"""inspect_data.py: each planted defect is found, clean data have none, and the report holds the trained ids."""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import inspect_data
+from engine.inspect.findings import format_share
+from engine.inspect.inspection import Inspection
+from engine.inspect.repeats import jaccard, pieces, similar_sets
+from engine.inspect.terminal import Terminal, columns, format_inspection
+from engine.inspect.texts import RunIndex, word_runs
+from inspect_data import InspectOptions, read_overrides, run_inspection
+from tests.data.samples import CHATML, byte_tokenizer
+
+Row = dict[str, Any]
+
+
+def words(number: int, seed: object) -> str:
+    """Random words of random letters: texts made of them have little in common."""
+    rng = random.Random(str(seed))
+    return " ".join("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 8))) for _ in range(number))
+
+
+def clean_rows(split: str, number: int) -> list[Row]:
+    """Pairs without a defect; the chosen response is longer in every second one."""
+    rows = []
+    for index in range(number):
+        texts = [" " + words(size + index % 3, (split, index, size)) for size in (5, 6)]
+        chosen, rejected = texts if index % 2 else texts[::-1]
+        rows.append({"prompt": words(8, (split, index)), "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+class Inspector:
+    """Runs an inspection on a folder of rows, with a byte-level tokenizer."""
+
+    def __init__(self, directory: Path, cache: Path):
+        self.directory, self.cache = directory, cache
+        self.train, self.test = clean_rows("train", 40), clean_rows("test", 10)
+        self.tokenizer = byte_tokenizer()
+
+    def overrides(self, *more: str) -> list[str]:
+        folder = self.directory / "rows"
+        folder.mkdir(exist_ok=True)
+        for split, rows in (("train", self.train), ("test", self.test)):
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.tokenizer.save_pretrained(self.directory / "tokenizer")
+        return [
+            f"datasets={folder}",
+            "loss=dpo",
+            "loss.beta=0.1",
+            f"model.tokenizer_name_or_path={self.directory / 'tokenizer'}",
+            f"cache_dir={self.cache}",
+            f"local_dirs=[{self.directory}]",
+            *more,
+        ]
+
+    def __call__(self, *more: str, **options: Any) -> Inspection:
+        return run_inspection(read_overrides(self.overrides(*more)), InspectOptions(**options))
+
+    def checks(self, *more: str, **options: Any) -> dict[str, int]:
+        """The number of each finding."""
+        return {finding.check: finding.number for finding in self(*more, **options).findings}
+
+
+@pytest.fixture
+def inspector(tmp_path: Path, cache: Path) -> Inspector:
+    return Inspector(tmp_path, cache)
+
+
+# ---- Findings ----
+
+
+def test_clean_data_have_no_finding(inspector: Inspector) -> None:
+    benchmark = inspector.directory / "benchmark.txt"
+    benchmark.write_text(words(40, "benchmark"))
+    inspection = inspector(contamination=str(benchmark))
+    assert inspection.findings == []
+    assert "Findings: none" in format_inspection(inspection, Terminal())
+
+
+def test_duplicates(inspector: Inspector) -> None:
+    inspector.train += [inspector.train[3], inspector.train[3], inspector.train[5]]
+    assert inspector.checks() == {"duplicates": 3}
+
+
+def test_equal_responses_to_other_prompts_are_no_duplicates(inspector: Inspector) -> None:
+    inspector.train.append({**inspector.train[3], "prompt": words(8, "another")})
+    assert inspector.checks() == {}
+
+
+def test_contradictions(inspector: Inspector) -> None:
+    row = inspector.train[3]
+    inspector.train.append({**row, "chosen": row["rejected"], "rejected": row["chosen"]})
+    assert inspector.checks() == {"contradictions": 1}
+
+
+def test_contradicting_labels(inspector: Inspector) -> None:
+    inspector.train = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": index % 2 == 0}
+        for index, row in enumerate(inspector.train)
+    ]
+    inspector.test = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in inspector.test]
+    assert inspector.checks("loss=kto") == {}
+    inspector.train.append({**inspector.train[3], "label": True})
+    assert inspector.checks("loss=kto") == {"contradictions": 1}
+
+
+def test_near_duplicates(inspector: Inspector) -> None:
+    row = inspector.train[3]
+    long = {**row, "prompt": words(30, "long")}
+    inspector.train += [long, {**clean_rows("more", 1)[0], "prompt": long["prompt"] + " really"}]
+    assert inspector.checks() == {"near-duplicates": 1}
+    assert inspector.checks(near_duplicates=False) == {}
+
+
+def test_large_data_are_searched_for_near_duplicates_if_asked(inspector: Inspector, monkeypatch) -> None:
+    monkeypatch.setattr("engine.inspect.repeats.MAX_ROWS_FOR_NEAR_DUPLICATES", 20)
+    inspector.train[7] = {**inspector.train[7], "prompt": inspector.train[5]["prompt"] + "!"}
+    skipped = inspector()
+    assert skipped.findings == [] and "near_duplicates=true runs it" in "".join(skipped.notes)
+    assert inspector.checks(near_duplicates=True) == {"near-duplicates": 1}
+
+
+def test_prompts_in_both_splits(inspector: Inspector) -> None:
+    inspector.test.append({**inspector.test[0], "prompt": inspector.train[7]["prompt"]})
+    assert inspector.checks() == {"prompts in both splits": 1}
+
+
+@pytest.mark.parametrize("form", ["text", "rows"])
+def test_contamination(inspector: Inspector, form: str) -> None:
+    question = words(20, "a question")
+    inspector.train[4]["prompt"] += " " + question.replace(" ", ", ").upper()
+    inspector.train[6]["prompt"] += " " + words(20, "another question")
+    path = inspector.directory / ("benchmark.txt" if form == "text" else "benchmark.jsonl")
+    other = words(50, "other")
+    nested = json.dumps({"id": 1, "choices": [{"text": other}, {"text": f"so {question} so"}]})
+    path.write_text(f"{other}\n\nso {question} so\n\nshort" if form == "text" else nested + "\n")
+    inspection = inspector(contamination=str(path))
+    (finding,) = inspection.findings
+    assert (finding.check, finding.number) == ("contamination", 1)
+    assert question[:40] in finding.places[0]
+    assert ("1 of them" if form == "text" else "0 of them") in inspection.notes[0]
+
+
+def test_a_benchmark_without_long_texts_is_an_error(inspector: Inspector, capsys) -> None:
+    path = inspector.directory / "benchmark.txt"
+    path.write_text("too short")
+    with pytest.raises(ValueError, match=re.escape("has no text of 13 words or more")):
+        inspector(contamination=str(path))
+
+
+def test_similar_pairs(inspector: Inspector) -> None:
+    row = inspector.train[3]
+    row["rejected"] = row["chosen"].replace(row["chosen"][5], "X", 1)
+    assert inspector.checks() == {"similar pairs": 1}
+
+
+def test_equal_after_truncation_and_without_end_of_text(inspector: Inspector) -> None:
+    start = " " + words(40, "start")
+    inspector.train[3] |= {"chosen": start + " yes", "rejected": start + " no"}
+    limits = ("max_length=200", "max_prompt_length=100")
+    assert inspector.checks(*limits) == {"equal after truncation": 1}
+    inspector.train[5] |= {"chosen": start + " yes"}
+    assert inspector.checks(*limits) == {"equal after truncation": 1, "no end of text": 1}
+
+
+def test_truncated_prompts(inspector: Inspector) -> None:
+    inspection = inspector("max_length=90", "max_prompt_length=20")
+    assert {finding.check for finding in inspection.findings} == {"truncated prompts"}
+    notes = next(section.notes for section in inspection.sections if section.title == "Truncation")
+    assert "rows train: prompts lose their start (after BOS)" in notes
+
+
+@pytest.mark.parametrize("place", ["prompt", "chosen"])
+def test_literal_special_tokens(inspector: Inspector, place: str) -> None:
+    inspector.train[3][place] += " <|user|> said"
+    assert inspector.checks() == {"literal special tokens": 1}
+
+
+def test_length(inspector: Inspector) -> None:
+    for row in inspector.train:
+        row["chosen"], row["rejected"] = sorted((row["chosen"], row["rejected"]), key=len, reverse=True)
+    (finding,) = inspector().findings
+    assert finding.check == "length" and finding.number > 40 and "write longer responses" in finding.meaning
+
+
+# ---- Templates ----
+
+
+def as_messages(rows: list[Row]) -> list[Row]:
+    return [
+        {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        | {name: [{"role": "assistant", "content": row[name].strip()}] for name in ("chosen", "rejected")}
+        for row in rows
+    ]
+
+
+def use_messages(inspector: Inspector, template: str = CHATML) -> None:
+    inspector.tokenizer = byte_tokenizer(chat_template=template)
+    inspector.train, inspector.test = as_messages(inspector.train), as_messages(inspector.test)
+
+
+def test_the_own_chat_template_does_not_drift(inspector: Inspector) -> None:
+    use_messages(inspector)
+    assert inspector.checks() == {}
+
+
+def test_another_chat_template_drifts(inspector: Inspector) -> None:
+    use_messages(inspector)
+    (finding,) = inspector("chat_template=llama2").findings
+    assert finding.check == "template drift" and finding.number == 40
+    assert finding.places[0].endswith("token 1: trained '<s>|[|I|N', own template '<s>|<|user|>|u|s'")
+
+
+def test_plain_text_drifts_from_a_chat_template(inspector: Inspector) -> None:
+    inspector.tokenizer = byte_tokenizer(chat_template=CHATML)
+    (finding,) = inspector().findings
+    assert finding.check == "template drift" and "trained as plain text" in finding.meaning
+
+
+def test_a_border_tokenized_otherwise_drifts(inspector: Inspector) -> None:
+    """The template puts no token between prompt and response, so a merge spans the border."""
+    use_messages(inspector, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    inspector.tokenizer = byte_tokenizer(num_merges=3, chat_template=inspector.tokenizer.chat_template)
+    merge = next(token for token in inspector.tokenizer.get_vocab() if len(token) == 2 and token.isascii())
+    inspector.train[3]["prompt"][0]["content"] += " x" + merge[0]
+    inspector.train[3]["chosen"][0]["content"] = merge[1] + inspector.train[3]["chosen"][0]["content"]
+    (finding,) = inspector().findings
+    assert finding.check == "template drift" and "at their border" in finding.meaning and finding.number >= 1
+
+
+def test_special_tokens_in_messages_are_found_beside_those_of_the_template(inspector: Inspector) -> None:
+    use_messages(inspector)
+    inspector.train[3]["chosen"][0]["content"] += " <|user|> said"
+    (finding,) = inspector().findings
+    assert finding.check == "literal special tokens" and finding.places[0].startswith("'<|user|>' in rows train")
+
+
+# ---- Tables ----
+
+
+def table(inspection: Inspection, title: str) -> dict[str, dict[str, str]]:
+    found = next(section.table for section in inspection.sections if section.title == title)
+    assert found is not None
+    return {row[0]: dict(zip(found.header[1:], row[1:], strict=True)) for row in found.rows}
+
+
+def test_rows_are_counted_with_reasons_and_places(inspector: Inspector) -> None:
+    inspector.train[2] |= {"rejected": " "}
+    inspector.train[4] |= {"rejected": inspector.train[4]["chosen"]}
+    inspector.train[6] = {"prompt": "half a row"}
+    inspection = inspector("on_bad_row=drop")
+    assert table(inspection, "Rows")["rows train"] == {"rows": "40", "prompts": "37", "pairs": "37", "dropped": "3"}
+    notes = "\n".join(inspection.sections[0].notes)
+    assert "rows train: 1 dropped: malformed" in notes and "train.jsonl line 7: field 'chosen' is missing" in notes
+    assert "1 dropped: empty response" in notes and "1 dropped: chosen equal to rejected" in notes
+
+
+def test_each_data_set_has_its_own_counts(inspector: Inspector, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for split, rows in (("train", clean_rows("other", 6)), ("test", clean_rows("other test", 2))):
+        (other / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [each for each in inspector.overrides() if not each.startswith("datasets=")]
+    overrides.append(f"datasets=[{tmp_path / 'rows'},{other}]")
+    inspection = run_inspection(read_overrides(overrides), InspectOptions())
+    counts = {name: row["pairs"] for name, row in table(inspection, "Rows").items()}
+    assert counts == {"rows train": "40", "rows test": "10", "other train": "6", "other test": "2"}
+
+
+def test_lengths_and_truncation_by_hand(inspector: Inspector) -> None:
+    inspector.train = [{"prompt": "p" * 10, "chosen": "c" * 20, "rejected": "r" * 40}]
+    inspector.test = [{"prompt": "q" * 10, "chosen": "c" * 5, "rejected": "r" * 4}]
+    inspection = inspector("max_length=36", "max_prompt_length=6")
+    sizes = table(inspection, "Lengths")
+    assert [sizes[f"rows train {role}"]["max"] for role in ("prompt", "chosen", "rejected")] == ["10", "21", "41"]
+    cut = table(inspection, "Truncation")["rows train"]
+    assert [cut["prompts cut"], cut["responses cut"], cut["tokens cut"]] == ["100%", "100%", "21%"]  # (4 + 11) / 72
+    fed = {name: int(row["tokens"]) for name, row in table(inspection, "Tokens fed").items()}
+    assert [*fed.values()] == [6 + 20 + 29, 6 + 21 + 6 + 30, 2 * (6 + 30)]
+
+
+# ---- Tokens ----
+
+
+def test_tokens_are_those_of_training(inspector: Inspector) -> None:
+    inspector.train = inspector.train[:1]
+    row = inspector.train[0]
+    (example,) = inspector(examples=3).examples
+    tokenizer = inspector.tokenizer
+    expected = [tokenizer(row[name])["input_ids"] for name in ("prompt", "chosen", "rejected")]
+    expected = [expected[0], *([*ids, tokenizer.eos_token_id] for ids in expected[1:])]
+    assert [[token.id for token in part.tokens] for part in example.parts] == expected
+    assert [part.is_trained for part in example.parts] == [False, True, True]
+    last = example.parts[1].tokens[-1]
+    assert (last.text, last.is_special, example.parts[1].tokens[0].text) == ("<eos>", True, "·")
+
+
+def test_both_layouts_show_the_same_tokens(inspector: Inspector) -> None:
+    assert inspector("batching=padded").examples == inspector("batching=packed").examples
+
+
+def test_a_token_of_half_a_character_is_shown_as_bytes(inspector: Inspector) -> None:
+    inspector.train[0]["prompt"] = "é"
+    example = next(each for each in inspector(examples=40).examples if len(each.parts[0].tokens) == 2)
+    assert [token.text for token in example.parts[0].tokens] == ["\\xc3", "\\xa9"]
+
+
+# ---- The terminal ----
+
+
+def test_lines_fit_a_terminal_and_hold_no_control_characters(inspector: Inspector) -> None:
+    for index in (0, 1, 2):
+        inspector.train[index]["prompt"] = f"\x1b[31mred \x07 東京 {index}" * 9
+    inspector.train += [inspector.train[0]]
+    text = format_inspection(inspector(examples=40), Terminal(width=80))
+    assert max(map(columns, text.splitlines())) <= 80
+    assert "\x1b" not in text and "\x07" not in text
+    assert "duplicates: 1 of 51 examples" in text
+
+
+def test_colour_is_for_terminals(inspector: Inspector) -> None:
+    inspection = inspector()
+    coloured = format_inspection(inspection, Terminal(has_colour=True))
+    assert "\x1b[32m" in coloured and re.sub(r"\x1b\[[\d;]*m", "", coloured) == format_inspection(
+        inspection, Terminal()
+    )
+    assert format_inspection(inspection, Terminal(has_unicode=False)).isascii()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["inspect_data.py", *arguments])
+    return inspect_data.main()
+
+
+def test_the_command(inspector: Inspector, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, *inspector.overrides(), "examples=1") == 0
+    out = capsys.readouterr().out
+    assert "Tokens fed" in out and "chosen: " in out and "Findings: none" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, status, problem",
+    [
+        (["loss=dpo"], 2, "loss.beta: is required"),
+        (["datasets=nowhere.jsonl"], 2, "nowhere.jsonl does not exist"),
+        (["lrr=1"], 2, "lrr: unknown key"),
+        (["-m", "seed=1,2"], 2, "-m: no such option here"),
+        (["examples=-1"], 2, "examples: must be an integer of at least 0"),
+        (["+model._target_=os.system"], 2, "would run code"),
+        (["hydra.searchpath=[pkg://os]"], 2, "would run code"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, status, problem, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, *arguments) == status
+    err = capsys.readouterr().err
+    assert problem in err and len(err.splitlines()) == 1
+
+
+def test_help_lists_the_own_keys(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--help") == 0
+    out = capsys.readouterr().out
+    assert all(f"{key}=" in out for key in ("page", "examples", "contamination", "near_duplicates"))
+
+
+# ---- Parts ----
+
+
+def test_similar_sets_against_all_pairs() -> None:
+    rng = np.random.default_rng(0)
+    base = [rng.integers(0, 500, 60) for _ in range(30)]
+    sets = [pieces(tokens) for tokens in base]
+    for tokens in base[:10]:
+        changed = tokens.copy()
+        changed[3] = 501
+        sets.append(pieces(changed))
+    expected = {
+        later
+        for later in range(len(sets))
+        if any(jaccard(sets[later], sets[earlier]) >= 0.8 for earlier in range(later))
+    }
+    assert expected == set(range(30, 40)) == {later for later, _ in similar_sets(sets)}
+
+
+def test_runs_of_words_are_found_as_by_comparing_all() -> None:
+    vocabulary = words(3, "few").split()
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(vocabulary, k=40)) for _ in range(60)]
+    wanted = {next(iter(word_runs(text))) for text in texts[:5]}
+    index = RunIndex(wanted)
+    for text in texts:
+        assert (index.find(text) is not None) == (not wanted.isdisjoint(word_runs(text)))
+
+
+def test_shares_keep_apart_none_few_and_all() -> None:
+    assert [format_share(number, 100_000) for number in (0, 1, 30, 4_200, 50_000, 99_999, 100_000)] == [
+        "0%", "<0.01%", "0.03%", "4.2%", "50%", ">99.99%", "100%",
+    ]  # fmt: skip
