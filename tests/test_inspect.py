@@ -16,6 +16,7 @@ from engine.inspect.inspection import Inspection
 from engine.inspect.repeats import jaccard, pieces, similar_sets
 from engine.inspect.terminal import Terminal, columns, format_inspection
 from engine.inspect.texts import RunIndex, word_runs
+from engine.settings.options import parse_arguments
 from inspect_data import InspectOptions, read_overrides, run_inspection
 from tests.data.samples import CHATML, byte_tokenizer
 
@@ -271,7 +272,7 @@ def test_each_data_set_has_its_own_counts(inspector: Inspector, tmp_path: Path) 
         (other / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = [each for each in inspector.overrides() if not each.startswith("datasets=")]
     overrides.append(f"datasets=[{tmp_path / 'rows'},{other}]")
-    inspection = run_inspection(read_overrides(overrides), InspectOptions())
+    inspection = run_inspection(read_overrides(overrides), parse_arguments(InspectOptions, []))
     counts = {name: row["pairs"] for name, row in table(inspection, "Rows").items()}
     assert counts == {"rows train": "40", "rows test": "10", "other train": "6", "other test": "2"}
 
