@@ -37,12 +37,19 @@ class InspectOptions(Options):
 
 def inspect_data(options: InspectOptions, overrides: Sequence[str]) -> None:
     """Load the data as train.py does, print the report, and write the page."""
+    from engine.inspect.page import check_page, write_page
+    from engine.inspect.terminal import format_inspection
+
+    page = None if options.page is None else Path(options.page)
+    if page is not None:
+        check_page(page)
     settings = read_overrides(overrides)
     prepare_hub(settings)
     inspection = run_inspection(settings, options)
-    from engine.inspect.terminal import format_inspection
-
     print(format_inspection(inspection, terminal_of(sys.stdout)))
+    if page is not None:
+        write_page(inspection, page)
+        print(f"\npage: {page}")
 
 
 def read_overrides(overrides: Sequence[str]) -> Settings:

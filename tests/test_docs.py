@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 import chat
 import evaluate
 import export
+import inspect_data
 from docs import make_config
 from engine.export.saved_models import load_saved
 from engine.models.score_head import AUTO_CLASSES, SCORE_WEIGHT
@@ -115,6 +116,7 @@ def make_places(archive: Path) -> None:
     Path("prompts.txt").write_text("Is it any good?\n")
     rows = [{"prompt": f"Q{n}?", "chosen": f" yes, {n}.", "rejected": f" no, not {n}."} for n in range(12)]
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("benchmark.jsonl").write_text(json.dumps({"question": "one two three four five " * 4}) + "\n")
     labelled = [{"prompt": f"Q{n}?", "completion": f" A{n}.", "label": n % 3 > 0} for n in range(12)]
     Path("labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     turns = [[{"role": "user", "content": f"Q{n}?"}, {"role": "assistant", "content": f"A{n}."}] for n in range(12)]
@@ -134,6 +136,8 @@ def test_every_command_runs(block: list[str], program: Program, archive: Path, m
         words = shlex.split(nearest_form(line).partition(" < ")[0])
         if words[0] == "train.py":
             run_training(words[1:], program)
+        elif words[0] == "python" and words[1] == "inspect_data.py":
+            run_inspection(words[2:], program, monkeypatch)
         elif words[0] == "python" and words[1] in ("chat.py", "export.py", "evaluate.py"):
             run_command(words[1], words[2:], line.partition(" < ")[2], monkeypatch)
         else:
@@ -149,6 +153,15 @@ def run_training(arguments: list[str], program: Program) -> None:
     if Path(given, "LATEST", "adapter_config.json").exists():  # the reference is where training began
         base, start = Path(given, "base").resolve(), Path(given, "LATEST").resolve()
         assert f"reference: {base} with {start}" in run.out
+
+
+def run_inspection(arguments: list[str], program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """inspect_data.py in this process, with the embedded tokenizer."""
+    nearest = ["model=tiny" if argument.startswith("model=") else argument for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["inspect_data.py", *nearest, f"local_dirs=[{program.directory}]"])
+    assert inspect_data.main() == 0
+    page = next((argument.removeprefix("page=") for argument in arguments if argument.startswith("page=")), None)
+    assert page is None or "</html>" in Path(page).read_text()
 
 
 def run_command(script: str, arguments: list[str], stdin: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +279,14 @@ def test_every_loss_of_a_page_exists(page: Path) -> None:
 def test_errors_page_has_every_status() -> None:
     text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     assert all(f"| {status} | {code} |" in text for code, status in EXIT_STATUS.items())
+
+
+def test_inspect_page_has_every_finding_and_key() -> None:
+    text = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "engine" / "inspect").glob("*.py")]
+    checks = {name for source in sources for name in re.findall(r'\b_?[Ff]inding\("([^"]+)"', source)}
+    assert len(checks) == 12 and all(f"\n| {check} |" in text for check in checks)
+    assert all(f"| `{key}=" in text for key in inspect_data.InspectOptions.model_fields)
 
 
 def test_metrics_page_has_every_metric(program: Program) -> None:

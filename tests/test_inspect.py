@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 
 import inspect_data
+from engine.inspect.charts import bins
 from engine.inspect.findings import format_share
 from engine.inspect.inspection import Inspection
+from engine.inspect.page import format_page
 from engine.inspect.repeats import jaccard, pieces, similar_sets
 from engine.inspect.terminal import Terminal, columns, format_inspection
 from engine.inspect.texts import RunIndex, word_runs
 from engine.settings.options import parse_arguments
 from inspect_data import InspectOptions, read_overrides, run_inspection
 from tests.data.samples import CHATML, byte_tokenizer
+from utils import UserError
 
 Row = dict[str, Any]
 
@@ -405,3 +409,74 @@ def test_shares_keep_apart_none_few_and_all() -> None:
     assert [format_share(number, 100_000) for number in (0, 1, 30, 4_200, 50_000, 99_999, 100_000)] == [
         "0%", "<0.01%", "0.03%", "4.2%", "50%", ">99.99%", "100%",
     ]  # fmt: skip
+
+
+# ---- The page ----
+
+
+class Tags(HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_and_texts_of_the_data_are_inert(inspector: Inspector, monkeypatch, capsys) -> None:
+    attack = "</style><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='alert(3)' \x1b[31m"
+    for index in range(40):  # in the findings, the places of dropped rows, and the tokens
+        inspector.train[index]["prompt"] = f"{attack}{words(8, index)}{attack[:60]}"
+    inspector.train += [inspector.train[0], {**inspector.train[1], "rejected": " "}]
+    path = inspector.directory / "page.html"
+    assert run(monkeypatch, *inspector.overrides(), f"page={path}") == 0
+    assert capsys.readouterr().out.endswith(f"page: {path}\n")
+    page = Tags(path.read_text(encoding="utf-8"))
+    names = [name for name, _ in page.tags]
+    assert not {"script", "img", "link", "iframe", "object"} & set(names) and names.count("style") == 1
+    assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
+    assert not [key for _, attributes in page.tags for key in attributes if key in ("src", "href", "xlink:href")]
+    assert names.count("svg") == 5  # three lengths, the difference, the similarity
+    assert "<script>alert(1)</script>" in page.text and "duplicates: 1 of 51 examples" in page.text
+    assert "\x1b" not in page.text
+    policy = next(each["content"] for _, each in page.tags if each.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None and policy.startswith("default-src 'none'")
+
+
+def test_the_page_shows_every_token(inspector: Inspector) -> None:
+    inspector.train[0]["prompt"] = words(100, "long")
+    inspection = inspector(examples=40)
+    html = format_page(inspection)
+    tokens = [token for example in inspection.examples for part in example.parts for token in part.tokens]
+    assert html.count('<span class="token') == len(tokens)
+    assert sum(name == "small" for name, _ in Tags(html).tags) == len(tokens)
+
+
+def test_a_page_that_cannot_be_written_is_an_error_at_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, f"page={tmp_path / 'nowhere' / 'page.html'}") == 2
+    assert "there is no directory" in capsys.readouterr().err
+    assert run(monkeypatch, f"page={tmp_path}") == 2
+    assert "is a directory" in capsys.readouterr().err
+
+
+def test_charts_that_cannot_be_drawn_are_an_error(inspector: Inspector, monkeypatch) -> None:
+    worker = inspector.directory / "worker.py"
+    worker.write_text("raise SystemExit('no converter here')")
+    monkeypatch.setattr("engine.inspect.charts.WORKER", worker)
+    with pytest.raises(UserError, match="its charts cannot be drawn"):
+        format_page(inspector())
+
+
+def test_bins_count_every_value_up_to_the_99th_percentile() -> None:
+    values = np.array([0] * 5 + [1] * 90 + [2] * 4 + [1000])
+    edges, counts = bins(values)
+    assert edges[:3].tolist() == [0, 1, 2] and counts.sum() >= 99 and counts[:2].tolist() == [5, 90]
+    _, shares = bins(np.array([0.0, 0.5, 1.0]))
+    assert shares.sum() == 3

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,6 +116,9 @@ def quoted_end(text: str, length: int = 70) -> str:
 
 
 def key_of(arrays: Iterable[np.ndarray]) -> bytes:
-    """The content of arrays, to compare by; lengths keep their borders apart."""
-    parts = [array.tobytes() for array in arrays]
-    return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+    """A hash of the content of arrays, to compare by; lengths keep their borders apart."""
+    digest = blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(len(array).to_bytes(4, "little"))
+        digest.update(array)
+    return digest.digest()

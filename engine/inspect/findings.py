@@ -56,21 +56,30 @@ class Histogram:
         title: of the chart.
         unit: of the values.
         values: [values]; those above the 99th percentile are left out.
-        mark: a value to draw a line at, such as a limit.
+        mark: (name, value) to draw a line at, such as a limit.
     """
 
     title: str
     unit: str
     values: np.ndarray
-    mark: float | None = None
+    mark: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text below a header; the first column is left-aligned, the others right-aligned."""
+    """Rows of text below a header; the first column is left-aligned, the others right-aligned.
+
+    Args:
+        has_bars: the last column is a histogram in characters, for a terminal.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    has_bars: bool = False
+
+    @property
+    def without_bars(self) -> "Table":
+        return Table(self.header[:-1], [row[:-1] for row in self.rows]) if self.has_bars else self
 
 
 @dataclass

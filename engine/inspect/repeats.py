@@ -33,7 +33,7 @@ def duplicates(data: Data) -> Iterator[Finding]:
                 places.append(place_of(split, each))
         seen.add(key)
     if number:
-        meaning = "A repeated example counts more than others. Remove repeats, or use a column `weight` on purpose."
+        meaning = "A repeated example counts more than others. Remove repeats, or give a row a weight on purpose."
         yield Finding("duplicates", number, total, "examples", meaning, places)
 
 

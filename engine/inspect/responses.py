@@ -88,7 +88,7 @@ def length_difference(data: Data) -> tuple[Section | None, list[Finding]]:
     header = ["", "longer", "shorter", "equal", "mean +-", "median +-", "ratio"]
     notes = ["in tokens, before truncation; ratio: mean length of chosen over that of rejected"]
     section = Section("Chosen longer than rejected", Table(header, rows), notes)
-    section.histograms.append(Histogram("Chosen minus rejected", "tokens", every, mark=0))
+    section.histograms.append(Histogram("Chosen minus rejected", "tokens", every, mark=("equal", 0)))
     num_longer = int((every > 0).sum())
     low, high = USUAL_LONGER_SHARE
     num_different = int((every != 0).sum())
@@ -132,7 +132,7 @@ def similar_pairs(data: Data) -> tuple[Section | None, list[Finding]]:
         f"1 - edit distance / longer length, in tokens: median {middle:.2f}, 10 % below {low:.2f},"
         f" 10 % above {high:.2f}"
     )
-    section.histograms.append(Histogram("Similarity", "", values, mark=MIN_SIMILARITY))
+    section.histograms.append(Histogram("Similarity", "", values, mark=("limit", MIN_SIMILARITY)))
     (found,) = np.nonzero(values >= MIN_SIMILARITY)
     if not len(found):
         return section, []
