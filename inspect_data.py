@@ -18,7 +18,7 @@ from engine.settings.reading import read_settings
 from engine.settings.schema import Settings
 from engine.settings.secrets import redact
 from engine.settings.unused import check_unused
-from engine.settings.value_types import CountOrZero, PossiblePath
+from engine.settings.value_types import CountOrZero, ExistingFile, PossiblePath
 from utils import UserError
 
 if TYPE_CHECKING:  # it takes seconds to import
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # it takes seconds to import
 class InspectOptions(Options):
     page: PossiblePath | None = Field(None, description="also write the report as a web page, to this file")
     examples: CountOrZero = Field(3, description="training examples to show token by token")
-    contamination: PossiblePath | None = Field(
+    contamination: ExistingFile | None = Field(
         None, description="a benchmark to look for in the data: a file of rows, or a text file"
     )
     near_duplicates: bool | None = Field(None, description="look for near-duplicate prompts; null: up to 50,000 rows")

@@ -126,6 +126,15 @@ def test_near_duplicates(inspector: Inspector) -> None:
     assert inspector.checks(near_duplicates=False) == {}
 
 
+def test_a_shared_system_prompt_makes_no_near_duplicates(inspector: Inspector) -> None:
+    frame = words(60, "frame") + ": "
+    for row in (*inspector.train, *inspector.test):
+        row["prompt"] = frame + row["prompt"]
+    assert inspector.checks() == {}
+    inspector.train[7]["prompt"] = inspector.train[5]["prompt"] + "!"
+    assert inspector.checks() == {"near-duplicates": 1}
+
+
 def test_large_data_are_searched_for_near_duplicates_if_asked(inspector: Inspector, monkeypatch) -> None:
     monkeypatch.setattr("engine.inspect.repeats.MAX_ROWS_FOR_NEAR_DUPLICATES", 20)
     inspector.train[7] = {**inspector.train[7], "prompt": inspector.train[5]["prompt"] + "!"}
@@ -359,6 +368,7 @@ def test_the_command(inspector: Inspector, monkeypatch, capsys) -> None:
         (["datasets=nowhere.jsonl"], 2, "nowhere.jsonl does not exist"),
         (["lrr=1"], 2, "lrr: unknown key"),
         (["-m", "seed=1,2"], 2, "-m: no such option here"),
+        (["contamination=nowhere.txt"], 2, "contamination: must be null or an existing file"),
         (["examples=-1"], 2, "examples: must be an integer of at least 0"),
         (["+model._target_=os.system"], 2, "would run code"),
         (["hydra.searchpath=[pkg://os]"], 2, "would run code"),

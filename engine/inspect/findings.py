@@ -15,6 +15,8 @@ MAX_TRUNCATED_PROMPTS = 0.05
 # Near-duplicate prompts share at least this part of their pieces of SHINGLE_TOKENS tokens (Jaccard index).
 MIN_JACCARD = 0.8
 SHINGLE_TOKENS = 5
+# Pieces in more prompts than this share, and this number, are a system prompt or another frame, and do not count.
+MAX_PIECE_SHARE, MAX_PIECE_PROMPTS = 0.1, 10
 MAX_ROWS_FOR_NEAR_DUPLICATES = 50_000
 # Overlap with a benchmark: equal pieces of so many words, as in the GPT-3 paper, arXiv 2005.14165, appendix C.
 NGRAM_WORDS = 13

@@ -7,12 +7,15 @@ import numpy as np
 from engine.data.examples import TokenizedExample
 from engine.inspect.collecting import Data, DatasetSplit, key_of, place_of, quoted_end
 from engine.inspect.findings import (
+    MAX_PIECE_PROMPTS,
+    MAX_PIECE_SHARE,
     MAX_PLACES,
     MAX_ROWS_FOR_NEAR_DUPLICATES,
     MIN_JACCARD,
     SHINGLE_TOKENS,
     Finding,
 )
+from utils import progress
 
 # A pair is a candidate if all numbers of a band are equal. With these, 1 in 20,000 pairs at MIN_JACCARD is missed.
 NUM_BANDS, BAND_SIZE = 25, 5
@@ -92,7 +95,7 @@ def near_duplicates(data: Data, is_asked: bool | None, notes: list[str]) -> Iter
     for split, each in data.kept():
         prompts.setdefault(each.prompt.tobytes(), (split, each))
     items = [*prompts.values()]
-    pairs = similar_sets([pieces(each.prompt) for _, each in items])
+    pairs = similar_sets(without_common([pieces(each.prompt) for _, each in items]))
     places: list[str] = []
     across = 0
     for later, earlier in pairs:
@@ -119,6 +122,14 @@ def pieces(tokens: np.ndarray) -> np.ndarray:
     return np.unique((hashed >> np.uint64(32)).astype(np.uint32))
 
 
+def without_common(sets: list[np.ndarray]) -> list[np.ndarray]:
+    """The sets without the pieces of many; a set with no other pieces stays whole."""
+    numbers, counts = np.unique(np.concatenate(sets), return_counts=True)
+    common = numbers[counts > max(MAX_PIECE_SHARE * len(sets), MAX_PIECE_PROMPTS)]
+    rest = (np.setdiff1d(each, common, assume_unique=True) for each in sets)
+    return [left if len(left) else whole for left, whole in zip(rest, sets, strict=True)]
+
+
 def similar_sets(sets: list[np.ndarray]) -> list[tuple[int, int]]:
     """(later, earlier) of each set that is similar to an earlier one."""
     from datasketch import MinHash, MinHashLSH
@@ -126,7 +137,7 @@ def similar_sets(sets: list[np.ndarray]) -> list[tuple[int, int]]:
     index = MinHashLSH(num_perm=NUM_BANDS * BAND_SIZE, params=(NUM_BANDS, BAND_SIZE))
     empty = MinHash(num_perm=NUM_BANDS * BAND_SIZE, hashfunc=int)  # the pieces are numbers already
     found: list[tuple[int, int]] = []
-    for number, numbers in enumerate(sets):
+    for number, numbers in enumerate(progress(sets, description="near-duplicates", unit="prompts")):
         signature = empty.copy()
         signature.update_batch(numbers)
         similar = (other for other in sorted(index.query(signature)) if jaccard(numbers, sets[other]) >= MIN_JACCARD)

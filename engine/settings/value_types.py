@@ -78,6 +78,7 @@ def is_directory(value: str) -> bool:
 Text = Annotated[str, Predicate(is_text), Words("text"), Hint(text_hint)]
 PossiblePath = Annotated[str, Predicate(is_possible_path), Words("text"), Hint(path_hint)]
 AutoOrPath = Annotated[str, Predicate(is_possible_path), Words("auto or a path"), Hint(path_hint)]
+ExistingFile = Annotated[str, Predicate(is_file), Words("an existing file"), Hint(text_hint)]
 Directory = Annotated[str, Predicate(is_directory), Words("an existing directory")]
 Repository = Annotated[str, Predicate(is_repository), Words("a name on the hub such as me/model"), Hint(text_hint)]
 RunName = Annotated[
