@@ -19,6 +19,7 @@ from utils import progress
 
 # A pair is a candidate if all numbers of a band are equal. With these, 1 in 20,000 pairs at MIN_JACCARD is missed.
 NUM_BANDS, BAND_SIZE = 25, 5
+ESTIMATE_MARGIN = 0.15  # four standard deviations of the estimate of MinHash
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so each token of a piece changes its number
 
 
@@ -136,12 +137,16 @@ def similar_sets(sets: list[np.ndarray]) -> list[tuple[int, int]]:
 
     index = MinHashLSH(num_perm=NUM_BANDS * BAND_SIZE, params=(NUM_BANDS, BAND_SIZE))
     empty = MinHash(num_perm=NUM_BANDS * BAND_SIZE, hashfunc=int)  # the pieces are numbers already
+    signatures = np.empty((len(sets), NUM_BANDS * BAND_SIZE), empty.hashvalues.dtype)
     found: list[tuple[int, int]] = []
     for number, numbers in enumerate(progress(sets, description="near-duplicates", unit="prompts")):
         signature = empty.copy()
         signature.update_batch(numbers)
-        similar = (other for other in sorted(index.query(signature)) if jaccard(numbers, sets[other]) >= MIN_JACCARD)
-        earlier = next(similar, None)
+        signatures[number] = signature.hashvalues
+        candidates = np.array(sorted(index.query(signature)), np.int64)
+        estimates = (signatures[candidates] == signature.hashvalues).mean(axis=1)
+        likely = candidates[estimates >= MIN_JACCARD - ESTIMATE_MARGIN].tolist()
+        earlier = next((other for other in likely if jaccard(numbers, sets[other]) >= MIN_JACCARD), None)
         if earlier is not None:
             found.append((number, earlier))
         index.insert(number, signature)

@@ -49,7 +49,7 @@ def lengths(data: Data) -> Section:
             by_role.setdefault(role, []).append(sizes)
             numbers = [sizes.mean(), *np.percentile(sizes, [50, 90, 99]), sizes.max()]
             rows.append([f"{split.name} {role}", *(f"{number:,.0f}" for number in numbers), bars(sizes)])
-    section.table = Table(["", "mean", "50 %", "90 %", "99 %", "max", "0 to 99 %"], rows, has_bars=True)
+    section.table = Table(["", "mean", "50%", "90%", "99%", "max", "0 to 99%"], rows, has_bars=True)
     limit = "max_length", float(data.settings.max_length)
     for role, arrays in by_role.items():
         section.histograms.append(Histogram(f"Length of {role}", "tokens", np.concatenate(arrays), mark=limit))
