@@ -297,7 +297,7 @@ def test_lengths_and_truncation_by_hand(inspector: Inspector) -> None:
     sizes = table(inspection, "Lengths")
     assert [sizes[f"rows train {role}"]["max"] for role in ("prompt", "chosen", "rejected")] == ["10", "21", "41"]
     cut = table(inspection, "Truncation")["rows train"]
-    assert [cut["prompts cut"], cut["responses cut"], cut["tokens cut"]] == ["100%", "100%", "21%"]  # (4 + 11) / 72
+    assert [cut["prompts"], cut["responses"], cut["tokens"]] == ["100%", "100%", "21%"]  # (4 + 11) / 72
     fed = {name: int(row["tokens"]) for name, row in table(inspection, "Tokens fed").items()}
     assert [*fed.values()] == [6 + 20 + 29, 6 + 21 + 6 + 30, 2 * (6 + 30)]
 

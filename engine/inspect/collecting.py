@@ -120,5 +120,5 @@ def key_of(arrays: Iterable[np.ndarray]) -> bytes:
     digest = blake2b(digest_size=16)
     for array in arrays:
         digest.update(len(array).to_bytes(4, "little"))
-        digest.update(array)
+        digest.update(array.tobytes())
     return digest.digest()

@@ -85,8 +85,8 @@ def length_difference(data: Data) -> tuple[Section | None, list[Finding]]:
             differences.append(difference)
             rows.append(_length_row(split.name, lengths, difference))
     every = np.concatenate(differences)
-    header = ["", "longer", "shorter", "equal", "mean diff", "median diff", "ratio"]
-    notes = ["in tokens, before truncation; diff: chosen - rejected; ratio: of their mean lengths"]
+    header = ["", "longer", "shorter", "equal", "mean", "median", "ratio"]
+    notes = ["in tokens, before truncation; mean and median of chosen - rejected; ratio of their means"]
     section = Section("Chosen longer than rejected", Table(header, rows), notes)
     section.histograms.append(Histogram("Chosen minus rejected", "tokens", every, mark=("equal", 0)))
     num_longer = int((every > 0).sum())

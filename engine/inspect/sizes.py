@@ -71,7 +71,7 @@ def truncation(data: Data) -> Section:
     settings = data.settings
     rows = []
     limits = f"max_length={settings.max_length}, max_prompt_length={settings.max_prompt_length}"
-    notes = [f"{limits}; median: of tokens lost, where there is a cut"]
+    notes = [f"{limits}; shares that are cut; median: tokens lost where there is a cut"]
     for split in data.splits:
         kept = [*split.kept]
         if not kept:
@@ -86,7 +86,7 @@ def truncation(data: Data) -> Section:
             keeps_start = prompts[0].num_front >= settings.max_prompt_length
             notes.append(f"{split.name}: prompts lose their {'end' if keeps_start else 'start (after BOS)'}")
     notes.append("responses lose their end")
-    header = ["", "prompts cut", "median", "responses cut", "median", "tokens cut"]
+    header = ["", "prompts", "median", "responses", "median", "tokens"]
     return Section("Truncation", Table(header, rows), notes)
 
 

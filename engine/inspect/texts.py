@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from engine.data.encoding import Text
 from engine.data.row_files import SUFFIXES, read_rows
@@ -15,7 +17,8 @@ from engine.inspect.findings import MAX_PLACES, NGRAM_WORDS, Finding
 from utils import UserError, clipped
 
 WORD = re.compile(r"\w+")
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+# A run of numbers is hashed as its weighted sum, modulo 2^64.
+WEIGHTS = np.random.default_rng(0).integers(1, 2**64 - 1, NGRAM_WORDS, np.uint64)
 
 
 # ---- Special tokens ----
@@ -144,15 +147,9 @@ class RunIndex:
 
     def _hash(self, words: list[str]) -> np.ndarray:
         """uint64 [runs] of consecutive words; 0 for runs with a word that no wanted run has."""
-        numbers = np.fromiter((self._numbers.get(word, 0) for word in words), np.uint64, len(words))
-        num_runs = len(words) - NGRAM_WORDS + 1
-        hashed, is_known = np.zeros(num_runs, np.uint64), np.ones(num_runs, bool)
-        for offset in range(NGRAM_WORDS):
-            part = numbers[offset : offset + num_runs]
-            hashed = (hashed + part) * MULTIPLIER
-            hashed ^= hashed >> np.uint64(29)
-            is_known &= part > 0
-        return np.where(is_known, hashed, np.uint64(0))
+        known = map(self._numbers.get, words, repeat(0))
+        runs = sliding_window_view(np.fromiter(known, np.uint64, len(words)), NGRAM_WORDS)
+        return np.where(runs.all(axis=1), (runs * WEIGHTS).sum(axis=1), np.uint64(0))
 
     def find(self, text: str) -> str | None:
         """The first wanted run of a text."""
