@@ -156,6 +156,8 @@ class RunIndex:
         words = WORD.findall(text.lower())
         if len(words) < NGRAM_WORDS:
             return None
-        (starts,) = np.nonzero(np.isin(self._hash(words), self._hashes))
+        hashes = self._hash(words)
+        nearest = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
+        (starts,) = np.nonzero(self._hashes[nearest] == hashes)
         runs = (" ".join(words[start : start + NGRAM_WORDS]) for start in starts)
         return next((run for run in runs if run in self._runs), None)
