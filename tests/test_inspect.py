@@ -1,5 +1,6 @@
 """inspect_data.py: each planted defect is found, clean data have none, and the report holds the trained ids."""
 
+import io
 import json
 import random
 import re
@@ -20,7 +21,7 @@ from engine.inspect.repeats import jaccard, pieces, similar_sets
 from engine.inspect.terminal import Terminal, columns, format_inspection
 from engine.inspect.texts import RunIndex, word_runs
 from engine.settings.options import parse_arguments
-from inspect_data import InspectOptions, read_overrides, run_inspection
+from inspect_data import InspectOptions, read_overrides, run_inspection, terminal_of
 from tests.data.samples import CHATML, byte_tokenizer
 from utils import UserError
 
@@ -60,7 +61,7 @@ class Inspector:
         return [
             f"datasets={folder}",
             "loss=dpo",
-            "loss.beta=0.1",
+            *(() if "loss=sft" in more else ("loss.beta=0.1",)),
             f"model.tokenizer_name_or_path={self.directory / 'tokenizer'}",
             f"cache_dir={self.cache}",
             f"local_dirs=[{self.directory}]",
@@ -258,6 +259,17 @@ def test_special_tokens_in_messages_are_found_beside_those_of_the_template(inspe
     assert finding.check == "literal special tokens" and finding.places[0].startswith("'<|user|>' in rows train")
 
 
+@pytest.mark.parametrize(
+    "loss, roles", [("sft", {"response"}), ("kto", {"response, desirable", "response, undesirable"})]
+)
+def test_single_responses_have_their_report_too(inspector: Inspector, loss: str, roles: set[str]) -> None:
+    inspection = inspector(f"loss={loss}", examples=100)
+    assert inspection.findings == []
+    assert {part.role for example in inspection.examples for part in example.parts} == {"prompt", *roles}
+    assert [section.title for section in inspection.sections] == ["Rows", "Lengths", "Truncation", "Tokens fed"]
+    assert format_page(inspection).count("<svg") == 2
+
+
 # ---- Tables ----
 
 
@@ -348,6 +360,32 @@ def test_colour_is_for_terminals(inspector: Inspector) -> None:
         inspection, Terminal()
     )
     assert format_inspection(inspection, Terminal(has_unicode=False)).isascii()
+
+
+class Stream(io.StringIO):
+    """A terminal, or a file, with an encoding."""
+
+    def __init__(self, is_terminal: bool, encoding: str):
+        super().__init__()
+        self.is_terminal, self.name_of_encoding = is_terminal, encoding
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.name_of_encoding
+
+
+def test_the_terminal_decides_on_colour_width_and_characters(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert terminal_of(Stream(True, "utf-8")) == Terminal(100, has_colour=True, has_unicode=True)
+    assert terminal_of(Stream(False, "ANSI_X3.4-1968")) == Terminal(80, has_colour=False, has_unicode=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "500")
+    assert terminal_of(Stream(True, "UTF-8")) == Terminal(120, has_colour=False, has_unicode=True)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -129,8 +129,7 @@ def similar_pairs(data: Data) -> tuple[Section | None, list[Finding]]:
     section = Section("Similarity of chosen and rejected")
     low, middle, high = np.percentile(values, [10, 50, 90])
     section.notes.append(
-        f"1 - edit distance / longer length, in tokens: median {middle:.2f}, 10 % below {low:.2f},"
-        f" 10 % above {high:.2f}"
+        f"1 - edit distance / longer length, in tokens: median {middle:.2f}, 10% below {low:.2f}, 10% above {high:.2f}"
     )
     section.histograms.append(Histogram("Similarity", "", values, mark=("limit", MIN_SIMILARITY)))
     (found,) = np.nonzero(values >= MIN_SIMILARITY)
