@@ -5,9 +5,7 @@ import json
 import random
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ import pytest
 import inspect_data
 from engine.inspect.charts import bins
 from engine.inspect.findings import format_share
-from engine.inspect.inspection import Inspection
 from engine.inspect.page import format_page
 from engine.inspect.repeats import jaccard, pieces, similar_sets
 from engine.inspect.terminal import Terminal, columns, format_inspection
@@ -23,57 +20,8 @@ from engine.inspect.texts import RunIndex, word_runs
 from engine.settings.options import parse_arguments
 from inspect_data import InspectOptions, read_overrides, run_inspection, terminal_of
 from tests.data.samples import CHATML, byte_tokenizer
+from tests.inspections import Inspector, Row, Tags, clean_rows, table, words
 from utils import UserError
-
-Row = dict[str, Any]
-
-
-def words(number: int, seed: object) -> str:
-    """Random words of random letters: texts made of them have little in common."""
-    rng = random.Random(str(seed))
-    return " ".join("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 8))) for _ in range(number))
-
-
-def clean_rows(split: str, number: int) -> list[Row]:
-    """Pairs without a defect; the chosen response is longer in every second one."""
-    rows = []
-    for index in range(number):
-        texts = [" " + words(size + index % 3, (split, index, size)) for size in (5, 6)]
-        chosen, rejected = texts if index % 2 else texts[::-1]
-        rows.append({"prompt": words(8, (split, index)), "chosen": chosen, "rejected": rejected})
-    return rows
-
-
-class Inspector:
-    """Runs an inspection on a folder of rows, with a byte-level tokenizer."""
-
-    def __init__(self, directory: Path, cache: Path):
-        self.directory, self.cache = directory, cache
-        self.train, self.test = clean_rows("train", 40), clean_rows("test", 10)
-        self.tokenizer = byte_tokenizer()
-
-    def overrides(self, *more: str) -> list[str]:
-        folder = self.directory / "rows"
-        folder.mkdir(exist_ok=True)
-        for split, rows in (("train", self.train), ("test", self.test)):
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.tokenizer.save_pretrained(self.directory / "tokenizer")
-        return [
-            f"datasets={folder}",
-            "loss=dpo",
-            *(() if "loss=sft" in more else ("loss.beta=0.1",)),
-            f"model.tokenizer_name_or_path={self.directory / 'tokenizer'}",
-            f"cache_dir={self.cache}",
-            f"local_dirs=[{self.directory}]",
-            *more,
-        ]
-
-    def __call__(self, *more: str, **options: Any) -> Inspection:
-        return run_inspection(read_overrides(self.overrides(*more)), InspectOptions(**options))
-
-    def checks(self, *more: str, **options: Any) -> dict[str, int]:
-        """The number of each finding."""
-        return {finding.check: finding.number for finding in self(*more, **options).findings}
 
 
 @pytest.fixture
@@ -273,12 +221,6 @@ def test_single_responses_have_their_report_too(inspector: Inspector, loss: str,
 # ---- Tables ----
 
 
-def table(inspection: Inspection, title: str) -> dict[str, dict[str, str]]:
-    found = next(section.table for section in inspection.sections if section.title == title)
-    assert found is not None
-    return {row[0]: dict(zip(found.header[1:], row[1:], strict=True)) for row in found.rows}
-
-
 def test_rows_are_counted_with_reasons_and_places(inspector: Inspector) -> None:
     inspector.train[2] |= {"rejected": " "}
     inspector.train[4] |= {"rejected": inspector.train[4]["chosen"]}
@@ -325,7 +267,8 @@ def test_tokens_are_those_of_training(inspector: Inspector) -> None:
     expected = [tokenizer(row[name])["input_ids"] for name in ("prompt", "chosen", "rejected")]
     expected = [expected[0], *([*ids, tokenizer.eos_token_id] for ids in expected[1:])]
     assert [[token.id for token in part.tokens] for part in example.parts] == expected
-    assert [part.is_trained for part in example.parts] == [False, True, True]
+    assert [part.state for part in example.parts] == ["masked", "trained on", "trained on"]
+    assert [{token.is_used for token in part.tokens} for part in example.parts] == [{False}, {True}, {True}]
     last = example.parts[1].tokens[-1]
     assert (last.text, last.is_special, example.parts[1].tokens[0].text) == ("<eos>", True, "·")
 
@@ -460,22 +403,6 @@ def test_shares_keep_apart_none_few_and_all() -> None:
 
 
 # ---- The page ----
-
-
-class Tags(HTMLParser):
-    """The tags of a page with their attributes, and its text."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_the_page_is_whole_and_texts_of_the_data_are_inert(inspector: Inspector, monkeypatch, capsys) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,10 +18,12 @@ from utils import UserError, clipped
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from losses import BatchKind
+
 # Loads one data set of settings; preference_datasets has it, and the engine does not import it.
 Load = Callable[[Settings, SplitName, RowCounts, Observe], object]
-# Names of an example's responses, by batch kind.
-ROLES = {"sft": ("response",), "pairs": ("chosen", "rejected"), "unpaired": ("response",)}
+# Names of an example's responses, by batch kind. A ranking has any number of responses.
+ROLES = {"sft": ("response",), "pairs": ("chosen", "rejected"), "unpaired": ("response",), "ranked": ("response",)}
 
 
 @dataclass
@@ -53,22 +55,70 @@ class DatasetSplit:
         return self.counts.dropped
 
 
+class Compared(NamedTuple):
+    """A pair of responses, or a single response.
+
+    Args:
+        indices: of the responses of its example, (chosen, rejected) or (response,).
+    """
+
+    split: DatasetSplit
+    each: TokenizedExample
+    indices: Sequence[int]
+
+    @property
+    def whole(self) -> list[np.ndarray]:
+        """The responses before truncation."""
+        return [self.each.responses[index] for index in self.indices]
+
+    @property
+    def trained(self) -> list[np.ndarray]:
+        """The responses after truncation."""
+        return [self.each.example.responses[index] for index in self.indices]
+
+
+def pairs_of(each: TokenizedExample) -> Sequence[Sequence[int]]:
+    """Indices of the compared responses; of a ranking, of each of its pairs."""
+    comparisons = each.example.comparisons
+    return [range(len(each.responses))] if comparisons is None else comparisons.pairs.tolist()
+
+
 @dataclass
 class Data:
     """All examples of an inspection.
 
     Args:
-        roles: names of an example's responses.
+        batch: the kind of examples.
     """
 
     splits: list[DatasetSplit]
     tokenizer: "PreTrainedTokenizerBase"
     settings: Settings
-    roles: tuple[str, ...]
+    batch: "BatchKind"
 
     @property
-    def is_pairs(self) -> bool:
-        return len(self.roles) == 2
+    def roles(self) -> tuple[str, ...]:
+        """Names of an example's responses."""
+        return ROLES[self.batch]
+
+    @property
+    def is_ranked(self) -> bool:
+        """Examples are rankings, for a reward model."""
+        return self.batch == "ranked"
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.batch in ("pairs", "ranked")
+
+    @property
+    def holds_out(self) -> bool:
+        """Training of a reward model holds out prompts of train, as there is no test split."""
+        return self.is_ranked and not any(each.split == "test" for each, _ in self.kept())
+
+    @property
+    def unit(self) -> str:
+        """The name of what compared() gives."""
+        return "pairs" if self.is_ranked else "examples"
 
     @property
     def num_rows(self) -> int:
@@ -78,8 +128,12 @@ class Data:
         """Each example that is kept, with its split."""
         return ((split, each) for split in self.splits for each in split.kept)
 
+    def compared(self) -> Iterator[Compared]:
+        """Each pair of a ranking; of others, each example."""
+        return (Compared(split, each, pair) for split, each in self.kept() for pair in pairs_of(each))
 
-def collect(settings: Settings, tokenizer: "PreTrainedTokenizerBase", batch: str, load: Load) -> Data:
+
+def collect(settings: Settings, tokenizer: "PreTrainedTokenizerBase", batch: "BatchKind", load: Load) -> Data:
     """Load every data set by itself, so that each has its own counts.
 
     Raises:
@@ -95,7 +149,7 @@ def collect(settings: Settings, tokenizer: "PreTrainedTokenizerBase", batch: str
                 splits.append(part)
     if not any(each.reason is None for part in splits for each in part.examples):
         raise UserError("DATA", f"datasets: {', '.join(settings.datasets)} give no example", "add rows")
-    return Data(splits, tokenizer, settings, ROLES[batch])
+    return Data(splits, tokenizer, settings, batch)
 
 
 def short_names(datasets: Sequence[str]) -> list[str]:

@@ -29,6 +29,7 @@ class Inspection:
         findings: defects found.
         notes: checks that were left out, and why.
         examples: some examples, token by token.
+        has_scores: a reward model's, in place of targets.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Inspection:
     findings: list[Finding]
     notes: list[str]
     examples: list[ExampleTokens]
+    has_scores: bool
 
 
 def inspect(
@@ -78,4 +80,5 @@ def inspect(
     examples = [*choose_examples(data, num_examples)]
     settings = data.settings
     title = f"{', '.join(settings.datasets)} for loss={settings.loss.name}"
-    return Inspection(title, [section for section in sections if section is not None], findings, notes, examples)
+    present = [section for section in sections if section is not None]
+    return Inspection(title, present, findings, notes, examples, data.is_ranked)

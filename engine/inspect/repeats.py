@@ -24,12 +24,13 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so each token of a piece chan
 
 
 def duplicates(data: Data) -> Iterator[Finding]:
-    """Examples that repeat one of their split, before truncation, in any data set."""
+    """Examples, or pairs of rankings, that repeat one of their split, before truncation, in any data set."""
     seen: set[tuple[str, bytes, bool | None]] = set()
     number, total = 0, 0
     places: list[str] = []
-    for split, each in data.kept():
-        key = split.split, key_of((each.prompt, *each.responses)), each.example.label
+    for item in data.compared():
+        split, each, _ = item
+        key = split.split, key_of((each.prompt, *item.whole)), each.example.label
         total += 1
         if key in seen:
             number += 1
@@ -37,28 +38,31 @@ def duplicates(data: Data) -> Iterator[Finding]:
                 places.append(place_of(split, each))
         seen.add(key)
     if number:
-        meaning = "A repeated example counts more than others. Remove repeats, or give a row a weight on purpose."
-        yield Finding("duplicates", number, total, "examples", meaning, places)
+        one = "pair" if data.is_ranked else "example"
+        meaning = f"A repeated {one} counts more than others. Remove repeats, or give a row a weight on purpose."
+        yield Finding("duplicates", number, total, data.unit, meaning, places)
 
 
 def contradictions(data: Data) -> Iterator[Finding]:
     """Preferences with their opposite in the same split."""
-    if not data.is_pairs and all(each.example.label is None for _, each in data.kept()):
+    if not data.has_pairs and all(each.example.label is None for _, each in data.kept()):
         return
     seen: set[tuple[str, bytes, bool | None]] = set()
     found: dict[tuple[str, bytes], str] = {}
     total = 0
-    for split, each in data.kept():
+    for item in data.compared():
+        split, each, _ = item
         total += 1
         label = each.example.label
-        key = split.split, key_of((each.prompt, *each.responses))
-        opposite = split.split, key_of((each.prompt, *each.responses[::-1]))
+        key = split.split, key_of((each.prompt, *item.whole))
+        opposite = split.split, key_of((each.prompt, *item.whole[::-1]))
         if (*opposite, None if label is None else not label) in seen:
             found.setdefault(min(key, opposite), place_of(split, each))
         seen.add((*key, label))
     if found:
-        meaning = "Two rows ask for opposite things, and their gradients cancel. Keep one of them, or neither."
-        yield Finding("contradictions", len(found), total, "examples", meaning, [*found.values()][:MAX_PLACES])
+        effect = "they pull both scores together" if data.is_ranked else "their gradients cancel"
+        meaning = f"Two rows ask for opposite things, and {effect}. Keep one of them, or neither."
+        yield Finding("contradictions", len(found), total, data.unit, meaning, [*found.values()][:MAX_PLACES])
 
 
 def prompts_in_both_splits(data: Data) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from engine.data.examples import TokenizedExample
-from engine.inspect.collecting import Data, DatasetSplit, place_of
+from engine.inspect.collecting import Compared, Data, DatasetSplit, pairs_of, place_of
 from engine.inspect.findings import (
     MAX_PLACES,
     MAX_TRUNCATED_PROMPTS,
@@ -36,8 +36,10 @@ def without_end_of_text(data: Data) -> Iterator[Finding]:
     items = [*data.kept()]
     found = [item for item in items if any(response[-1] != end for response in item[1].example.responses)]
     if found:
-        meaning = "The policy never sees these responses end, and may learn to run on. Raise max_length."
-        yield _finding("no end of text", found, len(items), "examples", meaning)
+        effect = "The policy never sees these responses end, and may learn to run on."
+        if data.is_ranked:
+            effect = "A score is read at the last token that is left, before the response ends."
+        yield _finding("no end of text", found, len(items), _unit(data), f"{effect} Raise max_length.")
 
 
 def truncated_prompts(data: Data) -> Iterator[Finding]:
@@ -45,23 +47,27 @@ def truncated_prompts(data: Data) -> Iterator[Finding]:
     items = [*data.kept()]
     found = [item for item in items if is_prompt_cut(item[1])]
     if len(found) > MAX_TRUNCATED_PROMPTS * len(items):
-        meaning = "The policy responds to less than the writers of the responses saw. Raise max_length."
-        yield _finding("truncated prompts", found, len(items), "examples", meaning)
+        effect = "The policy responds to less than the writers of the responses saw."
+        if data.is_ranked:
+            effect = "The model scores responses to less than those who compared them saw."
+        yield _finding("truncated prompts", found, len(items), _unit(data), f"{effect} Raise max_length.")
+
+
+def _unit(data: Data) -> str:
+    return "rankings" if data.is_ranked else "examples"
 
 
 def equal_after_truncation(data: Data) -> Iterator[Finding]:
     """Pairs with distinct responses, equal after truncation. The trainer drops them."""
-    if not data.is_pairs:
+    if not data.has_pairs:
         return
     items = [(split, each) for split in data.splits for each in split.examples]
-    found = [item for item in items if _are_equal(item[1].example.responses) and not _are_equal(item[1].responses)]
-    if found:
+    number = sum(each.num_made_equal for _, each in items)
+    if number:
+        total = sum(each.num_pairs for _, each in items)
         meaning = f"{EQUAL_BY_TRUNCATION} They are dropped. Raise max_length to keep them."
-        yield _finding("equal after truncation", found, len(items), "pairs", meaning)
-
-
-def _are_equal(responses: tuple[np.ndarray, ...]) -> bool:
-    return np.array_equal(responses[0], responses[1])
+        places = [place_of(*item) for item in items if item[1].num_made_equal]
+        yield Finding("equal after truncation", number, total, "pairs", meaning, places[:MAX_PLACES])
 
 
 def _finding(
@@ -75,11 +81,12 @@ def _finding(
 
 def length_difference(data: Data) -> tuple[Section | None, list[Finding]]:
     """How often, and by how much, the chosen response is longer, before truncation."""
-    if not data.is_pairs:
+    if not data.has_pairs:
         return None, []
     rows, differences = [], []
     for split in data.splits:
-        lengths = np.array([[len(response) for response in each.responses] for each in split.kept]).reshape(-1, 2)
+        pairs = (Compared(split, each, pair) for each in split.kept for pair in pairs_of(each))
+        lengths = np.array([[*map(len, pair.whole)] for pair in pairs]).reshape(-1, 2)
         if len(lengths):
             difference = lengths[:, 0] - lengths[:, 1]
             differences.append(difference)
@@ -100,6 +107,11 @@ def length_difference(data: Data) -> tuple[Section | None, list[Finding]]:
         f"The policy can learn to write {way} responses in place of better ones."
         " Watch the length of samples; simpo, ln_dpo and ld_dpo count tokens less."
     )
+    if data.is_ranked:
+        meaning = (
+            f"The model can learn to score {way} responses higher in place of better ones."
+            " Compare the accuracy of an evaluation with length_eval/accuracy, that of length alone."
+        )
     return section, [Finding("length", num_longer, len(every), "pairs have the longer response chosen", meaning)]
 
 
@@ -117,14 +129,14 @@ def similar_pairs(data: Data) -> tuple[Section | None, list[Finding]]:
     Razin et al. (arXiv 2410.08847): the likelihood of both can fall where responses are alike. Their measure (CHES)
     needs the model's hidden states. The edit distance needs no model, and ranks pairs less well.
     """
-    if not data.is_pairs:
+    if not data.has_pairs:
         return None, []
     from rapidfuzz.distance import Levenshtein
 
-    items = [*data.kept()]
+    items = [*data.compared()]
     values = np.empty(len(items))
-    for number, (_, each) in enumerate(items):
-        chosen, rejected = (response.tolist() for response in each.example.responses)
+    for number, pair in enumerate(items):
+        chosen, rejected = (response.tolist() for response in pair.trained)
         values[number] = Levenshtein.normalized_similarity(chosen, rejected)
     section = Section("Similarity of chosen and rejected")
     low, middle, high = np.percentile(values, [10, 50, 90])
@@ -136,9 +148,14 @@ def similar_pairs(data: Data) -> tuple[Section | None, list[Finding]]:
     if not len(found):
         return section, []
     most = sorted(found.tolist(), key=lambda number: -values[number])[:MAX_PLACES]
-    places = [f"{place_of(*items[number])}, similarity {values[number]:.2f}" for number in most]
-    meaning = (
-        f"Similarity of at least {MIN_SIMILARITY}: the likelihood of chosen and rejected may fall together"
-        " (arXiv 2410.08847). Remove such pairs, or set loss.sft_weight or loss=dpop."
+    places = [
+        f"{place_of(items[number].split, items[number].each)}, similarity {values[number]:.2f}" for number in most
+    ]
+    effect = (
+        "the likelihood of chosen and rejected may fall together (arXiv 2410.08847)."
+        " Remove such pairs, or set loss.sft_weight or loss=dpop."
     )
+    if data.is_ranked:
+        effect = "few tokens decide. Check that these are the ones to be scored."
+    meaning = f"Similarity of at least {MIN_SIMILARITY}: {effect}"
     return section, [Finding("similar pairs", len(found), len(items), "pairs", meaning, places)]

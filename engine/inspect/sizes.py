@@ -5,29 +5,33 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from engine.data.examples import Example, TokenizedExample
-from engine.inspect.collecting import Data
+from engine.data.held_out import MAX_PROMPTS, SHARE_OF_PROMPTS
+from engine.inspect.collecting import Data, pairs_of
 from engine.inspect.findings import Histogram, Section, Table, format_share
 from engine.inspect.responses import is_prompt_cut, is_response_cut
 from engine.step.layout import num_fed_tokens
 
+HELD_OUT = f"{SHARE_OF_PROMPTS:.0%} of the prompts, at most {MAX_PROMPTS},"
 NUM_BARS = 12
 BARS = " ▁▂▃▄▅▆▇█"
 
 
 def row_counts(data: Data) -> Section:
     """Rows, prompts, examples and dropped rows of each data set and split, with the reasons."""
-    unit = "pairs" if data.is_pairs else "examples"
+    unit = "pairs" if data.has_pairs else "examples"
     rows, notes = [], []
     for split in data.splits:
-        kept = [each.example for each in split.kept]
-        num_prompts = len({example.prompt_index for example in kept})
-        numbers = (split.counts.rows, num_prompts, len(kept), sum(split.dropped.values()))
+        kept = [*split.kept]
+        num_prompts = len({each.example.prompt_index for each in kept})
+        numbers = (split.counts.rows, num_prompts, sum(len(pairs_of(each)) for each in kept), split.dropped.total())
         rows.append([split.name, *(f"{number:,}" for number in numbers)])
         for reason, number in split.dropped.items():
             notes.append(f"{split.name}: {number:,} dropped: {reason}")
             notes += [f"  {place}" for place in split.counts.places.get(reason, ())]
     if not notes:
         notes.append("no row is dropped")
+    if data.holds_out:
+        notes.append(f"training holds out {HELD_OUT} of train, as there is no test split")
     return Section("Rows", Table(["", "rows", "prompts", unit, "dropped"], rows), notes)
 
 
@@ -43,7 +47,7 @@ def lengths(data: Data) -> Section:
         kept = [*split.kept]
         columns = {"prompt": [len(each.prompt) for each in kept]}
         for index, role in enumerate(data.roles):
-            columns[role] = [len(each.responses[index]) for each in kept]
+            columns[role] = [len(response) for each in kept for response in each.responses[index :: len(data.roles)]]
         for role, values in columns.items() if kept else ():
             sizes = np.array(values)
             by_role.setdefault(role, []).append(sizes)
@@ -117,10 +121,10 @@ def fed_tokens(data: Data) -> Section:
     """Tokens fed in one epoch by each layout, in batches of random order."""
     rng = np.random.default_rng(data.settings.seed)
     examples = [each.example for split, each in data.kept() if split.split == "train"]
-    packed = sum(map(num_fed_tokens, examples))
+    packed = sum(num_fed_tokens(example, feeds_last_token=data.is_ranked) for example in examples)
     separate = sum(_num_separate(example) for example in examples)
     padded = _num_padded(examples, rng.permutation(len(examples)), data.settings.batch_size)
-    formula = "2P+C+R" if data.is_pairs else "P+R"
+    formula = "2P+C+R" if data.batch == "pairs" else "P+R"
     rows = [
         ["packed, each prompt once", f"{packed:,}", "1.00"],
         [f"a row per response ({formula})", f"{separate:,}", f"{separate / packed:.2f}"],
@@ -131,6 +135,8 @@ def fed_tokens(data: Data) -> Section:
         f"one epoch of train, batch_size={data.settings.batch_size}; batching={data.settings.batching} is set",
         f"each prompt once saves {shared:.0%} of a row per response; no padding saves {unpadded:.0%} of padded rows",
     ]
+    if data.holds_out:
+        notes.append("held-out prompts are counted too")
     return Section("Tokens fed", Table(["", "tokens", "times packed"], rows), notes)
 
 
@@ -140,8 +146,7 @@ def _num_separate(example: Example) -> int:
 
 def _num_padded(examples: Sequence[Example], order: np.ndarray, batch_size: int) -> int:
     """Tokens of all batches, each padded to its longest row."""
-    num_rows = len(examples[0].responses)
+    num_rows = np.array([len(each.responses) for each in examples])[order]
     longest = np.array([len(each.prompt) + max(map(len, each.responses)) for each in examples])[order]
     starts = np.arange(0, len(longest), batch_size)
-    sizes = np.diff(np.append(starts, len(longest)))
-    return int((np.maximum.reduceat(longest, starts) * sizes).sum()) * num_rows
+    return int((np.maximum.reduceat(longest, starts) * np.add.reduceat(num_rows, starts)).sum())

@@ -131,9 +131,8 @@ def _finding(finding: Finding, terminal: Terminal) -> Iterator[str]:
 def _example(example: ExampleTokens, terminal: Terminal) -> Iterator[str]:
     yield terminal.paint(f"Tokens: {visible(example.title)}", 1)
     for part in example.parts:
-        state = "trained on" if part.is_trained else "masked"
         cut = f", {part.num_cut:,} more cut" if part.num_cut else ""
-        yield f"  {part.role}: {len(part.tokens):,} tokens, {state}{cut}"
+        yield f"  {part.role}: {len(part.tokens):,} tokens, {part.state}{cut}"
         yield from _token_lines(part, terminal)
 
 
@@ -152,7 +151,7 @@ def _token_lines(part: Part, terminal: Terminal) -> Iterator[str]:
             width = _width(token, terminal.width - 4)
             text = _fit(token.text, width)
             text = text if token is tokens[-1] else padded(text, width)
-            codes = (1, 35) if token.is_special else (32,) if part.is_trained else (2,)
+            codes = (1, 35) if token.is_special else (32,) if token.is_used else (2,)
             texts.append(terminal.paint(text, *codes))
             ids.append(padded(str(token.id), width))
         yield "    " + " ".join(texts)
