@@ -341,7 +341,7 @@ class BasicTrainer:
         if self.sync_stop_request():
             return False
         if self.evaluator.should_sample:
-            is_last = self.counters["examples"] >= self.source.num_examples
+            is_last = self.counters["examples"] >= self.source.num_examples and not self.sync_stop_request()
             rows, sampled = self.evaluator.sample_policy(self.counters["examples"], self.token_budget, is_last)
             self.eval_metrics |= sampled
             self.loggers.samples(rows)

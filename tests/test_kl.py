@@ -2,7 +2,11 @@
 
 import copy
 import itertools
+import math
+import sqlite3
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +17,14 @@ from transformers import PreTrainedModel
 
 from engine.data.examples import Example
 from engine.placement.placement import Placement
+from engine.run import kl
 from engine.run.evaluation import Evaluator
 from engine.run.kl import mean_and_error
-from engine.step.divergence import compare
+from engine.step.divergence import Divergence, compare
 from engine.step.layout import lay_out
 from engine.step.packing_check import use_packed_attention
 from engine.step.reference import LiveReference
+from engine.step.reference_cache import CachedReference
 from tests.invariants.test_runs import numbers
 from tests.models import random_examples, tiny_model
 from tests.ranks import Job, make_trainer, on_ranks
@@ -209,6 +215,60 @@ def test_lost_weights_end_no_run(program: Program, monkeypatch: pytest.MonkeyPat
     run = program.ok(*DPO, *SAMPLES)
     assert "kl_eval is left out: the reference cannot be loaded" in run.out
     assert REVERSE not in run.evals[-1] and FORWARD in run.evals[-1]
+
+
+@pytest.mark.parametrize("problem", ["no memory", "other weights", "infinite"])
+def test_what_fails_at_the_end_is_left_out(program: Program, monkeypatch: pytest.MonkeyPatch, problem: str) -> None:
+    """The final checkpoint is not saved yet."""
+    place_again = Placement.place_again
+
+    def place(self: Placement, dtype: torch.dtype) -> torch.nn.Module:
+        if problem == "no memory":
+            raise torch.OutOfMemoryError("no memory is left")
+        model = place_again(self, dtype)
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0 if problem == "other weights" else 0.0)
+        return model
+
+    def infinite(*arguments: object) -> Divergence:
+        return Divergence(torch.full((1,), math.inf), None)
+
+    monkeypatch.setattr(Placement, "place_again", place)
+    if problem == "infinite":
+        monkeypatch.setattr(kl, "compare", infinite)
+    run = program.ok(*DPO, *SAMPLES)
+    words = {"no memory": "needs too much memory", "other weights": "have changed since the start"}
+    assert words.get(problem, "kl_eval is left out: it is NaN or Inf") in run.out
+    assert REVERSE not in run.evals[-1] and run.evals[-1]["loss/eval"] > 0
+    assert (FORWARD in run.evals[-1]) == (problem != "infinite")
+    assert (run.dir / "LATEST" / "model.safetensors").exists()
+
+
+def test_a_cache_of_all_examples_need_not_be_writable(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = program.ok(*DPO, *SAMPLES)
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("nothing is to be written")
+
+    monkeypatch.setattr(CachedReference, "_unusable", fail)
+    monkeypatch.setattr(sqlite3, "connect", read_only(sqlite3.connect))
+    second = program.ok(*DPO, *SAMPLES)
+    assert second.evals[0][FORWARD] == first.evals[0][FORWARD]
+
+
+def read_only(connect: Callable[..., sqlite3.Connection]) -> Callable[..., sqlite3.Connection]:
+    """Connect to a file, and refuse to insert rows."""
+
+    def refuse(action: int, table: str | None, *_: object) -> int:
+        is_insert = action == sqlite3.SQLITE_INSERT and table in ("logps", "token_logps")
+        return sqlite3.SQLITE_DENY if is_insert else sqlite3.SQLITE_OK
+
+    def connect_read_only(*arguments: Any, **keywords: Any) -> sqlite3.Connection:
+        connection = connect(*arguments, **keywords)
+        connection.set_authorizer(refuse)
+        return connection
+
+    return connect_read_only
 
 
 def test_log_ratios_are_rewards_without_beta(program: Program) -> None:

@@ -99,7 +99,13 @@ CLEAN = {
         steps(400, **{"rewards_train/accuracies": 0.98}),
         [step(update, **{"rewards_train/accuracies": float(update > 40)}) for update in range(1, 400)],  # later
     ],
-    "flat_loss": [flat(end=0.68), flat(start=1.0), flat()[:157]],  # the last: seven steps after the warm-up
+    "flat_loss": [
+        flat(end=0.68),
+        flat(start=1.0),
+        flat()[:157],  # seven steps after the warm-up
+        [row | {"rewards_train/margins": 0.3} for row in flat()],  # the policy moves: wide margins keep the loss up
+        [*flat(end=0.65)[:180], *flat()[180:]],  # a loss that comes near ln 2 later, by chance
+    ],
     "length_ratio": [
         sampled(LENGTH, 149, 49, 1),
         sampled(LENGTH, 150, 50, 25),  # chance

@@ -258,10 +258,8 @@ def assert_margin_is_0(runs: Runs) -> None:
 
 def test_a_reference_computed_on_several_ranks_is_complete(launched: Run, basic: Runs, on_two: Runs) -> None:
     assert "log-probs computed" in launched.out
-    others = (on_two["fsdp-resumed"], on_two["tensor-from-fsdp"])
+    others = (basic["llama"], on_two["fsdp-resumed"], on_two["tensor-from-fsdp"])
     assert all("all log-probs are in" in run.out for run in others)
-    # One process draws other samples for the prompts of rank 1.
-    assert re.search(r"reference: [1-5] log-probs computed", basic["llama"].out)
 
 
 @pytest.mark.parametrize("other", OTHERS)

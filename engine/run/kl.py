@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.data.examples import Example
+from engine.models.hashing import reference_hash_spec, weights_hash
 from engine.placement.memory import fits_twice
 from engine.placement.placement import Placement
 from engine.settings.schema import Settings
@@ -18,6 +19,7 @@ from engine.step.layout import Microbatch
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.reference import LiveReference
 from engine.step.reference_cache import CachedReference
+from utils import is_out_of_memory
 
 
 class KLMeter:
@@ -35,6 +37,7 @@ class KLMeter:
         prompts: of the samples.
         reference_samples: the reference's response to each prompt, int32 [response tokens]; empty without a reference.
         adapters_off: the policy as its own reference; None if it cannot be.
+        reference_hash: of the reference's weights; None without a reference.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class KLMeter:
     ):
         self.reference_samples: list[np.ndarray] = []
         self.adapters_off: LiveReference | None = None
+        self.reference_hash: str | None = None
         self._settings, self._placement, self._runner = settings, placement, runner
         self.prompts, self._say = prompts, say
 
@@ -64,12 +68,29 @@ class KLMeter:
             samples: the policy's response to each prompt.
             is_last: this evaluation is the last of the run.
         """
-        runner, reference = self._runner, self._runner.reference
+        reference = self._runner.reference
         if reference is None:
             return {}
         model = reference if isinstance(reference, LiveReference) else self.adapters_off
-        if model is None and is_last:
-            model = self._load_reference()
+        if model is not None or not is_last:
+            return self._measure(samples, token_budget, model)
+        try:
+            return self._measure(samples, token_budget, self._load_reference())
+        except RuntimeError as error:  # on one of several ranks: the others wait in it, so the run ends
+            if not is_out_of_memory(error) or self._placement.num_ranks > 1:
+                raise
+            self._say(f"kl_eval is left out: the reference beside the policy needs too much memory ({error})")
+        return self._measure(samples, token_budget, None)
+
+    def _measure(
+        self, samples: Sequence[np.ndarray], token_budget: int, model: LiveReference | None
+    ) -> dict[str, float]:
+        """Metrics of the policy.
+
+        Args:
+            model: the reference; None if its log-probs are cached alone.
+        """
+        runner, reference = self._runner, self._runner.reference
         policy = LiveReference(runner.policy, runner.compute_dtype)
         metrics: dict[str, float] = {}
         with runner.in_mixed_precision(), model.in_mixed_precision() if model else nullcontext():
@@ -77,6 +98,7 @@ class KLMeter:
                 divergence = partial(compare, policy, model)
                 metrics |= self._estimate("kl_eval", samples, token_budget, divergence)
             if self._settings.reference_refresh.every is None:  # else the samples are of an earlier reference
+                assert reference is not None
                 divergence = partial(_compare_forward, model or reference, policy)
                 metrics |= self._estimate("forward_kl_eval", self.reference_samples, token_budget, divergence)
         return metrics
@@ -98,6 +120,9 @@ class KLMeter:
         for key, values in zip((name, f"{name}/next_token"), zip(*of_ranks, strict=True), strict=True):
             if values[0] is not None:
                 metrics |= mean_and_error(key, torch.cat(values))
+        if not all(map(math.isfinite, metrics.values())):
+            self._say(f"{name} is left out: it is NaN or Inf")
+            return {}
         return metrics
 
     def _load_reference(self) -> LiveReference | None:
@@ -110,6 +135,9 @@ class KLMeter:
                 raise OSError("the GPU has no room for it")
             dtype = settings.model.reference_dtype or settings.model.policy_dtype
             model = placement.place_again(getattr(torch, dtype))
+            found = weights_hash(model, placement.permutations, *reference_hash_spec(model))
+            if found != self.reference_hash:
+                raise OSError("its files have changed since the start of the run")
         except OSError as error:
             self._say(f"kl_eval is left out: the reference cannot be loaded ({error})")
             return None

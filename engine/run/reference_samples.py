@@ -37,7 +37,7 @@ def samples_path(log_probs: Path, placement: Placement, prompts: Sequence[np.nda
     settings = placement.settings
     sampling = [settings.seed, settings.eval_batch_size, settings.max_length, settings.max_prompt_length]
     ranks = [settings.trainer, settings.tensor_parallel.backend, placement.num_ranks, placement.num_data_ranks]
-    hashed = content_hash([sampling, ranks, [prompt.tolist() for prompt in prompts]])
+    hashed = content_hash([sampling, ranks, placement.tokenizer.eos_token_id, [prompt.tolist() for prompt in prompts]])
     return log_probs.with_name(f"{log_probs.stem}-{hashed}.samples.json")
 
 

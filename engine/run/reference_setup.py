@@ -1,7 +1,6 @@
 """Set up the reference: place the frozen model, and fill the cache of its log-probs."""
 
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -32,23 +31,25 @@ def build_reference(
     Args:
         runner: of the untrained policy.
         evaluator: gets responses sampled from the reference.
-        batches: contain every example. Log-probs are cached for these, and for the reference's samples.
+        batches: contain every example.
         token_budget: of a microbatch of samples.
     """
     live = place_reference(settings, placement, runner)
     if live is None:
         return None, None
     reference_hash = hash_reference(live, placement, runner)
+    evaluator.kl.reference_hash = reference_hash
     path = cache_path(reference_hash, settings, placement)
+    samples: list[list[Example]] = []
     if evaluator.should_sample:
         evaluator.kl.reference_samples = sample_reference(live, path, settings, placement, evaluator)
         adapter = adapter_of(runner.policy)
         if adapter and adapter.has_own_reference and live.model is runner.policy:
             evaluator.kl.adapters_off = AdapterReference(live.model, placement.compute_dtype)
-        batches = chain(batches, [evaluator.kl.microbatches(evaluator.kl.reference_samples, token_budget)])
+        samples = evaluator.kl.microbatches(evaluator.kl.reference_samples, token_budget)
     if settings.has_live_reference:
         return live, reference_hash
-    return cache_reference(live, path, placement, runner, batches), reference_hash
+    return cache_reference(live, path, placement, runner, batches, samples), reference_hash
 
 
 def place_reference(settings: Settings, placement: Placement, runner: MicrobatchRunner) -> LiveReference | None:
@@ -105,16 +106,30 @@ def cache_reference(
     placement: Placement,
     runner: MicrobatchRunner,
     batches: Iterable[list[list[Example]]],
+    samples: list[list[Example]],
 ) -> CachedReference:
-    """Log-probs of all examples under the reference, read from path or computed now."""
+    """Log-probs of all examples under the reference, read from path or computed now.
+
+    Args:
+        samples: microbatches of the reference's samples. Their log-probs stay in memory: a cache that has those of all
+            examples need not be writable.
+    """
     by_token = "shared length" in runner.objective.needs
     cached = CachedReference(path, placement.gather_from_data_ranks, by_token=by_token)
-    fill_cache(
-        cached,
-        live,
-        batches,
-        runner.lay_out,
-        data_rank=placement.data_rank,
-        num_data_ranks=placement.num_data_ranks,
-    )
+
+    def fill(batches: Iterable[list[list[Example]]], is_silent: bool = False) -> None:
+        fill_cache(
+            cached,
+            live,
+            batches,
+            runner.lay_out,
+            data_rank=placement.data_rank,
+            num_data_ranks=placement.num_data_ranks,
+            is_silent=is_silent,
+        )
+
+    fill(batches)
+    if samples:
+        with cached.in_memory():
+            fill([samples], is_silent=True)
     return cached

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from engine.settings.schema import Settings
@@ -17,9 +18,10 @@ from engine.settings.schema import Settings
 Row = Mapping[str, float]
 
 METRICS_FILE, WARNINGS_FILE = "metrics.jsonl", "warnings.jsonl"
-COUNTERS = ("counters/examples", "counters/updates")
 WINDOW = 128  # examples: means over fewer are chance
 FEWEST_STEPS = 50  # of a run, for a share of steps
+SETTLED = 20, 256  # steps and examples after warm-up, for a verdict on the loss
+FLAT_MARGIN = 0.05  # rewards differ by less while the policy has hardly moved
 EARLY = 0.1  # the share of a run that counts as its start
 FIRST_LOSS = 1e-2  # how far from ln 2 a loss may start, relatively: low dtypes round
 
@@ -29,6 +31,7 @@ class History:
 
     Attributes:
         recent: the last training steps, with WINDOW examples or more.
+        after_warmup: the first training steps after warm-up, until there are as many as SETTLED says.
         evaluations: all of them.
         first_loss: of the first step; None if its row is missing.
     """
@@ -36,6 +39,7 @@ class History:
     def __init__(self, settings: Settings, num_examples: int):
         self.settings, self.num_examples = settings, num_examples
         self.recent: deque[Row] = deque()
+        self.after_warmup: list[Row] = []
         self.evaluations: list[Row] = []
         self.first_loss: float | None = None
         self.num_clipped = 0
@@ -48,6 +52,8 @@ class History:
             return
         if row.get("counters/updates") == 1:
             self.first_loss = row["loss/train"]
+        if row.get("counters/updates", 0) > self.settings.warmup_steps and not self.is_settled:
+            self.after_warmup.append(row)
         self.num_clipped += row.get("grad_norm", 0.0) >= self.settings.max_grad_norm
         if not self.recent:
             self._before = max(0, row["counters/examples"] - self.settings.batch_size)
@@ -55,9 +61,15 @@ class History:
         while row["counters/examples"] - self.recent[0]["counters/examples"] >= WINDOW:
             self._before = self.recent.popleft()["counters/examples"]
 
-    def recent_mean(self, name: str, after_update: int = 0) -> float | None:
-        """The mean over at least WINDOW examples, all after an update; None without so many."""
-        if not self.recent or self.recent[0].get("counters/updates", 0) <= after_update:
+    @property
+    def is_settled(self) -> bool:
+        """Whether after_warmup is complete."""
+        num_steps, num_examples = len(self.after_warmup), len(self.after_warmup) * self.settings.batch_size
+        return num_steps >= SETTLED[0] and num_examples >= SETTLED[1]
+
+    def recent_mean(self, name: str) -> float | None:
+        """The mean over at least WINDOW examples; None without so many."""
+        if not self.recent:
             return None
         if self.recent[-1]["counters/examples"] - self._before < WINDOW or any(name not in row for row in self.recent):
             return None
@@ -113,8 +125,11 @@ def _flat_loss(history: History, limit: float) -> str | None:
     start = math.log(2)
     if history.first_loss is None or abs(history.first_loss / start - 1) > FIRST_LOSS:
         return None  # another loss, with another start
-    loss = history.recent_mean("loss/train", after_update=history.settings.warmup_steps)
-    if loss is None or abs(loss / start - 1) > limit:
+    if not history.is_settled:
+        return None
+    loss = fmean(row["loss/train"] for row in history.after_warmup)
+    margin = fmean(row.get("rewards_train/margins", 0.0) for row in history.after_warmup)
+    if abs(loss / start - 1) > limit or abs(margin) > FLAT_MARGIN:
         return None
     return f"loss/train is {loss:.4f} after the warm-up, and was ln 2 = 0.6931 at the start"
 
@@ -228,23 +243,21 @@ class RunWarnings:
     def __init__(self, settings: Settings, num_examples: int, run_dir: Path):
         self._history = History(settings, num_examples)
         self._limits = {check.name: getattr(settings.warnings, check.name) for check in CHECKS}
-        self._left = [check for check in CHECKS if self._limits[check.name] is not None]
+        self._pending = [check for check in CHECKS if self._limits[check.name] is not None]
         for row in _rows(run_dir / METRICS_FILE):
             self._history.add(row)
         given = {row.get("warning") for row in _rows(run_dir / WARNINGS_FILE)}
-        self._left = [check for check in self._left if check.name not in given]
+        self._pending = [check for check in self._pending if check.name not in given]
 
     def see(self, row: Row) -> list[dict[str, Any]]:
         """Add a row of metrics.jsonl; returns new warnings, as rows of warnings.jsonl."""
         self._history.add(row)
         found = []
-        for check in [*self._left]:
+        for check in [*self._pending]:
             text = check.find(self._history, self._limits[check.name])
             if text is not None:
-                self._left.remove(check)
-                counters = {
-                    key: value for key, value in row.items() if key in ("counters/examples", "counters/updates")
-                }
+                self._pending.remove(check)
+                counters = {key: row[key] for key in ("counters/examples", "counters/updates") if key in row}
                 texts = {"warning": check.name, "found": text, "meaning": check.meaning, "help": check.help}
                 found.append({**counters, **texts})
         return found

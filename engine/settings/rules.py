@@ -345,7 +345,7 @@ def token_kl_has_a_live_reference(reference: str, loss: str) -> Problem:
 def kl_has_a_live_reference(best: str | None, reference: str, loss: str) -> Problem:
     if best != "kl_eval" or reference == "live" or (reference == "auto" and _needs_token_kl(loss)):
         return None
-    return f"{best} is measured in every evaluation with reference=live alone, not {reference}"
+    return f"{best} needs reference=live, not {reference}: it must be measured in every evaluation"
 
 
 def _needs_token_kl(loss: str) -> bool:

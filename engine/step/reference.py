@@ -91,6 +91,7 @@ def fill_cache(
     *,
     data_rank: int,
     num_data_ranks: int,
+    is_silent: bool = False,
 ) -> None:
     """Compute the missing log-probs of the cache.
 
@@ -100,6 +101,7 @@ def fill_cache(
         batches: batches of microbatches, as in training. Equal microbatches give equal bits.
         lay_out: examples -> a microbatch on the device.
         data_rank, num_data_ranks: each data-parallel rank runs every num_data_ranks-th microbatch.
+        is_silent: print no summary.
     """
     rounds, planned, num_before = [], set[bytes](), len(cached)
     for parts in batches:
@@ -113,7 +115,8 @@ def fill_cache(
                 rounds.append(microbatches)
                 planned |= missing
     if not rounds:
-        print(f"reference: all log-probs are in {cached.path}")
+        if not is_silent:
+            print(f"reference: all log-probs are in {cached.path}")
         return
 
     def run(batch: Microbatch) -> list[Tensor]:
@@ -133,4 +136,6 @@ def fill_cache(
         assert running is not None
         cached.add(running[0], *(copy.read() for copy in running[1]))
     seconds = time.monotonic() - started
+    if is_silent:
+        return
     print(f"reference: {len(cached) - num_before:,} log-probs computed in {seconds:.1f} s, kept in {cached.path}")

@@ -45,6 +45,7 @@ class CachedReference:
         self.path, self.by_token = path, by_token
         self._gather_from_ranks = gather_from_ranks
         self._unwritten: list[Row] = []
+        self._is_in_memory = False
         self._commit_interval, self._committed_at = 0.0, 0.0  # seconds
         self._connection: sqlite3.Connection | None = None
         if rank_and_size()[0] == 0:
@@ -142,9 +143,20 @@ class CachedReference:
         for digest, value, *_ in rows:
             if isinstance(value, bytes) == self.by_token:
                 self._logps.setdefault(digest, value)
+        if self._is_in_memory:
+            return
         self._unwritten += rows
         if time.monotonic() >= self._committed_at + self._commit_interval:
             self._commit()
+
+    @contextmanager
+    def in_memory(self) -> Iterator[None]:
+        """Keep added log-probs out of the file in a with block."""
+        self._is_in_memory = True
+        try:
+            yield
+        finally:
+            self._is_in_memory = False
 
     @contextmanager
     def committing_every(self, seconds: float) -> Iterator[None]:
