@@ -138,5 +138,5 @@ def _assumptions(plan: Plan) -> list[str]:
         f" ({plan.memory.communicated / 1e9:,.2f} GB through a {_unit(plan)} for its largest microbatch);",
         "  nothing is compiled; cache_dir lacks the reference; attention and head without a GPU kernel take the memory"
         " they take on a CPU",
-        "left out of time: loading, samples, checkpoints; of memory: fragmentation of the allocator" + more_gpus,
+        "left out of time: loading, samples, KL, checkpoints; of memory: fragmentation of the allocator" + more_gpus,
     ]
