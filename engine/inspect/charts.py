@@ -45,7 +45,11 @@ def specification(histogram: Histogram) -> dict[str, Any]:
         {"from": float(start), "to": float(end), "number": int(count)}
         for start, end, count in zip(edges, edges[1:], counts, strict=False)
     ]
-    x = {"type": "quantitative", "title": histogram.unit or None, "axis": {"tickCount": 5, "grid": False}}
+    x = {
+        "type": "quantitative",
+        "title": histogram.unit or None,
+        "axis": {"tickCount": 5, "grid": False, "labelSeparation": 8},
+    }
     layers: list[dict[str, Any]] = [
         {
             "mark": {"type": "bar"},
