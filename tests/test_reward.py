@@ -17,6 +17,7 @@ from engine.export.scoring import Scorer
 from engine.models.score_head import FAMILIES, prepare_config
 from engine.models.shards import full_tensor
 from engine.step.packing_check import use_packed_attention
+from tests.configs import make_settings
 from tests.ranks import Job, make_trainer, on_ranks, trajectories
 from tests.runs import SMALL, Program, Run
 
@@ -173,6 +174,18 @@ def test_a_run_learns_and_logs(program: Program) -> None:
     state = json.loads((run.dir / "LATEST" / "training_state.json").read_text())
     assert state["reference"] is None
     assert (run.dir / "BEST").exists()
+
+
+def test_the_stage_has_defaults_of_its_own(program: Program) -> None:
+    """The command line overrides them; other losses keep those of the reference implementation."""
+    for overrides, expected in (
+        (("loss=reward",), ("AdamW", 1e-5, 10)),
+        (("loss=reward", "optimizer=SGD", "lr=1e-3"), ("SGD", 1e-3, 10)),
+        (("loss=sft",), ("RMSprop", 5e-7, 150)),
+    ):
+        settings = make_settings(*overrides)
+        assert (settings.optimizer, settings.lr, settings.warmup_steps) == expected, overrides
+    assert "optimizer: AdamW" in program("loss=reward", "--help").out.splitlines()
 
 
 def test_nothing_is_sampled(program: Program) -> None:
