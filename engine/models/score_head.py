@@ -77,7 +77,7 @@ def _has_family_score(hf_config: Any) -> bool:
         return False
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):  # without memory: a second for 80 layers
-            model = AutoModelForSequenceClassification.from_config(copy.deepcopy(hf_config))
+            model = AutoModelForSequenceClassification.from_config(copy.deepcopy(hf_config), trust_remote_code=False)
     except Exception:  # of an impossible config; loading reports it
         return True
     return hasattr(model, SCORE_NAME)
