@@ -7,10 +7,10 @@ processes are replaced by the nearest form: a tiny model, the embedded data, one
 import io
 import json
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -187,9 +187,8 @@ def test_python_of_the_page_of_reward_models_runs(program: Program, monkeypatch:
     run = program.ok("loss=reward", "optimizer=AdamW", "n_examples=4", defaults=SMALL + QUICKER)
     run_command("export.py", [f"from={run.dir}", "to=my-reward-model"], "", monkeypatch)
     text = (ROOT / "docs" / "reward.md").read_text(encoding="utf-8")
-    names: dict[str, Any] = {}
-    for code in re.findall(r"```python\n(.*?)```", text, re.S):
-        exec(code, names)
+    Path("page.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)))
+    names = runpy.run_path("page.py")
     scores = names["scores"].tolist()
     assert len(scores) == 2 and scores[0] != scores[1]
     assert names["scores_of_messages"].tolist() == pytest.approx(scores, abs=1e-5)  # the same text, by the hh template
