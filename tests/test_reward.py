@@ -1,4 +1,4 @@
-"""Reward models: where they start, what trains, what is saved, and how runs on several processes agree."""
+"""Reward models: starts, training, checkpoints, and agreement of runs on several processes."""
 
 import json
 import math

@@ -6,13 +6,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from engine.data.special_tokens import MARK
 from utils import UserError, clipped
 
 # Longer texts are no dialogues, and a tokenizer would need minutes for them.
 MAX_LINE_BYTES = 16_000_000
 MAX_CHARACTERS = 2_000_000
-LARGEST_FP32 = 3.4028234663852886e38
+LARGEST_FP32 = float(np.finfo(np.float32).max)
 MALFORMED = "malformed"  # reason for dropping bad rows
 MAX_PLACES = 3  # kept of the rows dropped for a reason
 

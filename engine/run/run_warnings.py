@@ -1,4 +1,4 @@
-"""Warnings that explain a run: what its metrics show, what this usually means, and which keys help.
+"""Warnings that explain a run: signs in its metrics, their usual causes, and keys that help.
 
 They read the rows of metrics.jsonl and nothing else. Their limits are the keys of config/config.yaml under warnings.
 """
