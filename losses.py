@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-BatchKind = Literal["sft", "pairs", "unpaired", "ranked"]
+BatchKind = Literal["sft", "pairs", "unpaired", "ranked", "rollout"]
 Head = Literal["lm", "score"]
 Need = Literal["reference", "kl", "whole batch", "token kl", "confidence", "shared length"]
 # Losses, and the implicit rewards of the chosen and of the rejected responses: [pairs] each.

@@ -30,7 +30,7 @@ def is_better(metric: BestMetric, value: float, best: float) -> bool:
 
 # Forms of rows in files; their readers are in engine/data/forms.py.
 RowForm = Literal[
-    "strings", "transcripts", "messages", "sharegpt", "ranked", "unpaired", "completion", "alpaca", "dolly"
+    "strings", "transcripts", "messages", "sharegpt", "ranked", "unpaired", "completion", "alpaca", "dolly", "prompts"
 ]
 
 # Chat templates of this program; their text is in engine/data/chat_templates.py.

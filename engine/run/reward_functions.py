@@ -1,0 +1,102 @@
+"""The rewards of a run: functions of rewards.py, weighted, summed and clipped."""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from engine.data.examples import PromptRow
+from rewards import REWARDS
+from utils import UserError, clipped, printable
+
+
+@dataclass(frozen=True)
+class Score:
+    """The reward of a response.
+
+    Args:
+        total: the weighted sum, clipped; None leaves the response out.
+        parts: the reward of each function.
+    """
+
+    total: float | None
+    parts: dict[str, float | None]
+
+
+class RewardFunctions:
+    """Scores responses by the chosen functions.
+
+    Args:
+        names: keys of REWARDS.
+        weights: of the sum; None for 1 each.
+        clip: the largest absolute value of the sum; None for any.
+        options: keyword arguments of the functions, by name.
+        on_bad_reward: of a function that raises, or returns no finite number. "raise": end the run. "drop": leave the
+            response out, as for None.
+
+    Attributes:
+        num_dropped: rewards dropped so far.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        weights: Sequence[float] | None = None,
+        clip: float | None = None,
+        options: Mapping[str, Mapping[str, Any]],
+        on_bad_reward: Literal["raise", "drop"],
+    ):
+        self.names = [*names]
+        self._functions = {name: partial(REWARDS[name], **options.get(name, {})) for name in names}
+        self._weights = [1.0] * len(names) if weights is None else [*weights]
+        self._clip, self._on_bad_reward = clip, on_bad_reward
+        self.num_dropped = 0
+
+    def __call__(self, row: PromptRow, response: str) -> Score:
+        """The reward of a response to the prompt of row."""
+        parts = {name: self._reward(name, row, response) for name in self.names}
+        values = [value for value in parts.values() if value is not None]
+        if len(values) < len(parts):
+            return Score(None, parts)
+        total = sum(weight * value for weight, value in zip(self._weights, values, strict=True))
+        if self._clip is not None:
+            total = min(max(total, -self._clip), self._clip)
+        return Score(total, parts)
+
+    def _reward(self, name: str, row: PromptRow, response: str) -> float | None:
+        try:
+            value = self._functions[name](row.text, response, row.columns)
+            if value is None:
+                return None
+            number = float(value)
+            if not math.isfinite(number):
+                raise ValueError(f"it returned {number}")
+            return number
+        except Exception as error:  # of a user's function: any
+            if self._on_bad_reward == "drop":
+                self.num_dropped += 1
+                return None
+            reason = f"the row has no column {error}" if isinstance(error, KeyError) else f"{error}"
+            prompt = clipped(printable(row.text)[-160:], 160)
+            raise UserError(
+                "DATA",
+                f"rewards: {name} failed with {type(error).__name__} ({clipped(reason, 200)}) for the prompt"
+                f" ...{prompt!r}",
+                "correct the function or the row; on_bad_reward=drop leaves such responses out",
+            ) from error
+
+
+def option_problem(name: str, options: Any) -> str | None:
+    """The problem of options of a reward function; None for valid ones."""
+    if name not in REWARDS:
+        return f"names {name}, and the rewards are {', '.join(REWARDS)}"
+    parameters = inspect.signature(REWARDS[name]).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    unknown = [key for key in options if key not in known] if isinstance(options, dict) else ["its value"]
+    if not unknown:
+        return None
+    takes = f"takes {', '.join(known)}" if known else "takes no options"
+    return f"gives {name} {', '.join(unknown)}, and it {takes}"
