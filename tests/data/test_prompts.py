@@ -1,5 +1,7 @@
 """Prompts without responses, for online training."""
 
+from typing import Any
+
 import pytest
 
 from engine.data.examples import PromptRow, fingerprint, tokenize
@@ -23,7 +25,7 @@ def prompts_of(tmp_path, tokenizer, rows, **settings):
 
 
 def test_prompts_keep_their_columns(tmp_path, tokenizer):
-    rows = [{"prompt": f"p{i}", "answer": str(i), "weight": 0.5} for i in range(3)]
+    rows: list[dict[str, Any]] = [{"prompt": f"p{i}", "answer": str(i), "weight": 0.5} for i in range(3)]
     split = prompts_of(tmp_path, tokenizer, rows)
     assert [example.responses for example in split.examples] == [()] * 3
     assert [example.row for example in split.examples] == [PromptRow(row["prompt"], row) for row in rows]
