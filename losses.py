@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
+import online_losses
+from online_losses import Mean
+
 BatchKind = Literal["sft", "pairs", "unpaired", "ranked", "rollout"]
 Head = Literal["lm", "score"]
 Need = Literal["reference", "kl", "whole batch", "token kl", "confidence", "shared length"]
@@ -798,11 +801,12 @@ class Loss:
 
     Args:
         function: takes the arguments below, returns the losses [examples]; of pairs and unpaired responses, a tuple of
-            losses and rewards. A tuple may end in a dict of further metrics, {name: [examples]}.
+            losses and rewards. A tuple may end in a dict of further metrics, {name: [examples]}. Losses of rollouts are
+            in online_losses.py.
         batch: "sft" (one target response per example), "pairs" (chosen and rejected), "unpaired" (one response and its
-            label) or "ranked" (all responses to a prompt, and their pairs). Fixes the first arguments, log-probs under
-            the policy: chosen; chosen and rejected; the response's. Of ranked responses: scores, pairs, margins and
-            weights, as for reward_loss.
+            label), "ranked" (all responses to a prompt, and their pairs) or "rollout" (sampled responses). Fixes the
+            first arguments, log-probs under the policy: chosen; chosen and rejected; the response's. Of ranked
+            responses: scores, pairs, margins and weights, as for reward_loss.
         needs: further arguments, in this order.
             - "reference": the same log-probs under a frozen reference model.
             - "token kl": KL(reference || policy) of the next token, summed over the response: chosen and rejected. With
@@ -819,6 +823,10 @@ class Loss:
         state: further arguments, scalars. It needs the whole batch.
         head: "lm" for log-probs, "score" for a scalar at the last token of each response. Ranked responses need it, and
             it needs them.
+        advantages: of rollouts; takes online_losses.Scored, and keyword arguments of the YAML.
+        mean: of the losses of tokens, for rollouts.
+        learns_best: responses with advantages of 0 are left out.
+        has_greedy_baseline: the advantages need the reward of the most likely response.
 
     Labels of unpaired responses follow the columns above: bool [examples], true for desirable ones.
 
@@ -833,6 +841,10 @@ class Loss:
     takes_sft_weight: bool = True
     state: MovingState | None = None
     head: Head = "lm"
+    advantages: Callable[..., Tensor] | None = None
+    mean: Mean | None = None
+    learns_best: bool = False
+    has_greedy_baseline: bool = False
 
     def __post_init__(self) -> None:
         if self.head == "score" and self.batch != "ranked":
@@ -846,6 +858,22 @@ class Loss:
             raise ValueError(f'a loss with batch="ranked" sees scores alone, not {", ".join(further)}')
         if self.log_probs != "sums" or self.takes_sft_weight:
             raise ValueError('a loss with batch="ranked" has no log-probs: log_probs="sums", takes_sft_weight=False')
+
+
+def _rollout_loss(
+    function: Callable[..., Tensor], advantages: Callable[..., Tensor], mean: Mean, *, learns_best: bool = False
+) -> Loss:
+    """A loss of sampled responses."""
+    return Loss(
+        function,
+        batch="rollout",
+        needs=frozenset() if learns_best else {"reference"},
+        log_probs="sums",
+        takes_sft_weight=False,
+        advantages=advantages,
+        mean=mean,
+        learns_best=learns_best,
+    )
 
 
 LOSSES = {
@@ -889,4 +917,9 @@ LOSSES = {
         state=MovingState({"desirable_mean": 0.0, "undesirable_mean": 0.0}, bco_state),
     ),
     "reward": Loss(reward_loss, batch="ranked", log_probs="sums", takes_sft_weight=False, head="score"),
+    "grpo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "responses"),
+    "dr_grpo": _rollout_loss(online_losses.grpo_loss, online_losses.dr_grpo_advantages, "max_new_tokens"),
+    "dapo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "tokens"),
+    "rloo": _rollout_loss(online_losses.rloo_loss, online_losses.rloo_advantages, "sums"),
+    "reinforce_pp": _rollout_loss(online_losses.reinforce_pp_loss, online_losses.reinforce_pp_advantages, "tokens"),
 }

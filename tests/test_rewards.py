@@ -7,7 +7,7 @@ import pytest
 
 import rewards
 from engine.data.examples import PromptRow
-from engine.run.reward_functions import RewardFunctions, option_problem
+from engine.run.reward_functions import RewardFunctions
 from rewards import REWARDS, exact_match, last_number, length, number_match, regular_expression, valid_json
 from utils import UserError
 
@@ -112,10 +112,3 @@ def test_a_bad_reward(monkeypatch, function, reason):
     dropping = scorer("bad", on_bad_reward="drop")
     assert dropping(ROW, "a").total is None
     assert dropping.num_dropped == 1
-
-
-def test_wrong_options():
-    assert option_problem("length", {"least": 2, "most": 3}) is None
-    assert option_problem("length", {"longest": 3}) == "gives length longest, and it takes least, most"
-    assert option_problem("films", {"a": 1}) == "gives films a, and it takes no options"
-    assert "length" in (option_problem("size", {}) or "")

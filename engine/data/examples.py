@@ -85,6 +85,11 @@ class Example:
     row: PromptRow | None = None  # of a prompt for online training
     rollout: Rollout | None = None  # of sampled responses
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its responses are sampled. They may be none, if all are left out."""
+        return self.row is not None
+
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """A hash of the content of examples, in their order."""

@@ -1,6 +1,5 @@
 """The rewards of a run: functions of rewards.py, weighted, summed and clipped."""
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +7,28 @@ from functools import partial
 from typing import Any, Literal
 
 from engine.data.examples import PromptRow
+from engine.settings.schema import Settings
 from rewards import REWARDS
 from utils import UserError, clipped, printable
+
+
+def build_rewards(settings: Settings) -> "RewardFunctions":
+    """The reward functions of the settings; without any, those with the name of the only data set.
+
+    Raises:
+        UserError: CONFIG without any.
+    """
+    names = settings.rewards or [name for name in settings.datasets if settings.datasets == [name] and name in REWARDS]
+    if not names:
+        problem = f"rewards: null is the ground truth of the data set, and {','.join(settings.datasets)} has none"
+        raise UserError("CONFIG", problem, f"name some of {', '.join(REWARDS)}, or add your own to rewards.py")
+    return RewardFunctions(
+        names,
+        weights=settings.reward_weights,
+        clip=settings.reward_clip,
+        options=settings.reward_options,
+        on_bad_reward=settings.on_bad_reward,
+    )
 
 
 @dataclass(frozen=True)
@@ -87,16 +106,3 @@ class RewardFunctions:
                 f" ...{prompt!r}",
                 "correct the function or the row; on_bad_reward=drop leaves such responses out",
             ) from error
-
-
-def option_problem(name: str, options: Any) -> str | None:
-    """The problem of options of a reward function; None for valid ones."""
-    if name not in REWARDS:
-        return f"names {name}, and the rewards are {', '.join(REWARDS)}"
-    parameters = inspect.signature(REWARDS[name]).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    unknown = [key for key in options if key not in known] if isinstance(options, dict) else ["its value"]
-    if not unknown:
-        return None
-    takes = f"takes {', '.join(known)}" if known else "takes no options"
-    return f"gives {name} {', '.join(unknown)}, and it {takes}"

@@ -1,5 +1,6 @@
 """Batch sources: the examples of each batch, in order."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -15,7 +16,7 @@ class Source(Protocol):
     """Where the batches of a run come from.
 
     Attributes:
-        num_examples: of the whole run.
+        num_examples, num_updates: of the whole run.
         may_prefetch: a batch may be made before the previous step ends. True for stored examples, false for rollouts:
             they depend on the policy.
         fingerprint: a hash of all examples of the source. Checkpoints keep it, and a resumed run must match it.
@@ -25,6 +26,9 @@ class Source(Protocol):
 
     @property
     def num_examples(self) -> int: ...
+
+    @property
+    def num_updates(self) -> int: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -67,6 +71,10 @@ class StoredExamples:
     @property
     def num_examples(self) -> int:
         return num_planned(len(self.examples), self._n_epochs, self._n_examples)
+
+    @property
+    def num_updates(self) -> int:
+        return math.ceil(self.num_examples / self._batch_size)
 
     @cached_property
     def fingerprint(self) -> str:
