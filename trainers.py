@@ -7,13 +7,12 @@ import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,16 +32,14 @@ from engine.placement.sharded import FSDP, TensorParallel
 from engine.placement.token_budget import fit_memory, halve_budget
 from engine.run.best import BestCheckpoint, settings_of_metric
 from engine.run.checkpoint_contents import start_save
-from engine.run.checkpoint_reader import restore_checkpoint, restore_iteration
+from engine.run.checkpoint_reader import restore_checkpoint, restore_source
 from engine.run.checkpoint_writer import CheckpointWriter
 from engine.run.evaluation import Evaluator
 from engine.run.loggers import Loggers, NoLoggers
 from engine.run.nonfinite import NonFinitePolicy
+from engine.run.online import build_evaluator, build_source, examples_to_fit
 from engine.run.reference_setup import build_reference
 from engine.run.resume_check import read_state, read_state_file, settings_of
-from engine.run.reward_functions import build_rewards
-from engine.run.rollout_evaluation import RolloutEvaluator
-from engine.run.rollouts import Rollouts, Sampler
 from engine.run.run_files import log_sizes, rewind
 from engine.run.start_report import describe_parameters, describe_training, warn_of_first_margin, warnings_at_start
 from engine.run.throughput import throughput
@@ -58,13 +55,10 @@ from engine.step.metrics import (
     without_nan,
 )
 from engine.step.microbatches import Batch, MicrobatchRunner
-from engine.step.mixing import choose_mixture
 from engine.step.objectives import make_objective
 from engine.step.reference import LiveReference, Reference
-from engine.step.rollout_source import SampledResponses
 from engine.step.schedule import learning_rate
-from engine.step.sources import Source, StoredExamples, choose_eval_examples
-from losses import LOSSES
+from engine.step.sources import Source, choose_eval_examples
 from preference_datasets import ground_truth_reward
 from utils import StopRequest, UserError, is_out_of_memory, prefetch
 
@@ -98,7 +92,6 @@ class BasicTrainer:
     runner: MicrobatchRunner  # policy, reference and objective
     optimizer: torch.optim.Optimizer
     evaluator: Evaluator
-    rollouts: Rollouts | None  # of online training
     nonfinite: NonFinitePolicy
     writer: CheckpointWriter
     loggers: Loggers | NoLoggers
@@ -204,9 +197,9 @@ class BasicTrainer:
         if not self.counters["updates"]:
             check_gradients(self.policy)
         grad_norm = self.placement.clip_gradients(self.policy)
-        placement = self.placement
-        is_told_to_stop = self.stop.signal is not None
-        means, num_tokens, stop = metrics.reduce(placement.all_reduce_sum, is_told_to_stop, placement.all_reduce_max)
+        means, num_tokens, stop = metrics.reduce(
+            self.placement.all_reduce_sum, self.stop.signal is not None, self.placement.all_reduce_max
+        )
         lr = learning_rate(self.settings, self.counters["updates"], self.num_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -217,12 +210,11 @@ class BasicTrainer:
         self.counters["examples"] += len(batch.examples)
         self.counters["updates"] += 1
         self.refresh_reference()
+        facts = {"learning_rate": lr, "peak_memory_gb": peak_memory_gb(self.device)}
         values = prefix_metrics(means, "train") | {"grad_norm": grad_norm, "tokens": num_tokens, "stop": stop}
         return Step(
             values=PendingScalars(values),
-            facts={"learning_rate": lr, "peak_memory_gb": peak_memory_gb(self.device)}
-            | self.progress_counters()
-            | self.rollout_facts(),
+            facts=facts | self.progress_counters() | self.source.take_facts(self.loggers.samples),
             batch=batch,
             end=DeviceTimestamp(self.device),
         )
@@ -329,14 +321,6 @@ class BasicTrainer:
         # After a rollback, the next step must start from the restored weights.
         return self.device.type != "cpu" and self.settings.on_nonfinite != "rollback"
 
-    def rollout_facts(self) -> dict[str, float]:
-        """Metrics of an iteration of online training, with its first step. Its first group is logged too."""
-        if self.rollouts is None or not self.rollouts.rows:
-            return {}
-        self.loggers.samples(self.rollouts.rows, is_shown=False)
-        self.rollouts.rows = []
-        return self.rollouts.facts
-
     def progress_counters(self) -> dict[str, float]:
         return {f"counters/{name}": self.counters[name] for name in ("examples", "updates")}
 
@@ -425,7 +409,7 @@ class BasicTrainer:
             policy_pt_metrics=self.eval_metrics if is_last else None,
             is_best=is_best,
             reference=self.moving_reference,
-            iteration=self.source.unfinished(num_examples) if isinstance(self.source, SampledResponses) else None,
+            write_source=self.source.state(num_examples),
         )
 
     def log_finished_save(self, wait: bool, together: bool = False) -> None:
@@ -449,8 +433,7 @@ class BasicTrainer:
             rewind(self.run_dir, state["log_sizes"], state["counters"]["examples"])
         self.counters.update(state["counters"])
         self.restore_loss_state(state)
-        if isinstance(self.source, SampledResponses):
-            restore_iteration(self.source, checkpoint)
+        restore_source(self.source, checkpoint)
         self.token_budget = min(self.token_budget, state["token_budget"])  # smaller if memory has run out
         self.best.resume(state["best"], state["settings"], self.run_dir, self.placement.rank == 0)
         print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
@@ -492,7 +475,7 @@ class BasicTrainer:
     ):
         self.settings, self.run_dir, self.tokenizer = settings, run_dir, tokenizer
         self.chat_template_text = template_to_record(settings.chat_template)
-        self.source = self.build_source(train_split)
+        self.source = build_source(settings, train_split)
         self.train_examples = train_split.examples
         eval_examples = choose_eval_examples(test_split.examples, settings.n_eval_examples, settings.seed)
         if settings.keep_best and not eval_examples:
@@ -521,8 +504,20 @@ class BasicTrainer:
             compute_dtype=self.placement.compute_dtype,
             temperature=settings.rollout.temperature if settings.loss.is_online else 1.0,
         )
-        self.evaluator, self.rollouts = self.build_evaluator(eval_examples)
-        self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, self.examples_to_fit())
+        self.evaluator = build_evaluator(
+            settings,
+            tokenizer,
+            self.placement,
+            self.runner,
+            eval_examples,
+            self.source,
+            ground_truth=ground_truth_reward(settings.datasets),
+            split_batch=self.split_batch,
+            say=self.say,
+        )
+        self.token_budget, self.num_checkpointed = fit_memory(
+            self.placement, self.runner, examples_to_fit(settings, self.train_examples)
+        )
         self.runner.reference, self.reference_hash = self.build_reference()
         self.prepare_policy()
         self.optimizer = self.placement.build_optimizer(self.policy)
@@ -540,51 +535,6 @@ class BasicTrainer:
     @property
     def device(self) -> torch.device:
         return self.placement.device
-
-    def build_source(self, train_split: Split) -> Source:
-        """The batches of the run: stored examples, or sampled responses to stored prompts."""
-        settings = self.settings
-        common: dict[str, Any] = {"batch_size": settings.batch_size, "seed": settings.seed}
-        limits: dict[str, Any] = {"n_epochs": settings.n_epochs, "n_examples": settings.n_examples}
-        mean = LOSSES[settings.loss.name].mean
-        if mean is None:
-            mixture = choose_mixture(settings, train_split)
-            grouping = settings.length_grouping
-            return StoredExamples(train_split.examples, **common, **limits, length_grouping=grouping, mixture=mixture)
-
-        def roll_out(first_prompt: int, prompts: Sequence[Example]) -> list[Example]:
-            assert self.rollouts is not None
-            return self.rollouts.make(first_prompt, prompts)
-
-        return SampledResponses(
-            train_split.examples,
-            roll_out,
-            **common,
-            **limits,
-            prompts_per_iteration=settings.rollout.prompts or settings.batch_size,
-            passes=settings.rollout.epochs,
-            mean=mean,
-            max_new_tokens=settings.max_new_tokens,
-        )
-
-    def examples_to_fit(self) -> Sequence[Example]:
-        """Training examples, to measure memory. Of prompts, the longest with the longest responses to it."""
-        settings, examples = self.settings, self.train_examples
-        if not settings.loss.is_online:
-            return examples
-        longest = max(examples, key=lambda example: len(example.prompt))
-        response = np.zeros(settings.max_new_tokens, dtype=np.int32)
-        return [replace(longest, responses=(response,) * settings.rollout.num_responses)]
-
-    def build_evaluator(self, examples: Sequence[Example]) -> tuple[Evaluator, Rollouts | None]:
-        """The evaluator, and for online training what samples the responses."""
-        settings, placement, runner = self.settings, self.placement, self.runner
-        if not settings.loss.is_online:
-            reward = ground_truth_reward(settings.datasets)
-            return Evaluator(settings, self.tokenizer, placement, runner, examples, reward, self.say), None
-        sampler = Sampler(settings, self.tokenizer, placement, build_rewards(settings))
-        evaluator = RolloutEvaluator(settings, self.tokenizer, placement, runner, examples, sampler, self.say)
-        return evaluator, Rollouts(settings, sampler, placement, runner, self.split_batch)
 
     def prepare_policy(self) -> None:
         """Switch the policy to training, after the reference has used it."""

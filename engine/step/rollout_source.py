@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,9 +36,24 @@ class Iteration:
     examples: list[Example]
 
 
-# Takes the number of prompts before, and the prompts of an iteration. Returns the prompts with their responses; weights
-# of the tokens are still empty.
-RollOut = Callable[[int, Sequence[Example]], list[Example]]
+class RollOut(Protocol):
+    """Samples the responses of iterations.
+
+    Attributes:
+        facts: metrics of the last iteration.
+        rows: responses of the last iteration, for the log.
+    """
+
+    facts: dict[str, float]
+    rows: list[dict[str, Any]]
+
+    def make(self, first_prompt: int, prompts: Sequence[Example]) -> list[Example]:
+        """The prompts with responses. Weights of the tokens are still empty.
+
+        Args:
+            first_prompt: the number of prompts of the run before these.
+        """
+        ...
 
 
 class SampledResponses:
@@ -46,20 +61,22 @@ class SampledResponses:
 
     Args:
         prompts: examples without responses.
-        roll_out: samples the responses of an iteration.
         prompts_per_iteration: a multiple of batch_size.
         passes: over the responses of an iteration.
         n_epochs: over the prompts.
         n_examples: of all passes. The run ends at the first limit reached; one of them may be None.
         mean, max_new_tokens: for online_losses.token_weights.
+
+    Attributes:
+        roll_out: samples the responses; set once there is a policy.
     """
 
+    roll_out: RollOut
     may_prefetch = False
 
     def __init__(
         self,
         prompts: Sequence[Example],
-        roll_out: RollOut,
         *,
         prompts_per_iteration: int,
         passes: int,
@@ -70,7 +87,7 @@ class SampledResponses:
         mean: Mean,
         max_new_tokens: int,
     ):
-        self.examples, self._roll_out = prompts, roll_out
+        self.examples = prompts
         self._prompts_per_iteration, self._passes, self._batch_size = prompts_per_iteration, passes, batch_size
         self._seed, self._n_epochs, self._n_examples = seed, n_epochs, n_examples
         self._mean, self._max_new_tokens = mean, max_new_tokens
@@ -119,7 +136,7 @@ class SampledResponses:
             num_learned = num_done // self._passes  # by a run with a shorter last iteration, resumed here
             num_done, num_examples = 0, num_examples - num_done
             first_prompt, prompts = first_prompt + num_learned, prompts[num_learned:]
-            iteration = self._iteration = Iteration(first_prompt, self._roll_out(first_prompt, prompts))
+            iteration = self._iteration = Iteration(first_prompt, self.roll_out.make(first_prompt, prompts))
         end = 0
         for batch in self._minibatches(iteration):
             start, end = end, end + len(batch)
@@ -153,21 +170,23 @@ class SampledResponses:
             found.append(replace(example, rollout=rollout))
         return found
 
+    def take_facts(self, log_samples: Callable[..., None]) -> dict[str, float]:
+        if not self.roll_out.rows:
+            return {}
+        log_samples(self.roll_out.rows, is_shown=False)
+        self.roll_out.rows = []
+        return self.roll_out.facts
+
     # ---- Checkpoints ----
 
-    def unfinished(self, num_examples: int) -> Iteration | None:
-        """The iteration with batches left, after num_examples of the run."""
+    def state(self, num_examples: int) -> Callable[[Path], None] | None:
+        """The responses of an iteration with batches left."""
         iteration = self._iteration
         if iteration is None or num_examples >= (iteration.first_prompt + len(iteration.examples)) * self._passes:
             return None
-        return iteration
+        return lambda directory: write_iteration(iteration, directory / ROLLOUTS_FILE)
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue the iteration that a checkpoint was saved in, if any.
-
-        Raises:
-            OSError, ValueError, KeyError: if it cannot be read.
-        """
         path = checkpoint / ROLLOUTS_FILE
         self._iteration = read_iteration(path, self.examples) if path.exists() else None
 

@@ -2,9 +2,10 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, islice
+from pathlib import Path
 from typing import Protocol
 
 from engine.data.examples import Example, fingerprint
@@ -39,6 +40,22 @@ class Source(Protocol):
 
     def new_batches(self) -> Iterator[list[Example]]:
         """The batches of the run with an example that no batch before them has."""
+        ...
+
+    def take_facts(self, log_samples: Callable[..., None]) -> dict[str, float]:
+        """Metrics of the responses sampled since the last call.
+
+        Args:
+            log_samples: takes rows, and is_shown.
+        """
+        ...
+
+    def state(self, num_examples: int) -> Callable[[Path], None] | None:
+        """A function: writes what a checkpoint after num_examples must keep, into a directory. None for nothing."""
+        ...
+
+    def restore(self, checkpoint: Path) -> None:
+        """Read what state() has written, if anything."""
         ...
 
 
@@ -96,6 +113,15 @@ class StoredExamples:
             num_new -= len(found)
             if found:
                 yield [self.examples[index] for index in batch]
+
+    def take_facts(self, log_samples: Callable[..., None]) -> dict[str, float]:
+        return {}
+
+    def state(self, num_examples: int) -> Callable[[Path], None] | None:
+        return None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Nothing: the batches follow from the examples and the seed."""
 
     def _plan(self) -> Iterator[list[int]]:
         return plan_batches(
