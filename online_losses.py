@@ -45,14 +45,14 @@ def grpo_advantages(scored: Scored) -> Tensor:
 
     Shao et al. 2024 (arXiv 2402.03300), section 4.1.2.
     """
-    centered = scored.rewards - _of_responses(_group_means(scored.rewards, scored), scored)
+    centered = _centered(scored.rewards, scored)
     variances = _group_sums(centered.square(), scored) / (scored.group_sizes - 1).clamp(min=1)
     return _of_tokens(centered / (_of_responses(variances.sqrt(), scored) + 1e-6), scored)
 
 
 def dr_grpo_advantages(scored: Scored) -> Tensor:
     """R - group mean. Liu et al. 2025 (arXiv 2503.20783), section 3.2."""
-    return _of_tokens(scored.rewards - _of_responses(_group_means(scored.rewards, scored), scored), scored)
+    return _of_tokens(_centered(scored.rewards, scored), scored)
 
 
 def rloo_advantages(scored: Scored, *, beta: Beta) -> Tensor:
@@ -61,10 +61,9 @@ def rloo_advantages(scored: Scored, *, beta: Beta) -> Tensor:
     Ahmadian et al. 2024 (arXiv 2402.14740), section 3.2.
     """
     rewards = scored.rewards - beta * _sum_tokens(scored.k1, scored.lengths)
-    num_others = _of_responses(scored.group_sizes - 1, scored)
-    sums_of_others = _of_responses(_group_sums(rewards, scored), scored) - rewards
-    advantages = rewards - sums_of_others / num_others.clamp(min=1)
-    return _of_tokens(advantages.where(num_others > 0, 0), scored)
+    sizes = _of_responses(scored.group_sizes, scored)
+    # R - (sum - R) / (n - 1) is n / (n - 1) * (R - mean).
+    return _of_tokens(_centered(rewards, scored) * sizes / (sizes - 1).clamp(min=1), scored)
 
 
 def reinforce_pp_advantages(scored: Scored, *, beta: Beta, baseline: Literal["batch", "group"] = "batch") -> Tensor:
@@ -239,8 +238,11 @@ def _group_sums(values: Tensor, scored: Scored) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=scored.group_sizes)
 
 
-def _group_means(values: Tensor, scored: Scored) -> Tensor:
-    return _group_sums(values, scored) / scored.group_sizes.clamp(min=1)
+def _centered(values: Tensor, scored: Scored) -> Tensor:
+    """Values [responses] minus the mean of their group. Of equal values exactly 0, as sums of zeros are exact."""
+    firsts = values[scored.group_sizes.cumsum(0) - scored.group_sizes]  # [prompts]
+    shifted = values - _of_responses(firsts, scored)
+    return shifted - _of_responses(_group_sums(shifted, scored) / scored.group_sizes, scored)
 
 
 def _of_responses(values: Tensor, scored: Scored) -> Tensor:
