@@ -26,7 +26,7 @@ def build_rewards(settings: Settings) -> "RewardFunctions":
         names,
         weights=settings.reward_weights,
         clip=settings.reward_clip,
-        options=settings.reward_options,
+        options=settings.reward_options or {},
         on_bad_reward=settings.on_bad_reward,
     )
 

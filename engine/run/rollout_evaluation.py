@@ -53,7 +53,7 @@ class RolloutEvaluator(Evaluator):
             if rewards:
                 metrics[f"rewards_eval/{name}"] = float(np.mean(rewards))
         responses = [group[0] for group in sampled]
-        metrics |= reward_metrics(responses, "reward_eval")
+        metrics |= reward_metrics(responses, "rewards_eval")
         metrics["rollout_eval/length_mean"] = float(np.mean([len(response.tokens) for response in responses]))
         metrics["rollout_eval/truncated"] = float(np.mean([response.is_truncated for response in responses]))
         if isinstance(self._runner.reference, LiveReference):

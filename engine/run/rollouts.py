@@ -343,7 +343,7 @@ class Rollouts:
             "rollout/tokens_per_second": sum(lengths) / max(seconds["generate"], 1e-9),
             **{f"time/{name}": value for name, value in seconds.items()},
             "objective/kl_coef": float(beta),
-            **reward_metrics(responses, "reward"),
+            **reward_metrics(responses, "rewards_train"),
         }
         if self._settings.rollout.max_resamples is not None:
             metrics["rollout/resampled_groups"] = float(self._num_resampled)

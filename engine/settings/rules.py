@@ -328,8 +328,8 @@ def reward_weights_are_of_rewards(weights: list[float] | None, names: list[str] 
 
 
 @rule("reward_options", "rewards")
-def reward_options_are_of_rewards(options: dict[str, Any], names: list[str] | None) -> Problem:
-    for name, keywords in options.items():
+def reward_options_are_of_rewards(options: dict[str, Any] | None, names: list[str] | None) -> Problem:
+    for name, keywords in (options or {}).items():
         if name not in (names or []):
             return f"are for {name}, and rewards is {shown(names)}"
         parameters = inspect.signature(REWARDS[name]).parameters.values()

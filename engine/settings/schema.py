@@ -244,7 +244,7 @@ class Settings(Group):
     rewards: RewardNames | None
     reward_weights: list[float] | None
     reward_clip: Positive | None
-    reward_options: dict[str, Any]
+    reward_options: dict[str, Any] | None
     on_bad_reward: Literal["raise", "drop"]
     reference: Literal["auto", "cached", "live"]
     reference_refresh: ReferenceRefreshSettings

@@ -103,6 +103,7 @@ class MetricAccumulator:
             largest = torch.stack([torch.stack(values).max() for values in self._largest.values()])
             if all_reduce_max is not None:
                 all_reduce_max(largest)
+            largest = largest.where(largest > -math.inf, math.nan)  # of no values
             means |= dict(zip(self._largest, largest.unbind(), strict=True))
         return ReducedMetrics(means, num_tokens, num_stopped)
 
