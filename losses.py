@@ -825,7 +825,7 @@ class Loss:
             it needs them.
         advantages: of rollouts; takes online_losses.Scored, and keyword arguments of the YAML.
         mean: of the losses of tokens, for rollouts.
-        learns_best: responses with advantages of 0 are left out.
+        learns_some: responses with advantages of 0 are left out.
         has_greedy_baseline: the advantages need the reward of the most likely response.
 
     Labels of unpaired responses follow the columns above: bool [examples], true for desirable ones.
@@ -843,7 +843,7 @@ class Loss:
     head: Head = "lm"
     advantages: Callable[..., Tensor] | None = None
     mean: Mean | None = None
-    learns_best: bool = False
+    learns_some: bool = False
     has_greedy_baseline: bool = False
 
     def __post_init__(self) -> None:
@@ -860,20 +860,44 @@ class Loss:
             raise ValueError('a loss with batch="ranked" has no log-probs: log_probs="sums", takes_sft_weight=False')
 
 
+def online_dpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    reference_logps: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    pair_loss: Literal["dpo", "ipo", "hinge", "nca", "sppo", "apo_zero", "apo_down"] = "dpo",
+) -> Tensor:
+    """A loss of pairs, of the best and the worst of the sampled responses to each prompt.
+
+    Guo et al. 2024 (arXiv 2402.04792), algorithm 1.
+
+    Args:
+        logps: log-probs under the policy, [tokens], of two responses to each prompt; of the others likewise.
+        advantages: above 0 for the tokens of the better response, below 0 for the other.
+        lengths: int64 [responses], in tokens.
+
+    Returns:
+        the loss of each pair, spread over its tokens, [tokens]. Their sum is twice it, as there are two responses.
+    """
+    sums = [torch.segment_reduce(each, "sum", lengths=lengths, unsafe=True) for each in (logps, reference_logps)]
+    is_better = advantages[lengths.cumsum(0) - lengths] > 0  # [responses]
+    policy_chosen, reference_chosen = (each[is_better] for each in sums)
+    policy_rejected, reference_rejected = (each[~is_better] for each in sums)
+    function = LOSSES[pair_loss].function
+    losses, *_ = function(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta)  # [pairs]
+    num_tokens = lengths.view(-1, 2).sum(1)
+    return (2 * losses / num_tokens).repeat_interleave(num_tokens)
+
+
 def _rollout_loss(
-    function: Callable[..., Tensor], advantages: Callable[..., Tensor], mean: Mean, *, learns_best: bool = False
+    function: Callable[..., Tensor], advantages: Callable[..., Tensor], mean: Mean, **fields: Any
 ) -> Loss:
-    """A loss of sampled responses."""
-    return Loss(
-        function,
-        batch="rollout",
-        needs=frozenset() if learns_best else {"reference"},
-        log_probs="sums",
-        takes_sft_weight=False,
-        advantages=advantages,
-        mean=mean,
-        learns_best=learns_best,
-    )
+    """A loss of sampled responses, with further fields of Loss."""
+    fields = {"needs": {"reference"}, "log_probs": "sums", "takes_sft_weight": False, **fields}
+    return Loss(function, batch="rollout", advantages=advantages, mean=mean, **fields)
 
 
 LOSSES = {
@@ -922,4 +946,9 @@ LOSSES = {
     "dapo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "tokens"),
     "rloo": _rollout_loss(online_losses.rloo_loss, online_losses.rloo_advantages, "sums"),
     "reinforce_pp": _rollout_loss(online_losses.reinforce_pp_loss, online_losses.reinforce_pp_advantages, "tokens"),
+    "remax": _rollout_loss(online_losses.rloo_loss, online_losses.remax_advantages, "sums", has_greedy_baseline=True),
+    "online_dpo": _rollout_loss(online_dpo_loss, online_losses.best_and_worst, "sums", learns_some=True),
+    "best_of_n": _rollout_loss(
+        online_losses.best_of_n_loss, online_losses.best_of_n_advantages, "sums", needs=frozenset(), learns_some=True
+    ),
 }

@@ -104,6 +104,19 @@ def best_of_n_advantages(scored: Scored) -> Tensor:
     return _of_tokens(chosen, scored)
 
 
+def best_and_worst(scored: Scored) -> Tensor:
+    """1 for the best response of each group, -1 for the worst, the first of equal ones; 0 for the others."""
+    signs = torch.zeros_like(scored.rewards)
+    start = 0
+    for size in scored.group_sizes.tolist():
+        group = scored.rewards[start : start + size]
+        if group.max() > group.min():
+            signs[start + int(group.argmax())] = 1
+            signs[start + int(group.argmin())] = -1
+        start += size
+    return _of_tokens(signs, scored)
+
+
 def whitened(values: Tensor) -> Tensor:
     """Values with mean 0 and variance 1, over all of them. Equal values become 0."""
     centered = values - values.mean()

@@ -14,7 +14,6 @@ from tests.runs import QUICK, SMALL, copy_stopped
 
 ONLINE = (
     "loss=grpo",
-    "loss.beta=0.1",
     "batch_size=4",
     "max_length=64",
     "max_prompt_length=40",
@@ -65,7 +64,7 @@ def test_metrics_and_samples(online):
     assert first["objective/kl"] == 0
     assert first["objective/scores"] == first["rewards_train/vowels"]
     assert first["objective/rlhf_reward"] == first["objective/scores"]
-    assert first["objective/kl_coef"] == 0.1
+    assert first["objective/kl_coef"] == 0.04
     assert first["rollout/length_max"] <= 8
     assert all(row["policy/ratio_max"] == 1 for row in run.steps)  # each iteration is one batch
     assert run.steps[-1]["objective/kl"] != 0
@@ -84,10 +83,10 @@ def test_metrics_and_samples(online):
     assert first["objective/scores"] != pytest.approx(before["rewards_eval/sampled"])
 
 
-@pytest.mark.parametrize("loss", ["dr_grpo", "dapo", "rloo", "reinforce_pp"])
+@pytest.mark.parametrize("loss", ["dr_grpo", "dapo", "rloo", "reinforce_pp", "remax", "online_dpo", "best_of_n"])
 @pytest.mark.parametrize("batching", ["packed", "padded"])
 def test_every_loss_trains(online, loss, batching):
-    run = online(f"loss={loss}", f"batching={batching}", "rollout.temperature=0.8", "rollout.epochs=2", "n_examples=16")
+    run = online(f"loss={loss}", f"batching={batching}", "rollout.temperature=0.8", "rollout.epochs=2")
     assert run.status == 0, run.err
     assert [row["policy/ratio_max"] == 1 for row in run.steps] == [True, False, True, False]
     weights = [weights_of(run.dir, 16)["model.embed_tokens.weight"]]

@@ -8,9 +8,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from losses import LOSSES
+from losses import LOSSES, online_dpo_loss
 from online_losses import (
     Scored,
+    best_and_worst,
     best_of_n_advantages,
     best_of_n_loss,
     clipped_loss,
@@ -116,6 +117,26 @@ def test_best_of_n_advantages():
     assert best_of_n_advantages(SCORED).tolist() == of_tokens(0, 1, 0, 0, 1)
     ties = SCORED._replace(rewards=values(1, 1, 0, 2, 2))
     assert best_of_n_advantages(ties).tolist() == of_tokens(1, 0, 0, 1, 0)
+
+
+def test_best_and_worst():
+    assert best_and_worst(SCORED).tolist() == of_tokens(-1, 1, 0, -1, 1)
+    ties = SCORED._replace(rewards=values(1, 1, 1, 2, 3))
+    assert best_and_worst(ties).tolist() == of_tokens(0, 0, 0, -1, 1)
+
+
+def test_online_dpo_is_dpo_of_the_better_and_the_worse():
+    # Of the first prompt the second response is better, of the second the first.
+    logps, reference = values(-2, -3, -4, -1, -2, -5), values(-2, -4, -5, -2, -2, -2)
+    lengths, signs = torch.tensor([1, 2, 1, 2]), values(-1, 1, 1, 1, -1, -1)
+    found = online_dpo_loss(logps, logps, reference, signs, lengths, beta=0.5)
+    # Log-ratios of the responses: 0, 2, 1, -3; margins 2 and 4.
+    expected = [math.log1p(math.exp(-0.5 * margin)) for margin in (2, 4)]
+    weights = token_weights("sums", lengths, 8)
+    assert (found * weights).sum().item() == pytest.approx(sum(expected) / 2, abs=1e-15)
+    assert (found * weights)[:3].sum().item() == pytest.approx(expected[0] / 2, abs=1e-15)
+    found = online_dpo_loss(logps, logps, reference, signs, lengths, beta=0.5, pair_loss="ipo")
+    assert (found * weights).sum().item() == pytest.approx(((2 - 1) ** 2 + (4 - 1) ** 2) / 2, abs=1e-15)
 
 
 def test_the_clipped_loss_by_hand():

@@ -26,10 +26,10 @@ def build_source(settings: Settings, train_split: Split) -> Source:
     common: dict[str, Any] = {
         name: getattr(settings, name) for name in ("batch_size", "seed", "n_epochs", "n_examples")
     }
+    common["mixture"] = choose_mixture(settings, train_split)
     mean = LOSSES[settings.loss.name].mean
     if mean is None:
-        mixture, grouping = choose_mixture(settings, train_split), settings.length_grouping
-        return StoredExamples(train_split.examples, **common, length_grouping=grouping, mixture=mixture)
+        return StoredExamples(train_split.examples, **common, length_grouping=settings.length_grouping)
     return SampledResponses(
         train_split.examples,
         **common,

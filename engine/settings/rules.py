@@ -349,7 +349,7 @@ def iterations_are_whole_batches(num_prompts: int | None, batch_size: int) -> Pr
 
 @rule("rollout.num_responses", "loss.name")
 def leave_one_out_has_others(num_responses: int, loss: str) -> Problem:
-    if num_responses > 1 or loss not in ("rloo", "grpo", "dr_grpo", "dapo"):
+    if num_responses > 1 or not _is_online(loss) or loss in ("reinforce_pp", "remax"):
         return None
     return f"must be at least 2 with loss={loss}, not 1: a response is compared with the others of its prompt"
 
@@ -373,6 +373,22 @@ def rollouts_have_no_dropout(dropout: float, loss: str) -> Problem:
     if dropout == 0 or not _is_online(loss):
         return None
     return f"must be 0 with loss={loss}, not {dropout:g}: log-probs would differ from those of the sampling policy"
+
+
+@rule("rollout.truncated", "loss.name")
+def pairs_stay_whole(truncated: str, loss: str) -> Problem:
+    is_broken = truncated == "mask" and loss == "online_dpo"
+    return (
+        f"mask would leave pairs of loss={loss} with one response: rollout.missing_eos_penalty" if is_broken else None
+    )
+
+
+@rule("keep_best", "loss.name")
+def best_is_a_metric_of_rollouts(best: str | None, loss: str) -> Problem:
+    names = ("rewards_eval/sampled", "rewards_eval/greedy")
+    if best is None or _is_online(loss) == (best in names) or (_is_online(loss) and best == "kl_eval"):
+        return None
+    return f"{best} is not measured with loss={loss}" + (f", only {', '.join(names)} are" if _is_online(loss) else "")
 
 
 @rule("plan", "loss.name")
@@ -409,6 +425,8 @@ def best_is_a_metric_of_the_loss(best: str | None, loss: str) -> Problem:
     batch = LOSSES[loss].batch
     if best is not None and best.startswith(("rewards", "kl")) and batch == "sft":
         return f"{best} is of preference losses, not of {loss}"
+    if batch == "rollout":
+        return None  # see best_is_a_metric_of_rollouts
     if best is not None and best.startswith(("rewards", "logps")) and batch == "unpaired":
         return f"{best} is of losses of pairs: {loss} has loss/eval, kl_eval and ground_truth/*"
     if best is not None and best.startswith("logps") and LOSSES[loss].head == "score":
@@ -437,8 +455,8 @@ def _needs_token_kl(loss: str) -> bool:
     return "token kl" in LOSSES[loss].needs
 
 
-@rule("keep_best", "sample_during_eval")
-def best_by_samples_has_samples(best: str | None, samples: bool) -> Problem:
-    if best is None or not best.startswith(("ground_truth", "kl")) or samples:
+@rule("keep_best", "sample_during_eval", "loss.name")
+def best_by_samples_has_samples(best: str | None, samples: bool, loss: str) -> Problem:
+    if best is None or not best.startswith(("ground_truth", "kl")) or samples or _is_online(loss):
         return None
     return f"{best} is measured on samples: sample_during_eval=true"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from engine.data.examples import Example, Rollout, fingerprint
+from engine.step.mixing import Mixture
 from engine.step.sources import num_planned, plan_batches
 from online_losses import Mean, token_weights
 
@@ -66,6 +67,7 @@ class SampledResponses:
         n_epochs: over the prompts.
         n_examples: of all passes. The run ends at the first limit reached; one of them may be None.
         mean, max_new_tokens: for online_losses.token_weights.
+        mixture: see plan_batches.
 
     Attributes:
         roll_out: samples the responses; set once there is a policy.
@@ -86,11 +88,12 @@ class SampledResponses:
         n_examples: int | None,
         mean: Mean,
         max_new_tokens: int,
+        mixture: Mixture | None = None,
     ):
         self.examples = prompts
         self._prompts_per_iteration, self._passes, self._batch_size = prompts_per_iteration, passes, batch_size
         self._seed, self._n_epochs, self._n_examples = seed, n_epochs, n_examples
-        self._mean, self._max_new_tokens = mean, max_new_tokens
+        self._mean, self._max_new_tokens, self._mixture = mean, max_new_tokens, mixture
         self._iteration: Iteration | None = None
 
     @property
@@ -117,6 +120,7 @@ class SampledResponses:
             seed=self._seed,
             n_epochs=None,
             n_examples=num_prompts,
+            mixture=self._mixture,
         ):
             position, prompts = first_prompt * self._passes, [self.examples[index] for index in indices]
             num_left = min(self.num_examples - position, len(prompts) * self._passes)  # of the iteration

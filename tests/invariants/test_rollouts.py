@@ -107,14 +107,14 @@ def with_rollouts(
 def with_weights(examples: list[Example], name: str) -> list[Example]:
     mean = LOSSES[name].mean
     assert mean is not None
-    limits = {"n_epochs": 1, "n_examples": None}
     source = SampledResponses(
         examples,
         prompts_per_iteration=8,
         passes=1,
         batch_size=8,
         seed=0,
-        **limits,
+        n_epochs=1,
+        n_examples=None,
         mean=mean,
         max_new_tokens=16,
     )
