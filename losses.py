@@ -18,6 +18,7 @@ from torch import Tensor
 
 import online_losses
 from online_losses import Mean
+from reward_losses import reward_loss
 
 BatchKind = Literal["sft", "pairs", "unpaired", "ranked", "rollout"]
 Head = Literal["lm", "score"]
@@ -707,75 +708,6 @@ def bco_state(
     return {"desirable_mean": moved(desirable_mean, labels), "undesirable_mean": moved(undesirable_mean, ~labels)}
 
 
-def of_pairs(values: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of the better and of the worse response of each pair, [prompts, p] each.
-
-    Args:
-        values: [prompts, k], of the responses.
-        pairs: int64 [prompts, p, 2], the better and the worse response as columns of values.
-    """
-    rows = torch.arange(len(values), device=values.device)[:, None]
-    return values[rows, pairs[..., 0]], values[rows, pairs[..., 1]]
-
-
-def mean_over_pairs(values: Tensor, weights: Tensor) -> Tensor:
-    """Weighted means of values [prompts, p] over the pairs of each prompt; 0 without any."""
-    totals = weights.sum(1)
-    return (weights * values).sum(1) / totals.where(totals > 0, 1)
-
-
-def reward_loss(
-    scores: Tensor,
-    pairs: Tensor,
-    margins: Tensor,
-    weights: Tensor,
-    *,
-    ranking: Literal["pairs", "plackett_luce"],
-    centering: Annotated[float, Ge(0)],
-) -> Tensor:
-    """Loss of a reward model: better responses get higher scores.
-
-    Pairs: Ouyang et al. 2022 (arXiv 2203.02155), equation 1, with the margins of Touvron et al. 2023 (Llama 2, arXiv
-    2307.09288), equation 2. Centering: Eisenstein et al. 2023 (arXiv 2312.09244).
-
-    Args:
-        scores: [prompts, k], of the responses.
-        pairs: int64 [prompts, p, 2], the better and the worse response as columns of scores. plackett_luce needs those
-            of one order without ties.
-        margins: [prompts, p], by which the scores of a pair should differ.
-        weights: [prompts, p], of the pairs in the means; 0 for padding, the pair (0, 0) with the margin 0.
-        ranking: "pairs": the mean of -log sigmoid(better - worse - margin) over the pairs of a prompt.
-            "plackett_luce": the negative log-likelihood of the order. The data leave tied responses out.
-        centering: of the mean of (better + worse) ** 2 over the same pairs.
-
-    Returns:
-        losses [prompts].
-    """
-    better, worse = of_pairs(scores, pairs)
-    if ranking == "pairs":
-        losses = mean_over_pairs(-F.logsigmoid(better - worse - margins), weights)
-    else:
-        losses = _plackett_luce(scores, pairs, margins, weights)
-    if centering:
-        losses = losses + centering * mean_over_pairs((better + worse) ** 2, weights)
-    return losses
-
-
-def _plackett_luce(scores: Tensor, pairs: Tensor, margins: Tensor, weights: Tensor) -> Tensor:
-    """Negative log-likelihoods of orders, [prompts].
-
-    Each response is the best of itself and the worse ones. A margin adds to the score of the worse response.
-    """
-    num_prompts, k = scores.shape
-    place = torch.arange(num_prompts, device=scores.device)[:, None], pairs[..., 0], pairs[..., 1]
-    is_better = torch.zeros(num_prompts, k, k, dtype=torch.bool, device=scores.device)
-    is_better = is_better.index_put(place, weights > 0)  # i is better than j
-    margin = scores.new_zeros(num_prompts, k, k).index_put(place, margins.to(scores.dtype))
-    remains = is_better | torch.eye(k, dtype=torch.bool, device=scores.device)
-    log_totals = (scores[:, None, :] + margin).where(remains, -math.inf).logsumexp(2)  # [prompts, k]
-    return (log_totals - scores).sum(1)
-
-
 def sft_loss(policy_chosen_logps: Tensor) -> Tensor:
     """Negative log-likelihood of each target response, [examples] -> [examples]."""
     return -policy_chosen_logps
@@ -860,38 +792,6 @@ class Loss:
             raise ValueError('a loss with batch="ranked" has no log-probs: log_probs="sums", takes_sft_weight=False')
 
 
-def online_dpo_loss(
-    logps: Tensor,
-    old_logps: Tensor,
-    reference_logps: Tensor,
-    advantages: Tensor,
-    lengths: Tensor,
-    *,
-    beta: Annotated[float, Gt(0)],
-    pair_loss: Literal["dpo", "ipo", "hinge", "nca", "sppo", "apo_zero", "apo_down"] = "dpo",
-) -> Tensor:
-    """A loss of pairs, of the best and the worst of the sampled responses to each prompt.
-
-    Guo et al. 2024 (arXiv 2402.04792), algorithm 1.
-
-    Args:
-        logps: log-probs under the policy, [tokens], of two responses to each prompt; of the others likewise.
-        advantages: above 0 for the tokens of the better response, below 0 for the other.
-        lengths: int64 [responses], in tokens.
-
-    Returns:
-        the loss of each pair, spread over its tokens, [tokens]. Their sum is twice it, as there are two responses.
-    """
-    sums = [torch.segment_reduce(each, "sum", lengths=lengths, unsafe=True) for each in (logps, reference_logps)]
-    is_better = advantages[lengths.cumsum(0) - lengths] > 0  # [responses]
-    policy_chosen, reference_chosen = (each[is_better] for each in sums)
-    policy_rejected, reference_rejected = (each[~is_better] for each in sums)
-    function = LOSSES[pair_loss].function
-    losses, *_ = function(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta)  # [pairs]
-    num_tokens = lengths.view(-1, 2).sum(1)
-    return (2 * losses / num_tokens).repeat_interleave(num_tokens)
-
-
 def _rollout_loss(
     function: Callable[..., Tensor], advantages: Callable[..., Tensor], mean: Mean, **fields: Any
 ) -> Loss:
@@ -947,7 +847,7 @@ LOSSES = {
     "rloo": _rollout_loss(online_losses.rloo_loss, online_losses.rloo_advantages, "sums"),
     "reinforce_pp": _rollout_loss(online_losses.reinforce_pp_loss, online_losses.reinforce_pp_advantages, "tokens"),
     "remax": _rollout_loss(online_losses.rloo_loss, online_losses.remax_advantages, "sums", has_greedy_baseline=True),
-    "online_dpo": _rollout_loss(online_dpo_loss, online_losses.best_and_worst, "sums", learns_some=True),
+    "online_dpo": _rollout_loss(online_losses.online_dpo_loss, online_losses.best_and_worst, "sums", learns_some=True),
     "best_of_n": _rollout_loss(
         online_losses.best_of_n_loss, online_losses.best_of_n_advantages, "sums", needs=frozenset(), learns_some=True
     ),

@@ -201,6 +201,41 @@ def reinforce_pp_loss(
     )
 
 
+def online_dpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    reference_logps: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    pair_loss: Literal["dpo", "ipo", "hinge", "nca", "sppo", "apo_zero", "apo_down"] = "dpo",
+) -> TokenLosses:
+    """A loss of pairs, of the best and the worst of the sampled responses to each prompt.
+
+    Guo et al. 2024 (arXiv 2402.04792), algorithm 1.
+
+    Args:
+        logps: log-probs under the policy, [tokens], of two responses to each prompt; of the others likewise.
+        advantages: above 0 for the tokens of the better response, below 0 for the other.
+        lengths: int64 [responses], in tokens.
+
+    Returns:
+        the loss of each pair, spread over its tokens, [tokens]. Their sum is twice it, as there are two responses.
+    """
+    sums = [torch.segment_reduce(each, "sum", lengths=lengths, unsafe=True) for each in (logps, reference_logps)]
+    is_better = advantages[lengths.cumsum(0) - lengths] > 0  # [responses]
+    policy_chosen, reference_chosen = (each[is_better] for each in sums)
+    policy_rejected, reference_rejected = (each[~is_better] for each in sums)
+    from losses import LOSSES  # they import this file
+
+    losses, *_ = LOSSES[pair_loss].function(
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta
+    )  # [pairs]
+    num_tokens = lengths.view(-1, 2).sum(1)
+    return (2 * losses / num_tokens).repeat_interleave(num_tokens)
+
+
 def best_of_n_loss(
     logps: Tensor, old_logps: Tensor, reference_logps: Tensor, advantages: Tensor, lengths: Tensor
 ) -> TokenLosses:

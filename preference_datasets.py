@@ -180,8 +180,7 @@ def load_split(
         tokenizer: needs an EOS token.
         split: "train" or "test".
         batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
-            response, two per pair; "ranked": one per prompt, with all its pairs; "rollout": one per prompt, without
-            responses.
+            response, two per pair; "ranked": one per prompt, with all its pairs; "rollout": the prompts alone.
         needs_mismatched: give each example the response to another prompt.
 
     Raises:

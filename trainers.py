@@ -504,20 +504,11 @@ class BasicTrainer:
             compute_dtype=self.placement.compute_dtype,
             temperature=settings.rollout.temperature if settings.loss.is_online else 1.0,
         )
-        self.evaluator = build_evaluator(
-            settings,
-            tokenizer,
-            self.placement,
-            self.runner,
-            eval_examples,
-            self.source,
-            ground_truth=ground_truth_reward(settings.datasets),
-            split_batch=self.split_batch,
-            say=self.say,
-        )
-        self.token_budget, self.num_checkpointed = fit_memory(
-            self.placement, self.runner, examples_to_fit(settings, self.train_examples)
-        )
+        parts = (settings, tokenizer, self.placement, self.runner, eval_examples)
+        reward = ground_truth_reward(settings.datasets)
+        self.evaluator = build_evaluator(*parts, reward, self.source, self.split_batch, self.say)
+        to_fit = examples_to_fit(settings, self.train_examples)
+        self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, to_fit)
         self.runner.reference, self.reference_hash = self.build_reference()
         self.prepare_policy()
         self.optimizer = self.placement.build_optimizer(self.policy)

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from losses import LOSSES, online_dpo_loss
+from losses import LOSSES
 from online_losses import (
     Scored,
     best_and_worst,
@@ -19,6 +19,7 @@ from online_losses import (
     grpo_advantages,
     grpo_loss,
     k3,
+    online_dpo_loss,
     reinforce_pp_advantages,
     reinforce_pp_loss,
     remax_advantages,

@@ -151,8 +151,7 @@ def tokenize(
         data: each data set, with the end of a prompt that truncation keeps.
         tokenizer: needs an EOS token.
         batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
-            response, two per pair; "ranked": one per prompt, with all its pairs; "rollout": one per prompt, without
-            responses.
+            response, two per pair; "ranked": one per prompt, with all its pairs; "rollout": the prompts alone.
         counts: rows read and dropped so far; rows dropped here are added.
         max_length: of prompt + response, in tokens.
         max_prompt_length: of a truncated prompt, in tokens, with BOS.
@@ -170,8 +169,7 @@ def tokenize(
     for draft in drafts.examples:
         prompt, responses = encoded.prompt(draft.prompt), tuple(map(encoded.response, draft.responses))
         num_tokens = len(prompt) + sum(map(len, responses))
-        keeps_end = draft.truncation_mode == "keep_end"
-        num_front = num_bos(prompt, encoded, tokenizer) if keeps_end else max_prompt_length
+        num_front = num_bos(prompt, encoded, tokenizer) if draft.truncation_mode == "keep_end" else max_prompt_length
         prompt, responses = truncate(prompt, responses, limit, max_prompt_length, num_front=num_front)
         has_text = [encoded.lengths[index] > 0 for index in draft.responses]
         prompt_index = prompt_indices.get(draft.prompt_number, len(prompt_indices))

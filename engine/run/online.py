@@ -46,9 +46,8 @@ def build_evaluator(
     placement: Placement,
     runner: MicrobatchRunner,
     examples: Sequence[Example],
-    source: Source,
-    *,
     ground_truth: Callable[[str], float] | None,
+    source: Source,
     split_batch: Callable[[Sequence[Example]], list[list[Example]]],
     say: Callable[[str], None],
 ) -> Evaluator:

@@ -161,28 +161,32 @@ def lay_out(
     # These slow down every operation of the model, by a third with GNU's OpenMP on two cores.
     lengths = np.array([len(response) for _, response in responses])
     in_order = [example for group in groups for example in group.examples]
-    is_sampled = in_order[0].is_sampled
-    has_pairs = in_order[0].comparisons is None and not is_sampled and len(numbers[0]) == 2
     shared: dict[str, Any] = {
         "targets": _tensor([response for _, response in responses]),
         "response_index": torch.from_numpy(np.repeat(np.arange(len(responses)), lengths)),
         "response_lengths": torch.from_numpy(lengths),
         "num_responses": torch.tensor([len(group.responses) for group in groups]),
         "chosen": torch.tensor([first for first, *_ in numbers]),
-        "rejected": torch.tensor([second for _, second in numbers]) if has_pairs else None,
+        "rejected": _rejected(in_order[0], numbers),
         **_labels_and_weights(in_order),
         **_rankings(in_order, numbers),
         "groups": spans,
         "responses": responses,
         "prompt_indices": sorted({example.prompt_index for example in examples}),
-        "samples": lay_out_samples(in_order, numbers, lengths) if is_sampled else None,
+        "samples": lay_out_samples(in_order, numbers, lengths) if in_order[0].is_sampled else None,
     }
-    if with_shared and has_pairs:  # sampled responses are single
+    if with_shared and shared["rejected"] is not None:  # sampled responses are single
         shared |= _shared_targets(np.array(numbers), lengths)
     rows = _packed_row(groups, feeds_last_token) if layout == "packed" else _padded_rows(responses, pad_token_id)
     if not feeds_last_token:
         rows["score_index"] = None
     return Microbatch(**shared, **rows)
+
+
+def _rejected(first: Example, numbers: Sequence[tuple[int, ...]]) -> Tensor | None:
+    """Numbers of the rejected responses of pairs, [examples]; None for other examples."""
+    is_pair = first.comparisons is None and not first.is_sampled and len(numbers[0]) == 2
+    return torch.tensor([second for _, second in numbers]) if is_pair else None
 
 
 def _labels_and_weights(examples: Sequence[Example]) -> dict[str, Tensor | None]:

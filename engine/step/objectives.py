@@ -13,7 +13,8 @@ from engine.step.layout import GroupSpan, Microbatch
 from engine.step.logprobs import sum_by_response
 from engine.step.metrics import MetricAccumulator
 from engine.step.reward_metrics import ScoredRankings
-from losses import LOSSES, BatchKind, Head, Loss, Need, mean_over_pairs, of_pairs
+from losses import LOSSES, BatchKind, Head, Loss, Need
+from reward_losses import mean_over_pairs, of_pairs
 from utils import UserError
 
 NO_COLUMNS: Mapping[str, Tensor] = {}
@@ -227,7 +228,7 @@ def _sum_shared(token_values: Tensor, batch: Microbatch, span: GroupSpan) -> tup
 
 
 class RankingObjective:
-    """Applies a loss of losses.py to one score per ranked response."""
+    """Applies a loss of reward_losses.py to one score per ranked response."""
 
     def __init__(self, loss: Loss, settings: LossSettings):
         self.batch, self.head, self.needs = loss.batch, loss.head, loss.needs
