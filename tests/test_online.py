@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.data.films import is_well_formed
 from rewards import REWARDS
 from tests.runs import QUICK, SMALL, copy_stopped
 
@@ -209,6 +210,8 @@ def test_truncated_responses(online):
         (["rewards=[truth]"], "rewards: names truth, and the rewards are films, "),
         (["rewards=[length]", "reward_options={length:{longest:3}}"], "give length longest, and it takes least, most"),
         (["reward_weights=[1,2]"], "reward_weights: must have one number for each of rewards (1), not 2"),
+        (["keep_best=loss/eval"], "keep_best: loss/eval is not measured with loss=grpo"),
+        (["loss=online_dpo", "rollout.truncated=mask"], "mask would leave pairs of loss=online_dpo with one response"),
         (["plan=true"], "plan: true needs stored responses, and loss=grpo samples them"),
         (["peft=lora", "peft.dropout=0.1"], "peft.dropout: must be 0 with loss=grpo, not 0.1"),
         (["rollout.max_new_tokens=64"], "rollout.max_new_tokens: must be below max_length (64)"),
@@ -218,6 +221,26 @@ def test_wrong_settings(online, settings, problem):
     run = online(*settings)
     assert run.status == 2
     assert problem in run.err
+
+
+def test_the_best_checkpoint(online):
+    run = online("keep_best=rewards_eval/sampled", "eval_every=4", "keep_checkpoints=1", "do_first_eval=false")
+    assert run.status == 0, run.err
+    rewards = {row["counters/examples"]: row["rewards_eval/sampled"] for row in run.metrics if "kl_eval" in row}
+    assert (run.dir / "BEST").resolve().name == f"step-{max(rewards, key=lambda step: rewards[step])}"
+
+
+@pytest.mark.slow
+def test_the_demo_raises_the_reward(program):
+    """The goal of the demo: praise in nearly all responses, at a small distance from the SFT model."""
+    sft = program.ok("+experiment=demo_sft", "sample_during_eval=false", "do_first_eval=false", defaults=())
+    run = program.ok("+experiment=demo_grpo", f"model.archive={sft.dir}", defaults=())
+    last = run.metrics[-1]
+    assert last["rewards_eval/sampled"] >= 0.9
+    assert last["kl_eval"] <= 2.5
+    responses = [row["policy"] for row in run.samples if "policy" in row and row["examples"] == 1600]
+    assert len(responses) == 512
+    assert sum(map(is_well_formed, responses)) >= 0.97 * 512
 
 
 def test_rewards_are_needed(online, tmp_path):
