@@ -179,6 +179,15 @@ def test_none_leaves_a_response_out(online, monkeypatch):
     assert sum(row["rollout/left_out"] for row in run.steps) > 0
 
 
+def test_remax_needs_the_reward_of_the_most_likely_response(online, monkeypatch):
+    """Without it a prompt is left out: it has no baseline."""
+    monkeypatch.setitem(REWARDS, "vowels", lambda prompt, response, row: 1.0 if len(response) % 2 else None)
+    run = online("loss=remax", "rollout.num_responses=3", "n_examples=32")
+    assert run.status == 0, run.err
+    assert {row["rollout/left_out"] % 3 for row in run.steps} != {0}  # single responses
+    assert max(row["rollout/left_out"] for row in run.steps) >= 3  # and whole groups
+
+
 def test_groups_of_equal_rewards_are_sampled_again(online, monkeypatch):
     monkeypatch.setitem(REWARDS, "vowels", lambda prompt, response, row: float(vowels("", response, {}) > 0.4))
     kept, left_out = online(), online("rollout.max_resamples=0")

@@ -162,7 +162,7 @@ class Rollouts:
         sampler.seconds = {}
         groups = self._sample(first_prompt, prompts)
         greedy = self._greedy(first_prompt, prompts)
-        kept = self._kept(groups)
+        kept = self._kept(groups, greedy)
         examples = [
             replace(prompt, responses=tuple(response.tokens for response in group))
             for prompt, group in zip(prompts, kept, strict=True)
@@ -207,9 +207,11 @@ class Rollouts:
         seeds = [(GREEDY, first_prompt + place) for place in range(len(prompts))]
         return [group[0] for group in self._sampler.sample(self._runner.policy, prompts, seeds, 1)]
 
-    def _kept(self, groups: Sequence[Group]) -> list[Group]:
-        """The responses that count: with a reward, and not of a group left out."""
+    def _kept(self, groups: Sequence[Group], greedy: Sequence[Response] | None) -> list[Group]:
+        """The responses that count: with a reward, and not of a group left out or without a baseline."""
         leaves_out = self._settings.rollout.max_resamples is not None
+        if greedy is not None:
+            groups = [group if best.reward is not None else [] for group, best in zip(groups, greedy, strict=True)]
         return [
             []
             if leaves_out and has_equal_rewards(group)
@@ -262,7 +264,7 @@ class Rollouts:
             reference = [torch.from_numpy(values).double() for place in places for values in logps[place][1] or []]
             k1 = torch.cat(old) - torch.cat(reference)
         rewards = [response.reward for place in places for response in kept[place]]
-        greedy_rewards = [greedy[place].reward or 0.0 for place in places] if greedy else None
+        greedy_rewards = [greedy[place].reward for place in places] if greedy else None
         scored = Scored(
             rewards=torch.tensor(rewards, dtype=torch.float64),
             group_sizes=torch.tensor([len(kept[place]) for place in places]),
