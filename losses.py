@@ -779,6 +779,13 @@ class Loss:
     has_greedy_baseline: bool = False
 
     def __post_init__(self) -> None:
+        is_rollout = self.batch == "rollout"
+        if is_rollout != (self.advantages is not None) or is_rollout != (self.mean is not None):
+            raise ValueError('a loss with batch="rollout" needs advantages and mean; others have none')
+        has_sums = self.log_probs == "sums" and not self.takes_sft_weight
+        if is_rollout and (self.needs - {"reference"} or self.state or not has_sums):
+            problem = 'takes log-probs of tokens alone: log_probs="sums", takes_sft_weight=False, no state'
+            raise ValueError(f'a loss with batch="rollout" needs a reference at most, and {problem}')
         if self.head == "score" and self.batch != "ranked":
             raise ValueError(f'a loss with head="score" needs batch="ranked", not "{self.batch}"')
         if self.batch != "ranked":

@@ -1,6 +1,7 @@
 """Losses of sampled responses and their advantages, against values by hand."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from losses import LOSSES
+from losses import LOSSES, MovingState
 from online_losses import (
     Scored,
     best_and_worst,
@@ -203,3 +204,20 @@ def test_the_means_of_the_losses():
     assert means == expected | {"reinforce_pp": "tokens"}
     clips = OmegaConf.select(composed("loss=dapo"), "loss")
     assert (clips.clip_low, clips.clip_high) == (0.2, 0.28)
+
+
+@pytest.mark.parametrize(
+    "changed, problem",
+    [
+        ({"batch": "pairs"}, 'a loss with batch="rollout" needs advantages and mean; others have none'),
+        ({"advantages": None}, "needs advantages and mean"),
+        ({"mean": None}, "needs advantages and mean"),
+        ({"needs": {"kl"}}, "needs a reference at most"),
+        ({"state": MovingState({"x": 0.0}, lambda *arguments: {})}, "no state"),
+        ({"log_probs": "means"}, 'log_probs="sums"'),
+        ({"takes_sft_weight": True}, "takes_sft_weight=False"),
+    ],
+)
+def test_a_loss_that_cannot_work_is_refused(changed: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        replace(LOSSES["grpo"], **changed)
