@@ -71,6 +71,9 @@ def test_metrics_and_samples(online):
     assert run.steps[-1]["objective/kl"] != 0
     before, after = (row for row in run.metrics if "rewards_eval/sampled" in row)
     assert before["kl_eval"] == 0 != after["kl_eval"]
+    assert before["kl_eval/standard_error"] == 0 < after["kl_eval/standard_error"]
+    assert 1 <= before["samples_eval/length"] <= 8
+    assert before["samples_eval/length_change"] == 0 == before["samples_eval/unfinished_change"]
     assert {"rewards_eval/greedy", "rewards_eval/vowels", "rollout_eval/truncated"} <= set(after)
     evaluated = [row for row in run.samples if "policy" in row]
     assert len(evaluated) == 2 * 2
@@ -158,6 +161,14 @@ def test_prompts_of_a_file_and_the_number_of_their_row(online, tmp_path):
     total = first["rewards_train/number_match"] + 0.5 * first["rewards_train/length"]
     assert first["objective/scores"] == pytest.approx(total)
     assert {"rewards_eval/number_match", "rewards_eval/length"} <= set(run.metrics[-1])
+
+
+def test_prompts_that_are_equal_once_truncated_are_logged_once(online, tmp_path):
+    path = prompts_file(tmp_path / "questions.jsonl")  # all end in "?"
+    run = online(f"datasets={path}", "max_prompt_length=1", "sample_during_eval=true", "n_examples=4")
+    assert run.status == 0, run.err
+    logged = [row for row in run.samples if "policy" in row]
+    assert len(logged) == 2 and all("reference" in row for row in logged)  # one in each evaluation
 
 
 def test_a_missing_column(online, tmp_path):
