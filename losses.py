@@ -16,7 +16,11 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-BatchKind = Literal["sft", "pairs", "unpaired", "ranked"]
+import online_losses
+from online_losses import Mean
+from reward_losses import reward_loss
+
+BatchKind = Literal["sft", "pairs", "unpaired", "ranked", "rollout"]
 Head = Literal["lm", "score"]
 Need = Literal["reference", "kl", "whole batch", "token kl", "confidence", "shared length"]
 # Losses, and the implicit rewards of the chosen and of the rejected responses: [pairs] each.
@@ -704,75 +708,6 @@ def bco_state(
     return {"desirable_mean": moved(desirable_mean, labels), "undesirable_mean": moved(undesirable_mean, ~labels)}
 
 
-def of_pairs(values: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of the better and of the worse response of each pair, [prompts, p] each.
-
-    Args:
-        values: [prompts, k], of the responses.
-        pairs: int64 [prompts, p, 2], the better and the worse response as columns of values.
-    """
-    rows = torch.arange(len(values), device=values.device)[:, None]
-    return values[rows, pairs[..., 0]], values[rows, pairs[..., 1]]
-
-
-def mean_over_pairs(values: Tensor, weights: Tensor) -> Tensor:
-    """Weighted means of values [prompts, p] over the pairs of each prompt; 0 without any."""
-    totals = weights.sum(1)
-    return (weights * values).sum(1) / totals.where(totals > 0, 1)
-
-
-def reward_loss(
-    scores: Tensor,
-    pairs: Tensor,
-    margins: Tensor,
-    weights: Tensor,
-    *,
-    ranking: Literal["pairs", "plackett_luce"],
-    centering: Annotated[float, Ge(0)],
-) -> Tensor:
-    """Loss of a reward model: better responses get higher scores.
-
-    Pairs: Ouyang et al. 2022 (arXiv 2203.02155), equation 1, with the margins of Touvron et al. 2023 (Llama 2, arXiv
-    2307.09288), equation 2. Centering: Eisenstein et al. 2023 (arXiv 2312.09244).
-
-    Args:
-        scores: [prompts, k], of the responses.
-        pairs: int64 [prompts, p, 2], the better and the worse response as columns of scores. plackett_luce needs those
-            of one order without ties.
-        margins: [prompts, p], by which the scores of a pair should differ.
-        weights: [prompts, p], of the pairs in the means; 0 for padding, the pair (0, 0) with the margin 0.
-        ranking: "pairs": the mean of -log sigmoid(better - worse - margin) over the pairs of a prompt.
-            "plackett_luce": the negative log-likelihood of the order. The data leave tied responses out.
-        centering: of the mean of (better + worse) ** 2 over the same pairs.
-
-    Returns:
-        losses [prompts].
-    """
-    better, worse = of_pairs(scores, pairs)
-    if ranking == "pairs":
-        losses = mean_over_pairs(-F.logsigmoid(better - worse - margins), weights)
-    else:
-        losses = _plackett_luce(scores, pairs, margins, weights)
-    if centering:
-        losses = losses + centering * mean_over_pairs((better + worse) ** 2, weights)
-    return losses
-
-
-def _plackett_luce(scores: Tensor, pairs: Tensor, margins: Tensor, weights: Tensor) -> Tensor:
-    """Negative log-likelihoods of orders, [prompts].
-
-    Each response is the best of itself and the worse ones. A margin adds to the score of the worse response.
-    """
-    num_prompts, k = scores.shape
-    place = torch.arange(num_prompts, device=scores.device)[:, None], pairs[..., 0], pairs[..., 1]
-    is_better = torch.zeros(num_prompts, k, k, dtype=torch.bool, device=scores.device)
-    is_better = is_better.index_put(place, weights > 0)  # i is better than j
-    margin = scores.new_zeros(num_prompts, k, k).index_put(place, margins.to(scores.dtype))
-    remains = is_better | torch.eye(k, dtype=torch.bool, device=scores.device)
-    log_totals = (scores[:, None, :] + margin).where(remains, -math.inf).logsumexp(2)  # [prompts, k]
-    return (log_totals - scores).sum(1)
-
-
 def sft_loss(policy_chosen_logps: Tensor) -> Tensor:
     """Negative log-likelihood of each target response, [examples] -> [examples]."""
     return -policy_chosen_logps
@@ -798,11 +733,12 @@ class Loss:
 
     Args:
         function: takes the arguments below, returns the losses [examples]; of pairs and unpaired responses, a tuple of
-            losses and rewards. A tuple may end in a dict of further metrics, {name: [examples]}.
+            losses and rewards. A tuple may end in a dict of further metrics, {name: [examples]}. Losses of rollouts are
+            in online_losses.py.
         batch: "sft" (one target response per example), "pairs" (chosen and rejected), "unpaired" (one response and its
-            label) or "ranked" (all responses to a prompt, and their pairs). Fixes the first arguments, log-probs under
-            the policy: chosen; chosen and rejected; the response's. Of ranked responses: scores, pairs, margins and
-            weights, as for reward_loss.
+            label), "ranked" (all responses to a prompt, and their pairs) or "rollout" (sampled responses). Fixes the
+            first arguments, log-probs under the policy: chosen; chosen and rejected; the response's. Of ranked
+            responses: scores, pairs, margins and weights, as for reward_loss.
         needs: further arguments, in this order.
             - "reference": the same log-probs under a frozen reference model.
             - "token kl": KL(reference || policy) of the next token, summed over the response: chosen and rejected. With
@@ -819,6 +755,10 @@ class Loss:
         state: further arguments, scalars. It needs the whole batch.
         head: "lm" for log-probs, "score" for a scalar at the last token of each response. Ranked responses need it, and
             it needs them.
+        advantages: of rollouts; takes online_losses.Scored, and keyword arguments of the YAML.
+        mean: of the losses of tokens, for rollouts.
+        learns_some: responses with advantages of 0 are left out.
+        has_greedy_baseline: the advantages need the reward of the most likely response.
 
     Labels of unpaired responses follow the columns above: bool [examples], true for desirable ones.
 
@@ -833,8 +773,19 @@ class Loss:
     takes_sft_weight: bool = True
     state: MovingState | None = None
     head: Head = "lm"
+    advantages: Callable[..., Tensor] | None = None
+    mean: Mean | None = None
+    learns_some: bool = False
+    has_greedy_baseline: bool = False
 
     def __post_init__(self) -> None:
+        is_rollout = self.batch == "rollout"
+        if is_rollout != (self.advantages is not None) or is_rollout != (self.mean is not None):
+            raise ValueError('a loss with batch="rollout" needs advantages and mean; others have none')
+        has_sums = self.log_probs == "sums" and not self.takes_sft_weight
+        if is_rollout and (self.needs - {"reference"} or self.state or not has_sums):
+            problem = 'takes log-probs of tokens alone: log_probs="sums", takes_sft_weight=False, no state'
+            raise ValueError(f'a loss with batch="rollout" needs a reference at most, and {problem}')
         if self.head == "score" and self.batch != "ranked":
             raise ValueError(f'a loss with head="score" needs batch="ranked", not "{self.batch}"')
         if self.batch != "ranked":
@@ -846,6 +797,14 @@ class Loss:
             raise ValueError(f'a loss with batch="ranked" sees scores alone, not {", ".join(further)}')
         if self.log_probs != "sums" or self.takes_sft_weight:
             raise ValueError('a loss with batch="ranked" has no log-probs: log_probs="sums", takes_sft_weight=False')
+
+
+def _rollout_loss(
+    function: Callable[..., Tensor], advantages: Callable[..., Tensor], mean: Mean, **fields: Any
+) -> Loss:
+    """A loss of sampled responses, with further fields of Loss."""
+    fields = {"needs": {"reference"}, "log_probs": "sums", "takes_sft_weight": False, **fields}
+    return Loss(function, batch="rollout", advantages=advantages, mean=mean, **fields)
 
 
 LOSSES = {
@@ -889,4 +848,14 @@ LOSSES = {
         state=MovingState({"desirable_mean": 0.0, "undesirable_mean": 0.0}, bco_state),
     ),
     "reward": Loss(reward_loss, batch="ranked", log_probs="sums", takes_sft_weight=False, head="score"),
+    "grpo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "responses"),
+    "dr_grpo": _rollout_loss(online_losses.grpo_loss, online_losses.dr_grpo_advantages, "max_new_tokens"),
+    "dapo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "tokens"),
+    "rloo": _rollout_loss(online_losses.rloo_loss, online_losses.rloo_advantages, "sums"),
+    "reinforce_pp": _rollout_loss(online_losses.reinforce_pp_loss, online_losses.reinforce_pp_advantages, "tokens"),
+    "remax": _rollout_loss(online_losses.rloo_loss, online_losses.remax_advantages, "sums", has_greedy_baseline=True),
+    "online_dpo": _rollout_loss(online_losses.online_dpo_loss, online_losses.best_and_worst, "sums", learns_some=True),
+    "best_of_n": _rollout_loss(
+        online_losses.best_of_n_loss, online_losses.best_of_n_advantages, "sums", needs=frozenset(), learns_some=True
+    ),
 }

@@ -182,7 +182,7 @@ def load_split(
         tokenizer: needs an EOS token.
         split: "train" or "test".
         batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
-            response, two per pair; "ranked": one per prompt, with all its pairs.
+            response, two per pair; "ranked": one per prompt, with all its pairs; "rollout": the prompts alone.
         needs_mismatched: give each example the response to another prompt.
         counts: gets the rows read and dropped.
         observe: gets each example beside its text, those dropped by tokenization too.
@@ -258,7 +258,7 @@ def format_counts(split_counts: dict[str, Any]) -> str:
     "400 rows, 370 prompts, 397 pairs, 12 of them truncated to max_length=512", and dropped rows below.
     """
     kind = next(name for name in COUNTED.values() if name in split_counts)
-    line = ", ".join(f"{split_counts[name]:,} {name}" for name in ("rows", "prompts", kind))
+    line = ", ".join(f"{split_counts[name]:,} {name}" for name in dict.fromkeys(("rows", "prompts", kind)))
     if "desirable" in split_counts:
         line += f" ({split_counts['desirable']:,} desirable)"
     if "compared_pairs" in split_counts:

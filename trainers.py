@@ -32,11 +32,12 @@ from engine.placement.sharded import FSDP, TensorParallel
 from engine.placement.token_budget import fit_memory, halve_budget
 from engine.run.best import BestCheckpoint, settings_of_metric
 from engine.run.checkpoint_contents import start_save
-from engine.run.checkpoint_reader import restore_checkpoint
+from engine.run.checkpoint_reader import restore_checkpoint, restore_source
 from engine.run.checkpoint_writer import CheckpointWriter
 from engine.run.evaluation import Evaluator
 from engine.run.loggers import Loggers, NoLoggers
 from engine.run.nonfinite import NonFinitePolicy
+from engine.run.online import build_evaluator, build_source, examples_to_fit
 from engine.run.reference_setup import build_reference
 from engine.run.resume_check import read_state, read_state_file, settings_of
 from engine.run.run_files import log_sizes, rewind
@@ -54,11 +55,10 @@ from engine.step.metrics import (
     without_nan,
 )
 from engine.step.microbatches import Batch, MicrobatchRunner
-from engine.step.mixing import choose_mixture
 from engine.step.objectives import make_objective
 from engine.step.reference import LiveReference, Reference
 from engine.step.schedule import learning_rate
-from engine.step.sources import Source, StoredExamples, choose_eval_examples
+from engine.step.sources import Source, choose_eval_examples
 from preference_datasets import ground_truth_reward
 from utils import StopRequest, UserError, is_out_of_memory, prefetch
 
@@ -197,7 +197,9 @@ class BasicTrainer:
         if not self.counters["updates"]:
             check_gradients(self.policy)
         grad_norm = self.placement.clip_gradients(self.policy)
-        means, num_tokens, stop = metrics.reduce(self.placement.all_reduce_sum, self.stop.signal is not None)
+        means, num_tokens, stop = metrics.reduce(
+            self.placement.all_reduce_sum, self.stop.signal is not None, self.placement.all_reduce_max
+        )
         lr = learning_rate(self.settings, self.counters["updates"], self.num_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -208,10 +210,11 @@ class BasicTrainer:
         self.counters["examples"] += len(batch.examples)
         self.counters["updates"] += 1
         self.refresh_reference()
+        facts = {"learning_rate": lr, "peak_memory_gb": peak_memory_gb(self.device)}
         values = prefix_metrics(means, "train") | {"grad_norm": grad_norm, "tokens": num_tokens, "stop": stop}
         return Step(
             values=PendingScalars(values),
-            facts={"learning_rate": lr, "peak_memory_gb": peak_memory_gb(self.device)} | self.progress_counters(),
+            facts=facts | self.progress_counters() | self.source.take_facts(self.loggers.samples),
             batch=batch,
             end=DeviceTimestamp(self.device),
         )
@@ -336,7 +339,7 @@ class BasicTrainer:
         if metrics is None:
             return False
         self.eval_metrics = without_nan(metrics)
-        if not math.isfinite(metrics["loss/eval"]):
+        if not math.isfinite(metrics.get("loss/eval", 0.0)):  # online training has none
             self.nonfinite.fail(f"the evaluation has loss {metrics['loss/eval']}")
         if self.sync_stop_request():
             return False
@@ -371,10 +374,11 @@ class BasicTrainer:
         """
         if self.settings.debug:
             return
+        num_examples = self.counters["examples"]
         self.nonfinite.check_weights(self.policy)
         self.log_finished_save(wait=True, together=True)  # of the previous checkpoint
-        is_evaluated = self.evaluated_at == self.counters["examples"]
-        is_best = is_evaluated and self.best.update(self.eval_metrics, f"step-{self.counters['examples']}")
+        is_evaluated = self.evaluated_at == num_examples
+        is_best = is_evaluated and self.best.update(self.eval_metrics, f"step-{num_examples}")
         adapter = adapter_of(self.policy)
         rewards = [self.eval_metrics.get(f"rewards_eval/{name}") if is_evaluated else None for name in ("mean", "std")]
         state = {
@@ -405,6 +409,7 @@ class BasicTrainer:
             policy_pt_metrics=self.eval_metrics if is_last else None,
             is_best=is_best,
             reference=self.moving_reference,
+            write_source=self.source.state(num_examples),
         )
 
     def log_finished_save(self, wait: bool, together: bool = False) -> None:
@@ -428,6 +433,7 @@ class BasicTrainer:
             rewind(self.run_dir, state["log_sizes"], state["counters"]["examples"])
         self.counters.update(state["counters"])
         self.restore_loss_state(state)
+        restore_source(self.source, checkpoint)
         self.token_budget = min(self.token_budget, state["token_budget"])  # smaller if memory has run out
         self.best.resume(state["best"], state["settings"], self.run_dir, self.placement.rank == 0)
         print(f"resumed from {checkpoint}, after {self.counters['examples']} examples")
@@ -469,26 +475,18 @@ class BasicTrainer:
     ):
         self.settings, self.run_dir, self.tokenizer = settings, run_dir, tokenizer
         self.chat_template_text = template_to_record(settings.chat_template)
-        self.source = StoredExamples(
-            train_split.examples,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            n_epochs=settings.n_epochs,
-            n_examples=settings.n_examples,
-            length_grouping=settings.length_grouping,
-            mixture=choose_mixture(settings, train_split),
-        )
+        self.source = build_source(settings, train_split)
         self.train_examples = train_split.examples
         eval_examples = choose_eval_examples(test_split.examples, settings.n_eval_examples, settings.seed)
         if settings.keep_best and not eval_examples:
             raise UserError("CONFIG", "keep_best: there are no examples to evaluate on", "leave it out")
-        self.num_updates = math.ceil(self.source.num_examples / settings.batch_size)
+        self.num_updates = self.source.num_updates
         self.counters = {"examples": 0, "updates": 0, "skipped": 0}
         self.stop, self.must_stop = StopRequest(), False
         self.loggers = NoLoggers()
         num_train, num_eval = len(train_split.examples), len(eval_examples)
-        counts = {"num_examples": self.source.num_examples, "num_train": num_train, "num_eval": num_eval}
-        print(describe_training(settings, **counts), flush=True)  # before models load
+        lengths = {"num_examples": self.source.num_examples, "num_updates": self.num_updates}
+        print(describe_training(settings, **lengths, num_train=num_train, num_eval=num_eval), flush=True)
         for warning in warnings_at_start(settings, self.num_updates, train_split.examples):
             print(warning, flush=True)
 
@@ -504,10 +502,13 @@ class BasicTrainer:
             pad_token_id=tokenizer.pad_token_id,
             device=self.device,
             compute_dtype=self.placement.compute_dtype,
+            temperature=settings.rollout.temperature if settings.loss.is_online else 1.0,
         )
+        parts = (settings, tokenizer, self.placement, self.runner, eval_examples)
         reward = ground_truth_reward(settings.datasets)
-        self.evaluator = Evaluator(settings, tokenizer, self.placement, self.runner, eval_examples, reward, self.say)
-        self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, self.train_examples)
+        self.evaluator = build_evaluator(*parts, reward, self.source, self.split_batch, self.say)
+        to_fit = examples_to_fit(settings, self.train_examples)
+        self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, to_fit)
         self.runner.reference, self.reference_hash = self.build_reference()
         self.prepare_policy()
         self.optimizer = self.placement.build_optimizer(self.policy)

@@ -156,7 +156,7 @@ def draw(rows: Sequence[dict[str, Any]], losses: Sequence[str], path: Path) -> N
 def main(texts: Sequence[str]) -> None:
     from losses import LOSSES
 
-    every = [name for name in LOSSES if name != "sft"]
+    every = [name for name, loss in LOSSES.items() if name != "sft" and loss.batch != "rollout"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--losses", default=",".join(every), help="of loss.name, with commas")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")

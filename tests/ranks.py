@@ -30,12 +30,18 @@ SETTINGS = (
 # Lengths differ, so ranks split their batches differently. 25 examples: 20 batches of 5 in 4 epochs.
 PAIRS = [(1 + 7 * i % 23, 1 + 5 * i % 19, 1 + 11 * i % 17) for i in range(25)]
 
+# Half of the sampled responses have this reward.
+PROMPTS = [
+    "rewards=[regular_expression]", "reward_options={regular_expression:{pattern:'.*[ei].*'}}",
+    "rollout.num_responses=4", "rollout.max_new_tokens=6", "rollout.epochs=2",
+]  # fmt: skip
+
 Job = tuple[str, str, tuple[str, ...]]  # architecture, loss, overrides
 
 
 def make_trainer(job: Job, run_dir: Path) -> Any:
     """Build a trainer on pairs of random tokens; prints nothing."""
-    from engine.data.examples import Split
+    from engine.data.examples import PromptRow, Split
     from engine.data.films import film_tokenizer
     from trainers import TRAINERS
 
@@ -44,6 +50,7 @@ def make_trainer(job: Job, run_dir: Path) -> Any:
     architecture_text = ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
     settings = [*SETTINGS, f"cache_dir={run_dir / 'cache'}", f"local_run_dir={run_dir}", f"loss={loss}"]
     settings += ["loss.beta=0.5"] if loss not in ("sft", "reward") else []
+    settings += PROMPTS if loss == "grpo" else []
     settings += [f"model.architecture={{model_type: {architecture}, {architecture_text}}}"]
     parsed = make_settings(*settings, *overrides)
     tokenizer = film_tokenizer()
@@ -54,6 +61,8 @@ def make_trainer(job: Job, run_dir: Path) -> Any:
         ranks = {2: (0, 1), 3: (0, 1, 1), 4: (0, 1, 2, 3)}
         rankings = random_examples(lengths)
         examples = [replace(each, comparisons=compare_by_rank(ranks[len(each.responses)])) for each in rankings]
+    if loss == "grpo":
+        examples = [replace(each, responses=(), row=PromptRow("", {})) for each in examples]
     with contextlib.redirect_stdout(io.StringIO()):
         return TRAINERS[parsed.trainer](parsed, run_dir, tokenizer, Split(examples), Split(examples[:7]))
 

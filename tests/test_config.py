@@ -76,7 +76,7 @@ def test_preset_composes_and_validates(preset):
         written = OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
         assert isinstance(written, DictConfig)
         for key, value in written.items():
-            if key not in ("defaults", "model", "loss", "peft", "wandb"):  # groups
+            if key not in ("defaults", "model", "loss", "peft", "wandb", "rollout"):  # groups
                 assert value_of(settings, str(key)) in (value, [value])  # datasets: hh is a list of one
     else:
         expected = {"model": "name_or_path"}.get(group, "name")

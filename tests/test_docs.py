@@ -62,7 +62,7 @@ def cases() -> list[object]:
 
 # ---- The nearest form of a command ----
 
-OWN_DATA = r"(?=.*(mine\.jsonl|labels\.jsonl|chats\.jsonl|data_dir=))"
+OWN_DATA = r"(?=.*(mine\.jsonl|questions\.jsonl|labels\.jsonl|chats\.jsonl|data_dir=))"
 # Replacements of models, data and files that a test lacks.
 STAND_INS = [
     (r"^(python (-u )?|torchrun .*)train\.py ?", "train.py "),
@@ -117,6 +117,8 @@ def make_places(archive: Path) -> None:
     rows = [{"prompt": f"Q{n}?", "chosen": f" yes, {n}.", "rejected": f" no, not {n}."} for n in range(12)]
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("benchmark.jsonl").write_text(json.dumps({"question": "one two three four five " * 4}) + "\n")
+    questions = [{"prompt": f"{n} + 1 =", "answer": str(n + 1)} for n in range(12)]
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     labelled = [{"prompt": f"Q{n}?", "completion": f" A{n}.", "label": n % 3 > 0} for n in range(12)]
     Path("labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     turns = [[{"role": "user", "content": f"Q{n}?"}, {"role": "assistant", "content": f"A{n}."}] for n in range(12)]

@@ -53,7 +53,12 @@ def apply(block: re.Match[str], copy: Path) -> None:
     else:
         table = re.fullmatch(r"in `(.+)`", place)
         assert table is not None, place
-        new = re.sub(rf"(^{table[1]} = {{\n.*?)(^}})", lambda found: found[1] + text + found[2], old, flags=re.S | re.M)
+        new = re.sub(
+            rf"(^{table[1]}(?:: [^=]+)? = {{\n.*?)(^}})",
+            lambda found: found[1] + text + found[2],
+            old,
+            flags=re.S | re.M,
+        )
     assert new != old
     path.write_text(new, encoding="utf-8")
 

@@ -18,7 +18,8 @@ from engine.step.reward_metrics import (
     evaluation_metrics,
     fit_temperature,
 )
-from losses import LOSSES, MovingState, reward_loss
+from losses import LOSSES, MovingState
+from reward_losses import reward_loss
 
 
 def matrix(*rows: list[float]) -> Tensor:

@@ -177,7 +177,7 @@ def test_a_warning_tells_which_keys_help(tmp_path: Path) -> None:
 def test_advice_names_keys_and_losses_that_exist() -> None:
     advice = " ".join(check.help for check in CHECKS)
     assert {*re.findall(r"\bloss=(\w+)", advice)} <= {*LOSSES}
-    words = {*re.findall(r"\b(?:[a-z]+\.)?[a-z]+(?:_[a-z]+)+\b|\bloss\.[a-z]+", advice)} - {"ld_dpo"}
+    words = {*re.findall(r"\b(?:[a-z]+\.)?[a-z]+(?:_[a-z]+)+\b|\bloss\.[a-z]+", advice)} - {*LOSSES}
     assert "max_length" in words and "loss.beta" in words and words <= {*all_keys()} | {"samples.jsonl"}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 import losses
 import trainers
 from engine.data.examples import Example
+from engine.run import online
 from engine.step.layout import lay_out
 from engine.step.metrics import MetricAccumulator, to_floats
 from engine.step.objectives import SequenceObjective, make_objective
@@ -86,7 +87,7 @@ def test_a_source_says_whether_its_batches_may_be_prefetched(
                 yield batch
 
     monkeypatch.setattr(Noting, "may_prefetch", may_prefetch)
-    monkeypatch.setattr(trainers, "StoredExamples", Noting)
+    monkeypatch.setattr(online, "StoredExamples", Noting)
     program.ok("n_examples=12", "do_first_eval=false")
     assert threads == [not may_prefetch] * 3
 

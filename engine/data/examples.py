@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TruncationMode = Literal["keep_end", "keep_start"]
 # By batch kind: the name of examples in counts, and what their prompt needs.
-COUNTED = {"sft": "targets", "pairs": "pairs", "unpaired": "examples", "ranked": "rankings"}
+COUNTED = {"sft": "targets", "pairs": "pairs", "unpaired": "examples", "ranked": "rankings", "rollout": "prompts"}
 USELESS_TEXTS = Reasons("empty response", "chosen equal to rejected")
 USELESS_TOKENS = Reasons("no response tokens left", "chosen equal to rejected as tokens")
 WITHOUT_ORDER = "prompt without one order of its responses (loss.ranking=pairs learns its pairs)"
@@ -42,18 +42,54 @@ TIED = "tied response"
 NEEDED = {"sft": "a desirable response", "pairs": "a pair", "unpaired": "a pair or a label", "ranked": "a pair"}
 
 
+class PromptRow(NamedTuple):
+    """What a reward reads of a prompt.
+
+    Args:
+        text: of the prompt, before truncation.
+        columns: of its row; empty for named data sets.
+    """
+
+    text: str
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Rollout:
+    """What a loss of sampled responses reads of each response beside its tokens, fp64 [response tokens] each.
+
+    Args:
+        weights: of the losses of the tokens; the loss of an example is their weighted sum.
+        old_logps: log-probs under the policy that sampled the response.
+        reference_logps: None without a reference.
+        advantages: how much better than expected each token is.
+    """
+
+    weights: tuple[np.ndarray, ...]
+    old_logps: tuple[np.ndarray, ...]
+    reference_logps: tuple[np.ndarray, ...] | None
+    advantages: tuple[np.ndarray, ...]
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Example:
     """A prompt and its responses as token ids, as the model gets them."""
 
     prompt: np.ndarray  # int32 [prompt tokens], truncated, with BOS if the tokenizer adds one
     responses: tuple[np.ndarray, ...]  # int32 [response tokens] each, with EOS unless truncated: (target,) for SFT,
-    # (chosen, rejected) for pairs, (response,) for unpaired ones, all different ones for rankings
+    # (chosen, rejected) for pairs, (response,) for unpaired ones, all different ones for rankings, samples for rollouts
     prompt_index: int  # shared by all examples of a prompt: 0, 1, ... in the order of the data
     label: bool | None = None  # of an unpaired response: whether it is desirable
     weight: float = 1.0  # scales the loss
     mismatched: np.ndarray | None = None  # int32, the response to another prompt, for losses with the need "kl"
     comparisons: Comparisons | None = None  # of the responses of a ranking; each is in a pair
+    row: PromptRow | None = None  # of a prompt for online training
+    rollout: Rollout | None = None  # of sampled responses
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its responses are sampled. They may be none, if all are left out."""
+        return self.row is not None
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -72,6 +108,8 @@ def _parts(example: Example) -> Iterator[bytes]:
     if example.comparisons is not None:
         pairs, margins, weights, _ = example.comparisons
         yield from (array.tobytes() for array in (pairs, margins, weights))
+    if example.row is not None:
+        yield repr((example.row.text, dict(example.row.columns))).encode()
 
 
 @dataclass
@@ -144,7 +182,7 @@ def tokenize(
         data: each data set, with the end of a prompt that truncation keeps.
         tokenizer: needs an EOS token.
         batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
-            response, two per pair; "ranked": one per prompt, with all its pairs.
+            response, two per pair; "ranked": one per prompt, with all its pairs; "rollout": the prompts alone.
         counts: rows read and dropped so far; rows dropped here are added.
         max_length: of prompt + response, in tokens.
         max_prompt_length: of a truncated prompt, in tokens, with BOS.
@@ -159,15 +197,16 @@ def tokenize(
     prompt_texts: list[int] = []
     prompt_indices: dict[int, int] = {}  # by prompt number; prompts without examples get none
     num_truncated = 0
+    limit = max_prompt_length if batch == "rollout" else max_length  # a sampled response has any length
     ends, sizes = list(accumulate(len(preferences) for preferences, _ in data)), [0] * len(data)  # ends: of prompts
     for draft in drafts.examples:
         whole = prompt, responses = encoded.prompt(draft.prompt), tuple(map(encoded.response, draft.responses))
         num_tokens = len(prompt) + sum(map(len, responses))
         num_front = max_prompt_length if draft.truncation_mode == "keep_start" else num_bos(prompt, encoded, tokenizer)
-        prompt, responses = truncate(prompt, responses, max_length, max_prompt_length, num_front=num_front)
+        prompt, responses = truncate(prompt, responses, limit, max_prompt_length, num_front=num_front)
         has_text = [encoded.lengths[index] > 0 for index in draft.responses]
         prompt_index = prompt_indices.get(draft.prompt_number, len(prompt_indices))
-        outcome = _example(draft.group, prompt, responses, has_text, prompt_index, needs_order)
+        outcome = _example(draft, prompt, responses, has_text, prompt_index, needs_order)
         for reason, number in outcome.dropped.items():
             counts.drop(reason, _place(texts[draft.prompt].text), number)
         if observe is not None:
@@ -242,13 +281,18 @@ class Group(NamedTuple):
 
 
 class ExampleDraft(NamedTuple):
-    """An example before encoding; texts are given by their index."""
+    """An example before encoding; texts are given by their index.
+
+    Args:
+        row: of a prompt for online training.
+    """
 
     prompt_number: int
     truncation_mode: TruncationMode
     prompt: int
     responses: tuple[int, ...]
     group: Group
+    row: PromptRow | None = None
 
 
 @dataclass
@@ -260,10 +304,18 @@ class Drafts:
     num_duplicates: int = 0
     num_contradictions: int = 0
 
-    def add(self, prompt_number: int, mode: TruncationMode, from_template: bool, prompt: str, group: Group) -> None:
+    def add(
+        self,
+        prompt_number: int,
+        mode: TruncationMode,
+        from_template: bool,
+        prompt: str,
+        group: Group,
+        row: PromptRow | None = None,
+    ) -> None:
         texts = (Text(from_template, text) for text in (prompt, *group.responses))
         prompt_index, *indices = (self.texts.setdefault(text, len(self.texts)) for text in texts)
-        self.examples.append(ExampleDraft(prompt_number, mode, prompt_index, tuple(indices), group))
+        self.examples.append(ExampleDraft(prompt_number, mode, prompt_index, tuple(indices), group, row))
 
     def count_repeats(self, groups: list[Group]) -> None:
         distinct = {Group(group.responses, group.label) for group in groups}
@@ -290,13 +342,14 @@ def _draft(
                     group._replace(responses=tuple(without_eos(text, tokenizer) for text in group.responses))
                     for group in _groups(preference, batch, counts, prompt)
                 ]
-                if batch != "sft":
+                if batch not in ("sft", "rollout"):
                     drafts.count_repeats(groups)
                 if not groups:
                     counts.drop(f"prompt without {NEEDED[batch]}", _place(prompt))
                 useful = _drop_useless(groups, batch, counts, prompt)
+            row = PromptRow(prompt, preference.get("columns", {})) if batch == "rollout" else None
             for group in useful:
-                drafts.add(prompt_number, mode, preference.get("from_template", False), prompt, group)
+                drafts.add(prompt_number, mode, preference.get("from_template", False), prompt, group, row)
             prompt_number += 1
     return drafts
 
@@ -338,6 +391,8 @@ def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts, promp
     """The examples of a prompt, each with the weight of its row."""
     responses, target = preference["responses"], preference["sft_target"]
     weights = preference.get("weights", [1.0] * len(responses))
+    if batch == "rollout":
+        return [Group((), weight=preference.get("prompt_weight", 1.0))]
     if batch == "sft":
         demonstrations = preference.get("demonstrations", [])
         if target is not None and target not in demonstrations:
@@ -380,7 +435,7 @@ def truncate(
         max_prompt_length: of a truncated prompt.
         num_front: number of first tokens kept of a truncated prompt; the rest are its last ones.
     """
-    if len(prompt) + max(map(len, responses)) > max_length:
+    if len(prompt) + max(map(len, responses), default=0) > max_length:
         if len(prompt) > max_prompt_length:
             num_front = min(num_front, max_prompt_length)
             num_back = max_prompt_length - num_front
@@ -404,7 +459,7 @@ class Outcome(NamedTuple):
 
 
 def _example(
-    group: Group,
+    draft: ExampleDraft,
     prompt: np.ndarray,
     responses: tuple[np.ndarray, ...],
     has_text: Sequence[bool],
@@ -412,6 +467,7 @@ def _example(
     needs_order: bool,
 ) -> Outcome:
     """Make the example of a truncated prompt and its responses, or drop it."""
+    group = draft.group
     weight, comparisons, dropped = group.weight, group.comparisons, Counter[str]()
     kept, reason = [*range(len(responses))], None
     is_empty = [not has or not len(response) for has, response in zip(has_text, responses, strict=True)]
@@ -433,9 +489,8 @@ def _example(
     if reason is not None:
         dropped[reason] += 1
         return Outcome(None, kept, dropped)
-    return Outcome(
-        Example(prompt, responses, prompt_index, group.label, weight, comparisons=comparisons), kept, dropped
-    )
+    example = Example(prompt, responses, prompt_index, group.label, weight, comparisons=comparisons, row=draft.row)
+    return Outcome(example, kept, dropped)
 
 
 def _untie(kept: list[int], comparisons: Comparisons, dropped: Counter[str]) -> tuple[list[int], Comparisons]:

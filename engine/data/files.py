@@ -111,10 +111,12 @@ def parse_rows(
     for row in progress(rows, description=f"reading {files[0].name}", unit="rows"):
         parsed: ParsedRow | str | None = None
         with counts.catch_bad_row():
-            row_form = form or detect_form(row)
+            row_form = form or detect_form(row, may_be_prompts=batch == "rollout")
             parsed = _parse(row, row_form, chat, is_inferred=form is None)
             if batch == "ranked" and isinstance(parsed, ParsedRow) and row.values.get("margin") not in (None, ""):
                 parsed = parsed._replace(margin=row.margin())
+            if batch == "rollout" and isinstance(parsed, ParsedRow):
+                parsed = parsed._replace(columns=row.values)
             form = row_form
         if isinstance(parsed, str):
             counts.drop(parsed, row.origin)
@@ -124,7 +126,12 @@ def parse_rows(
 
 
 def _check_kind(parsed: ParsedRow, batch: "BatchKind", rows: str) -> None:
-    """Raise UserError for a row without a preference that the batch kind needs."""
+    """Raise UserError for a row without the responses or the preference that the batch kind needs."""
+    if batch == "rollout":
+        return
+    if not parsed.responses:
+        problem = f"{rows} have no responses"
+        raise UserError("DATA", problem, "train on them with a loss that samples responses, such as loss=grpo")
     if parsed.is_demonstration and batch != "sft":
         needed = "chosen and rejected" if batch in ("pairs", "ranked") else "prompt, completion and label, or pairs"
         fix = f"train on them with loss=sft; other losses need {needed}"
@@ -179,10 +186,13 @@ class FilePreferences:
         known = [self.hashes[turn.prompt] for turn in turns if turn.prompt in self.hashes]
         row_hash = known[0] if known else content_hash([row.key])
         for turn in turns:
-            target = None if turn.label is False else turn.responses[turn.best]
+            target = None if turn.label is False or not turn.responses else turn.responses[turn.best]
             preference = add_preference(
                 self.preferences, turn.prompt, turn.responses, turn.pairs, target, weight, turn.margin
             )
+            if row.columns is not None:
+                preference.setdefault("columns", row.columns)
+                preference.setdefault("prompt_weight", weight)
             if turn.from_template:
                 preference["from_template"] = True
             if turn.label is not None:

@@ -1,7 +1,7 @@
 """Forms of rows: one function per form turns a row into a prompt with responses and pairs."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ class ParsedRow(NamedTuple):
         margin: of all pairs, the column `margin`.
         earlier_turns: of a dialogue with several demonstrations, those before the last.
         weight: of the loss; None in a row without this column.
+        columns: of the row, for rewards; None if none are needed.
     """
 
     key: Any
@@ -43,6 +44,7 @@ class ParsedRow(NamedTuple):
     margin: float | None = None
     earlier_turns: tuple["ParsedRow", ...] = ()
     weight: float | None = None
+    columns: Mapping[str, Any] | None = None
 
     @property
     def is_plain_text(self) -> bool:
@@ -253,6 +255,19 @@ def _demonstration(row: Row, chat: Chat, messages: list[Message], response: Mess
     return _render(row, chat, messages, [response])._replace(pairs=[], is_demonstration=True)
 
 
+# ---- Prompts without responses ----
+
+
+def _prompts(row: Row, chat: Chat) -> ParsedRow:
+    """A prompt as text as it is, or as messages. Responses are sampled."""
+    if isinstance(row.values.get("prompt"), str):
+        prompt = row.text("prompt")
+        return ParsedRow(prompt, prompt, [], [])
+    name = "messages" if "messages" in row.values else "prompt"
+    messages = _with_system(row, read_messages(row, row.value(name), name))
+    return _render(row, chat, messages, [])._replace(pairs=[])
+
+
 # ---- Parts of message forms ----
 
 
@@ -292,6 +307,7 @@ FORMS: dict[str, Callable[[Row, Chat], ParsedRow | str]] = {
     "completion": _completion,
     "alpaca": _alpaca,
     "dolly": _dolly,
+    "prompts": _prompts,
 }
 # The columns of each form, in the order of detection. Those of `strings` with messages in them are `messages` too.
 COLUMNS = {
@@ -307,14 +323,20 @@ COLUMNS = {
 }
 
 
-def detect_form(row: Row) -> str:
-    """Infer the form of a file from the columns of a row."""
+def detect_form(row: Row, *, may_be_prompts: bool = False) -> str:
+    """Infer the form of a file from the columns of a row.
+
+    Args:
+        may_be_prompts: a prompt without responses is a form too.
+    """
     columns = row.values
     for form, needed in COLUMNS.items():
         if all(name in columns for name in needed):
             texts = [columns[name] for name in needed]
             is_pair = form in ("strings", "transcripts")
             return "messages" if is_pair and any(isinstance(text, (list, dict)) for text in texts) else form
+    if may_be_prompts and "prompt" in columns:
+        return "prompts"
     forms = ", ".join(f"{form} ({', '.join(needed)})" for form, needed in COLUMNS.items())
     problem = f"{row.origin}: the columns {clipped(', '.join(columns)) or '(none)'} are of no known form"
     fix = f"rename them, or name a form with format=: {forms}; chosen and rejected may hold messages"

@@ -1,9 +1,9 @@
 """Preferences: prompts with their responses, and the pairs among these."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import combinations
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 SplitName = Literal["train", "test"]
 Pair = tuple[int, int]  # (preferred, other): indices into responses
@@ -20,6 +20,8 @@ class Preference(TypedDict):
     demonstrations: NotRequired[list[str]]  # further responses for SFT
     margins: NotRequired[dict[tuple[int, int], float]]  # of pairs: by how much the preferred one is better
     from_template: NotRequired[bool]  # written by a chat template, so its special tokens are encoded as such
+    columns: NotRequired[Mapping[str, Any]]  # of the first row with this prompt, for rewards
+    prompt_weight: NotRequired[float]  # the weight of that row
     weights: NotRequired[list[float]]  # of the responses, those of their rows; 1 if absent
 
 

@@ -90,27 +90,35 @@ class _TokenCounter(StoppingCriteria):
 
 @contextmanager
 def _ready_to_generate(model: PreTrainedModel, settings: GenerationConfig, seed: int) -> Iterator[None]:
-    """Prepare a model for sampling in a with block, and restore it.
+    """Prepare a model for generate() in a with block, and restore it.
 
-    - evaluation mode, with the attention from before packing
     - the given generation settings in place of the model's: its repetition penalty would distort the policy
     - a random generator apart
     """
-    was_training, original_settings = model.training, model.generation_config
+    original_settings = model.generation_config
     device = model.get_input_embeddings().weight.device
-    attention = getattr(model, "original_attention", model.config._attn_implementation)
-    # Hidden states may have a lower dtype than the head.
-    head = model.get_output_embeddings()
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        attention_of(model, attention),
-        head.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),)),
-    ):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ready_to_sample(model):
         torch.manual_seed(seed)
         model.generation_config = settings
-        model.eval()
         try:
             yield
         finally:
             model.generation_config = original_settings
+
+
+@contextmanager
+def ready_to_sample(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model in evaluation mode, with the attention from before packing, in a with block."""
+    was_training = model.training
+    attention = getattr(model, "original_attention", model.config._attn_implementation)
+    # Hidden states may have a lower dtype than the head.
+    head = model.get_output_embeddings()
+    with (
+        attention_of(model, attention),
+        head.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),)),
+    ):
+        model.eval()
+        try:
+            yield
+        finally:
             model.train(was_training)

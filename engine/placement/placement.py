@@ -66,6 +66,9 @@ class Placement:
     def all_reduce_sum(self, totals: Tensor) -> None:
         """Add the tensors of all data-parallel ranks, in place."""
 
+    def all_reduce_max(self, values: Tensor) -> None:
+        """Leave the largest values of all data-parallel ranks, in place."""
+
     def gather_from_data_ranks(self, value: T) -> list[T]:
         """The values of all data-parallel ranks, in their order."""
         return [value]

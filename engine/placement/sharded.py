@@ -72,6 +72,9 @@ class ShardedProcesses(Placement):
         dist.all_reduce(totals)
         totals /= self.num_ranks // self.num_data_ranks  # tensor-parallel ranks hold the same values
 
+    def all_reduce_max(self, values: Tensor) -> None:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+
     def gather_from_data_ranks(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(values, value)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def start_save(
     policy_pt_metrics: dict[str, float] | None,
     is_best: bool,
     reference: PreTrainedModel | None = None,
+    write_source: Callable[[Path], None] | None = None,
 ) -> None:
     """Copy weights and optimizer state to the CPU, and start writing a checkpoint. All ranks call this together.
 
@@ -35,6 +37,7 @@ def start_save(
         policy_pt_metrics: metrics for a policy.pt; None for a checkpoint without one.
         is_best: BEST will link to the checkpoint.
         reference: a moving reference, to be saved too.
+        write_source: writes the state of the source into a directory.
     """
     num_examples, adapter = state["counters"]["examples"], adapter_of(policy)
     contents = Contents()
@@ -56,6 +59,8 @@ def start_save(
                 generation_config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         (directory / STATE_FILE).write_text(json.dumps(state, indent=1))
+        if write_source is not None:
+            write_source(directory)
         if has_policy_pt:
             write_policy_pt(directory, num_examples, placement.aliases, policy_pt_metrics or {})
 

@@ -12,6 +12,7 @@ from engine.models.archives import OPTIMIZER, REFERENCE
 from engine.models.weight_files import tensors_of, weights_kind
 from engine.placement.placement import Placement
 from engine.run.resume_check import read_state_file, unreadable
+from engine.step.sources import Source
 from utils import UserError, is_out_of_memory
 
 
@@ -39,6 +40,16 @@ def restore_checkpoint(
         placement.restore(policy, optimizer, tensors_of(checkpoint, weights_kind(policy)), state)
         if reference is not None and has_reference:
             placement.restore_weights(reference, tensors_of(checkpoint, REFERENCE))
+
+
+def restore_source(source: Source, checkpoint: Path) -> None:
+    """Load what a checkpoint keeps of the source.
+
+    Raises:
+        UserError: CHECKPOINT if it is unreadable.
+    """
+    with _as_checkpoint_errors(checkpoint):
+        source.restore(checkpoint)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class NoLoggers:
 
     def train(self, metrics: dict[str, float]) -> None: ...
     def eval(self, metrics: dict[str, float]) -> None: ...
-    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def samples(self, rows: Sequence[Mapping[str, Any]], *, is_shown: bool = True) -> None: ...
     def print(self, text: str) -> None: ...
     def close(self, is_done: bool = True) -> None: ...
 
@@ -119,13 +119,16 @@ class Loggers:
         seconds = (now - self._first[1]) / (examples - self._first[0]) * (self._num_examples - examples)
         return f"{text}, {duration(seconds)} left"
 
-    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, rows: Sequence[Mapping[str, Any]], *, is_shown: bool = True) -> None:
         """Log sampled responses, and print the first.
 
         Args:
             rows: with the same keys each, the counter "examples" first.
+            is_shown: False to write them to samples.jsonl alone.
         """
         self._write("samples.jsonl", rows)
+        if not is_shown:
+            return
         for name, value in rows[0].items():
             if isinstance(value, str):
                 text = printable(value)

@@ -206,14 +206,16 @@ CHECKS = (
         _length_ratio,
         "the policy learns that longer is better, as chosen responses are often longer. Judges and rewards like length"
         " too, so compare at equal length",
-        "try loss=simpo, loss=ld_dpo or loss.average_log_prob=true, raise loss.beta, or balance lengths in the data",
+        "try loss=simpo, loss=ld_dpo or loss.average_log_prob=true, raise loss.beta, or balance lengths in the data."
+        " In online training, loss=dr_grpo or a reward of length",
     ),
     Check(
         "unfinished_rise",
         _unfinished_rise,
         "the policy forgets to end its responses. Often the end of text was truncated in training, or both responses"
         " have it and its probability falls with theirs",
-        "raise max_length, add loss.sft_weight=0.1, lower lr or raise loss.beta",
+        "raise max_length, add loss.sft_weight=0.1, lower lr or raise loss.beta. In online training, set"
+        " rollout.missing_eos_penalty",
     ),
     Check(
         "clipped_share",

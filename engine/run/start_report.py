@@ -13,17 +13,22 @@ FIRST_MARGIN = 1e-3
 LEAST_RATIO, MOST_RATIO = 0.99, 1.35
 
 
-def describe_training(settings: Settings, *, num_examples: int, num_train: int, num_eval: int) -> str:
+def describe_training(settings: Settings, *, num_examples: int, num_updates: int, num_train: int, num_eval: int) -> str:
     """How long training will be.
 
     Args:
-        num_examples: of the whole run, all epochs together.
+        num_examples, num_updates: of the whole run, all epochs together.
         num_train, num_eval: examples in the training split, and in an evaluation.
     """
-    num_updates = math.ceil(num_examples / settings.batch_size)
     per_epoch = math.ceil(num_train / settings.batch_size)
     line = f"training on {num_examples:,} examples in {_steps(num_updates)} of {settings.batch_size}"
     line += f" ({per_epoch:,} an epoch), evaluating on {num_eval:,}"
+    if settings.loss.is_online:
+        rollout, num_prompts = settings.rollout, settings.rollout.prompts or settings.batch_size
+        passes = "once" if rollout.epochs == 1 else f"{rollout.epochs} times"
+        line = f"training on {num_examples:,} prompts in {_steps(num_updates)} of {settings.batch_size}"
+        line += f"; {rollout.num_responses} responses to each of {num_prompts:,} prompts at a time, learned {passes}"
+        line += f", evaluating on {num_eval:,}"
     if num_eval < settings.n_eval_examples:
         line += f" (all there are; n_eval_examples={settings.n_eval_examples})"
     if settings.n_examples is not None and num_examples < settings.n_examples:

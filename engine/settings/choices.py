@@ -18,7 +18,7 @@ TORCH_OPTIMIZERS: tuple[str, ...] = get_args(TorchOptimizer)
 LowerIsBetter = Literal["loss/eval", "kl_eval"]
 HigherIsBetter = Literal[
     "rewards_eval/accuracies", "rewards_eval/margins", "rewards_eval/chosen", "logps_eval/chosen",
-    "ground_truth/policy", "ground_truth/win_rate",
+    "ground_truth/policy", "ground_truth/win_rate", "rewards_eval/sampled", "rewards_eval/greedy",
 ]  # fmt: skip
 BestMetric = LowerIsBetter | HigherIsBetter
 
@@ -30,7 +30,7 @@ def is_better(metric: BestMetric, value: float, best: float) -> bool:
 
 # Forms of rows in files; their readers are in engine/data/forms.py.
 RowForm = Literal[
-    "strings", "transcripts", "messages", "sharegpt", "ranked", "unpaired", "completion", "alpaca", "dolly"
+    "strings", "transcripts", "messages", "sharegpt", "ranked", "unpaired", "completion", "alpaca", "dolly", "prompts"
 ]
 
 # Chat templates of this program; their text is in engine/data/chat_templates.py.

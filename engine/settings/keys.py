@@ -1,7 +1,7 @@
 """The dotted keys of a config, and their types."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel
@@ -64,12 +64,18 @@ def loss_types(name: str) -> dict[str, Any]:
     common = {"average_log_prob": loss.log_probs == "either", "sft_weight": loss.takes_sft_weight}
     common["head_init"] = loss.head == "score"
     types = {key: field_type(LossSettings.model_fields[key]) for key, is_taken in common.items() if is_taken}
-    hints = get_type_hints(loss.function, include_extras=True)
-    for keyword, parameter in inspect.signature(loss.function).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
+    for function in filter(None, (loss.function, loss.advantages)):
+        hints = get_type_hints(function, include_extras=True)
+        for keyword in keyword_names(function):
             hint = hints.get(keyword, Any)
             types[keyword] = Text if hint is str else hint
     return {f"loss.{key}": hint for key, hint in types.items()}
+
+
+def keyword_names(function: Callable[..., Any]) -> list[str]:
+    """The keyword-only parameters of a function."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
 def all_keys() -> list[str]:

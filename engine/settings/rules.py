@@ -1,5 +1,6 @@
 """Rules across keys: one function a rule, and RULES."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from engine.settings.choices import BITSANDBYTES_OPTIMIZERS
 from engine.settings.messages import shown
 from engine.settings.presets import tiny_architecture
+from rewards import REWARDS
 
 Problem = str | None
 
@@ -309,6 +311,102 @@ def scores_are_not_sampled(samples: bool, loss: str) -> Problem:
     return f"true needs a model of text, and loss={loss} trains one of scores: sample_during_eval=false"
 
 
+# ---- Online training ----
+
+
+@rule("rewards")
+def rewards_are_known(names: list[str] | None) -> Problem:
+    unknown = [name for name in names or [] if name not in REWARDS]
+    return f"names {', '.join(unknown)}, and the rewards are {', '.join(REWARDS)}" if unknown else None
+
+
+@rule("reward_weights", "rewards")
+def reward_weights_are_of_rewards(weights: list[float] | None, names: list[str] | None) -> Problem:
+    if weights is None or (names is not None and len(weights) == len(names)):
+        return None
+    return f"must have one number for each of rewards ({0 if names is None else len(names)}), not {len(weights)}"
+
+
+@rule("reward_options", "rewards")
+def reward_options_are_of_rewards(options: dict[str, Any] | None, names: list[str] | None) -> Problem:
+    for name, keywords in (options or {}).items():
+        if name not in (names or []):
+            return f"are for {name}, and rewards is {shown(names)}"
+        parameters = inspect.signature(REWARDS[name]).parameters.values()
+        known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        unknown = [key for key in keywords if key not in known] if isinstance(keywords, dict) else [shown(keywords)]
+        if unknown:
+            return f"give {name} {', '.join(unknown)}, and it takes {', '.join(known) or 'none'}"
+    return None
+
+
+@rule("rollout.prompts", "batch_size")
+def iterations_are_whole_batches(num_prompts: int | None, batch_size: int) -> Problem:
+    if num_prompts is None or num_prompts % batch_size == 0:
+        return None
+    return f"must be a multiple of batch_size ({batch_size}), not {num_prompts}"
+
+
+@rule("rollout.num_responses", "loss.name")
+def leave_one_out_has_others(num_responses: int, loss: str) -> Problem:
+    if num_responses > 1 or not _is_online(loss) or loss in ("reinforce_pp", "remax"):
+        return None
+    return f"must be at least 2 with loss={loss}, not 1: a response is compared with the others of its prompt"
+
+
+@rule("rollout.max_new_tokens", "max_length")
+def responses_fit(num_tokens: int | None, max_length: int) -> Problem:
+    if num_tokens is None or num_tokens < max_length:
+        return None
+    return f"must be below max_length ({max_length}), not {num_tokens}, to leave room for a prompt"
+
+
+@rule("reference", "loss.name")
+def rollouts_have_a_live_reference(reference: str, loss: str) -> Problem:
+    if reference != "cached" or not _is_online(loss):
+        return None
+    return f"cached keeps log-probs of stored responses, and loss={loss} samples new ones: auto or live"
+
+
+@rule("peft.dropout", "loss.name")
+def rollouts_have_no_dropout(dropout: float, loss: str) -> Problem:
+    if dropout == 0 or not _is_online(loss):
+        return None
+    return f"must be 0 with loss={loss}, not {dropout:g}: log-probs would differ from those of the sampling policy"
+
+
+@rule("rollout.truncated", "loss.name")
+def pairs_stay_whole(truncated: str, loss: str) -> Problem:
+    is_broken = truncated == "mask" and loss == "online_dpo"
+    return (
+        f"mask would leave pairs of loss={loss} with one response: rollout.missing_eos_penalty" if is_broken else None
+    )
+
+
+@rule("keep_best", "loss.name")
+def best_is_a_metric_of_rollouts(best: str | None, loss: str) -> Problem:
+    names = ("rewards_eval/sampled", "rewards_eval/greedy")
+    if best is None or _is_online(loss) == (best in names) or (_is_online(loss) and best == "kl_eval"):
+        return None
+    return f"{best} is not measured with loss={loss}" + (f", only {', '.join(names)} are" if _is_online(loss) else "")
+
+
+@rule("plan", "loss.name")
+def rollouts_have_no_plan(plan: bool, loss: str) -> Problem:
+    return f"true needs stored responses, and loss={loss} samples them" if plan and _is_online(loss) else None
+
+
+@rule("length_grouping", "loss.name")
+def rollouts_have_no_lengths(groups: bool, loss: str) -> Problem:
+    return f"true needs stored responses, and loss={loss} samples them" if groups and _is_online(loss) else None
+
+
+def _is_online(loss: str) -> bool:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    return LOSSES[loss].batch == "rollout"
+
+
 # ---- The best checkpoint ----
 
 
@@ -327,6 +425,8 @@ def best_is_a_metric_of_the_loss(best: str | None, loss: str) -> Problem:
     batch = LOSSES[loss].batch
     if best is not None and best.startswith(("rewards", "kl")) and batch == "sft":
         return f"{best} is of preference losses, not of {loss}"
+    if batch == "rollout":
+        return None  # see best_is_a_metric_of_rollouts
     if best is not None and best.startswith(("rewards", "logps")) and batch == "unpaired":
         return f"{best} is of losses of pairs: {loss} has loss/eval, kl_eval and ground_truth/*"
     if best is not None and best.startswith("logps") and LOSSES[loss].head == "score":
@@ -343,7 +443,8 @@ def token_kl_has_a_live_reference(reference: str, loss: str) -> Problem:
 
 @rule("keep_best", "reference", "loss.name")
 def kl_has_a_live_reference(best: str | None, reference: str, loss: str) -> Problem:
-    if best != "kl_eval" or reference == "live" or (reference == "auto" and _needs_token_kl(loss)):
+    is_live = reference == "live" or (reference == "auto" and (_needs_token_kl(loss) or _is_online(loss)))
+    if best != "kl_eval" or is_live:
         return None
     return f"{best} needs reference=live, not {reference}: it must be measured in every evaluation"
 
@@ -354,8 +455,8 @@ def _needs_token_kl(loss: str) -> bool:
     return "token kl" in LOSSES[loss].needs
 
 
-@rule("keep_best", "sample_during_eval")
-def best_by_samples_has_samples(best: str | None, samples: bool) -> Problem:
-    if best is None or not best.startswith(("ground_truth", "kl")) or samples:
+@rule("keep_best", "sample_during_eval", "loss.name")
+def best_by_samples_has_samples(best: str | None, samples: bool, loss: str) -> Problem:
+    if best is None or not best.startswith(("ground_truth", "kl")) or samples or _is_online(loss):
         return None
     return f"{best} is measured on samples: sample_during_eval=true"

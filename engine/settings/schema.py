@@ -31,6 +31,7 @@ from engine.settings.value_types import (
     PossiblePath,
     Probability,
     ProductDtype,
+    RewardNames,
     RunName,
     Seed,
     TargetModules,
@@ -80,10 +81,19 @@ class LossSettings(Group):
 
     @property
     def needs(self) -> "Set[Need]":
-        """Those of the loss; no reference with reference_free."""
+        """Those of the loss; no reference with reference_free, or for rollouts with beta=0."""
         from losses import LOSSES  # imports torch, which takes seconds
 
-        return LOSSES[self.name].needs - ({"reference"} if self.keywords.get("reference_free") else set())
+        has_no_kl = self.is_online and self.keywords.get("beta") == 0
+        is_free = self.keywords.get("reference_free") or has_no_kl
+        return LOSSES[self.name].needs - ({"reference"} if is_free else set())
+
+    @property
+    def is_online(self) -> bool:
+        """Whether it learns from responses sampled in training."""
+        from losses import LOSSES  # imports torch, which takes seconds
+
+        return LOSSES[self.name].batch == "rollout"
 
     @property
     def needs_order(self) -> bool:
@@ -139,6 +149,18 @@ class FreezeSettings(Group):
 class ReferenceRefreshSettings(Group):
     every: Count | None
     mix: Probability
+
+
+class RolloutSettings(Group):
+    num_responses: Count
+    prompts: Count | None
+    epochs: Count
+    max_new_tokens: Count | None
+    temperature: Positive
+    max_rows: Count
+    truncated: Literal["keep", "mask"]
+    missing_eos_penalty: NonNegative | None
+    max_resamples: CountOrZero | None
 
 
 class WandbSettings(Group):
@@ -218,6 +240,12 @@ class Settings(Group):
     activation_checkpointing: CheckpointedLayers
     matmul_precision: Literal["highest", "high", "medium"]
     compile: bool
+    rollout: RolloutSettings
+    rewards: RewardNames | None
+    reward_weights: list[float] | None
+    reward_clip: Positive | None
+    reward_options: dict[str, Any] | None
+    on_bad_reward: Literal["raise", "drop"]
     reference: Literal["auto", "cached", "live"]
     reference_refresh: ReferenceRefreshSettings
 
@@ -243,6 +271,11 @@ class Settings(Group):
     _source: DictConfig = PrivateAttr()
 
     @property
+    def max_new_tokens(self) -> int:
+        """The longest sampled response, in tokens."""
+        return self.rollout.max_new_tokens or self.max_length - self.max_prompt_length
+
+    @property
     def source(self) -> DictConfig:
         """The composed config, read-only: interpolations unresolved, so that secrets stay names."""
         return self._source
@@ -250,7 +283,7 @@ class Settings(Group):
     @property
     def has_live_reference(self) -> bool:
         """Whether the frozen model stays loaded, for a loss with a reference. What auto means depends on the rest."""
-        is_needed = "token kl" in self.loss.needs or self.reference_refresh.every is not None
+        is_needed = "token kl" in self.loss.needs or self.reference_refresh.every is not None or self.loss.is_online
         return self.reference == "live" or (self.reference == "auto" and is_needed)
 
     @property

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from engine.settings.messages import shown
 from engine.settings.presets import CONFIG_DIR
-from engine.settings.schema import Settings
+from engine.settings.schema import RolloutSettings, Settings
 from utils import UserError
 
 EMBEDDED = {"films"}  # data sets that read no files
@@ -69,6 +69,10 @@ def _without_reference(run: Context) -> str | None:
     return None if run.has_reference else f"loss={run.settings.loss.name} has no reference model here"
 
 
+def _offline(run: Context) -> str | None:
+    return None if run.settings.loss.is_online else f"loss={run.settings.loss.name} learns stored responses"
+
+
 def _without_wandb(run: Context) -> str | None:
     if run.settings.debug:
         return "debug=true logs nothing to wandb"
@@ -114,6 +118,12 @@ UNUSED = (
             else f"mixed_precision={shown(run.settings.mixed_precision)} replaces it"
         ),
     ),
+    *(Unused(f"rollout.{name}", _offline, is_mistake=True) for name in RolloutSettings.model_fields),
+    Unused("reward_weights", _offline, is_mistake=True),
+    Unused("reward_options", _offline, is_mistake=True),
+    Unused("reward_clip", _offline, is_mistake=True),
+    Unused("rewards", _offline, is_mistake=True),
+    Unused("on_bad_reward", _offline),
     Unused("loss.alpha", _without_alpha),
     Unused("peft.double_quant", _of_int8),
     Unused("peft.storage_dtype", _of_int8),
@@ -186,7 +196,7 @@ def check_unused(settings: Settings, dataset_names: Collection[str], has_experim
         named=[name for name in settings.datasets if name in dataset_names],
         files=[name for name in settings.datasets if name not in dataset_names],
         has_reference="reference" in settings.loss.needs,
-        learns_dialogues=loss.batch == "sft",
+        learns_dialogues=loss.batch in ("sft", "rollout"),
     )
     mistakes, warnings = [], []
     for each in UNUSED:

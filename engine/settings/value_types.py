@@ -134,6 +134,12 @@ Datasets = Annotated[
     Predicate(are_distinct_texts),
     Words("a list of names and paths such as [hh,shp], each once"),
 ]
+RewardNames = Annotated[
+    list[str],
+    BeforeValidator(as_list),
+    Predicate(are_distinct_texts),
+    Words("a list of names such as [number_match,length], each once"),
+]
 Weights = Annotated[list[Positive], MinLen(1), Words("a list of numbers above 0 such as [0.7,0.3]")]
 Patterns = Annotated[list[str], Predicate(are_patterns), Words("a list of regular expressions such as ['embed']")]
 ModuleNames = Annotated[list[str], Predicate(are_texts), Words("a list of names such as [lm_head]")]

@@ -71,6 +71,8 @@ def run_unsharded_head(
     head = model.get_output_embeddings()
     hidden = _packed_hidden(model, batch)
     weight, bias, shard = _head_shard(head)
+    if needs.temperature != 1:
+        hidden, bias = hidden / needs.temperature, None if bias is None else bias / needs.temperature
     return chunked_head(hidden, weight, bias, batch, span_loss, shard, low_weight(head, hidden.dtype), needs)
 
 

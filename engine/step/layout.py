@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.data.examples import Example
 from engine.step.attention import Segments
+from engine.step.samples import Samples, lay_out_samples, no_samples
 from utils import to_device
 
 
@@ -67,6 +68,8 @@ class Microbatch:
     shared_index: Tensor | None = None  # int64 [shared targets]
     shared_lengths: Tensor | None = None  # int64 [2 * examples], min(|chosen|, |rejected|) twice
     shared_offsets: Sequence[int] = ()  # where each example's part of shared_index starts, and the end
+    samples: Samples | None = None  # of rollouts
+    num_left_out: int = 0  # further examples, without responses; their loss is 0
 
     @property
     def num_examples(self) -> int:
@@ -82,7 +85,8 @@ class Microbatch:
         tensors = {name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         if device.type == "cuda" and self.segments is not None:
             self.segments.varlen(device)
-        return Microbatch(**{**vars(self), **tensors})
+        samples = self.samples.to(device) if self.samples else None
+        return Microbatch(**{**vars(self), **tensors, "samples": samples})
 
 
 @dataclass
@@ -110,6 +114,11 @@ def _groups(examples: Sequence[Example]) -> list[_Group]:
     for example in examples:
         groups.setdefault(example.prompt.tobytes(), _Group(example.prompt)).add(example)
     return list(groups.values())
+
+
+def in_group_order(examples: Sequence[Example]) -> list[Example]:
+    """Examples in the order of lay_out()."""
+    return [example for group in _groups(examples) for example in group.examples]
 
 
 def lay_out(
@@ -152,26 +161,32 @@ def lay_out(
     # These slow down every operation of the model, by a third with GNU's OpenMP on two cores.
     lengths = np.array([len(response) for _, response in responses])
     in_order = [example for group in groups for example in group.examples]
-    has_pairs = in_order[0].comparisons is None and len(numbers[0]) == 2
     shared: dict[str, Any] = {
         "targets": _tensor([response for _, response in responses]),
         "response_index": torch.from_numpy(np.repeat(np.arange(len(responses)), lengths)),
         "response_lengths": torch.from_numpy(lengths),
         "num_responses": torch.tensor([len(group.responses) for group in groups]),
         "chosen": torch.tensor([first for first, *_ in numbers]),
-        "rejected": torch.tensor([second for _, second in numbers]) if has_pairs else None,
+        "rejected": _rejected(in_order[0], numbers),
         **_labels_and_weights(in_order),
         **_rankings(in_order, numbers),
         "groups": spans,
         "responses": responses,
         "prompt_indices": sorted({example.prompt_index for example in examples}),
+        "samples": lay_out_samples(in_order, numbers, lengths) if in_order[0].is_sampled else None,
     }
-    if with_shared and has_pairs:  # sampled responses are single
+    if with_shared and shared["rejected"] is not None:  # sampled responses are single
         shared |= _shared_targets(np.array(numbers), lengths)
     rows = _packed_row(groups, feeds_last_token) if layout == "packed" else _padded_rows(responses, pad_token_id)
     if not feeds_last_token:
         rows["score_index"] = None
     return Microbatch(**shared, **rows)
+
+
+def _rejected(first: Example, numbers: Sequence[tuple[int, ...]]) -> Tensor | None:
+    """Numbers of the rejected responses of pairs, [examples]; None for other examples."""
+    is_pair = first.comparisons is None and not first.is_sampled and len(numbers[0]) == 2
+    return torch.tensor([second for _, second in numbers]) if is_pair else None
 
 
 def _labels_and_weights(examples: Sequence[Example]) -> dict[str, Tensor | None]:
@@ -254,6 +269,7 @@ def empty_microbatch(num_responses: int, layout: str = "packed", feeds_last_toke
         shared_index=no_tokens,
         shared_lengths=no_tokens,
         shared_offsets=[0],
+        samples=no_samples(),
     )
 
 

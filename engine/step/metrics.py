@@ -32,6 +32,7 @@ class MetricAccumulator:
         self._values: dict[str, list[Tensor]] = {}
         self._selected: dict[str, list[Tensor]] = {}  # whether each value counts
         self._moments: dict[str, list[Tensor]] = {}
+        self._largest: dict[str, list[Tensor]] = {}
         self.num_tokens = 0  # fed tokens
 
     def add(self, **values: Tensor) -> None:
@@ -59,18 +60,30 @@ class MetricAccumulator:
             moments = torch.stack([selected.sum().double(), value.sum(), value.square().sum()])
             self._moments.setdefault(name, []).append(moments)
 
+    def add_largest(self, **values: Tensor) -> None:
+        """Add values of any shape. Their metric is the largest of all."""
+        for name, value in values.items():
+            largest = value.detach().double().max() if value.numel() else value.new_full((), -math.inf).double()
+            self._largest.setdefault(name, []).append(largest)
+
     def add_slice(self, other: "MetricAccumulator", examples: slice) -> None:
         """Add the values that another accumulator has of some examples."""
         for own, others in ((self._values, other._values), (self._selected, other._selected)):
             for name, values in others.items():
                 own.setdefault(name, []).append(torch.cat(values)[examples])
 
-    def reduce(self, all_reduce_sum: Callable[[Tensor], None], stop: bool = False) -> ReducedMetrics:
-        """The means over all ranks, in one collective.
+    def reduce(
+        self,
+        all_reduce_sum: Callable[[Tensor], None],
+        stop: bool = False,
+        all_reduce_max: Callable[[Tensor], None] | None = None,
+    ) -> ReducedMetrics:
+        """The means over all ranks, in one collective; largest values take another one.
 
         Args:
             all_reduce_sum: adds the tensors of all ranks, in place.
             stop: whether this rank was told to stop.
+            all_reduce_max: leaves the largest values of all ranks, in place; for add_largest().
         """
         joined = [torch.cat(values).double() for values in self._values.values()]
         selected = [torch.cat(each).double() for each in self._selected.values()]
@@ -86,6 +99,12 @@ class MetricAccumulator:
         means |= {name: means[name] * num_examples / number for name, number in num_selected.items()}
         for name, (number, total, squares) in zip(self._moments, of_moments.view(-1, 3), strict=True):
             means[name] = (squares / number - (total / number).square()).clamp(min=0).sqrt()
+        if self._largest:
+            largest = torch.stack([torch.stack(values).max() for values in self._largest.values()])
+            if all_reduce_max is not None:
+                all_reduce_max(largest)
+            largest = largest.where(largest > -math.inf, math.nan)  # of no values
+            means |= dict(zip(self._largest, largest.unbind(), strict=True))
         return ReducedMetrics(means, num_tokens, num_stopped)
 
 
@@ -134,6 +153,8 @@ def prefix_metrics(means: Mapping[str, Tensor], split: str) -> dict[str, Tensor]
 
 def _prefixed(name: str, split: str) -> str:
     group, slash, rest = name.partition("/")
+    if group == "policy":  # metrics of online training have the names they have elsewhere
+        return name
     return f"{group}_{split}/{rest}" if slash else f"{name}/{split}"
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,7 @@ class MicrobatchRunner:
         layout: "packed" or "padded".
         device: of the LM head; batches go there.
         compute_dtype: dtype of forward and backward passes; None for the dtype of the weights.
+        temperature: of log-probs; that of sampling for rollouts.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class MicrobatchRunner:
         pad_token_id: int,
         device: torch.device,
         compute_dtype: torch.dtype | None,
+        temperature: float = 1.0,
     ):
         self.policy, self.objective = policy, objective
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.temperature = compute_dtype, temperature
         self.reference: Reference | None = None
         self.next_state: dict[str, Tensor] = {}  # of the objective, after the batch
         self._layout, self._pad_token_id, self._device = layout, pad_token_id, device
@@ -76,16 +79,19 @@ class MicrobatchRunner:
     def lay_out(self, examples: Sequence[Example]) -> Microbatch:
         """Examples as one microbatch on the device. Without examples, an empty one."""
         feeds_last_token = self.objective.head == "score"
-        if not examples:
+        laid_out = [example for example in examples if example.responses]
+        if laid_out:
+            batch = lay_out(
+                laid_out,
+                self._layout,
+                self._pad_token_id,
+                with_shared="shared length" in self.objective.needs,
+                feeds_last_token=feeds_last_token,
+            )
+        else:
             num_responses = 2 if self.objective.batch == "pairs" else 1
-            return empty_microbatch(num_responses, self._layout, feeds_last_token).to(self._device)
-        return lay_out(
-            examples,
-            self._layout,
-            self._pad_token_id,
-            with_shared="shared length" in self.objective.needs,
-            feeds_last_token=feeds_last_token,
-        ).to(self._device)
+            batch = empty_microbatch(num_responses, self._layout, feeds_last_token)
+        return replace(batch, num_left_out=len(examples) - len(laid_out)).to(self._device)
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
         """lay_out(), with the log-probs of a cached reference."""
@@ -103,6 +109,8 @@ class MicrobatchRunner:
         reference = self.reference
         if not isinstance(reference, kind) or "token kl" in self.objective.needs:  # which come with the KL
             return None
+        if self.objective.batch == "rollout":  # computed with the responses
+            return None
         return reference.token_logps(batch) if "shared length" in self.objective.needs else reference.logps(batch)
 
     @contextmanager
@@ -113,7 +121,31 @@ class MicrobatchRunner:
             with reference.distributions(batch) as distributions:
                 yield TokenNeeds("confidence" in objective.needs, distributions)
         else:
-            yield TokenNeeds("confidence" in objective.needs)
+            yield TokenNeeds("confidence" in objective.needs, temperature=self.temperature)
+
+    @torch.no_grad()
+    def sample_logps(self, examples: Sequence[Example]) -> list[tuple[list[Tensor], list[Tensor] | None]]:
+        """Log-probs of the tokens of sampled responses, as training will compute them.
+
+        Args:
+            examples: of a microbatch.
+
+        Returns:
+            for each example with responses, in_group_order(): log-probs of each response under the policy, and under
+            the reference if there is one, [response tokens] each.
+        """
+        batch, needs = self.lay_out(examples), TokenNeeds(temperature=self.temperature)
+        models = [run_head(self.policy, batch, needs=needs)[1]]
+        if isinstance(self.reference, LiveReference):
+            models.append(self.reference.token_logps(batch, needs))
+        assert batch.samples is not None
+        samples, offsets = batch.samples, batch.samples.sample_offsets
+        by_model = [logps[samples.index].cpu().split(samples.lengths.tolist()) for logps in models]
+        found: list[tuple[list[Tensor], list[Tensor] | None]] = []
+        for start, end in pairwise(offsets):
+            policy, *reference = ([*logps[start:end]] for logps in by_model)
+            found.append((policy, reference[0] if reference else None))
+        return found
 
     def first_pass(
         self, batch: Batch, all_reduce_sum: Callable[[Tensor], None], metrics: MetricAccumulator, *, trains: bool
@@ -191,6 +223,8 @@ class MicrobatchRunner:
         for prepared in batch.microbatches:
             yield self.loss(prepared, len(batch.examples), first, metrics, first_example)
             first_example += prepared.microbatch.num_examples
+            if prepared.microbatch.num_left_out:
+                metrics.add(loss=torch.zeros(prepared.microbatch.num_left_out, device=self._device))
 
     def loss(
         self,

@@ -7,12 +7,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from engine.settings.keys import keyword_names
 from engine.settings.schema import LossSettings
 from engine.step.layout import GroupSpan, Microbatch
 from engine.step.logprobs import sum_by_response
 from engine.step.metrics import MetricAccumulator
 from engine.step.reward_metrics import ScoredRankings
-from losses import LOSSES, BatchKind, Head, Loss, Need, mean_over_pairs, of_pairs
+from losses import LOSSES, BatchKind, Head, Loss, Need
+from reward_losses import mean_over_pairs, of_pairs
 from utils import UserError
 
 NO_COLUMNS: Mapping[str, Tensor] = {}
@@ -226,7 +228,7 @@ def _sum_shared(token_values: Tensor, batch: Microbatch, span: GroupSpan) -> tup
 
 
 class RankingObjective:
-    """Applies a loss of losses.py to one score per ranked response."""
+    """Applies a loss of reward_losses.py to one score per ranked response."""
 
     def __init__(self, loss: Loss, settings: LossSettings):
         self.batch, self.head, self.needs = loss.batch, loss.head, loss.needs
@@ -277,9 +279,83 @@ class RankingObjective:
         return losses
 
 
+@dataclass(frozen=True)
+class RolloutInputs(LossInputs):
+    """What a loss reads of sampled responses. Columns are of their tokens, [tokens] each.
+
+    Args:
+        lengths: of the samples, [samples].
+        num_tokens: of the samples of each example, [examples].
+    """
+
+    num_tokens: Tensor | None = None
+
+
+class RolloutObjective:
+    """Applies a loss of online_losses.py to the log-prob of each token of each sample."""
+
+    def __init__(self, loss: Loss, settings: LossSettings):
+        self.batch, self.head = loss.batch, loss.head
+        self.needs = settings.needs
+        self.state: dict[str, Tensor] = {}
+        self._function = loss.function
+        self._keywords = {name: settings.keywords[name] for name in keyword_names(loss.function)}
+        self._clips = [settings.keywords[name] for name in ("clip_low", "clip_high") if name in settings.keywords]
+
+    def read(
+        self,
+        outputs: Tensor,
+        batch: Microbatch,
+        span: GroupSpan,
+        reference_logps: Tensor | None,
+        columns: Mapping[str, Tensor] = NO_COLUMNS,
+    ) -> RolloutInputs:
+        assert batch.samples is not None
+        samples = batch.samples.of_examples(span.examples)
+        logps = outputs[samples.index - span.targets.start]
+        zeros = torch.zeros_like(logps)
+
+        def given(values: Tensor | None) -> Tensor:  # a measurement has no values yet
+            return zeros if values is None else values.to(logps.dtype)
+
+        old_logps = logps.detach() if samples.old_logps is None else samples.old_logps.to(logps.dtype)
+        return RolloutInputs(
+            arguments=[logps, old_logps, given(samples.reference_logps), given(samples.advantages)],
+            chosen_means=zeros,
+            weights=given(samples.weights),
+            lengths=samples.lengths,
+            num_tokens=samples.num_tokens,
+        )
+
+    def next_state(self, inputs: LossInputs, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
+    def losses(self, inputs: LossInputs, scalars: Sequence[Tensor], metrics: MetricAccumulator) -> Tensor:
+        assert isinstance(inputs, RolloutInputs) and inputs.num_tokens is not None
+        losses = self._function(*inputs.arguments, inputs.lengths, **self._keywords) * inputs.weights
+        by_example = sum_by_response(losses, inputs.num_tokens)
+        metrics.add(loss=by_example)
+        self._add_metrics(inputs, metrics)
+        return by_example
+
+    def _add_metrics(self, inputs: RolloutInputs, metrics: MetricAccumulator) -> None:
+        """Add how far the policy has moved from the sampling one, over all tokens."""
+        logps, old_logps, *_ = inputs.arguments
+        logratios = logps.detach() - old_logps
+        ratios, every = logratios.exp(), torch.ones_like(logratios, dtype=torch.bool)
+        values = {"policy/approxkl": logratios.square() / 2}
+        if self._clips:
+            low, high = self._clips
+            values["policy/clipfrac"] = ((ratios < 1 - low) | (ratios > 1 + high)).to(ratios.dtype)
+        metrics.add_where(every, **values)
+        metrics.add_largest(**{"policy/ratio_max": ratios})
+
+
 def make_objective(settings: LossSettings) -> Objective:
     """The objective of the settings' loss."""
     loss = LOSSES[settings.name]
     if loss.batch == "ranked":
         return RankingObjective(loss, settings)
+    if loss.batch == "rollout":
+        return RolloutObjective(loss, settings)
     return SequenceObjective(loss, settings)

@@ -17,7 +17,7 @@ from engine.step.layout import Microbatch
 from engine.step.logprobs import sum_by_response
 from engine.step.metrics import HostCopy
 from engine.step.reference_cache import CachedReference
-from engine.step.token_needs import ReferenceHead
+from engine.step.token_needs import NO_NEEDS, ReferenceHead, TokenNeeds
 from utils import content_hash, prefetch, progress
 
 KERNELS = 3  # the version of our own kernels: count up when they change log-probs
@@ -36,10 +36,10 @@ class LiveReference:
         return sum_by_response(self.token_logps(batch), batch.response_lengths)
 
     @torch.no_grad()
-    def token_logps(self, batch: Microbatch) -> Tensor:
+    def token_logps(self, batch: Microbatch, needs: TokenNeeds = NO_NEEDS) -> Tensor:
         """Log-probs of the targets, [targets]."""
         with self.in_mixed_precision(), self.as_reference():
-            return run_head(self.model, batch)[1]
+            return run_head(self.model, batch, needs=needs)[1]
 
     @contextmanager
     def distributions(self, batch: Microbatch) -> Iterator[ReferenceHead | Tensor]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses import of_pairs
+from reward_losses import of_pairs
 
 NUM_BINS = 10  # of the calibration error
 TEMPERATURES = (0.01, 100.0)  # the range of the fit: without wrong pairs, none is the best

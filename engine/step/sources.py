@@ -1,9 +1,11 @@
 """Batch sources: the examples of each batch, in order."""
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, islice
+from pathlib import Path
 from typing import Protocol
 
 from engine.data.examples import Example, fingerprint
@@ -15,7 +17,7 @@ class Source(Protocol):
     """Where the batches of a run come from.
 
     Attributes:
-        num_examples: of the whole run.
+        num_examples, num_updates: of the whole run.
         may_prefetch: a batch may be made before the previous step ends. True for stored examples, false for rollouts:
             they depend on the policy.
         fingerprint: a hash of all examples of the source. Checkpoints keep it, and a resumed run must match it.
@@ -27,6 +29,9 @@ class Source(Protocol):
     def num_examples(self) -> int: ...
 
     @property
+    def num_updates(self) -> int: ...
+
+    @property
     def fingerprint(self) -> str: ...
 
     def batches(self, start: int = 0) -> Iterator[list[Example]]:
@@ -35,6 +40,22 @@ class Source(Protocol):
 
     def new_batches(self) -> Iterator[list[Example]]:
         """The batches of the run with an example that no batch before them has."""
+        ...
+
+    def take_facts(self, log_samples: Callable[..., None]) -> dict[str, float]:
+        """Metrics of the responses sampled since the last call.
+
+        Args:
+            log_samples: takes rows, and is_shown.
+        """
+        ...
+
+    def state(self, num_examples: int) -> Callable[[Path], None] | None:
+        """A function: writes what a checkpoint after num_examples must keep, into a directory. None for nothing."""
+        ...
+
+    def restore(self, checkpoint: Path) -> None:
+        """Read what state() has written, if anything."""
         ...
 
 
@@ -68,6 +89,10 @@ class StoredExamples:
     def num_examples(self) -> int:
         return num_planned(len(self.examples), self._n_epochs, self._n_examples)
 
+    @property
+    def num_updates(self) -> int:
+        return math.ceil(self.num_examples / self._batch_size)
+
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.examples)
@@ -88,6 +113,15 @@ class StoredExamples:
             num_new -= len(found)
             if found:
                 yield [self.examples[index] for index in batch]
+
+    def take_facts(self, log_samples: Callable[..., None]) -> dict[str, float]:
+        return {}
+
+    def state(self, num_examples: int) -> Callable[[Path], None] | None:
+        return None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Nothing: the batches follow from the examples and the seed."""
 
     def _plan(self) -> Iterator[list[int]]:
         return plan_batches(

@@ -102,7 +102,7 @@ def _extent(group: Sequence[Example], layout: str, feeds_last_token: bool) -> Ex
     if layout == "packed":
         return _num_packed(group, feeds_last_token), 1
     row_lengths = [len(example.prompt) + len(response) for example in group for response in example.responses]
-    return max(row_lengths), len(row_lengths)
+    return max(row_lengths, default=0), len(row_lengths)
 
 
 def _join(first: Extent, second: Extent, layout: str) -> Extent:

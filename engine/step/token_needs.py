@@ -31,10 +31,12 @@ class TokenNeeds:
         reference: gives the columns "reference", the log-prob under the reference, without gradient, and "kl",
             KL(reference || policy) over the vocabulary, with gradient. A head if packed; logits [targets, vocabulary]
             if padded.
+        temperature: divides the logits. Log-probs are those of sampling at it.
     """
 
     confidence: bool = False
     reference: ReferenceHead | Tensor | None = None
+    temperature: float = 1.0
 
 
 NO_NEEDS = TokenNeeds()
@@ -50,6 +52,8 @@ def plain_token_columns(logits: Tensor, targets: Tensor, needs: TokenNeeds) -> t
     Returns:
         all [targets], in fp32 or fp64.
     """
+    if needs.temperature != 1:
+        logits = logits / needs.temperature
     logps, columns = _log_softmax(logits), dict[str, Tensor]()
     of_targets = logps.gather(-1, targets[:, None]).squeeze(-1)
     if needs.confidence:

@@ -12,11 +12,16 @@ from tests.runs import Program, copy_stopped
 
 ALWAYS = ("dpo", "reward", "simpo", "aot", "beta_dpo", "kto", "bco", "tdpo2", "wpo", "ld_dpo")
 FP64 = ("model.policy_dtype=float64", "sample_during_eval=false")
-NAMES = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES]
+NAMES = [
+    name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow)
+    for name, loss in LOSSES.items()
+    if loss.batch != "rollout"  # see test_rollouts.py
+]
 WITH_REFERENCE = [
     name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow)
     for name, loss in LOSSES.items()
-    if "reference" in loss.needs and "token kl" not in loss.needs  # which is of live references alone
+    # Token KL and rollouts are of live references alone.
+    if "reference" in loss.needs and "token kl" not in loss.needs and loss.batch != "rollout"
 ]
 
 

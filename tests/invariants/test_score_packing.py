@@ -20,7 +20,7 @@ from engine.step.metrics import MetricAccumulator
 from engine.step.objectives import make_objective
 from engine.step.packing_check import use_packed_attention
 from engine.step.splitting import split_batch
-from losses import reward_loss
+from reward_losses import reward_loss
 from tests.models import SIZES, VOCABULARY, exact_norms, ranking_examples, tiny_reward_model
 from utils import UserError
 

@@ -9,6 +9,11 @@ from tests.runs import Program
 from utils import UserError
 
 DPO = ("loss=dpo", "loss.beta=0.1")
+ONLINE = (
+    "rollout.num_responses=4", "rollout.prompts=8", "rollout.epochs=2", "rollout.max_new_tokens=9",
+    "rollout.temperature=0.5", "rollout.max_rows=9", "rollout.truncated=mask", "rollout.missing_eos_penalty=1",
+    "rollout.max_resamples=1", "rewards=[length]", "reward_clip=1",
+)  # fmt: skip
 WARNED = {
     "chat_template": (("chat_template=hh", "datasets=hh"), ("chat_template=hh", f"datasets={__file__}")),
     "sft_turns": (("sft_turns=last", f"datasets={__file__}", *DPO), ("sft_turns=last", f"datasets={__file__}")),
@@ -42,6 +47,7 @@ WARNED = {
     "save_every": (("save_every=8", "debug=true"), ("save_every=8",)),
     "keep_checkpoints": (("keep_checkpoints=7", "debug=true"), ("keep_checkpoints=7",)),
     "keep_best": (("keep_best=loss/eval", "debug=true"), ("keep_best=loss/eval",)),
+    "on_bad_reward": (("on_bad_reward=drop",), ("on_bad_reward=drop", "loss=grpo")),
 }
 REFUSED = {
     "format": (("format=strings", "datasets=[hh,films]"), ("format=strings", f"datasets=[hh,{__file__}]")),
@@ -50,6 +56,15 @@ REFUSED = {
     "reference_refresh.mix": (
         ("reference_refresh.mix=0.5", *DPO),
         ("reference_refresh.mix=0.5", *DPO, "reference_refresh.every=4"),
+    ),
+    **{setting.partition("=")[0]: ((setting,), (setting, "loss=grpo")) for setting in ONLINE},
+    "reward_weights": (
+        ("reward_weights=[2]", "rewards=[length]"),
+        ("reward_weights=[2]", "rewards=[length]", "loss=grpo"),
+    ),
+    "reward_options": (
+        ("reward_options={length:{most:9}}", "rewards=[length]"),
+        ("reward_options={length:{most:9}}", "rewards=[length]", "loss=grpo"),
     ),
 }
 

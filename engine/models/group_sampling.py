@@ -1,0 +1,193 @@
+"""Sample several responses to each prompt, with random numbers that no batch changes.
+
+- A prompt is run once. Its keys and values are repeated for its samples.
+- Rows leave once their responses end.
+- Each token of each response has a random number of its own. So a response depends on its prompt and numbers alone, up
+  to rounding.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from engine.models.generation import ready_to_sample
+from utils import Progress
+
+LEAVING_SHARE = 1 / 8  # finished rows leave once they are so many: this copies the keys and values of the others
+
+
+class Sampling(NamedTuple):
+    """How to sample.
+
+    Args:
+        num_samples: responses to each prompt.
+        max_new_tokens: of a response.
+        max_length: of prompt + response.
+        temperature: divides the logits; 0 takes the most likely token.
+        max_rows: responses at a time.
+    """
+
+    num_samples: int
+    max_new_tokens: int
+    max_length: int
+    eos_token_id: int
+    pad_token_id: int
+    temperature: float = 1.0
+    max_rows: int = 128
+
+
+# Takes the index of a prompt and of a sample. Returns a number in [0, 1) for each token, fp64 [max_new_tokens].
+Uniforms = Callable[[int, int], np.ndarray]
+
+
+def seeded_uniforms(seed: Sequence[int], num_tokens: int) -> np.ndarray:
+    """Random numbers in [0, 1), fp64 [tokens]. Equal seeds give equal numbers, whatever num_tokens is."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed]))).random(num_tokens)
+
+
+@torch.no_grad()
+def sample_groups(
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], uniforms: Uniforms, sampling: Sampling
+) -> list[list[np.ndarray]]:
+    """Sample responses to each prompt.
+
+    Args:
+        prompts: token ids, each [prompt tokens].
+
+    Returns:
+        token ids of each prompt's responses, int32 [response tokens] each, up to the end-of-text token if there is one.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # for little padding
+    at_a_time = max(1, sampling.max_rows // sampling.num_samples)
+    batches = [by_length[start : start + at_a_time] for start in range(0, len(prompts), at_a_time)]
+    responses: dict[int, list[np.ndarray]] = {}
+    shown = Progress("sampling", total=len(prompts) * sampling.num_samples, unit="responses", stays=False)
+    with ready_to_sample(model), shown:
+        for indices in batches:
+            numbers = [uniforms(index, sample) for index in indices for sample in range(sampling.num_samples)]
+            found = _sample_batch(model, [prompts[index] for index in indices], np.stack(numbers), sampling, shown)
+            for place, index in enumerate(indices):
+                responses[index] = found[place * sampling.num_samples : (place + 1) * sampling.num_samples]
+    return [responses[index] for index in range(len(prompts))]
+
+
+def _sample_batch(
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], uniforms: np.ndarray, sampling: Sampling, shown: Progress
+) -> list[np.ndarray]:
+    """Sample responses to prompts of one batch, in the order of the rows of uniforms, [responses, max_new_tokens]."""
+    device = model.get_input_embeddings().weight.device
+    length, num_samples = max(map(len, prompts)), sampling.num_samples
+    ids, mask = _pad_left(prompts, length, sampling.pad_token_id)
+    limits = [min(sampling.max_new_tokens, sampling.max_length - len(prompt)) for prompt in prompts]
+    row_limits = torch.tensor(limits).repeat_interleave(num_samples)  # tokens of each response
+    num_new = max(limits)
+    mask = torch.cat([mask, mask.new_ones(len(mask), num_new)], 1).to(device)
+    is_padded = bool((mask == 0).any())
+    cache = Cache(layer_class_to_replicate=partial(_ReservedLayer, length + num_new))
+
+    def logits_of(tokens: Tensor, positions: Tensor) -> Tensor:
+        end = cache.get_seq_length() + tokens.shape[1]
+        attention_mask = mask[:, :end] if is_padded else None
+        output = model(
+            tokens.to(device),
+            attention_mask=attention_mask,
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    positions = (mask[:, :length].cumsum(-1) - 1).clamp(min=0)
+    logits = logits_of(ids, positions).repeat_interleave(num_samples, 0)
+    cache.batch_repeat_interleave(num_samples)
+    mask = mask.repeat_interleave(num_samples, 0)
+    next_positions = positions[:, -1:].repeat_interleave(num_samples, 0) + 1
+    numbers = torch.from_numpy(uniforms)
+    sampled = torch.full((len(numbers), num_new), sampling.pad_token_id)
+    lengths = torch.zeros(len(numbers), dtype=torch.int64)
+    rows = torch.arange(len(numbers))  # running ones, finished ones among them
+    is_running = torch.ones(len(numbers), dtype=torch.bool)  # of rows
+    for step in range(num_new):
+        tokens = _choose(logits, numbers[rows, step], sampling.temperature).cpu()
+        running = rows[is_running]
+        sampled[running, step] = tokens[is_running]
+        lengths[running] = step + 1
+        has_ended = (tokens == sampling.eos_token_id) | (row_limits[rows] == step + 1)
+        shown.update(int((has_ended & is_running).sum()))
+        is_running &= ~has_ended
+        if not is_running.any():
+            break
+        if is_running.sum() <= (1 - LEAVING_SHARE) * len(rows):
+            kept = is_running.nonzero().squeeze(-1)
+            on_device = kept.to(device)
+            cache.batch_select_indices(on_device)
+            rows, tokens, is_running = rows[kept], tokens[kept], is_running[kept]
+            mask, next_positions = mask[on_device], next_positions[on_device]
+        logits = logits_of(tokens[:, None], next_positions)
+        next_positions = next_positions + 1
+    pairs = zip(sampled.numpy().astype(np.int32), lengths.tolist(), strict=True)
+    return [response[:length] for response, length in pairs]
+
+
+def _pad_left(prompts: Sequence[np.ndarray], length: int, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of prompts, [prompts, length] each. All responses then start together."""
+    ids = torch.full((len(prompts), length), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, length - len(prompt) :] = 1
+    return ids, mask
+
+
+def _choose(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """A token for each row of logits [rows, vocabulary], where the sum of probabilities passes its number, [rows]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    sums = wide.softmax(-1).double().cumsum(-1)
+    points = uniforms.to(sums.device) * sums[:, -1]
+    return torch.searchsorted(sums, points[:, None], right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+class _ReservedLayer(DynamicLayer):
+    """Keys and values of a layer, with memory for all tokens to come. A step then copies its own tokens alone."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self._capacity = capacity
+        self._buffers: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._reserve(key_states, value_states)
+        else:
+            start = self.get_seq_length()
+            end = start + key_states.shape[-2]
+            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer[..., start:end, :] = states
+            self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._reserve(*(states.repeat_interleave(repeats, 0) for states in (self.keys, self.values)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._reserve(*(states[indices] for states in (self.keys, self.values)))
+
+    def _reserve(self, *states: Tensor) -> None:
+        """Keep keys and values, [rows, heads, tokens, size] each, with room behind them."""
+        self._buffers = [each.new_empty(*each.shape[:2], self._capacity, each.shape[3]) for each in states]
+        length = states[0].shape[-2]
+        for buffer, each in zip(self._buffers, states, strict=True):
+            buffer[..., :length, :] = each
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)

@@ -1,0 +1,75 @@
+"""Build the source and the evaluator of a run: of stored examples, or of sampled responses."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from engine.data.examples import Example, Split
+from engine.placement.placement import Placement
+from engine.run.evaluation import Evaluator
+from engine.run.reward_functions import build_rewards
+from engine.run.rollout_evaluation import RolloutEvaluator
+from engine.run.rollouts import Rollouts, Sampler
+from engine.settings.schema import Settings
+from engine.step.microbatches import MicrobatchRunner
+from engine.step.mixing import choose_mixture
+from engine.step.rollout_source import SampledResponses
+from engine.step.sources import Source, StoredExamples
+from losses import LOSSES
+
+
+def build_source(settings: Settings, train_split: Split) -> Source:
+    """The batches of a run: stored examples, or sampled responses to stored prompts."""
+    common: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("batch_size", "seed", "n_epochs", "n_examples")
+    }
+    common["mixture"] = choose_mixture(settings, train_split)
+    mean = LOSSES[settings.loss.name].mean
+    if mean is None:
+        return StoredExamples(train_split.examples, **common, length_grouping=settings.length_grouping)
+    return SampledResponses(
+        train_split.examples,
+        **common,
+        prompts_per_iteration=settings.rollout.prompts or settings.batch_size,
+        passes=settings.rollout.epochs,
+        mean=mean,
+        max_new_tokens=settings.max_new_tokens,
+    )
+
+
+def build_evaluator(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    placement: Placement,
+    runner: MicrobatchRunner,
+    examples: Sequence[Example],
+    ground_truth: Callable[[str], float] | None,
+    source: Source,
+    split_batch: Callable[[Sequence[Example]], list[list[Example]]],
+    say: Callable[[str], None],
+) -> Evaluator:
+    """The evaluator of a run. A source of sampled responses gets its sampler.
+
+    Args:
+        examples: to evaluate on.
+        ground_truth: the reward of the data set, for evaluations of stored examples.
+        split_batch: a batch -> its microbatches, as in training.
+        say: prints a notice.
+    """
+    if not isinstance(source, SampledResponses):
+        return Evaluator(settings, tokenizer, placement, runner, examples, ground_truth, say)
+    sampler = Sampler(settings, tokenizer, placement, build_rewards(settings))
+    source.roll_out = Rollouts(settings, sampler, placement, runner, split_batch)
+    return RolloutEvaluator(settings, tokenizer, placement, runner, examples, sampler, say)
+
+
+def examples_to_fit(settings: Settings, examples: Sequence[Example]) -> Sequence[Example]:
+    """Training examples, to measure memory. Of prompts, the longest with the longest responses to it."""
+    if not settings.loss.is_online:
+        return examples
+    longest = max(examples, key=lambda example: len(example.prompt))
+    response = np.zeros(settings.max_new_tokens, dtype=np.int32)
+    return [replace(longest, responses=(response,) * settings.rollout.num_responses)]

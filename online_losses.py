@@ -1,0 +1,308 @@
+"""Losses of sampled responses, and their advantages: pure functions for LOSSES in losses.py.
+
+An iteration of online training samples a group of responses to each prompt, and scores them. An advantage function says
+how much better than expected each token is. A loss compares the policy with the one that sampled. It returns one value
+per token; `mean` in LOSSES says how these become the loss of the batch.
+
+R is the reward. k1 = log(old policy / reference) of a token, and k3 = exp(-d) - 1 + d with d = log(policy / reference),
+both as in Schulman 2020, "Approximating KL divergence".
+"""
+
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor
+
+TokenLosses = Tensor  # [tokens]
+Beta = Annotated[float, Ge(0)]
+Clip = Annotated[float, Gt(0)]
+
+
+class Scored(NamedTuple):
+    """Sampled responses and their rewards, in fp64. Those of one prompt are adjacent.
+
+    Args:
+        rewards: [responses].
+        group_sizes: int64 [prompts], responses of each.
+        lengths: int64 [responses], in tokens.
+        k1: log(old policy / reference), [tokens]; 0 without a reference.
+        greedy_rewards: of the most likely response to each prompt, [prompts]; for ReMax.
+    """
+
+    rewards: Tensor
+    group_sizes: Tensor
+    lengths: Tensor
+    k1: Tensor
+    greedy_rewards: Tensor | None = None
+
+
+# ---- Advantages: Scored -> [tokens] ----
+
+
+def grpo_advantages(scored: Scored) -> Tensor:
+    """(R - group mean) / (group standard deviation + 1e-6), with n - 1.
+
+    Shao et al. 2024 (arXiv 2402.03300), section 4.1.2.
+    """
+    centered = _centered(scored.rewards, scored)
+    variances = _group_sums(centered.square(), scored) / (scored.group_sizes - 1).clamp(min=1)
+    return _of_tokens(centered / (_of_responses(variances.sqrt(), scored) + 1e-6), scored)
+
+
+def dr_grpo_advantages(scored: Scored) -> Tensor:
+    """R - group mean. Liu et al. 2025 (arXiv 2503.20783), section 3.2."""
+    return _of_tokens(_centered(scored.rewards, scored), scored)
+
+
+def rloo_advantages(scored: Scored, *, beta: Beta) -> Tensor:
+    """R - beta * KL, minus the mean of the group's other responses; KL is the sum of k1. 0 in a group of one.
+
+    Ahmadian et al. 2024 (arXiv 2402.14740), section 3.2.
+    """
+    rewards = scored.rewards - beta * _sum_tokens(scored.k1, scored.lengths)
+    sizes = _of_responses(scored.group_sizes, scored)
+    # R - (sum - R) / (n - 1) is n / (n - 1) * (R - mean).
+    return _of_tokens(_centered(rewards, scored) * sizes / (sizes - 1).clamp(min=1), scored)
+
+
+def reinforce_pp_advantages(scored: Scored, *, beta: Beta, baseline: Literal["batch", "group"] = "batch") -> Tensor:
+    """REINFORCE++: advantages whitened over all tokens of the batch.
+
+    Hu 2025 (arXiv 2501.03262), equations 7 to 9.
+
+    Args:
+        baseline: "batch": R - beta * the sum of k1 from this token on. "group": R - group mean.
+    """
+    if baseline == "group":
+        advantages = dr_grpo_advantages(scored)
+    else:
+        sums = scored.k1.cumsum(0)
+        ends = sums[scored.lengths.cumsum(0) - 1]  # [responses]
+        to_come = _of_tokens(ends, scored) - sums + scored.k1
+        advantages = _of_tokens(scored.rewards, scored) - beta * to_come
+    return whitened(advantages)
+
+
+def remax_advantages(scored: Scored, *, beta: Beta) -> Tensor:
+    """R - beta * KL, minus the reward of the greedy response; KL is the sum of k1.
+
+    Li et al. 2023 (arXiv 2310.10505), algorithm 1.
+    """
+    assert scored.greedy_rewards is not None
+    rewards = scored.rewards - beta * _sum_tokens(scored.k1, scored.lengths)
+    return _of_tokens(rewards - _of_responses(scored.greedy_rewards, scored), scored)
+
+
+def best_of_n_advantages(scored: Scored) -> Tensor:
+    """1 for the best response of each group, the first of equal ones; 0 for the others."""
+    chosen = torch.zeros_like(scored.rewards)
+    start = 0
+    for size in scored.group_sizes.tolist():
+        chosen[start + int(scored.rewards[start : start + size].argmax())] = 1
+        start += size
+    return _of_tokens(chosen, scored)
+
+
+def best_and_worst(scored: Scored) -> Tensor:
+    """1 for the best response of each group, -1 for the worst, the first of equal ones; 0 for the others."""
+    signs = torch.zeros_like(scored.rewards)
+    start = 0
+    for size in scored.group_sizes.tolist():
+        group = scored.rewards[start : start + size]
+        if group.max() > group.min():
+            signs[start + int(group.argmax())] = 1
+            signs[start + int(group.argmin())] = -1
+        start += size
+    return _of_tokens(signs, scored)
+
+
+def whitened(values: Tensor) -> Tensor:
+    """Values with mean 0 and variance 1, over all of them. Equal values become 0."""
+    centered = values - values.mean()
+    return centered * centered.square().mean().clamp(min=1e-8).rsqrt()
+
+
+# ---- Losses: [tokens] each -> [tokens] ----
+
+
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    reference_logps: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    beta: Beta,
+    clip_low: Annotated[float, Gt(0), Lt(1)],
+    clip_high: Clip,
+) -> TokenLosses:
+    """Group Relative Policy Optimization: the clipped loss of each token + beta * k3.
+
+    Shao et al. 2024 (arXiv 2402.03300), equations 3 and 4. Dr. GRPO and DAPO differ in advantages and mean.
+
+    Args:
+        logps: log-probs under the policy, [tokens]; of the sampling policy and of the reference likewise.
+        advantages: [tokens].
+        lengths: int64 [responses], in tokens.
+        beta: weight of the KL to the reference.
+        clip_low, clip_high: the ratio of policies counts from 1 - clip_low to 1 + clip_high.
+    """
+    losses = clipped_loss(logps - old_logps, advantages, clip_low, clip_high)
+    return losses + beta * k3(logps, reference_logps) if beta else losses
+
+
+def rloo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    reference_logps: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    clip_low: Annotated[float, Gt(0), Lt(1)],
+    clip_high: Clip,
+) -> TokenLosses:
+    """The clipped loss of each response, by its whole probability; spread over its tokens.
+
+    Ahmadian et al. 2024 (arXiv 2402.14740): a response is one action. Takes the same as grpo_loss.
+    """
+    logratios = _sum_tokens(logps - old_logps, lengths)
+    first_tokens = lengths.cumsum(0) - lengths
+    losses = clipped_loss(logratios, advantages[first_tokens], clip_low, clip_high)
+    return (losses / lengths).repeat_interleave(lengths)
+
+
+def reinforce_pp_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    reference_logps: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    beta: Beta,
+    clip_low: Annotated[float, Gt(0), Lt(1)],
+    clip_high: Clip,
+    baseline: Literal["batch", "group"] = "batch",
+) -> TokenLosses:
+    """The clipped loss of each token; + beta * k3 with the baseline of the group. Else the reward has the KL.
+
+    Hu 2025 (arXiv 2501.03262). Takes the same as grpo_loss.
+    """
+    beta = beta if baseline == "group" else 0.0
+    return grpo_loss(
+        logps,
+        old_logps,
+        reference_logps,
+        advantages,
+        lengths,
+        beta=beta,
+        clip_low=clip_low,
+        clip_high=clip_high,
+    )
+
+
+def online_dpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    reference_logps: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    pair_loss: Literal["dpo", "ipo", "hinge", "nca", "sppo", "apo_zero", "apo_down"] = "dpo",
+) -> TokenLosses:
+    """A loss of pairs, of the best and the worst of the sampled responses to each prompt.
+
+    Guo et al. 2024 (arXiv 2402.04792), algorithm 1.
+
+    Args:
+        logps: log-probs under the policy, [tokens], of two responses to each prompt; of the others likewise.
+        advantages: above 0 for the tokens of the better response, below 0 for the other.
+        lengths: int64 [responses], in tokens.
+
+    Returns:
+        the loss of each pair, spread over its tokens, [tokens]. Their sum is twice it, as there are two responses.
+    """
+    sums = [torch.segment_reduce(each, "sum", lengths=lengths, unsafe=True) for each in (logps, reference_logps)]
+    is_better = advantages[lengths.cumsum(0) - lengths] > 0  # [responses]
+    policy_chosen, reference_chosen = (each[is_better] for each in sums)
+    policy_rejected, reference_rejected = (each[~is_better] for each in sums)
+    from losses import LOSSES  # they import this file
+
+    losses, *_ = LOSSES[pair_loss].function(
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta
+    )  # [pairs]
+    num_tokens = lengths.view(-1, 2).sum(1)
+    return (2 * losses / num_tokens).repeat_interleave(num_tokens)
+
+
+def best_of_n_loss(
+    logps: Tensor, old_logps: Tensor, reference_logps: Tensor, advantages: Tensor, lengths: Tensor
+) -> TokenLosses:
+    """The negative log-likelihood of the best response. Takes the same as grpo_loss."""
+    return -logps * advantages
+
+
+def clipped_loss(logratios: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """-min(ratio * A, clip(ratio) * A). Schulman et al. 2017 (arXiv 1707.06347), equation 7. Any shape."""
+    ratios = logratios.exp()
+    return -torch.minimum(ratios * advantages, ratios.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """An estimate of KL(policy || reference) at each token, at least 0."""
+    logratios = logps - reference_logps
+    return torch.expm1(-logratios) + logratios
+
+
+# ---- Means ----
+
+Mean = Literal["responses", "tokens", "max_new_tokens", "sums"]
+
+
+def token_weights(mean: Mean, lengths: Tensor, max_new_tokens: int) -> Tensor:
+    """The weight of each token's loss in the loss of a batch, fp64 [tokens].
+
+    Args:
+        mean: over what. "tokens": all tokens of the batch. Else the mean over responses: of the mean over their tokens
+            ("responses"), of the sum over these ("sums"), or of the sum over max_new_tokens ("max_new_tokens").
+        lengths: int64 [responses], of all responses of the batch.
+    """
+    per_response = torch.ones(len(lengths), dtype=torch.float64) / len(lengths)
+    if mean == "tokens":
+        per_response = torch.ones(len(lengths), dtype=torch.float64) / lengths.sum()
+    elif mean == "responses":
+        per_response = per_response / lengths
+    elif mean == "max_new_tokens":
+        per_response = per_response / max_new_tokens
+    return per_response.repeat_interleave(lengths)
+
+
+# ---- Sums over groups and responses ----
+
+
+def _group_sums(values: Tensor, scored: Scored) -> Tensor:
+    """Sums of values [responses] over each group, [prompts]."""
+    return torch.segment_reduce(values, "sum", lengths=scored.group_sizes)
+
+
+def _centered(values: Tensor, scored: Scored) -> Tensor:
+    """Values [responses] minus the mean of their group. Of equal values exactly 0, as sums of zeros are exact."""
+    firsts = values[scored.group_sizes.cumsum(0) - scored.group_sizes]  # [prompts]
+    shifted = values - _of_responses(firsts, scored)
+    return shifted - _of_responses(_group_sums(shifted, scored) / scored.group_sizes, scored)
+
+
+def _of_responses(values: Tensor, scored: Scored) -> Tensor:
+    """Values [prompts] for each response, [responses]."""
+    return values.repeat_interleave(scored.group_sizes)
+
+
+def _of_tokens(values: Tensor, scored: Scored) -> Tensor:
+    """Values [responses] for each token, [tokens]."""
+    return values.repeat_interleave(scored.lengths)
+
+
+def _sum_tokens(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of values [tokens] over each response, [responses]."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)

@@ -1,0 +1,255 @@
+"""Losses of sampled responses: on-policy identities, and the same gradient for every layout and split."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from engine.data.examples import Example, PromptRow, Rollout
+from engine.settings.schema import LossSettings
+from engine.step.first_pass import FirstPass
+from engine.step.layout import in_group_order, lay_out, num_fed_tokens
+from engine.step.metrics import MetricAccumulator
+from engine.step.microbatches import MicrobatchRunner, Prepared
+from engine.step.objectives import make_objective
+from engine.step.packing_check import use_packed_attention
+from engine.step.reference import LiveReference
+from engine.step.rollout_source import SampledResponses
+from engine.step.splitting import split_batch
+from losses import LOSSES
+from online_losses import Scored
+from tests.models import SIZES, exact_norms, random_examples, tiny_model
+
+KEYWORDS: dict[str, dict[str, Any]] = {
+    "grpo": {"beta": 0.1},
+    "dr_grpo": {"beta": 0.0},
+    "dapo": {"beta": 0.0},
+    "rloo": {"beta": 0.1},
+    "reinforce_pp": {"beta": 0.1, "baseline": "batch"},
+}
+
+
+def prompts_with_responses() -> list[Example]:
+    """Groups of many sizes. One response is there twice, and two examples share a prompt."""
+    examples = random_examples([(9, 4, 7, 2), (1, 6), (5, 1, 3, 1, 1), (12, 5, 1)])
+    first, second, third, last = (replace(each, row=PromptRow("", {})) for each in examples)
+    third = replace(third, responses=(*third.responses[:3], third.responses[1]))
+    return [first, second, third, last, replace(last, responses=(second.responses[0], last.responses[0]))]
+
+
+def runner_of(
+    model: PreTrainedModel,
+    name: str,
+    layout: str,
+    reference: PreTrainedModel | None = None,
+    temperature: float = 1.0,
+    **keywords: Any,
+) -> MicrobatchRunner:
+    if layout == "packed":
+        use_packed_attention(model)
+        if reference is not None:
+            use_packed_attention(reference)
+    clips = {"clip_low": 0.2, "clip_high": 0.28}
+    settings = LossSettings(name=name, keywords={**KEYWORDS[name], **clips, **keywords})
+    runner = MicrobatchRunner(
+        model,
+        make_objective(settings),
+        layout=layout,
+        pad_token_id=0,
+        device=torch.device("cpu"),
+        compute_dtype=None,
+        temperature=temperature,
+    )
+    runner.reference = None if reference is None else LiveReference(reference)
+    return runner
+
+
+def with_rollouts(
+    runner: MicrobatchRunner, name: str, parts: Sequence[Sequence[Example]], rewards: Sequence[float] | None = None
+) -> list[Example]:
+    """Examples with log-probs of the runner's models, advantages and weights, in the order of the parts."""
+    found: list[Example] = []
+    for part in parts:
+        for example, (policy, reference) in zip(in_group_order(part), runner.sample_logps(part), strict=True):
+            of_reference = None if reference is None else tuple(each.numpy() for each in reference)
+            rollout = Rollout((), tuple(each.numpy() for each in policy), of_reference, ())
+            found.append(replace(example, rollout=rollout))
+    rollouts = [example.rollout for example in found if example.rollout is not None]
+    lengths = torch.tensor([len(response) for example in found for response in example.responses])
+    number = len(lengths)
+    old = np.concatenate([each for rollout in rollouts for each in rollout.old_logps]).astype(np.float64)
+    reference_logps = old
+    if rollouts[0].reference_logps is not None:
+        reference_logps = np.concatenate([each for rollout in rollouts for each in rollout.reference_logps or ()])
+    values = rewards or np.random.default_rng(1).normal(size=number).tolist()
+    scored = Scored(
+        torch.tensor(values, dtype=torch.float64),
+        torch.tensor([len(example.responses) for example in found]),
+        lengths,
+        torch.from_numpy(old - reference_logps),
+    )
+    function = LOSSES[name].advantages
+    assert function is not None
+    takes_beta = name in ("rloo", "reinforce_pp")
+    advantages = function(scored, **({"beta": 0.1} if takes_beta else {}))
+    by_response = iter(advantages.split(lengths.tolist()))
+    for index, (example, rollout) in enumerate(zip(found, rollouts, strict=True)):
+        of_example = tuple(next(by_response).numpy() for _ in example.responses)
+        found[index] = replace(example, rollout=replace(rollout, advantages=of_example))
+    return with_weights(found, name)
+
+
+def with_weights(examples: list[Example], name: str) -> list[Example]:
+    mean = LOSSES[name].mean
+    assert mean is not None
+    source = SampledResponses(
+        examples,
+        prompts_per_iteration=8,
+        passes=1,
+        batch_size=8,
+        seed=0,
+        n_epochs=1,
+        n_examples=None,
+        mean=mean,
+        max_new_tokens=16,
+    )
+    return source._with_weights(examples)
+
+
+def loss_and_gradient(
+    runner: MicrobatchRunner, parts: Sequence[Sequence[Example]], metrics: MetricAccumulator | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    metrics, total, num_examples = metrics or MetricAccumulator(), 0.0, sum(map(len, parts))
+    for part in parts:
+        loss = runner.loss(Prepared(runner.lay_out(part), None), num_examples, FirstPass([], {}), metrics)
+        loss.backward()
+        total += loss.item()
+    named = runner.policy.named_parameters()
+    gradients = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+    runner.policy.zero_grad()
+    return total, gradients
+
+
+def moved(model: PreTrainedModel) -> PreTrainedModel:
+    """The model after a small change of its weights."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def test_a_group_feeds_its_prompt_once():
+    """G samples feed P + sum(R - 1) tokens; equal samples are fed once."""
+    first, *_, third, _, _ = prompts_with_responses()
+    assert lay_out([first]).num_tokens == num_fed_tokens(first) == 9 + 3 + 6 + 1
+    third = prompts_with_responses()[2]
+    assert lay_out([third]).num_tokens == 5 + 0 + 2 + 0
+    samples = lay_out([third]).samples
+    assert samples is not None and samples.lengths.tolist() == [1, 3, 1, 3]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_ratio_is_1_to_the_bit(layout, temperature):
+    model = tiny_model("llama")
+    runner = runner_of(model, "grpo", layout, tiny_model("llama"), temperature)
+    parts = split_batch(prompts_with_responses(), 2, 40, layout)
+    examples = with_rollouts(runner, "grpo", parts)
+    metrics = MetricAccumulator()
+    loss_and_gradient(runner, split_batch(examples, 2, 40, layout), metrics)
+    means = metrics.reduce(lambda totals: None).means
+    assert means["policy/ratio_max"] == 1
+    assert means["policy/approxkl"] == 0
+    assert means["policy/clipfrac"] == 0
+    for example in examples:
+        assert example.rollout is not None and example.rollout.reference_logps is not None
+        for old, reference in zip(example.rollout.old_logps, example.rollout.reference_logps, strict=True):
+            assert np.array_equal(old, reference)  # KL(policy, itself) is 0
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "rloo"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_equal_rewards_give_no_gradient(name, layout):
+    model = tiny_model("llama", torch.float64)
+    runner = runner_of(model, name, layout, beta=0.0)
+    examples = with_rollouts(runner, name, [prompts_with_responses()], rewards=[0.3] * 12)
+    loss, gradients = loss_and_gradient(runner, [examples])
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def oracle(
+    model: PreTrainedModel, name: str, examples: Sequence[Example], temperature: float
+) -> tuple[float, dict[str, Tensor]]:
+    """One response at a time through the plain forward of transformers' class."""
+    keywords = {**KEYWORDS[name], "clip_low": 0.2, "clip_high": 0.28}
+    if name == "rloo":
+        del keywords["beta"]
+    total = torch.zeros((), dtype=torch.float64)
+    for example in examples:
+        rollout = example.rollout
+        assert rollout is not None
+        for number, response in enumerate(example.responses):
+            tokens = torch.tensor([*example.prompt.tolist(), *response.tolist()])
+            logits = model(tokens[None]).logits[0, len(example.prompt) - 1 : -1] / temperature
+            logps = logits.log_softmax(-1).gather(-1, tokens[len(example.prompt) :, None]).squeeze(-1)
+            columns = [rollout.old_logps, rollout.reference_logps or rollout.old_logps, rollout.advantages]
+            old, reference, advantages = (torch.from_numpy(each[number]).double() for each in columns)
+            lengths = torch.tensor([len(response)])
+            losses = LOSSES[name].function(logps, old, reference, advantages, lengths, **keywords)
+            total = total + (losses * torch.from_numpy(rollout.weights[number])).sum() / len(examples)
+    total.backward()
+    named = model.named_parameters()
+    gradients = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+    model.zero_grad()
+    return total.item(), gradients
+
+
+def exact_model(architecture: str) -> PreTrainedModel:
+    return exact_norms(tiny_model(architecture, torch.float64))
+
+
+@pytest.mark.parametrize("architecture", SIZES)
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_packed_padded_and_one_at_a_time_agree(architecture, name):
+    temperature = 0.7 if name == "grpo" else 1.0
+    results = []
+    reference = exact_model(architecture) if KEYWORDS[name]["beta"] else None
+    if reference is not None:
+        moved(reference)
+    start = runner_of(exact_model(architecture), name, "padded", reference, temperature)
+    examples = with_rollouts(start, name, [prompts_with_responses()])
+    results.append(oracle(moved(exact_model(architecture)), name, examples, temperature))
+    for layout in ("packed", "padded"):
+        for num_parts in (1, 3):
+            runner = runner_of(moved(exact_model(architecture)), name, layout, None, temperature)
+            results.append(loss_and_gradient(runner, split_batch(examples, num_parts, 1000, layout)))
+    (expected_loss, expected), *others = results
+    assert abs(expected_loss) > 1e-4
+    for loss, gradients in others:
+        assert loss == pytest.approx(expected_loss, abs=1e-10)
+        for key, gradient in expected.items():
+            torch.testing.assert_close(gradients[key], gradient, rtol=0, atol=1e-10)
+
+
+def test_an_example_without_responses_counts_and_feeds_nothing():
+    model = tiny_model("llama", torch.float64)
+    runner = runner_of(model, "grpo", "packed", tiny_model("llama", torch.float64))
+    examples = with_rollouts(runner, "grpo", [prompts_with_responses()])
+    metrics = MetricAccumulator()
+    empty = replace(examples[0], responses=(), rollout=None)
+    batch = with_weights([*examples, empty], "grpo")
+    loss, gradients = loss_and_gradient(runner, [batch[:3], batch[3:]], metrics)
+    expected_loss, expected = loss_and_gradient(runner, [with_weights(examples, "grpo")])
+    assert loss == pytest.approx(expected_loss, abs=1e-12)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(gradients[key], gradient, rtol=0, atol=1e-12)
+    loss, gradients = loss_and_gradient(runner, [[empty]])
+    assert loss == 0
+    assert all(not gradient.any() for gradient in gradients.values())

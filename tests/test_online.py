@@ -1,0 +1,278 @@
+"""Online training by the command line: rollouts, rewards, evaluation, and resume to the bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.data.films import is_well_formed
+from rewards import REWARDS
+from tests.runs import QUICK, SMALL, copy_stopped
+
+ONLINE = (
+    "loss=grpo",
+    "batch_size=4",
+    "max_length=64",
+    "max_prompt_length=40",
+    "rollout.max_new_tokens=8",
+    "rollout.num_responses=3",
+    "n_eval_model_samples=2",
+    "rewards=[vowels]",
+)
+DEFAULTS = (*SMALL, *QUICK, *ONLINE)
+
+
+def vowels(prompt: str, response: str, row: Any) -> float:
+    """A reward that a model from scratch can raise."""
+    return sum(letter in "aeiou" for letter in response) / max(len(response), 1)
+
+
+@pytest.fixture(autouse=True)
+def reward(monkeypatch):
+    monkeypatch.setitem(REWARDS, "vowels", vowels)
+
+
+@pytest.fixture
+def online(program):
+    return lambda *overrides: program(*overrides, defaults=DEFAULTS)
+
+
+def prompts_file(path: Path, number: int = 24, **columns: Any) -> Path:
+    rows = [{"prompt": f"How much is {i}?", "answer": str(i), **columns} for i in range(number)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    noisy = ("time/", "per_second", "peak_memory")
+    return [{key: value for key, value in row.items() if not any(part in key for part in noisy)} for row in rows]
+
+
+def weights_of(directory: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(directory / f"step-{step}" / "model.safetensors")
+
+
+def test_metrics_and_samples(online):
+    run = online("sample_during_eval=true")
+    assert run.status == 0, run.err
+    assert "training on 16 prompts in 4 steps of 4; 3 responses to each of 4 prompts at a time, learned once" in run.out
+    first = run.steps[0]
+    assert first["policy/ratio_max"] == 1 and first["policy/approxkl"] == 0 == first["policy/clipfrac"]
+    assert first["objective/kl"] == 0
+    assert first["objective/scores"] == first["rewards_train/vowels"]
+    assert first["objective/rlhf_reward"] == first["objective/scores"]
+    assert first["objective/kl_coef"] == 0.04
+    assert first["rollout/length_max"] <= 8
+    assert all(row["policy/ratio_max"] == 1 for row in run.steps)  # each iteration is one batch
+    assert run.steps[-1]["objective/kl"] != 0
+    before, after = (row for row in run.metrics if "rewards_eval/sampled" in row)
+    assert before["kl_eval"] == 0 != after["kl_eval"]
+    assert before["kl_eval/standard_error"] == 0 < after["kl_eval/standard_error"]
+    assert 1 <= before["samples_eval/length"] <= 8
+    assert before["samples_eval/length_change"] == 0 == before["samples_eval/unfinished_change"]
+    assert {"rewards_eval/greedy", "rewards_eval/vowels", "rollout_eval/truncated"} <= set(after)
+    evaluated = [row for row in run.samples if "policy" in row]
+    assert len(evaluated) == 2 * 2
+    for row in evaluated:
+        assert row["policy_reward"] == vowels("", row["policy"], {})
+        assert row["reference_reward"] == vowels("", row["reference"], {})
+    assert [row["policy"] for row in evaluated[:2]] == [row["reference"] for row in evaluated[:2]]
+    trained = [row for row in run.samples if "response" in row]
+    assert len(trained) == 4 * 3  # the group of the first prompt of each iteration
+    assert all(row["reward"] == vowels("", row["response"], {}) for row in trained)
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    logged = {name.replace("/vowels", "/NAME") for row in run.metrics for name in row}
+    assert {name for name in logged if f"`{name}`" not in page} == set()
+
+
+OTHERS = ["dr_grpo", "dapo", "rloo", "reinforce_pp", "remax", "online_dpo", "best_of_n"]
+
+
+@pytest.mark.parametrize(("loss", "batching"), [*((loss, "packed") for loss in OTHERS), ("grpo", "padded")])
+def test_every_loss_trains(online, loss, batching):
+    run = online(f"loss={loss}", f"batching={batching}", "rollout.temperature=0.8", "rollout.epochs=2")
+    assert run.status == 0, run.err
+    assert [row["policy/ratio_max"] == 1 for row in run.steps] == [True, False, True, False]
+    weights = [weights_of(run.dir, 16)["model.embed_tokens.weight"]]
+    assert weights[0].isfinite().all()
+
+
+def test_passes_and_minibatches(online):
+    """An iteration of 8 prompts in batches of 4, twice: its first batch alone is on-policy."""
+    run = online("rollout.prompts=8", "rollout.epochs=2", "n_examples=32", "max_grad_norm=1000")
+    assert run.status == 0, run.err
+    assert "8 steps of 4; 3 responses to each of 8 prompts at a time, learned 2 times" in run.out
+    assert [row["policy/ratio_max"] == 1 for row in run.steps] == ([True] + [False] * 3) * 2
+    assert ["objective/scores" in row for row in run.steps] == ([True] + [False] * 3) * 2
+    assert [row["counters/examples"] for row in run.steps] == [*range(4, 33, 4)]
+
+
+@pytest.mark.parametrize(
+    ("step", "settings"),
+    [
+        (8, ("rollout.prompts=8", "rollout.epochs=2")),  # between the passes
+        (12, ("rollout.prompts=8", "rollout.epochs=2", "loss=rloo", "loss.beta=0.2")),  # inside a pass
+        (16, ("rollout.prompts=8", "rollout.epochs=2", "loss=dapo", "loss.beta=0")),  # between iterations
+    ],
+)
+def test_a_resumed_run_is_bitwise_the_same(online, tmp_path, step, settings):
+    settings = (*settings, "n_examples=24", "save_every=4", "keep_checkpoints=null", "do_first_eval=false")
+    whole = online(*settings)
+    assert whole.status == 0, whole.err
+    has_rollouts = (whole.dir / f"step-{step}" / "rollouts.npz").exists()
+    assert has_rollouts == (step != 16)
+    copy_stopped(whole, tmp_path / "resumed", step)
+    resumed = online(*settings, f"local_run_dir={tmp_path / 'resumed'}", "resume=auto")
+    assert resumed.status == 0, resumed.err
+    expected, found = (weights_of(run.dir, 24) for run in (whole, resumed))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert without_times(resumed.metrics) == without_times(whole.metrics)
+    assert resumed.samples == whole.samples
+
+
+def test_a_longer_run_continues_a_short_last_iteration(online, tmp_path):
+    settings = ("rollout.prompts=8", "do_first_eval=false", f"local_run_dir={tmp_path / 'run'}")
+    assert online(*settings, "n_examples=12").status == 0
+    run = online(*settings, "n_examples=20", "resume=auto", "resume_allow=[n_examples]")
+    assert run.status == 0, run.err
+    assert [row["counters/examples"] for row in run.steps] == [4, 8, 12, 16, 20]
+    # The rest of its prompts, and a new iteration.
+    assert ["objective/scores" in row for row in run.steps] == [True, False, True, True, True]
+
+
+def test_damaged_rollouts(online, tmp_path):
+    settings = ("rollout.prompts=8", "n_examples=8", "save_every=4", "keep_checkpoints=null", "do_first_eval=false")
+    whole = online(*settings)
+    copy_stopped(whole, tmp_path / "copy", 4)
+    (tmp_path / "copy" / "step-4" / "rollouts.npz").write_bytes(b"no archive")
+    run = online(*settings, f"local_run_dir={tmp_path / 'copy'}", f"resume={tmp_path / 'copy' / 'step-4'}")
+    assert run.status == 4 and run.err.startswith("error[CHECKPOINT]"), run.err
+
+
+def test_prompts_of_a_file_and_the_number_of_their_row(online, tmp_path):
+    path = prompts_file(tmp_path / "questions.jsonl")
+    run = online(f"datasets={path}", "rewards=[number_match,length]", "reward_weights=[1,0.5]", "test_fraction=0.3")
+    assert run.status == 0, run.err
+    first = run.steps[0]
+    total = first["rewards_train/number_match"] + 0.5 * first["rewards_train/length"]
+    assert first["objective/scores"] == pytest.approx(total)
+    assert {"rewards_eval/number_match", "rewards_eval/length"} <= set(run.metrics[-1])
+
+
+def test_prompts_that_are_equal_once_truncated_are_logged_once(online, tmp_path):
+    path = prompts_file(tmp_path / "questions.jsonl")  # all end in "?"
+    run = online(f"datasets={path}", "max_prompt_length=1", "sample_during_eval=true", "n_examples=4")
+    assert run.status == 0, run.err
+    logged = [row for row in run.samples if "policy" in row]
+    assert len(logged) == 2 and all("reference" in row for row in logged)  # one in each evaluation
+
+
+def test_a_missing_column(online, tmp_path):
+    path = prompts_file(tmp_path / "questions.jsonl")
+    run = online(f"datasets={path}", "rewards=[regular_expression]")
+    assert run.status == 3
+    assert "rewards: regular_expression failed with KeyError (the row has no column 'pattern')" in run.err
+    assert "How much is" in run.err and run.err.count("\n") == 1
+    dropped = online(f"datasets={path}", "rewards=[regular_expression]", "on_bad_reward=drop")
+    assert dropped.status == 0, dropped.err
+    # All responses are left out: there is nothing to learn.
+    assert all(row["loss/train"] == 0 and row["rollout/left_out"] == 12 for row in dropped.steps)
+
+
+def test_none_leaves_a_response_out(online, monkeypatch):
+    monkeypatch.setitem(REWARDS, "vowels", lambda prompt, response, row: 1.0 if len(response) % 2 else None)
+    run = online()
+    assert run.status == 0, run.err
+    assert sum(row["rollout/left_out"] for row in run.steps) > 0
+
+
+def test_remax_needs_the_reward_of_the_most_likely_response(online, monkeypatch):
+    """Without it a prompt is left out: it has no baseline."""
+    monkeypatch.setitem(REWARDS, "vowels", lambda prompt, response, row: 1.0 if len(response) % 2 else None)
+    run = online("loss=remax", "rollout.num_responses=3", "n_examples=32")
+    assert run.status == 0, run.err
+    assert {row["rollout/left_out"] % 3 for row in run.steps} != {0}  # single responses
+    assert max(row["rollout/left_out"] for row in run.steps) >= 3  # and whole groups
+
+
+def test_groups_of_equal_rewards_are_sampled_again(online, monkeypatch):
+    monkeypatch.setitem(REWARDS, "vowels", lambda prompt, response, row: float(vowels("", response, {}) > 0.4))
+    kept, left_out = online(), online("rollout.max_resamples=0")
+    again = online("rollout.max_resamples=4", "sample_during_eval=true")
+    for run in (kept, left_out, again):
+        assert run.status == 0, run.err
+    assert kept.steps[0]["rollout/left_out"] == 0 < left_out.steps[0]["rollout/left_out"]
+    assert left_out.steps[0]["rollout/zero_std_groups"] > again.steps[0]["rollout/zero_std_groups"]
+    assert again.steps[0]["rollout/resampled_groups"] > 0
+
+
+def test_truncated_responses(online):
+    kept, masked = online("rollout.max_new_tokens=2"), online("rollout.max_new_tokens=2", "rollout.truncated=mask")
+    penalised = online("rollout.max_new_tokens=2", "rollout.missing_eos_penalty=1")
+    assert kept.steps[0]["rollout/truncated"] > 0.9
+    assert masked.steps[0]["tokens_per_second"] < kept.steps[0]["tokens_per_second"]
+    assert abs(masked.steps[0]["loss/train"]) <= abs(kept.steps[0]["loss/train"])
+    difference = kept.steps[0]["objective/scores"] - penalised.steps[0]["objective/scores"]
+    assert difference == pytest.approx(kept.steps[0]["rollout/truncated"])
+    assert penalised.steps[0]["rewards_train/vowels"] == kept.steps[0]["rewards_train/vowels"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["reference=cached"], "reference: cached keeps log-probs of stored responses"),
+        (["rollout.num_responses=1"], "rollout.num_responses: must be at least 2 with loss=grpo"),
+        (["rollout.prompts=6"], "rollout.prompts: must be a multiple of batch_size (4), not 6"),
+        (["rewards=[truth]"], "rewards: names truth, and the rewards are films, "),
+        (["rewards=[length]", "reward_options={length:{longest:3}}"], "give length longest, and it takes least, most"),
+        (["reward_weights=[1,2]"], "reward_weights: must have one number for each of rewards (1), not 2"),
+        (["keep_best=loss/eval"], "keep_best: loss/eval is not measured with loss=grpo"),
+        (["loss=online_dpo", "rollout.truncated=mask"], "mask would leave pairs of loss=online_dpo with one response"),
+        (["plan=true"], "plan: true needs stored responses, and loss=grpo samples them"),
+        (["peft=lora", "peft.dropout=0.1"], "peft.dropout: must be 0 with loss=grpo, not 0.1"),
+        (["rollout.max_new_tokens=64"], "rollout.max_new_tokens: must be below max_length (64)"),
+    ],
+)
+def test_wrong_settings(online, settings, problem):
+    run = online(*settings)
+    assert run.status == 2
+    assert problem in run.err
+
+
+def test_the_best_checkpoint(online):
+    run = online("keep_best=rewards_eval/sampled", "eval_every=4", "keep_checkpoints=1", "do_first_eval=false")
+    assert run.status == 0, run.err
+    rewards = {row["counters/examples"]: row["rewards_eval/sampled"] for row in run.metrics if "kl_eval" in row}
+    assert (run.dir / "BEST").resolve().name == f"step-{max(rewards, key=lambda step: rewards[step])}"
+
+
+@pytest.mark.slow
+def test_the_demo_raises_the_reward(program):
+    """The goal of the demo: praise in nearly all responses, at a small distance from the SFT model."""
+    sft = program.ok("+experiment=demo_sft", "sample_during_eval=false", "do_first_eval=false", defaults=())
+    run = program.ok("+experiment=demo_grpo", f"model.archive={sft.dir}", defaults=())
+    last = run.metrics[-1]
+    assert last["rewards_eval/sampled"] >= 0.9
+    assert last["kl_eval"] <= 2.5
+    responses = [row["policy"] for row in run.samples if "policy" in row and row["examples"] == 1600]
+    assert len(responses) == 512
+    assert sum(map(is_well_formed, responses)) >= 0.97 * 512
+
+
+def test_rewards_are_needed(online, tmp_path):
+    path = prompts_file(tmp_path / "questions.jsonl")
+    run = online(f"datasets={path}", "rewards=null")
+    assert run.status == 2
+    assert "rewards: null is the ground truth of the data set" in run.err
+    assert online("rewards=null", "n_examples=4").status == 0  # films has one
+
+
+def test_adapters_train(online):
+    run = online("peft=lora", "peft.rank=4", "lr=1e-2")
+    assert run.status == 0, run.err
+    assert run.steps[0]["policy/ratio_max"] == 1
+    assert run.steps[0]["objective/kl"] == 0 < np.abs(run.steps[-1]["objective/kl"])

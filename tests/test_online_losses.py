@@ -1,0 +1,223 @@
+"""Losses of sampled responses and their advantages, against values by hand."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from losses import LOSSES, MovingState
+from online_losses import (
+    Scored,
+    best_and_worst,
+    best_of_n_advantages,
+    best_of_n_loss,
+    clipped_loss,
+    dr_grpo_advantages,
+    grpo_advantages,
+    grpo_loss,
+    k3,
+    online_dpo_loss,
+    reinforce_pp_advantages,
+    reinforce_pp_loss,
+    remax_advantages,
+    rloo_advantages,
+    rloo_loss,
+    token_weights,
+    whitened,
+)
+from tests.configs import composed
+
+
+def values(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+# Two prompts, with three responses and two; lengths 1, 2, 1 and 1, 3.
+SCORED = Scored(
+    rewards=values(1, 4, 1, 0, 2),
+    group_sizes=torch.tensor([3, 2]),
+    lengths=torch.tensor([1, 2, 1, 1, 3]),
+    k1=values(0.1, 0.2, -0.1, 0, 0.5, 0.3, 0.2, 0.1),
+    greedy_rewards=values(1, 3),
+)
+
+
+def of_tokens(*numbers: float) -> list[float]:
+    """Numbers of the responses, for each token."""
+    return values(*numbers).repeat_interleave(SCORED.lengths).tolist()
+
+
+def test_grpo_advantages_by_hand():
+    # Means 2 and 1; deviations (-1, 2, -1) and (-1, 1); standard deviations sqrt(6 / 2) and sqrt(2 / 1).
+    first, second = math.sqrt(3) + 1e-6, math.sqrt(2) + 1e-6
+    expected = of_tokens(-1 / first, 2 / first, -1 / first, -1 / second, 1 / second)
+    assert grpo_advantages(SCORED).tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_dr_grpo_advantages_by_hand():
+    assert dr_grpo_advantages(SCORED).tolist() == of_tokens(-1, 2, -1, -1, 1)
+
+
+def test_rloo_advantages_by_hand():
+    expected = of_tokens(1 - 2.5, 4 - 1, 1 - 2.5, -2, 2)
+    assert rloo_advantages(SCORED, beta=0).tolist() == pytest.approx(expected, abs=1e-15)
+    # KL of the responses: 0.1, 0.1, 0, 0.5, 0.6. With beta 1 rewards are 0.9, 3.9, 1, -0.5, 1.4.
+    expected = of_tokens(0.9 - 2.45, 3.9 - 0.95, 1 - 2.4, -1.9, 1.9)
+    assert rloo_advantages(SCORED, beta=1).tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_rloo_is_dr_grpo_scaled():
+    """RLOO's advantages are G / (G - 1) times Dr. GRPO's."""
+    torch.manual_seed(0)
+    sizes = torch.tensor([4, 4, 4])
+    scored = Scored(torch.randn(12, dtype=torch.float64), sizes, torch.ones(12, dtype=torch.int64), values(*[0] * 12))
+    torch.testing.assert_close(rloo_advantages(scored, beta=0), 4 / 3 * dr_grpo_advantages(scored), rtol=0, atol=1e-14)
+
+
+def test_a_group_of_one_has_no_others():
+    alone = Scored(values(3), torch.tensor([1]), torch.tensor([2]), values(0, 0))
+    for advantages in (rloo_advantages(alone, beta=0), grpo_advantages(alone), dr_grpo_advantages(alone)):
+        assert advantages.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "rloo"])
+def test_equal_rewards_have_no_advantage(name):
+    scored = SCORED._replace(rewards=values(0.3, 0.3, 0.3, -1, -1))
+    advantages = LOSSES[name].advantages
+    assert advantages is not None
+    found = advantages(scored, **({"beta": 0} if name == "rloo" else {}))
+    assert found.tolist() == [0] * 8
+
+
+def test_reinforce_pp_advantages_by_hand():
+    # With beta 1: R minus the k1 of this token and the later ones of its response.
+    plain = [1 - 0.1, 4 - 0.1, 4 + 0.1, 1 - 0, 0 - 0.5, 2 - 0.6, 2 - 0.3, 2 - 0.1]
+    mean = sum(plain) / 8
+    std = math.sqrt(sum((value - mean) ** 2 for value in plain) / 8)
+    expected = [(value - mean) / std for value in plain]
+    assert reinforce_pp_advantages(SCORED, beta=1).tolist() == pytest.approx(expected, abs=1e-14)
+    group = whitened(values(-1, 2, 2, -1, -1, 1, 1, 1))
+    assert reinforce_pp_advantages(SCORED, beta=1, baseline="group").tolist() == group.tolist()
+
+
+def test_whitened():
+    assert whitened(values(1, 3)).tolist() == [-1, 1]
+    assert whitened(values(2, 2)).tolist() == [0, 0]
+
+
+def test_remax_advantages_by_hand():
+    assert remax_advantages(SCORED, beta=0).tolist() == of_tokens(0, 3, 0, -3, -1)
+    expected = of_tokens(-0.1, 2.9, 0, -3.5, -1.6)
+    assert remax_advantages(SCORED, beta=1).tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_best_of_n_advantages():
+    assert best_of_n_advantages(SCORED).tolist() == of_tokens(0, 1, 0, 0, 1)
+    ties = SCORED._replace(rewards=values(1, 1, 0, 2, 2))
+    assert best_of_n_advantages(ties).tolist() == of_tokens(1, 0, 0, 1, 0)
+
+
+def test_best_and_worst():
+    assert best_and_worst(SCORED).tolist() == of_tokens(-1, 1, 0, -1, 1)
+    ties = SCORED._replace(rewards=values(1, 1, 1, 2, 3))
+    assert best_and_worst(ties).tolist() == of_tokens(0, 0, 0, -1, 1)
+
+
+def test_online_dpo_is_dpo_of_the_better_and_the_worse():
+    # Of the first prompt the second response is better, of the second the first.
+    logps, reference = values(-2, -3, -4, -1, -2, -5), values(-2, -4, -5, -2, -2, -2)
+    lengths, signs = torch.tensor([1, 2, 1, 2]), values(-1, 1, 1, 1, -1, -1)
+    found = online_dpo_loss(logps, logps, reference, signs, lengths, beta=0.5)
+    # Log-ratios of the responses: 0, 2, 1, -3; margins 2 and 4.
+    expected = [math.log1p(math.exp(-0.5 * margin)) for margin in (2, 4)]
+    weights = token_weights("sums", lengths, 8)
+    assert (found * weights).sum().item() == pytest.approx(sum(expected) / 2, abs=1e-15)
+    assert (found * weights)[:3].sum().item() == pytest.approx(expected[0] / 2, abs=1e-15)
+    found = online_dpo_loss(logps, logps, reference, signs, lengths, beta=0.5, pair_loss="ipo")
+    assert (found * weights).sum().item() == pytest.approx(((2 - 1) ** 2 + (4 - 1) ** 2) / 2, abs=1e-15)
+
+
+def test_the_clipped_loss_by_hand():
+    logratios = values(math.log(1.5), math.log(1.5), math.log(0.5), math.log(0.5), 0)
+    found = clipped_loss(logratios, values(2, -2, 2, -2, 3), 0.2, 0.28)
+    # -min(ratio A, clip A): 1.5 is clipped to 1.28 for A > 0, 0.5 to 0.8 for A < 0.
+    assert found.tolist() == pytest.approx([-1.28 * 2, 1.5 * 2, -0.5 * 2, 0.8 * 2, -3], abs=1e-15)
+
+
+def test_k3_by_hand():
+    assert k3(values(-1, -2), values(-1, -3)).tolist() == pytest.approx([0, math.exp(-1) - 1 + 1], abs=1e-15)
+    assert k3(values(-1.1), values(-1.1)).tolist() == [0]
+
+
+CLIPS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}
+
+
+def test_grpo_loss_by_hand():
+    logps, old, reference = values(-1, -2), values(-1, -2 + math.log(2)), values(-1, -3)
+    found = grpo_loss(logps, old, reference, values(2, 1), torch.tensor([2]), beta=0.5, **CLIPS)
+    assert found.tolist() == pytest.approx([-2, -0.5 + 0.5 * math.exp(-1)], abs=1e-15)
+
+
+def test_rloo_loss_by_hand():
+    # Two responses, of 2 tokens and 1. Ratios 1.1 * 1.1 = 1.21, clipped to 1.2 at A > 0, and 0.9.
+    logps = values(math.log(1.1), math.log(1.1), math.log(0.9))
+    found = rloo_loss(logps, values(0, 0, 0), values(0, 0, 0), values(3, 3, -2), torch.tensor([2, 1]), **CLIPS)
+    assert found.tolist() == pytest.approx([-1.2 * 3 / 2, -1.2 * 3 / 2, 0.9 * 2], abs=1e-15)
+
+
+def test_reinforce_pp_has_the_kl_in_one_place():
+    arguments = (values(-1), values(-1), values(-2), values(2), torch.tensor([1]))
+    assert reinforce_pp_loss(*arguments, beta=0.5, **CLIPS).tolist() == [-2]
+    group = reinforce_pp_loss(*arguments, beta=0.5, **CLIPS, baseline="group")
+    assert group.tolist() == pytest.approx([-2 + 0.5 * math.exp(-1)], abs=1e-15)
+
+
+def test_best_of_n_is_sft_on_the_best():
+    zeros = values(0, 0)
+    assert best_of_n_loss(values(-1, -2), zeros, zeros, values(1, 0), torch.tensor([1, 1])).tolist() == [1, 0]
+
+
+def test_grpo_is_reinforce_with_a_group_baseline_at_ratio_1():
+    logps = values(-1, -2, -0.5).requires_grad_()
+    advantages = values(0.5, 0.5, -1)
+    old = logps.detach()
+    loss = grpo_loss(logps, old, old, advantages, torch.tensor([2, 1]), beta=0, **CLIPS).sum()
+    (gradient,) = torch.autograd.grad(loss, logps)
+    assert gradient.tolist() == (-advantages).tolist()
+
+
+def test_token_weights_by_hand():
+    lengths = torch.tensor([1, 3])
+    assert token_weights("responses", lengths, 8).tolist() == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6])
+    assert token_weights("tokens", lengths, 8).tolist() == [1 / 4] * 4
+    assert token_weights("max_new_tokens", lengths, 8).tolist() == [1 / 16] * 4
+    assert token_weights("sums", lengths, 8).tolist() == [1 / 2] * 4
+
+
+def test_the_means_of_the_losses():
+    means = {name: LOSSES[name].mean for name in ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp")}
+    expected = {"grpo": "responses", "dr_grpo": "max_new_tokens", "dapo": "tokens", "rloo": "sums"}
+    assert means == expected | {"reinforce_pp": "tokens"}
+    clips = OmegaConf.select(composed("loss=dapo"), "loss")
+    assert (clips.clip_low, clips.clip_high) == (0.2, 0.28)
+
+
+@pytest.mark.parametrize(
+    "changed, problem",
+    [
+        ({"batch": "pairs"}, 'a loss with batch="rollout" needs advantages and mean; others have none'),
+        ({"advantages": None}, "needs advantages and mean"),
+        ({"mean": None}, "needs advantages and mean"),
+        ({"needs": {"kl"}}, "needs a reference at most"),
+        ({"state": MovingState({"x": 0.0}, lambda *arguments: {})}, "no state"),
+        ({"log_probs": "means"}, 'log_probs="sums"'),
+        ({"takes_sft_weight": True}, "takes_sft_weight=False"),
+    ],
+)
+def test_a_loss_that_cannot_work_is_refused(changed: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        replace(LOSSES["grpo"], **changed)
