@@ -181,8 +181,8 @@ def tokenize(
     Args:
         data: each data set, with the end of a prompt that truncation keeps.
         tokenizer: needs an EOS token.
-        batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
-            response, two per pair; "ranked": one per prompt, with all its pairs; "rollout": the prompts alone.
+        batch: an example is a demonstration or SFT target ("sft"), a pair, a labelled response ("unpaired"; two a
+            pair), or a prompt: with all its pairs ("ranked"), or alone ("rollout").
         counts: rows read and dropped so far; rows dropped here are added.
         max_length: of prompt + response, in tokens.
         max_prompt_length: of a truncated prompt, in tokens, with BOS.
@@ -193,10 +193,8 @@ def tokenize(
     drafts = _draft(data, batch, counts, tokenizer)
     texts = list(drafts.texts)
     encoded = encode_cached(texts, tokenizer, cache_dir)
-    examples: list[Example] = []
-    prompt_texts: list[int] = []
+    examples, prompt_texts, num_truncated = list[Example](), list[int](), 0
     prompt_indices: dict[int, int] = {}  # by prompt number; prompts without examples get none
-    num_truncated = 0
     limit = max_prompt_length if batch == "rollout" else max_length  # a sampled response has any length
     ends, sizes = list(accumulate(len(preferences) for preferences, _ in data)), [0] * len(data)  # ends: of prompts
     for draft in drafts.examples:

@@ -12,7 +12,8 @@ from engine.placement.placement import Placement
 from engine.run.evaluation import Evaluator
 from engine.run.reward_functions import build_rewards
 from engine.run.rollout_evaluation import RolloutEvaluator
-from engine.run.rollouts import Rollouts, Sampler
+from engine.run.rollouts import Rollouts
+from engine.run.sampler import Sampler
 from engine.settings.schema import Settings
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.mixing import choose_mixture

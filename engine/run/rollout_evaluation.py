@@ -12,7 +12,7 @@ from engine.data.examples import Example
 from engine.placement.placement import Placement
 from engine.run.evaluation import Evaluator, Rows
 from engine.run.kl import mean_and_error
-from engine.run.rollouts import EVALUATION, GREEDY, Group, Sampler, reward_metrics
+from engine.run.sampler import EVALUATION, GREEDY, Group, Sampler, reward_metrics
 from engine.settings.schema import Settings
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.reference import LiveReference

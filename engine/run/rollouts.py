@@ -1,130 +1,23 @@
-"""Roll out: sample responses to prompts, score them, and compute what their losses need."""
+"""Roll out: sample responses to prompts, and compute what their losses need."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.examples import Example, Rollout
-from engine.models.adapters import adapter_of
-from engine.models.group_sampling import Sampling, sample_groups, seeded_uniforms
-from engine.models.precision import run_in_dtype
 from engine.placement.placement import Placement
-from engine.run.reward_functions import RewardFunctions, Score
+from engine.run.rollout_metrics import Logps, iteration_metrics
+from engine.run.sampler import GREEDY, TRAINING, Group, Response, Sampler, has_equal_rewards
 from engine.settings.keys import keyword_names
 from engine.settings.schema import Settings
 from engine.step.layout import in_group_order
 from engine.step.microbatches import MicrobatchRunner
 from losses import LOSSES
 from online_losses import Scored
-
-TRAINING, GREEDY, EVALUATION = range(3)  # streams of random numbers
-
-
-@dataclass(frozen=True)
-class Response:
-    """A sampled response.
-
-    Args:
-        tokens: int32 [response tokens].
-        text: without special tokens.
-        is_truncated: it has no end-of-text token.
-        reward: None leaves it out.
-        score: of the reward functions.
-    """
-
-    tokens: np.ndarray
-    text: str
-    is_truncated: bool
-    reward: float | None
-    score: Score
-
-
-Group = list[Response]  # of one prompt
-
-
-class Sampler:
-    """Samples responses of a model on all ranks, and scores them."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        tokenizer: PreTrainedTokenizerBase,
-        placement: Placement,
-        rewards: RewardFunctions,
-    ):
-        self._settings, self._tokenizer, self._placement, self._rewards = settings, tokenizer, placement, rewards
-        self.seconds = {"generate": 0.0, "reward": 0.0}
-
-    def sample(
-        self, model: PreTrainedModel, prompts: Sequence[Example], seeds: Sequence[Sequence[int]], num_samples: int
-    ) -> list[Group]:
-        """Responses to each prompt. Ranks share the work; all call this together.
-
-        Args:
-            seeds: of each prompt, a stream first. The stream GREEDY takes the most likely tokens.
-        """
-        placement = self._placement
-        local = slice(placement.data_rank, None, placement.num_data_ranks)
-        with self.timed("generate"):
-            tokens = self._sample_tokens(model, prompts[local], seeds[local], num_samples)
-        with self.timed("reward"):
-            groups = [self._score(*pair) for pair in zip(prompts[local], tokens, strict=True)]
-            by_rank = placement.gather_from_data_ranks(groups)
-        num_ranks = placement.num_data_ranks
-        return [by_rank[index % num_ranks][index // num_ranks] for index in range(len(prompts))]
-
-    def _sample_tokens(
-        self, model: PreTrainedModel, prompts: Sequence[Example], seeds: Sequence[Sequence[int]], num_samples: int
-    ) -> list[list[np.ndarray]]:
-        settings, tokenizer, placement = self._settings, self._tokenizer, self._placement
-        is_greedy = any(seed[0] == GREEDY for seed in seeds)
-        sampling = Sampling(
-            num_samples,
-            settings.max_new_tokens,
-            settings.max_length,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            temperature=0 if is_greedy else settings.rollout.temperature,
-            max_rows=settings.rollout.max_rows,
-        )
-        # As in evaluations: full models sample in their own dtype.
-        dtype = placement.compute_dtype if adapter_of(model) else None
-        with run_in_dtype(model, dtype), placement.gathered(model):
-            return sample_groups(
-                model,
-                [prompt.prompt for prompt in prompts],
-                lambda prompt, sample: seeded_uniforms(
-                    [settings.seed, *seeds[prompt], sample], settings.max_new_tokens
-                ),
-                sampling,
-            )
-
-    def _score(self, prompt: Example, responses: Sequence[np.ndarray]) -> Group:
-        texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return [self._response(prompt, *pair) for pair in zip(responses, texts, strict=True)]
-
-    def _response(self, prompt: Example, tokens: np.ndarray, text: str) -> Response:
-        assert prompt.row is not None
-        score = self._rewards(prompt.row, text)
-        is_truncated = int(tokens[-1]) != self._tokenizer.eos_token_id
-        reward, penalty = score.total, self._settings.rollout.missing_eos_penalty
-        if reward is not None and is_truncated and penalty:
-            reward -= penalty
-        return Response(tokens, text, is_truncated, reward, score)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of a with block."""
-        start = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
 
 class Rollouts:
@@ -170,7 +63,9 @@ class Rollouts:
         with sampler.timed("logps"):
             logps = self._logps(examples)
         examples, scored = self._with_advantages(examples, kept, logps, greedy)
-        self.facts = self._metrics(groups, kept, scored, logps)
+        self.facts = iteration_metrics(
+            self._settings, groups, kept, scored, logps, seconds=sampler.seconds, num_resampled=self._num_resampled
+        )
         self.rows = [
             {
                 "examples": first_prompt * self._settings.rollout.epochs,
@@ -219,13 +114,13 @@ class Rollouts:
             for group in groups
         ]
 
-    def _logps(self, examples: Sequence[Example]) -> list[tuple[list[np.ndarray], list[np.ndarray] | None]]:
+    def _logps(self, examples: Sequence[Example]) -> list[Logps]:
         """Log-probs of each example's responses, under the policy and the reference, as the first pass computes them.
 
         Each batch is split as in training, and each rank runs its microbatches of training. So the bits are the same.
         """
         runner, placement, batch_size = self._runner, self._placement, self._settings.batch_size
-        found: dict[int, tuple[list[np.ndarray], list[np.ndarray] | None]] = {}
+        found: dict[int, Logps] = {}
 
         def to_numpy(values: list[Tensor] | None) -> list[np.ndarray] | None:
             return None if values is None else [each.numpy() for each in values]
@@ -250,7 +145,7 @@ class Rollouts:
         self,
         examples: Sequence[Example],
         kept: Sequence[Group],
-        logps: Sequence[tuple[list[np.ndarray], list[np.ndarray] | None]],
+        logps: Sequence[Logps],
         greedy: Sequence[Response] | None,
     ) -> tuple[list[Example], Scored | None]:
         """The examples with the numbers of their tokens, and what the advantages came from; None without responses."""
@@ -322,56 +217,3 @@ class Rollouts:
                 rollout = replace(rollout, old_logps=tuple(policy), reference_logps=of_reference)
             found.append(replace(example, rollout=rollout))
         return found
-
-    def _metrics(
-        self,
-        groups: Sequence[Group],
-        kept: Sequence[Group],
-        scored: Scored | None,
-        logps: Sequence[tuple[list[np.ndarray], list[np.ndarray] | None]],
-    ) -> dict[str, float]:
-        """Metrics of an iteration, over all its responses."""
-        responses = [response for group in groups for response in group]
-        lengths = [len(response.tokens) for response in responses]
-        seconds = self._sampler.seconds
-        beta = self._settings.loss.keywords.get("beta", 0.0)
-        metrics = {
-            "rollout/length_mean": float(np.mean(lengths)),
-            "rollout/length_max": float(max(lengths)),
-            "rollout/truncated": float(np.mean([response.is_truncated for response in responses])),
-            "rollout/zero_std_groups": float(np.mean([has_equal_rewards(group) for group in groups])),
-            "rollout/distinct": float(np.mean([len({response.text for response in g}) / len(g) for g in groups])),
-            "rollout/left_out": float(len(responses) - sum(map(len, kept))),
-            "rollout/tokens_per_second": sum(lengths) / max(seconds["generate"], 1e-9),
-            **{f"time/{name}": value for name, value in seconds.items()},
-            "objective/kl_coef": float(beta),
-            **reward_metrics(responses, "rewards_train"),
-        }
-        if self._settings.rollout.max_resamples is not None:
-            metrics["rollout/resampled_groups"] = float(self._num_resampled)
-        if scored is not None:
-            score = scored.rewards.mean().item()
-            log_probs = sum(float(values.sum()) for policy, _ in logps for values in policy)
-            metrics["objective/scores"] = score
-            metrics["objective/entropy"] = -log_probs / len(scored.rewards)
-            if "reference" in self._settings.loss.needs:
-                kl = scored.k1.sum().item() / len(scored.rewards)
-                metrics["objective/kl"] = kl
-                metrics["objective/non_score_reward"] = -beta * kl
-                metrics["objective/rlhf_reward"] = score - beta * kl
-        return metrics
-
-
-def has_equal_rewards(group: Group) -> bool:
-    """Whether a group compares nothing: equal rewards, or at most one."""
-    return len({response.reward for response in group if response.reward is not None}) < 2
-
-
-def reward_metrics(responses: Sequence[Response], prefix: str) -> dict[str, float]:
-    """The mean of each reward function over responses, where it gives one."""
-    parts: Mapping[str, list[float]] = {name: [] for name in responses[0].score.parts}
-    for response in responses:
-        for name, value in response.score.parts.items():
-            if value is not None:
-                parts[name].append(value)
-    return {f"{prefix}/{name}": float(np.mean(values)) for name, values in parts.items() if values}

@@ -1,0 +1,134 @@
+"""Sample responses to prompts on all ranks, and score them."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.data.examples import Example
+from engine.models.adapters import adapter_of
+from engine.models.group_sampling import Sampling, sample_groups, seeded_uniforms
+from engine.models.precision import run_in_dtype
+from engine.placement.placement import Placement
+from engine.run.reward_functions import RewardFunctions, Score
+from engine.settings.schema import Settings
+
+TRAINING, GREEDY, EVALUATION = range(3)  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class Response:
+    """A sampled response.
+
+    Args:
+        tokens: int32 [response tokens].
+        text: without special tokens.
+        is_truncated: it has no end-of-text token.
+        reward: None leaves it out.
+        score: of the reward functions.
+    """
+
+    tokens: np.ndarray
+    text: str
+    is_truncated: bool
+    reward: float | None
+    score: Score
+
+
+Group = list[Response]  # of one prompt
+
+
+class Sampler:
+    """Samples responses of a model on all ranks, and scores them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerBase,
+        placement: Placement,
+        rewards: RewardFunctions,
+    ):
+        self._settings, self._tokenizer, self._placement, self._rewards = settings, tokenizer, placement, rewards
+        self.seconds = {"generate": 0.0, "reward": 0.0}
+
+    def sample(
+        self, model: PreTrainedModel, prompts: Sequence[Example], seeds: Sequence[Sequence[int]], num_samples: int
+    ) -> list[Group]:
+        """Responses to each prompt. Ranks share the work; all call this together.
+
+        Args:
+            seeds: of each prompt, a stream first. The stream GREEDY takes the most likely tokens.
+        """
+        placement = self._placement
+        local = slice(placement.data_rank, None, placement.num_data_ranks)
+        with self.timed("generate"):
+            tokens = self._sample_tokens(model, prompts[local], seeds[local], num_samples)
+        with self.timed("reward"):
+            groups = [self._score(*pair) for pair in zip(prompts[local], tokens, strict=True)]
+            by_rank = placement.gather_from_data_ranks(groups)
+        num_ranks = placement.num_data_ranks
+        return [by_rank[index % num_ranks][index // num_ranks] for index in range(len(prompts))]
+
+    def _sample_tokens(
+        self, model: PreTrainedModel, prompts: Sequence[Example], seeds: Sequence[Sequence[int]], num_samples: int
+    ) -> list[list[np.ndarray]]:
+        settings, tokenizer, placement = self._settings, self._tokenizer, self._placement
+        is_greedy = any(seed[0] == GREEDY for seed in seeds)
+        sampling = Sampling(
+            num_samples,
+            settings.max_new_tokens,
+            settings.max_length,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            temperature=0 if is_greedy else settings.rollout.temperature,
+            max_rows=settings.rollout.max_rows,
+        )
+        # As in evaluations: full models sample in their own dtype.
+        dtype = placement.compute_dtype if adapter_of(model) else None
+        with run_in_dtype(model, dtype), placement.gathered(model):
+            return sample_groups(
+                model,
+                [prompt.prompt for prompt in prompts],
+                lambda prompt, sample: seeded_uniforms(
+                    [settings.seed, *seeds[prompt], sample], settings.max_new_tokens
+                ),
+                sampling,
+            )
+
+    def _score(self, prompt: Example, responses: Sequence[np.ndarray]) -> Group:
+        texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return [self._response(prompt, *pair) for pair in zip(responses, texts, strict=True)]
+
+    def _response(self, prompt: Example, tokens: np.ndarray, text: str) -> Response:
+        assert prompt.row is not None
+        score = self._rewards(prompt.row, text)
+        is_truncated = int(tokens[-1]) != self._tokenizer.eos_token_id
+        reward, penalty = score.total, self._settings.rollout.missing_eos_penalty
+        if reward is not None and is_truncated and penalty:
+            reward -= penalty
+        return Response(tokens, text, is_truncated, reward, score)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of a with block."""
+        start = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+
+def has_equal_rewards(group: Group) -> bool:
+    """Whether a group compares nothing: equal rewards, or at most one."""
+    return len({response.reward for response in group if response.reward is not None}) < 2
+
+
+def reward_metrics(responses: Sequence[Response], prefix: str) -> dict[str, float]:
+    """The mean of each reward function over responses, where it gives one."""
+    parts: Mapping[str, list[float]] = {name: [] for name in responses[0].score.parts}
+    for response in responses:
+        for name, value in response.score.parts.items():
+            if value is not None:
+                parts[name].append(value)
+    return {f"{prefix}/{name}": float(np.mean(values)) for name, values in parts.items() if values}
