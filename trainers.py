@@ -214,7 +214,7 @@ class BasicTrainer:
         values = prefix_metrics(means, "train") | {"grad_norm": grad_norm, "tokens": num_tokens, "stop": stop}
         return Step(
             values=PendingScalars(values),
-            facts=facts | self.progress_counters() | self.source.take_facts(self.loggers.samples),
+            facts=facts | self.progress_counters() | self.source.take_metrics(self.loggers.samples),
             batch=batch,
             end=DeviceTimestamp(self.device),
         )

@@ -27,7 +27,7 @@ class Rollouts:
         split_batch: a batch -> its microbatches, as in training.
 
     Attributes:
-        facts: metrics of the last iteration, until a step takes them.
+        metrics: of the last iteration, until a step takes them.
         rows: responses of its first prompt, for samples.jsonl.
     """
 
@@ -42,7 +42,7 @@ class Rollouts:
         self._settings, self._sampler, self._placement = settings, sampler, placement
         self._runner, self._split_batch = runner, split_batch
         self._loss = LOSSES[settings.loss.name]
-        self.facts: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
 
     def make(self, first_prompt: int, prompts: Sequence[Example]) -> list[Example]:
@@ -55,7 +55,7 @@ class Rollouts:
         sampler.seconds = {}
         groups = self._sample(first_prompt, prompts)
         greedy = self._greedy(first_prompt, prompts)
-        kept = self._kept(groups, greedy)
+        kept = self._leave_out(groups, greedy)
         examples = [
             replace(prompt, responses=tuple(response.tokens for response in group))
             for prompt, group in zip(prompts, kept, strict=True)
@@ -63,7 +63,7 @@ class Rollouts:
         with sampler.timed("logps"):
             logps = self._logps(examples)
         examples, scored = self._with_advantages(examples, kept, logps, greedy)
-        self.facts = iteration_metrics(
+        self.metrics = iteration_metrics(
             self._settings, groups, kept, scored, logps, seconds=sampler.seconds, num_resampled=self._num_resampled
         )
         self.rows = [
@@ -102,7 +102,7 @@ class Rollouts:
         seeds = [(GREEDY, first_prompt + place) for place in range(len(prompts))]
         return [group[0] for group in self._sampler.sample(self._runner.policy, prompts, seeds, 1)]
 
-    def _kept(self, groups: Sequence[Group], greedy: Sequence[Response] | None) -> list[Group]:
+    def _leave_out(self, groups: Sequence[Group], greedy: Sequence[Response] | None) -> list[Group]:
         """The responses that count: with a reward, and not of a group left out or without a baseline."""
         leaves_out = self._settings.rollout.max_resamples is not None
         if greedy is not None:
@@ -134,9 +134,9 @@ class Rollouts:
                 ]
                 by_rank = placement.gather_from_data_ranks(local)
                 for number, part in enumerate(parts):
-                    of_part = by_rank[number % placement.num_data_ranks][number // placement.num_data_ranks]
+                    logps_of_part = by_rank[number % placement.num_data_ranks][number // placement.num_data_ranks]
                     order = in_group_order([example for example in part if example.responses])
-                    for example, (policy, reference) in zip(order, of_part, strict=True):
+                    for example, (policy, reference) in zip(order, logps_of_part, strict=True):
                         assert policy is not None
                         found[id(example)] = policy, reference
         return [found.get(id(example), ([], None)) for example in examples]

@@ -315,14 +315,14 @@ class RolloutObjective:
         logps = outputs[samples.index - span.targets.start]
         zeros = torch.zeros_like(logps)
 
-        def given(values: Tensor | None) -> Tensor:  # a measurement has no values yet
+        def or_zeros(values: Tensor | None) -> Tensor:  # a measurement has no values yet
             return zeros if values is None else values.to(logps.dtype)
 
         old_logps = logps.detach() if samples.old_logps is None else samples.old_logps.to(logps.dtype)
         return RolloutInputs(
-            arguments=[logps, old_logps, given(samples.reference_logps), given(samples.advantages)],
+            arguments=[logps, old_logps, or_zeros(samples.reference_logps), or_zeros(samples.advantages)],
             chosen_means=zeros,
-            weights=given(samples.weights),
+            weights=or_zeros(samples.weights),
             lengths=samples.lengths,
             num_tokens=samples.num_tokens,
         )

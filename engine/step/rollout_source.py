@@ -41,11 +41,11 @@ class RollOut(Protocol):
     """Samples the responses of iterations.
 
     Attributes:
-        facts: metrics of the last iteration.
+        metrics: of the last iteration.
         rows: responses of the last iteration, for the log.
     """
 
-    facts: dict[str, float]
+    metrics: dict[str, float]
     rows: list[dict[str, Any]]
 
     def make(self, first_prompt: int, prompts: Sequence[Example]) -> list[Example]:
@@ -174,12 +174,12 @@ class SampledResponses:
             found.append(replace(example, rollout=rollout))
         return found
 
-    def take_facts(self, log_samples: Callable[..., None]) -> dict[str, float]:
+    def take_metrics(self, log_samples: Callable[..., None]) -> dict[str, float]:
         if not self.roll_out.rows:
             return {}
         log_samples(self.roll_out.rows, is_shown=False)
         self.roll_out.rows = []
-        return self.roll_out.facts
+        return self.roll_out.metrics
 
     # ---- Checkpoints ----
 

@@ -42,7 +42,7 @@ class Source(Protocol):
         """The batches of the run with an example that no batch before them has."""
         ...
 
-    def take_facts(self, log_samples: Callable[..., None]) -> dict[str, float]:
+    def take_metrics(self, log_samples: Callable[..., None]) -> dict[str, float]:
         """Metrics of the responses sampled since the last call.
 
         Args:
@@ -114,7 +114,7 @@ class StoredExamples:
             if found:
                 yield [self.examples[index] for index in batch]
 
-    def take_facts(self, log_samples: Callable[..., None]) -> dict[str, float]:
+    def take_metrics(self, log_samples: Callable[..., None]) -> dict[str, float]:
         return {}
 
     def state(self, num_examples: int) -> Callable[[Path], None] | None:
