@@ -204,6 +204,8 @@ class BasicTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         is_finite = grad_norm.isfinite().to(self.device) & means["loss"].isfinite().to(self.device)
+        if not any(example.responses for example in batch.examples):  # all are left out: even weight decay waits
+            is_finite = torch.zeros_like(is_finite)
         self.update(is_finite)
         self.runner.move_state(is_finite)
         self.optimizer.zero_grad(set_to_none=True)

@@ -177,10 +177,39 @@ def test_a_missing_column(online, tmp_path):
     assert run.status == 3
     assert "rewards: regular_expression failed with KeyError (the row has no column 'pattern')" in run.err
     assert "How much is" in run.err and run.err.count("\n") == 1
-    dropped = online(f"datasets={path}", "rewards=[regular_expression]", "on_bad_reward=drop")
-    assert dropped.status == 0, dropped.err
-    # All responses are left out: there is nothing to learn.
-    assert all(row["loss/train"] == 0 and row["rollout/left_out"] == 12 for row in dropped.steps)
+    dropped = online(f"datasets={path}", "rewards=[regular_expression]", "on_bad_reward=drop", "do_first_eval=false")
+    assert dropped.status == 3
+    assert "rewards: none of the 12 responses after 0 examples has one; functions failed 12 times" in dropped.err
+
+
+def test_failed_rewards_are_counted_and_warned_of(online, monkeypatch):
+    def fails_for_some(prompt: str, response: str, row: Any) -> float:
+        if len(response) % 2:
+            raise ValueError("an odd length")
+        return vowels(prompt, response, row)
+
+    monkeypatch.setitem(REWARDS, "vowels", fails_for_some)
+    run = online("on_bad_reward=drop", "batch_size=1", "n_examples=8", "rollout.num_responses=4")
+    assert run.status == 0, run.err
+    for row in run.steps:  # samples.jsonl has the whole group of the only prompt
+        group = [each for each in run.samples if each["examples"] == row["counters/examples"] - 1]
+        assert row["rollout/bad_rewards"] == sum(each["reward"] is None for each in group)
+    assert sum(row["rollout/bad_rewards"] for row in run.steps) > 0
+    assert run.out.count("rewards of an iteration failed, and their responses are left out") == 1
+
+
+def test_a_batch_without_responses_leaves_the_policy_as_it_is(online, monkeypatch):
+    """Not even momentum and weight decay move it."""
+    run = online("optimizer=AdamW", "save_every=4", "keep_checkpoints=null", "loss=online_dpo", "n_examples=8")
+    assert run.status == 0, run.err
+    monkeypatch.setitem(REWARDS, "vowels", lambda prompt, response, row: 1.0)
+    overrides = ("n_examples=16", "resume_allow=[n_examples]", f"resume={run.dir}", f"local_run_dir={run.dir}")
+    idle = online("optimizer=AdamW", "save_every=4", "keep_checkpoints=null", "loss=online_dpo", *overrides)
+    assert idle.status == 0, idle.err
+    assert [row["rollout/left_out"] for row in idle.steps[-2:]] == [12, 12]
+    before, learned, after = (weights_of(run.dir, step) for step in (4, 8, 16))
+    assert any(not torch.equal(before[name], learned[name]) for name in before)
+    assert all(torch.equal(after[name], learned[name]) for name in learned)
 
 
 def test_none_leaves_a_response_out(online, monkeypatch):
@@ -205,9 +234,35 @@ def test_groups_of_equal_rewards_are_sampled_again(online, monkeypatch):
     again = online("rollout.max_resamples=4", "sample_during_eval=true")
     for run in (kept, left_out, again):
         assert run.status == 0, run.err
-    assert kept.steps[0]["rollout/left_out"] == 0 < left_out.steps[0]["rollout/left_out"]
-    assert left_out.steps[0]["rollout/zero_std_groups"] > again.steps[0]["rollout/zero_std_groups"]
-    assert again.steps[0]["rollout/resampled_groups"] > 0
+    first, without, resampled = (run.steps[0] for run in (kept, left_out, again))
+    assert first["rollout/left_out"] == 0 <= resampled["rollout/left_out"] < without["rollout/left_out"]
+    assert resampled["rollout/resampled_groups"] > 0
+    # Metrics of the policy are of its first responses: those sampled again are a selection.
+    for name in ("objective/scores", "rewards_train/vowels", "rollout/zero_std_groups", "rollout/length_mean"):
+        assert first[name] == without[name] == resampled[name]
+    sampled = [row["rollout/tokens_per_second"] * row["time/generate"] for row in (first, resampled)]
+    assert sampled[0] == pytest.approx(12 * first["rollout/length_mean"])
+    assert sampled[1] > 1.1 * sampled[0]
+
+
+@pytest.mark.parametrize("loss", ["dapo", "online_dpo"])
+def test_scores_of_all_responses_where_groups_are_left_out(online, monkeypatch, loss):
+    """Rewards of 0 and 1: the groups of two that are learned have a mean of 0.5, whatever the policy does."""
+    monkeypatch.setitem(REWARDS, "vowels", lambda prompt, response, row: float(vowels("", response, {}) > 0.3))
+    every_group, learned_groups = (
+        online(f"loss={each}", "rollout.num_responses=2", "n_examples=4") for each in ("grpo", loss)
+    )
+    assert learned_groups.status == 0, learned_groups.err
+    assert learned_groups.steps[0]["objective/scores"] == every_group.steps[0]["objective/scores"] != 0.5
+
+
+@pytest.mark.parametrize("loss", ["online_dpo", "best_of_n"])
+def test_the_first_ratio_is_1_where_responses_are_left_out(online, loss):
+    """Log-probs come from the microbatches of training, which have fewer responses than were sampled."""
+    run = online(f"loss={loss}", "rollout.num_responses=8", "batch_size=8", "n_examples=96", "n_eval_examples=1")
+    assert run.status == 0, run.err
+    assert {row["policy/ratio_max"] for row in run.steps} == {1}
+    assert {row["policy/approxkl"] for row in run.steps} == {0}
 
 
 def test_truncated_responses(online):

@@ -91,6 +91,7 @@ PLANTED = {
         evaluations(kl_eval__next_token=(51.0,), kl_eval__next_token__standard_error=(3.0,)),
         evaluations(forward_kl_eval=(60.0,), forward_kl_eval__standard_error=(20.0,)),
     ],
+    "bad_rewards": [steps(2, **{"rollout/bad_rewards": 1.0})],
 }
 CLEAN = {
     "chosen_falls": [chosen(0, -1, -2), chosen(0, -1, -3, -2), chosen(3, 2, 1, -1), chosen(0, -1, -2, -2)],
@@ -124,6 +125,7 @@ CLEAN = {
         evaluations(kl_eval=(60.0,), kl_eval__standard_error=(40.0,)),
         [evaluation(1, {"kl_eval": 60.0, "kl_eval/standard_error": 1.0, KL: 40.0, f"{KL}/standard_error": 1.0})],
     ],
+    "bad_rewards": [steps(2, **{"rollout/bad_rewards": 0.0}), steps(2)],
 }
 AT_ITS_END = ("chosen_falls", "length_ratio", "unfinished_rise", "kl")  # series that raise it with their last row
 CASES = [(name, index) for name, series in PLANTED.items() for index in range(len(series))]

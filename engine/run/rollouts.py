@@ -10,14 +10,15 @@ from torch import Tensor
 
 from engine.data.examples import Example, Rollout
 from engine.placement.placement import Placement
-from engine.run.rollout_metrics import Logps, iteration_metrics
-from engine.run.sampler import GREEDY, TRAINING, Group, Response, Sampler, has_equal_rewards
+from engine.run.rollout_metrics import Logps, cost_metrics, learned_metrics, sampling_metrics
+from engine.run.sampler import GREEDY, TRAINING, Costs, Group, Response, Sampler, has_equal_rewards
 from engine.settings.keys import keyword_names
 from engine.settings.schema import Settings
 from engine.step.layout import in_group_order
 from engine.step.microbatches import MicrobatchRunner
 from losses import LOSSES
 from online_losses import Scored
+from utils import UserError
 
 
 class Rollouts:
@@ -52,8 +53,9 @@ class Rollouts:
             first_prompt: the number of prompts of the run before these.
         """
         sampler = self._sampler
-        sampler.seconds = {}
-        groups = self._sample(first_prompt, prompts)
+        sampler.costs = Costs()
+        first, groups, num_resampled = self._sample(first_prompt, prompts)
+        self._check_rewards(first_prompt, groups)
         greedy = self._greedy(first_prompt, prompts)
         kept = self._leave_out(groups, greedy)
         examples = [
@@ -63,9 +65,15 @@ class Rollouts:
         with sampler.timed("logps"):
             logps = self._logps(examples)
         examples, scored = self._with_advantages(examples, kept, logps, greedy)
-        self.metrics = iteration_metrics(
-            self._settings, groups, kept, scored, logps, seconds=sampler.seconds, num_resampled=self._num_resampled
-        )
+        learned = [self._without_unlearned(*pair) for pair in zip(examples, kept, strict=True)]
+        learned = self._with_new_logps(examples, learned)
+        metrics = sampling_metrics(first)
+        metrics["rollout/left_out"] = float(sum(map(len, groups)) - sum(map(len, kept)))
+        if self._settings.rollout.max_resamples is not None:
+            metrics["rollout/resampled_groups"] = float(num_resampled)
+        metrics |= learned_metrics(self._settings, scored, logps, metrics.get("objective/scores"))
+        seconds = self._placement.gather_from_data_ranks(sampler.costs.seconds)
+        self.metrics = metrics | cost_metrics(sampler.costs, seconds)
         self.rows = [
             {
                 "examples": first_prompt * self._settings.rollout.epochs,
@@ -76,24 +84,45 @@ class Rollouts:
             }
             for response in groups[0]
         ]
-        learned = [self._without_unlearned(*pair) for pair in zip(examples, kept, strict=True)]
-        return self._with_new_logps(examples, learned) if self._settings.rollout.truncated == "mask" else learned
+        return learned
 
-    def _sample(self, first_prompt: int, prompts: Sequence[Example]) -> list[Group]:
-        """Responses to each prompt. Groups of equal rewards are sampled again, if so set."""
+    def _sample(self, first_prompt: int, prompts: Sequence[Example]) -> tuple[list[Group], list[Group], int]:
+        """Sample responses to each prompt. Groups of equal rewards are sampled again, if so set.
+
+        Returns:
+            the groups as first sampled, those to learn, and the number of groups sampled again.
+        """
         rollout, policy = self._settings.rollout, self._runner.policy
+        first: list[Group] = []
         groups: list[Group] = [[] for _ in prompts]
-        places, self._num_resampled = list(range(len(prompts))), 0
+        places, num_resampled = list(range(len(prompts))), 0
         for attempt in range((rollout.max_resamples or 0) + 1):
             seeds = [(TRAINING, first_prompt + place, attempt) for place in places]
             found = self._sampler.sample(policy, [prompts[place] for place in places], seeds, rollout.num_responses)
             for place, group in zip(places, found, strict=True):
                 groups[place] = group
-            self._num_resampled += len(places) if attempt else 0
+            first = first or found
+            num_resampled += len(places) if attempt else 0
             places = [place for place in places if has_equal_rewards(groups[place])]
             if not places:
                 break
-        return groups
+        return first, groups, num_resampled
+
+    def _check_rewards(self, first_prompt: int, groups: Sequence[Group]) -> None:
+        """Check that some response has a reward.
+
+        Raises:
+            UserError: DATA without any, as functions failed.
+        """
+        num_bad = self._sampler.costs.num_bad_rewards
+        if num_bad and all(response.reward is None for group in groups for response in group):
+            num_responses, epochs = sum(map(len, groups)), self._settings.rollout.epochs
+            raise UserError(
+                "DATA",
+                f"rewards: none of the {num_responses:,} responses after {first_prompt * epochs:,} examples has one;"
+                f" functions failed {num_bad:,} times",
+                "on_bad_reward=raise shows the error; correct the function or the rows",
+            )
 
     def _greedy(self, first_prompt: int, prompts: Sequence[Example]) -> list[Response] | None:
         """The most likely response to each prompt, if the loss compares with it."""
@@ -209,7 +238,7 @@ class Rollouts:
             return list(after)
         found = []
         with self._sampler.timed("logps"):
-            logps = self._logps(after)
+            logps = self._logps([replace(example, rollout=None) for example in after])
         for example, (policy, reference) in zip(after, logps, strict=True):
             rollout = example.rollout
             if rollout is not None:

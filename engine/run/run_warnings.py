@@ -179,6 +179,11 @@ def _kl(history: History, limit: float) -> str | None:
     return None
 
 
+def _bad_rewards(history: History, limit: float) -> str | None:
+    number = history.recent[-1].get("rollout/bad_rewards", 0.0) if history.recent else 0.0
+    return f"{number:,.0f} rewards of an iteration failed, and their responses are left out" if number > limit else None
+
+
 CHECKS = (
     Check(
         "chosen_falls",
@@ -230,6 +235,12 @@ CHECKS = (
         "the policy has left the responses of the reference. The preferences say little about its new ones: rewards may"
         " rise while responses get worse",
         "raise loss.beta, lower lr or n_epochs, and read samples.jsonl",
+    ),
+    Check(
+        "bad_rewards",
+        _bad_rewards,
+        "a reward function raises for some rows or responses, or returns NaN. The others are then learned alone",
+        "on_bad_reward=raise shows the error and its prompt",
     ),
 )
 

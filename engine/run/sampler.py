@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,8 +41,27 @@ class Response:
 Group = list[Response]  # of one prompt
 
 
+@dataclass
+class Costs:
+    """What an iteration costs.
+
+    Args:
+        seconds: of each part, on this rank.
+        num_tokens: sampled on all ranks.
+        num_bad_rewards: dropped by on_bad_reward, on all ranks.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    num_tokens: int = 0
+    num_bad_rewards: int = 0
+
+
 class Sampler:
-    """Samples responses of a model on all ranks, and scores them."""
+    """Samples responses of a model on all ranks, and scores them.
+
+    Attributes:
+        costs: grow with each sample, until the caller replaces them.
+    """
 
     def __init__(
         self,
@@ -52,7 +71,7 @@ class Sampler:
         rewards: RewardFunctions,
     ):
         self._settings, self._tokenizer, self._placement, self._rewards = settings, tokenizer, placement, rewards
-        self.seconds = {"generate": 0.0, "reward": 0.0}
+        self.costs = Costs()
 
     def sample(
         self, model: PreTrainedModel, prompts: Sequence[Example], seeds: Sequence[Sequence[int]], num_samples: int
@@ -66,11 +85,15 @@ class Sampler:
         local = slice(placement.data_rank, None, placement.num_data_ranks)
         with self.timed("generate"):
             tokens = self._sample_tokens(model, prompts[local], seeds[local], num_samples)
+        num_dropped = self._rewards.num_dropped
         with self.timed("reward"):
             groups = [self._score(*pair) for pair in zip(prompts[local], tokens, strict=True)]
-            by_rank = placement.gather_from_data_ranks(groups)
-        num_ranks = placement.num_data_ranks
-        return [by_rank[index % num_ranks][index // num_ranks] for index in range(len(prompts))]
+        by_rank = placement.gather_from_data_ranks((groups, self._rewards.num_dropped - num_dropped))
+        num_ranks, costs = placement.num_data_ranks, self.costs
+        costs.num_bad_rewards += sum(num_bad for _, num_bad in by_rank)
+        found = [by_rank[index % num_ranks][0][index // num_ranks] for index in range(len(prompts))]
+        costs.num_tokens += sum(len(response.tokens) for group in found for response in group)
+        return found
 
     def _sample_tokens(
         self, model: PreTrainedModel, prompts: Sequence[Example], seeds: Sequence[Sequence[int]], num_samples: int
@@ -116,7 +139,7 @@ class Sampler:
         """Add the seconds of a with block."""
         start = time.monotonic()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+        self.costs.seconds[name] = self.costs.seconds.get(name, 0.0) + time.monotonic() - start
 
 
 def has_equal_rewards(group: Group) -> bool:

@@ -179,6 +179,7 @@ class WarningSettings(Group):
     unfinished_rise: Probability | None
     clipped_share: Fraction | None
     kl: Positive | None
+    bad_rewards: NonNegative | None
     standard_errors: NonNegative
 
 
