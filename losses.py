@@ -757,6 +757,7 @@ class Loss:
             it needs them.
         advantages: of rollouts; takes online_losses.Scored, and keyword arguments of the YAML.
         mean: of the losses of tokens, for rollouts.
+        ratios: of policies, that the loss clips: of each token, or of each response.
         learns_some: responses with advantages of 0 are left out.
         has_greedy_baseline: the advantages need the reward of the most likely response.
 
@@ -775,6 +776,7 @@ class Loss:
     head: Head = "lm"
     advantages: Callable[..., Tensor] | None = None
     mean: Mean | None = None
+    ratios: Literal["tokens", "responses"] = "tokens"
     learns_some: bool = False
     has_greedy_baseline: bool = False
 
@@ -851,9 +853,15 @@ LOSSES = {
     "grpo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "responses"),
     "dr_grpo": _rollout_loss(online_losses.grpo_loss, online_losses.dr_grpo_advantages, "max_new_tokens"),
     "dapo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "tokens"),
-    "rloo": _rollout_loss(online_losses.rloo_loss, online_losses.rloo_advantages, "sums"),
+    "rloo": _rollout_loss(online_losses.rloo_loss, online_losses.rloo_advantages, "sums", ratios="responses"),
     "reinforce_pp": _rollout_loss(online_losses.reinforce_pp_loss, online_losses.reinforce_pp_advantages, "tokens"),
-    "remax": _rollout_loss(online_losses.rloo_loss, online_losses.remax_advantages, "sums", has_greedy_baseline=True),
+    "remax": _rollout_loss(
+        online_losses.rloo_loss,
+        online_losses.remax_advantages,
+        "sums",
+        ratios="responses",
+        has_greedy_baseline=True,
+    ),
     "online_dpo": _rollout_loss(online_losses.online_dpo_loss, online_losses.best_and_worst, "sums", learns_some=True),
     "best_of_n": _rollout_loss(
         online_losses.best_of_n_loss, online_losses.best_of_n_advantages, "sums", needs=frozenset(), learns_some=True

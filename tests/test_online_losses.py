@@ -9,6 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from engine.step.metrics import MetricAccumulator
+from engine.step.objectives import RolloutInputs, make_objective
 from losses import LOSSES, MovingState
 from online_losses import (
     Scored,
@@ -29,7 +31,7 @@ from online_losses import (
     token_weights,
     whitened,
 )
-from tests.configs import composed
+from tests.configs import composed, make_settings
 
 
 def values(*numbers: float) -> Tensor:
@@ -196,6 +198,30 @@ def test_token_weights_by_hand():
     assert token_weights("tokens", lengths, 8).tolist() == [1 / 4] * 4
     assert token_weights("max_new_tokens", lengths, 8).tolist() == [1 / 16] * 4
     assert token_weights("sums", lengths, 8).tolist() == [1 / 2] * 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "largest", "clipped"),
+    [("grpo", 1.1, 0.0), ("reinforce_pp", 1.1, 0.0), ("rloo", 1.1**4, 0.5), ("remax", 1.1**4, 0.5)],
+)
+def test_metrics_of_the_clip_are_of_what_the_loss_clips(loss: str, largest: float, clipped: float) -> None:
+    """Each token's ratio is 1.1. So a response of four tokens has 1.46, and one of one token 1.1; the clip is at 1.2."""
+    objective, metrics = make_objective(make_settings(f"loss={loss}").loss), MetricAccumulator()
+    old_logps = values(-1, -1, -1, -1, -2)
+    logps = (old_logps + math.log(1.1)).requires_grad_()
+    advantages = torch.ones(5, dtype=torch.float64)
+    lengths = torch.tensor([4, 1])
+    inputs = RolloutInputs(
+        [logps, old_logps, old_logps, advantages], logps, advantages / 5, lengths=lengths, num_tokens=lengths
+    )
+    losses = objective.losses(inputs, [], metrics)
+    losses.sum().backward()
+    found = {name: value.item() for name, value in metrics.reduce(lambda totals: None).means.items()}
+    assert found["policy/ratio_max"] == pytest.approx(largest)
+    assert found["policy/clipfrac"] == clipped
+    assert found["policy/approxkl"] == pytest.approx(math.log(1.1) ** 2 / 2)
+    assert found["loss/policy"] == found["loss"] == pytest.approx(losses.mean().item())
+    assert (logps.grad == 0).sum() == (4 if clipped else 0)  # a clipped response gives no gradient
 
 
 def test_the_means_of_the_losses():

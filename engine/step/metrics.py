@@ -153,7 +153,7 @@ def prefix_metrics(means: Mapping[str, Tensor], split: str) -> dict[str, Tensor]
 
 def _prefixed(name: str, split: str) -> str:
     group, slash, rest = name.partition("/")
-    if group == "policy":  # metrics of online training have the names they have elsewhere
+    if group == "policy" or name == "loss/policy":  # metrics of online training have the names they have elsewhere
         return name
     return f"{group}_{split}/{rest}" if slash else f"{name}/{split}"
 

@@ -298,7 +298,7 @@ class RolloutObjective:
         self.batch, self.head = loss.batch, loss.head
         self.needs = settings.needs
         self.state: dict[str, Tensor] = {}
-        self._function = loss.function
+        self._function, self._ratios = loss.function, loss.ratios
         self._keywords = {name: settings.keywords[name] for name in keyword_names(loss.function)}
         self._clips = [settings.keywords[name] for name in ("clip_low", "clip_high") if name in settings.keywords]
 
@@ -334,20 +334,27 @@ class RolloutObjective:
         assert isinstance(inputs, RolloutInputs) and inputs.num_tokens is not None
         losses = self._function(*inputs.arguments, inputs.lengths, **self._keywords) * inputs.weights
         by_example = sum_by_response(losses, inputs.num_tokens)
-        metrics.add(loss=by_example)
+        metrics.add(loss=by_example, **{"loss/policy": by_example})
         self._add_metrics(inputs, metrics)
         return by_example
 
     def _add_metrics(self, inputs: RolloutInputs, metrics: MetricAccumulator) -> None:
-        """Add how far the policy has moved from the sampling one, over all tokens."""
+        """Add how far the policy has moved from the sampling one, over all tokens or responses."""
+
+        def add_mean(**values: Tensor) -> None:
+            for name, value in values.items():
+                metrics.add_where(torch.ones_like(value, dtype=torch.bool), **{name: value})
+
         logps, old_logps, *_ = inputs.arguments
         logratios = logps.detach() - old_logps
-        ratios, every = logratios.exp(), torch.ones_like(logratios, dtype=torch.bool)
-        values = {"policy/approxkl": logratios.square() / 2}
+        add_mean(**{"policy/approxkl": logratios.square() / 2})
+        if self._ratios == "responses":
+            assert inputs.lengths is not None
+            logratios = sum_by_response(logratios, inputs.lengths)
+        ratios = logratios.exp()
         if self._clips:
             low, high = self._clips
-            values["policy/clipfrac"] = ((ratios < 1 - low) | (ratios > 1 + high)).to(ratios.dtype)
-        metrics.add_where(every, **values)
+            add_mean(**{"policy/clipfrac": ((ratios < 1 - low) | (ratios > 1 + high)).to(ratios.dtype)})
         metrics.add_largest(**{"policy/ratio_max": ratios})
 
 
