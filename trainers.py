@@ -37,12 +37,12 @@ from engine.run.checkpoint_writer import CheckpointWriter
 from engine.run.evaluation import Evaluator
 from engine.run.loggers import Loggers, NoLoggers
 from engine.run.nonfinite import NonFinitePolicy
-from engine.run.online import build_evaluator, build_source, examples_to_fit
+from engine.run.online import build_evaluator, build_source, examples_to_evaluate, examples_to_fit
 from engine.run.reference_setup import build_reference
 from engine.run.resume_check import read_state, read_state_file, settings_of
 from engine.run.run_files import log_sizes, rewind
 from engine.run.start_report import describe_parameters, describe_training, warn_of_first_margin, warnings_at_start
-from engine.run.throughput import throughput
+from engine.run.throughput import TrainingTime, throughput
 from engine.run.workload import Work, flops_of
 from engine.settings.schema import LoraSettings, Settings
 from engine.step.gradient_check import check_gradients
@@ -58,7 +58,7 @@ from engine.step.microbatches import Batch, MicrobatchRunner
 from engine.step.objectives import make_objective
 from engine.step.reference import LiveReference, Reference
 from engine.step.schedule import learning_rate
-from engine.step.sources import Source, choose_eval_examples
+from engine.step.sources import Source
 from preference_datasets import ground_truth_reward
 from utils import StopRequest, UserError, is_out_of_memory, prefetch
 
@@ -75,7 +75,9 @@ class Step:
     values: PendingScalars
     facts: dict[str, float]
     batch: Batch
+    start: DeviceTimestamp
     end: DeviceTimestamp
+    ends_iteration: bool = False
 
 
 class BasicTrainer:
@@ -187,6 +189,7 @@ class BasicTrainer:
 
     def step(self, batch: Batch) -> Step:
         """Update the policy once. A GPU may still be running when this returns."""
+        start = DeviceTimestamp(self.device)
         if batch.token_budget > self.token_budget:  # prefetched before memory ran out
             batch = self.prepare(self.split_batch(batch.examples))
         peft = self.settings.peft
@@ -218,7 +221,9 @@ class BasicTrainer:
             values=PendingScalars(values),
             facts=facts | self.progress_counters() | self.source.take_metrics(self.loggers.samples),
             batch=batch,
+            start=start,
             end=DeviceTimestamp(self.device),
+            ends_iteration=self.source.ends_iteration(self.counters["examples"]),
         )
 
     def accumulate_gradients(self, batch: Batch, metrics: MetricAccumulator) -> None:
@@ -300,6 +305,7 @@ class BasicTrainer:
             start: when the step began.
         """
         seconds = step.end.seconds_since(start)
+        training_time = self.training_time.add(step.end.seconds_since(step.start), step.ends_iteration)
         metrics = step.values.read()
         num_tokens = metrics.pop("tokens")
         self.must_stop |= metrics.pop("stop") > 0
@@ -310,7 +316,7 @@ class BasicTrainer:
         metrics = without_nan(metrics) | step.facts | self.skip_counter()
         if warning := warn_of_first_margin(self.settings, metrics):
             self.loggers.print(warning)
-        return metrics | throughput(self, step.batch.examples, num_tokens, seconds)
+        return metrics | training_time | throughput(self, step.batch.examples, num_tokens, seconds)
 
     @cached_property
     def flops(self) -> Callable[[Work, bool], float]:
@@ -479,12 +485,12 @@ class BasicTrainer:
         self.chat_template_text = template_to_record(settings.chat_template)
         self.source = build_source(settings, train_split)
         self.train_examples = train_split.examples
-        eval_examples = choose_eval_examples(test_split.examples, settings.n_eval_examples, settings.seed)
+        eval_examples = examples_to_evaluate(settings, test_split)
         if settings.keep_best and not eval_examples:
             raise UserError("CONFIG", "keep_best: there are no examples to evaluate on", "leave it out")
         self.num_updates = self.source.num_updates
         self.counters = {"examples": 0, "updates": 0, "skipped": 0}
-        self.stop, self.must_stop = StopRequest(), False
+        self.stop, self.must_stop, self.training_time = StopRequest(), False, TrainingTime()
         self.loggers = NoLoggers()
         num_train, num_eval = len(train_split.examples), len(eval_examples)
         lengths = {"num_examples": self.source.num_examples, "num_updates": self.num_updates}

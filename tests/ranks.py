@@ -33,7 +33,7 @@ PAIRS = [(1 + 7 * i % 23, 1 + 5 * i % 19, 1 + 11 * i % 17) for i in range(25)]
 # Half of the sampled responses have this reward.
 PROMPTS = [
     "rewards=[regular_expression]", "reward_options={regular_expression:{pattern:'.*[ei].*'}}",
-    "rollout.num_responses=4", "rollout.max_new_tokens=6", "rollout.epochs=2",
+    "rollout.num_responses=4", "rollout.max_new_tokens=6", "rollout.epochs=2", "sample_during_eval=true",
 ]  # fmt: skip
 
 Job = tuple[str, str, tuple[str, ...]]  # architecture, loss, overrides

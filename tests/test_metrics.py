@@ -88,7 +88,7 @@ class Broken:
     def log(self, metrics, step) -> None:
         raise ConnectionError("the server is gone")
 
-    def log_samples(self, rows, step) -> None:
+    def log_samples(self, rows, step, is_evaluation) -> None:
         self.log(rows, step)
 
     def close(self, is_done) -> None:

@@ -1,6 +1,7 @@
 """Online training by the command line: rollouts, rewards, evaluation, and resume to the bit."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from engine.data.films import is_well_formed
+from engine.run.tensorboard_logger import as_markdown
+from engine.run.wandb_logger import Wandb
 from rewards import REWARDS
 from tests.runs import QUICK, SMALL, copy_stopped
 
@@ -20,6 +23,7 @@ ONLINE = (
     "max_prompt_length=40",
     "rollout.max_new_tokens=8",
     "rollout.num_responses=3",
+    "sample_during_eval=true",
     "n_eval_model_samples=2",
     "rewards=[vowels]",
 )
@@ -57,7 +61,7 @@ def weights_of(directory: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_metrics_and_samples(online):
-    run = online("sample_during_eval=true")
+    run = online()
     assert run.status == 0, run.err
     assert "training on 16 prompts in 4 steps of 4; 3 responses to each of 4 prompts at a time, learned once" in run.out
     first = run.steps[0]
@@ -161,6 +165,67 @@ def test_prompts_of_a_file_and_the_number_of_their_row(online, tmp_path):
     total = first["rewards_train/number_match"] + 0.5 * first["rewards_train/length"]
     assert first["objective/scores"] == pytest.approx(total)
     assert {"rewards_eval/number_match", "rewards_eval/length"} <= set(run.metrics[-1])
+
+
+def test_without_samples_nothing_is_evaluated(online):
+    run = online("sample_during_eval=false", "eval_every=4")
+    assert run.status == 0, run.err
+    assert run.metrics == run.steps and len(run.steps) == 4
+    best = online("sample_during_eval=false", "keep_best=rewards_eval/sampled")
+    assert best.status == 2 and "rewards_eval/sampled is measured on samples: sample_during_eval=true" in best.err
+
+
+def test_the_time_of_training_is_of_an_iteration(online, monkeypatch):
+    """Two steps an iteration. Their seconds are logged with the second, and hold neither sampling nor evaluation."""
+
+    def slow(prompt: str, response: str, row: Any) -> float:
+        time.sleep(0.05)
+        return vowels(prompt, response, row)
+
+    monkeypatch.setitem(REWARDS, "vowels", slow)
+    run = online("rollout.epochs=2", "eval_every=4", "n_eval_examples=4")
+    assert run.status == 0, run.err
+    assert ["time/train" in row for row in run.steps] == [False, True, False, True]
+    for first, last in zip(run.steps[0::2], run.steps[1::2], strict=True):
+        assert first["time/reward"] > 0.6  # of 12 responses
+        assert 0 < last["time/train"] < 0.6
+
+
+def test_tensorboard_and_wandb_get_every_iteration_and_its_samples(online, monkeypatch):
+    """However short iterations are. Tables of samples keep to the interval."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tables: list[tuple[str, int, list[str]]] = []
+    monkeypatch.setattr(
+        Wandb, "__init__", lambda self, *arguments: self.__dict__.update(_run=self, _wandb=self, _rows=[])
+    )
+    monkeypatch.setattr(Wandb, "Table", lambda self, columns, data: columns, raising=False)
+    monkeypatch.setattr(Wandb, "close", lambda self, is_done: None)
+
+    def log(self: Wandb, values: dict[str, Any], step: int) -> None:
+        tables.extend(
+            (name, step, value) for name, value in values.items() if "samples" in name and "_eval" not in name
+        )
+
+    monkeypatch.setattr(Wandb, "log", log)
+    settings = ("tensorboard=true", "wandb.enabled=true", "rollout.prompts=8", "n_examples=32")
+    for interval, num_tables in ((0, 4), (1000, 1)):
+        run = online(*settings, f"minimum_log_interval_secs={interval}")
+        assert run.status == 0, run.err
+        events = EventAccumulator(str(run.dir / "tensorboard"))
+        events.Reload()
+        scores = [(row["counters/examples"], row["objective/scores"]) for row in run.steps if "objective/scores" in row]
+        logged = [(event.step, event.value) for event in events.Scalars("objective/scores")]
+        assert logged == [(step, pytest.approx(value)) for step, value in scores] and len(logged) == 4
+        texts = events.Tensors("training_samples/text_summary")
+        assert [event.step for event in texts] == [0, 8, 16, 24][:num_tables]
+        response = next(row["response"] for row in run.samples if "response" in row)
+        assert as_markdown(response) in texts[0].tensor_proto.string_val[0].decode()
+        columns = ["examples", "prompt", "response", "reward", "reward/vowels"]
+        assert [each for each in tables if each[0] == "training_samples"] == [
+            ("training_samples", step, columns) for step in (0, 8, 16, 24)[:num_tables]
+        ]
+        tables.clear()
 
 
 def test_prompts_that_are_equal_once_truncated_are_logged_once(online, tmp_path):

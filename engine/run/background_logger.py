@@ -18,7 +18,7 @@ class Logger(Protocol):
     """Takes the metrics and samples of a run."""
 
     def log(self, metrics: Metrics, step: int) -> None: ...
-    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None: ...
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int, is_evaluation: bool) -> None: ...
     def close(self, is_done: bool) -> None: ...
 
 
@@ -71,8 +71,8 @@ class BackgroundLogger:
     def log(self, metrics: Metrics, step: int) -> None:
         self._call(lambda logger: logger.log(metrics, step))
 
-    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        self._call(lambda logger: logger.log_samples(rows, step))
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int, is_evaluation: bool) -> None:
+        self._call(lambda logger: logger.log_samples(rows, step, is_evaluation))
 
     def close(self, is_done: bool) -> None:
         """Let the logger finish; abandon it after CLOSE_SECONDS."""

@@ -22,8 +22,8 @@ from utils import UserError, duration, printable
 LINE_LENGTH = 200  # of a printed line
 # Parts of the names of metrics, in the order of a printed line.
 TELLING = (
-    "loss/", "accuracies", "margins", "desirable", "kl_", "kl/", "ground_truth/", "learning_rate", "grad_norm",
-    "tokens_per_second", "peak_memory", "skipped", "rewards", "logratios", "logps",
+    "loss/", "objective/scores", "accuracies", "margins", "desirable", "kl_", "kl/", "ground_truth/", "learning_rate",
+    "grad_norm", "tokens_per_second", "peak_memory", "skipped", "rewards", "logratios", "logps",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ class Loggers:
         self._clock = clock
         self._first: tuple[int, float] | None = None  # examples and seconds at the first step of this process
         self._interval = settings.minimum_log_interval_secs
-        self._last = -float("inf")
+        self._last = self._last_table = -float("inf")
         self._lock = threading.RLock()  # of the terminal; reentrant, as a signal handler may print too
         on_terminal = sys.stderr.isatty()
         terminal = shutil.get_terminal_size()  # tqdm shows nothing on a terminal of unknown size
@@ -94,6 +94,8 @@ class Loggers:
         now = self._clock()
         self._first = self._first or (examples, now)
         if now - self._last < self._interval:
+            if any(name.startswith(("rollout/", "time/")) for name in metrics):  # the only row with these
+                self._log(metrics, examples)
             return
         self._last = now
         short = {"loss": "loss/train", "acc": "rewards_train/accuracies", "margin": "rewards_train/margins"}
@@ -124,17 +126,20 @@ class Loggers:
 
         Args:
             rows: with the same keys each, the counter "examples" first.
-            is_shown: False to write them to samples.jsonl alone.
+            is_shown: False for responses of training. They are not printed, and have a table of their own.
         """
         self._write("samples.jsonl", rows)
-        if not is_shown:
-            return
-        for name, value in rows[0].items():
+        for name, value in rows[0].items() if is_shown else ():
             if isinstance(value, str):
                 text = printable(value)
                 self.print(f"  sample, {name}: {text if len(text) <= 160 else '... ' + text[-156:]}")
+        if not is_shown:
+            now = self._clock()
+            if now - self._last_table < self._interval:
+                return
+            self._last_table = now
         for logger in self._loggers:
-            logger.log_samples(rows, int(rows[0]["examples"]))
+            logger.log_samples(rows, int(rows[0]["examples"]), is_evaluation=is_shown)
 
     def _log(self, metrics: Metrics, step: int) -> None:
         for logger in self._loggers:

@@ -18,7 +18,7 @@ from engine.settings.schema import Settings
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.mixing import choose_mixture
 from engine.step.rollout_source import SampledResponses
-from engine.step.sources import Source, StoredExamples
+from engine.step.sources import Source, StoredExamples, choose_eval_examples
 from losses import LOSSES
 
 
@@ -39,6 +39,13 @@ def build_source(settings: Settings, train_split: Split) -> Source:
         mean=mean,
         max_new_tokens=settings.max_new_tokens,
     )
+
+
+def examples_to_evaluate(settings: Settings, test_split: Split) -> list[Example]:
+    """Held-out examples. None for sampled responses without samples in evaluations: nothing else is measured there."""
+    if settings.loss.is_online and not settings.sample_during_eval:
+        return []
+    return choose_eval_examples(test_split.examples, settings.n_eval_examples, settings.seed)
 
 
 def build_evaluator(

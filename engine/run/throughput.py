@@ -14,6 +14,19 @@ if TYPE_CHECKING:  # trainers import the engine, not the other way round
     from trainers import BasicTrainer
 
 
+class TrainingTime:
+    """Adds up the seconds of the steps of an iteration of online training."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def add(self, seconds: float, ends_iteration: bool) -> dict[str, float]:
+        """Add a step; the last of an iteration returns the metric."""
+        total = self._seconds + seconds
+        self._seconds = 0.0 if ends_iteration else total
+        return {"time/train": total} if ends_iteration else {}
+
+
 def throughput(
     trainer: "BasicTrainer", examples: Sequence[Example], num_tokens: float, seconds: float
 ) -> dict[str, float]:

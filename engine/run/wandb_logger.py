@@ -32,7 +32,6 @@ class Wandb:
             id_file.write_text(token_hex(4))
         self._wandb = wandb
         self._rows: list[list[Any]] = []
-        self._columns: list[str] = []
         self._run = wandb.init(
             entity=settings.wandb.entity,
             project=settings.wandb.project,
@@ -53,11 +52,14 @@ class Wandb:
     def log(self, metrics: Metrics, step: int) -> None:
         self._run.log(dict(metrics), step=step)
 
-    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int, is_evaluation: bool) -> None:
+        columns, data = list(rows[0]), [list(row.values()) for row in rows]
+        if not is_evaluation:  # other prompts each time, so a table each time
+            self._run.log({"training_samples": self._wandb.Table(columns=columns, data=data)}, step=step)
+            return
         # A logged table cannot grow, so each evaluation logs all rows again under the same name.
-        self._columns = list(rows[0])
-        self._rows += [list(row.values()) for row in rows]
-        self._run.log({"samples": self._wandb.Table(columns=self._columns, data=self._rows)}, step=step)
+        self._rows += data
+        self._run.log({"samples": self._wandb.Table(columns=columns, data=self._rows)}, step=step)
 
     def close(self, is_done: bool) -> None:
         self._run.finish(exit_code=0 if is_done else 1)

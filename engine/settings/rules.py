@@ -457,6 +457,6 @@ def _needs_token_kl(loss: str) -> bool:
 
 @rule("keep_best", "sample_during_eval", "loss.name")
 def best_by_samples_has_samples(best: str | None, samples: bool, loss: str) -> Problem:
-    if best is None or not best.startswith(("ground_truth", "kl")) or samples or _is_online(loss):
+    if best is None or samples or not (_is_online(loss) or best.startswith(("ground_truth", "kl"))):
         return None
     return f"{best} is measured on samples: sample_during_eval=true"

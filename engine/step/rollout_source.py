@@ -181,6 +181,9 @@ class SampledResponses:
         self.roll_out.rows = []
         return self.roll_out.metrics
 
+    def ends_iteration(self, num_examples: int) -> bool:
+        return num_examples >= self.num_examples or self.state(num_examples) is None
+
     # ---- Checkpoints ----
 
     def state(self, num_examples: int) -> Callable[[Path], None] | None:

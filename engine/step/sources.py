@@ -50,6 +50,10 @@ class Source(Protocol):
         """
         ...
 
+    def ends_iteration(self, num_examples: int) -> bool:
+        """Whether the batch that makes it num_examples is the last of sampled responses."""
+        ...
+
     def state(self, num_examples: int) -> Callable[[Path], None] | None:
         """A function: writes what a checkpoint after num_examples must keep, into a directory. None for nothing."""
         ...
@@ -116,6 +120,9 @@ class StoredExamples:
 
     def take_metrics(self, log_samples: Callable[..., None]) -> dict[str, float]:
         return {}
+
+    def ends_iteration(self, num_examples: int) -> bool:
+        return False
 
     def state(self, num_examples: int) -> Callable[[Path], None] | None:
         return None
