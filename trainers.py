@@ -249,7 +249,7 @@ class BasicTrainer:
                 if not is_out_of_memory(error) or self.placement.num_ranks > 1:
                     raise
                 reason = str(error).partition("\n")[0]
-            self.token_budget = halve_budget(self.token_budget, batch, reason)
+            self.token_budget = halve_budget(self.token_budget, batch, reason, self.settings.loss)
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

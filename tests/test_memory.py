@@ -124,14 +124,29 @@ def test_a_halved_budget_splits_the_largest_microbatch(
 ) -> None:
     """Half of a budget far above the largest microbatch would split nothing."""
     microbatches = [(SimpleNamespace(num_tokens=tokens, num_examples=examples), None) for tokens, examples in sizes]
-    assert halve_budget(budget, Batch([], budget, microbatches), "no room") == expected  # type: ignore[arg-type]
+    batch = Batch([], budget, microbatches)  # type: ignore[arg-type]
+    assert halve_budget(budget, batch, "no room", make_settings("loss=dpo", "loss.beta=0.1").loss) == expected
 
 
 def test_one_example_at_a_time_is_the_end_of_halving() -> None:
     microbatches = [(SimpleNamespace(num_tokens=9, num_examples=1), None)]
     with pytest.raises(UserError, match=r"one example at a time \(no room\)") as raised:
-        halve_budget(4096, Batch([], 4096, microbatches), "no room")  # type: ignore[arg-type]
+        halve_budget(4096, Batch([], 4096, microbatches), "no room", make_settings("loss=sft").loss)  # type: ignore[arg-type]
     assert raised.value.code == "MEMORY"
+
+
+def test_sampled_responses_are_halved_until_each_is_alone() -> None:
+    def batch(num_samples: int) -> Batch:
+        samples = SimpleNamespace(lengths=torch.ones(num_samples))
+        return Batch([], 4096, [(SimpleNamespace(num_tokens=100, num_examples=1, samples=samples), None)])  # type: ignore
+
+    loss = make_settings("loss=grpo").loss
+    assert halve_budget(4096, batch(2), "no room", loss) == 50
+    with pytest.raises(UserError, match=r"one response at a time \(no room\)") as raised:
+        halve_budget(50, batch(1), "no room", loss)
+    assert "rollout.max_new_tokens" in raised.value.fix
+    with pytest.raises(UserError, match="one example at a time"):  # the loss compares its responses
+        halve_budget(50, batch(2), "no room", make_settings("loss=online_dpo").loss)
 
 
 def test_a_cpu_runs_enough_tokens_to_outweigh_the_gradients() -> None:

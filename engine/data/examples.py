@@ -3,8 +3,8 @@
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -85,11 +85,48 @@ class Example:
     comparisons: Comparisons | None = None  # of the responses of a ranking; each is in a pair
     row: PromptRow | None = None  # of a prompt for online training
     rollout: Rollout | None = None  # of sampled responses
+    part: "Part | None" = None  # of an example too large for a microbatch
 
     @property
     def is_sampled(self) -> bool:
         """Whether its responses are sampled. They may be none, if all are left out."""
         return self.row is not None
+
+
+class Part(NamedTuple):
+    """What an example is a part of.
+
+    Args:
+        whole: the example with all responses.
+        number: of the part, 0 for the first.
+    """
+
+    whole: Example
+    number: int
+
+
+def cut_responses(example: Example, starts: Sequence[int]) -> list[Example]:
+    """Parts of an example of sampled responses.
+
+    Args:
+        starts: the first response of each part.
+    """
+    parts = []
+    for number, (start, end) in enumerate(pairwise([*starts, len(example.responses)])):
+        rollout = example.rollout
+        if rollout is not None:
+            values = {each.name: getattr(rollout, each.name) for each in fields(rollout)}
+            cut: dict[str, Any] = {name: None if each is None else each[start:end] for name, each in values.items()}
+            rollout = Rollout(**cut)
+        responses = example.responses[start:end]
+        parts.append(replace(example, responses=responses, rollout=rollout, part=Part(example, number)))
+    return parts
+
+
+def join_parts(examples: Iterable[Example]) -> list[Example]:
+    """Examples, with their wholes in place of parts."""
+    wholes = [example if example.part is None else example.part.whole for example in examples]
+    return [*{id(whole): whole for whole in wholes}.values()]
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

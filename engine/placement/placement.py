@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.data.examples import Example
+from engine.data.examples import Example, join_parts
 from engine.models.layers import find_layers
 from engine.models.optimizers import build_optimizer, load_optimizer_state
 from engine.models.parameters import named_aliases, named_state
@@ -82,7 +82,8 @@ class Placement:
     ) -> list[list[Example]]:
         """Split a batch into microbatches for num_ranks ranks."""
         layout = self.settings.batching
-        return split_for_ranks(num_ranks, examples, num_parts, token_budget, layout, self.feeds_last_token)
+        how = (layout, self.feeds_last_token, self.settings.loss.cuts_examples)
+        return split_for_ranks(num_ranks, examples, num_parts, token_budget, *how)
 
     def rank_slice(self, microbatches: Sequence[list[Example]]) -> Sequence[list[Example]]:
         """The microbatches of this rank."""
@@ -105,7 +106,7 @@ class Placement:
         mismatched = self.split_mismatched(examples, num_parts, token_budget)
         num_by_rank = [sum(map(len, microbatches[rank :: self.num_data_ranks])) for rank in range(self.data_rank)]
         return Batch(
-            examples,
+            join_parts(examples),
             token_budget,
             [runner.prepare(part) for part in self.rank_slice(microbatches)],
             first_example=sum(num_by_rank),

@@ -8,7 +8,8 @@ from engine.models.layers import find_layers
 from engine.models.shards import local_shard
 from engine.placement.memory import max_efficient_tokens, tokens_that_fit
 from engine.placement.placement import Placement
-from engine.step.layout import num_fed_tokens
+from engine.settings.schema import LossSettings
+from engine.step.layout import Microbatch, num_fed_tokens
 from engine.step.microbatches import Batch, MicrobatchRunner
 from utils import UserError
 
@@ -60,20 +61,26 @@ def num_layers_to_recompute(setting: str | bool | int, num_layers: int) -> int |
     return min(int(setting), num_layers)
 
 
-def halve_budget(token_budget: int, batch: Batch, reason: str) -> int:
+def halve_budget(token_budget: int, batch: Batch, reason: str, loss: LossSettings) -> int:
     """A smaller token budget after memory ran out: it splits the largest microbatch.
 
     Args:
         reason: of the failed allocation.
 
     Raises:
-        UserError: MEMORY if microbatches hold one example already.
+        UserError: MEMORY if microbatches hold one example already, or one response where examples may be cut.
     """
-    if max(microbatch.num_examples for microbatch, _ in batch.microbatches) == 1:
+
+    def size(microbatch: Microbatch) -> int:
+        cut = microbatch.samples if loss.cuts_examples else None
+        return microbatch.num_examples if cut is None else len(cut.lengths)
+
+    if max(size(microbatch) for microbatch, _ in batch.microbatches) == 1:
+        shorter = "rollout.max_new_tokens or max_length" if loss.is_online else "max_length"
         raise UserError(
             "MEMORY",
-            f"out of memory with one example at a time ({reason})",
-            "activation_checkpointing=true, mixed_precision=bfloat16, a smaller max_length, or more devices",
+            f"out of memory with one {'response' if loss.cuts_examples else 'example'} at a time ({reason})",
+            f"activation_checkpointing=true, mixed_precision=bfloat16, a smaller {shorter}, or more devices",
         )
     largest = max(microbatch.num_tokens for microbatch, _ in batch.microbatches)
     return max(1, min(token_budget, largest) // 2)

@@ -75,9 +75,15 @@ def build_evaluator(
 
 
 def examples_to_fit(settings: Settings, examples: Sequence[Example]) -> Sequence[Example]:
-    """Training examples, to measure memory. Of prompts, the longest with the longest responses to it."""
+    """Training examples, to measure memory. Of prompts, the longest with the longest responses to it.
+
+    Where examples may be cut, only two responses: the measure takes no more, and no group needs to fit as a whole.
+    """
     if not settings.loss.is_online:
         return examples
+    num_responses = settings.rollout.num_responses
+    if settings.loss.cuts_examples:
+        num_responses = min(2, num_responses)
     longest = max(examples, key=lambda example: len(example.prompt))
     response = np.zeros(settings.max_new_tokens, dtype=np.int32)
-    return [replace(longest, responses=(response,) * settings.rollout.num_responses)]
+    return [replace(longest, responses=(response,) * num_responses)]

@@ -1,6 +1,6 @@
 """Roll out: sample responses to prompts, and compute what their losses need."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -149,7 +149,7 @@ class Rollouts:
         Each batch is split as in training, and each rank runs its microbatches of training. So the bits are the same.
         """
         runner, placement, batch_size = self._runner, self._placement, self._settings.batch_size
-        found: dict[int, Logps] = {}
+        found: dict[int, dict[int, Logps]] = {}  # of the parts of each example
 
         def to_numpy(values: list[Tensor] | None) -> list[np.ndarray] | None:
             return None if values is None else [each.numpy() for each in values]
@@ -167,8 +167,9 @@ class Rollouts:
                     order = in_group_order([example for example in part if example.responses])
                     for example, (policy, reference) in zip(order, logps_of_part, strict=True):
                         assert policy is not None
-                        found[id(example)] = policy, reference
-        return [found.get(id(example), ([], None)) for example in examples]
+                        whole, number = example.part or (example, 0)
+                        found.setdefault(id(whole), {})[number] = policy, reference
+        return [_join_logps(found.get(id(example), {})) for example in examples]
 
     def _with_advantages(
         self,
@@ -246,3 +247,11 @@ class Rollouts:
                 rollout = replace(rollout, old_logps=tuple(policy), reference_logps=of_reference)
             found.append(replace(example, rollout=rollout))
         return found
+
+
+def _join_logps(parts: Mapping[int, Logps]) -> Logps:
+    """Log-probs of an example, from those of its parts by number."""
+    in_order = [parts[number] for number in sorted(parts)]
+    policy = [values for part, _ in in_order for values in part]
+    has_reference = bool(in_order) and in_order[0][1] is not None
+    return policy, [values for _, part in in_order for values in part or ()] if has_reference else None

@@ -96,6 +96,11 @@ class LossSettings(Group):
         return LOSSES[self.name].batch == "rollout"
 
     @property
+    def cuts_examples(self) -> bool:
+        """Whether a microbatch may have some of the responses of an example: the loss does not compare them."""
+        return self.is_online and "pair_loss" not in self.keywords
+
+    @property
     def needs_order(self) -> bool:
         """Whether the pairs of a prompt must be those of one order."""
         return self.keywords.get("ranking") == "plackett_luce"

@@ -70,6 +70,7 @@ class Microbatch:
     shared_offsets: Sequence[int] = ()  # where each example's part of shared_index starts, and the end
     samples: Samples | None = None  # of rollouts
     num_left_out: int = 0  # further examples, without responses; their loss is 0
+    num_continued: int = 0  # examples that are a later part of one
 
     @property
     def num_examples(self) -> int:

@@ -34,6 +34,7 @@ class MetricAccumulator:
         self._moments: dict[str, list[Tensor]] = {}
         self._largest: dict[str, list[Tensor]] = {}
         self.num_tokens = 0  # fed tokens
+        self.num_continued = 0  # examples that are a later part of one, and count with its first part
 
     def add(self, **values: Tensor) -> None:
         """Add values, [examples] each. Every name needs one value per example."""
@@ -87,16 +88,17 @@ class MetricAccumulator:
         """
         joined = [torch.cat(values).double() for values in self._values.values()]
         selected = [torch.cat(each).double() for each in self._selected.values()]
+        num_examples = len(joined[0]) - self.num_continued
         # Filled on the device: a copy from the host would wait for the queue.
-        counts = [joined[0].new_full((), count) for count in (len(joined[0]), self.num_tokens, stop)]
+        counts = [joined[0].new_full((), count) for count in (num_examples, self.num_tokens, stop)]
         moments = [moment for each in self._moments.values() for moment in torch.stack(each).sum(0)]
         totals = torch.stack([*(values.sum() for values in (*joined, *selected)), *moments, *counts])
         all_reduce_sum(totals)
-        num_examples, num_tokens, num_stopped = totals[-3:].unbind()
+        num_of_all, num_tokens, num_stopped = totals[-3:].unbind()
         of_selected, of_moments = totals[len(joined) : -3].split([len(selected), len(moments)])
         num_selected = dict(zip(self._selected, of_selected.unbind(), strict=True))
-        means = dict(zip(self._values, (totals[: len(joined)] / num_examples).unbind(), strict=True))
-        means |= {name: means[name] * num_examples / number for name, number in num_selected.items()}
+        means = dict(zip(self._values, (totals[: len(joined)] / num_of_all).unbind(), strict=True))
+        means |= {name: means[name] * num_of_all / number for name, number in num_selected.items()}
         for name, (number, total, squares) in zip(self._moments, of_moments.view(-1, 3), strict=True):
             means[name] = (squares / number - (total / number).square()).clamp(min=0).sqrt()
         if self._largest:

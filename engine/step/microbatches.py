@@ -91,7 +91,9 @@ class MicrobatchRunner:
         else:
             num_responses = 2 if self.objective.batch == "pairs" else 1
             batch = empty_microbatch(num_responses, self._layout, feeds_last_token)
-        return replace(batch, num_left_out=len(examples) - len(laid_out)).to(self._device)
+        num_continued = sum(example.part is not None and example.part.number > 0 for example in laid_out)
+        num_left_out = len(examples) - len(laid_out)
+        return replace(batch, num_left_out=num_left_out, num_continued=num_continued).to(self._device)
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
         """lay_out(), with the log-probs of a cached reference."""
@@ -223,6 +225,7 @@ class MicrobatchRunner:
         for prepared in batch.microbatches:
             yield self.loss(prepared, len(batch.examples), first, metrics, first_example)
             first_example += prepared.microbatch.num_examples
+            metrics.num_continued += prepared.microbatch.num_continued
             if prepared.microbatch.num_left_out:
                 metrics.add(loss=torch.zeros(prepared.microbatch.num_left_out, device=self._device))
 

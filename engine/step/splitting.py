@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-from engine.data.examples import Example
+from engine.data.examples import Example, cut_responses
 
 Extent = tuple[int, int]  # tokens of a row, rows
 
@@ -14,14 +15,17 @@ def split_batch(
     token_budget: int,
     layout: str = "packed",
     feeds_last_token: bool = False,
+    cuts_examples: bool = False,
 ) -> list[list[Example]]:
     """Split a batch into num_parts microbatches of at most token_budget tokens.
 
     - More than num_parts where the budget needs it, or the minimum required.
     - The examples of a prompt stay together and share it, unless together they exceed the budget.
-    - An example over the budget is a microbatch of its own.
+    - An example over the budget is a microbatch of its own. With cuts_examples, its responses are divided.
     - Longest first, each goes where it leaves the largest microbatch smallest. So all are about equally full.
     """
+    if cuts_examples:
+        examples = [part for each in examples for part in _cut(each, token_budget, layout, feeds_last_token)]
     groups = _group_by_prompt(examples, token_budget, layout, feeds_last_token)
     extents = [_extent(group, layout, feeds_last_token) for group in groups]
     sizes = [math.prod(extent) for extent in extents]
@@ -44,17 +48,35 @@ def split_for_ranks(
     token_budget: int,
     layout: str = "packed",
     feeds_last_token: bool = False,
+    cuts_examples: bool = False,
 ) -> list[list[Example]]:
     """Split a batch into about num_parts microbatches for each of num_ranks ranks.
 
     Every rank gets the same number, all about equally full. With too few examples, some microbatches are empty.
     """
-    microbatches = split_batch(examples, num_ranks * num_parts, token_budget, layout, feeds_last_token)
+    how = (token_budget, layout, feeds_last_token, cuts_examples)
+    microbatches = split_batch(examples, num_ranks * num_parts, *how)
     num_required = math.ceil(len(microbatches) / num_ranks) * num_ranks
     if len(microbatches) < num_required:
-        microbatches = split_batch(examples, num_required, token_budget, layout, feeds_last_token)
+        microbatches = split_batch(examples, num_required, *how)
         num_required = math.ceil(len(microbatches) / num_ranks) * num_ranks
     return microbatches + [[] for _ in range(num_required - len(microbatches))]
+
+
+def _cut(example: Example, token_budget: int, layout: str, feeds_last_token: bool) -> list[Example]:
+    """Cut the responses of an example into parts within the budget, where possible."""
+
+    def is_too_large(start: int, end: int) -> bool:
+        responses = replace(example, responses=example.responses[start:end])
+        return math.prod(_extent([responses], layout, feeds_last_token)) > token_budget
+
+    starts = [0]
+    if not is_too_large(0, len(example.responses)):
+        return [example]
+    for end in range(2, len(example.responses) + 1):
+        if is_too_large(starts[-1], end):
+            starts.append(end - 1)
+    return cut_responses(example, starts) if len(starts) > 1 else [example]
 
 
 def _group_by_prompt(

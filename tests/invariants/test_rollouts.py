@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.data.examples import Example, PromptRow, Rollout
+from engine.data.examples import Example, PromptRow, Rollout, join_parts
 from engine.settings.schema import LossSettings
 from engine.step.first_pass import FirstPass
 from engine.step.layout import in_group_order, lay_out, num_fed_tokens
-from engine.step.metrics import MetricAccumulator
-from engine.step.microbatches import MicrobatchRunner, Prepared
+from engine.step.metrics import MetricAccumulator, to_floats
+from engine.step.microbatches import Batch, MicrobatchRunner, Prepared
 from engine.step.objectives import make_objective
 from engine.step.packing_check import use_packed_attention
 from engine.step.reference import LiveReference
@@ -236,6 +236,33 @@ def test_packed_padded_and_one_at_a_time_agree(architecture, name):
         assert loss == pytest.approx(expected_loss, abs=1e-10)
         for key, gradient in expected.items():
             torch.testing.assert_close(gradients[key], gradient, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("name", [name for name in KEYWORDS if LossSettings(name=name, keywords={}).cuts_examples])
+def test_a_budget_below_a_group_changes_nothing_but_memory(name, layout):
+    """Its responses go to several microbatches. Loss, gradient and metrics are of whole examples."""
+    results = []
+    start = runner_of(exact_model("llama"), name, layout)
+    examples = with_rollouts(start, name, [prompts_with_responses()])
+    cut = split_batch(examples, 1, 14, layout, cuts_examples=True)
+    assert len(cut) > len(examples)
+    assert all(lay_out(part, layout).input_ids.numel() <= 14 for part in cut if sum(len(e.responses) for e in part) > 1)
+    # By identity: each example is there once, with all its responses.
+    assert sorted(map(id, join_parts([each for part in cut for each in part]))) == sorted(map(id, examples))
+    for parts in ([examples], cut):
+        runner, metrics = runner_of(moved(exact_model("llama")), name, layout), MetricAccumulator()
+        prepared = [runner.prepare(part) for part in parts]
+        loss = torch.stack([*runner.losses(Batch(examples, 14, prepared), FirstPass([], {}), metrics)]).sum()
+        loss.backward()
+        gradients = {key: parameter.grad for key, parameter in runner.policy.named_parameters()}
+        results.append((loss.item(), gradients, to_floats(metrics.reduce(lambda totals: None).means)))
+    (expected_loss, expected, expected_metrics), (loss_of_parts, gradients, metrics_of_parts) = results
+    assert abs(expected_loss) > 1e-4 and loss_of_parts == pytest.approx(expected_loss, abs=1e-12)
+    assert metrics_of_parts == pytest.approx(expected_metrics, abs=1e-10)
+    for key, gradient in expected.items():
+        assert gradient is not None
+        torch.testing.assert_close(gradients[key], gradient, rtol=0, atol=1e-10)
 
 
 def test_an_example_without_responses_counts_and_feeds_nothing():
