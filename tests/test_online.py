@@ -1,6 +1,7 @@
 """Online training by the command line: rollouts, rewards, evaluation, and resume to the bit."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,28 @@ def test_a_longer_run_continues_a_short_last_iteration(online, tmp_path):
     run = online(*settings, "n_examples=20", "resume=auto", "resume_allow=[n_examples]")
     assert run.status == 0, run.err
     assert [row["counters/examples"] for row in run.steps] == [4, 8, 12, 16, 20]
-    # The rest of its prompts, and a new iteration.
-    assert ["objective/scores" in row for row in run.steps] == [True, False, True, True, True]
+    # A new iteration, of 8 prompts.
+    assert ["objective/scores" in row for row in run.steps] == [True, False, True, True, False]
+
+
+@pytest.mark.parametrize("num_first", [20, 13])  # inside an iteration, and inside a pass
+def test_an_extended_run_is_bitwise_the_same_after_a_kill(online, tmp_path, num_first):
+    settings = ("rollout.prompts=8", "rollout.epochs=2", "save_every=4", "keep_checkpoints=null", "do_first_eval=false")
+    first = online(*settings, f"n_examples={num_first}")
+    assert first.status == 0, first.err
+    extended = (*settings, "n_examples=44", "resume=auto", "resume_allow=[n_examples]")
+    shutil.copytree(first.dir, tmp_path / "whole", symlinks=True)
+    whole = online(*extended, f"local_run_dir={tmp_path / 'whole'}")
+    assert whole.status == 0, whole.err
+    assert whole.steps[-1]["counters/examples"] == 44
+    steps = [int(path.parent.name.removeprefix("step-")) for path in whole.dir.glob("step-*/rollouts.npz")]
+    step = min(step for step in steps if step > num_first)
+    copy_stopped(whole, tmp_path / "resumed", step)
+    resumed = online(*extended, f"local_run_dir={tmp_path / 'resumed'}")
+    assert resumed.status == 0, resumed.err
+    expected, found = (weights_of(run.dir, 44) for run in (whole, resumed))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert without_times(resumed.metrics) == without_times(whole.metrics)
 
 
 def test_damaged_rollouts(online, tmp_path):

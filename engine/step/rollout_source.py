@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,11 +31,18 @@ class Iteration:
 
     Args:
         first_prompt: the number of prompts of the run before it.
+        indices: of its prompts, in the prompts of the run.
         examples: one for each prompt. Without responses, if all of them are left out.
     """
 
     first_prompt: int
+    indices: list[int]
     examples: list[Example]
+
+    @property
+    def end(self) -> int:
+        """The number of prompts of the run up to its last."""
+        return self.first_prompt + len(self.examples)
 
 
 class RollOut(Protocol):
@@ -102,51 +110,49 @@ class SampledResponses:
 
     @property
     def num_updates(self) -> int:
-        num_prompts = math.ceil(self.num_examples / self._passes)
-        whole, rest = divmod(num_prompts, self._prompts_per_iteration)
-        per_pass = math.ceil(rest / self._batch_size)
-        return whole * self._passes * self._prompts_per_iteration // self._batch_size + self._passes * per_pass
+        num_prompts, size = self._prompts_per_iteration, self._batch_size
+        num_whole, rest = divmod(self.num_examples, num_prompts * self._passes)  # iterations; examples of the last
+        num_prompts_left = math.ceil(rest / self._passes)
+        num_passes, num_left = divmod(rest, num_prompts_left) if rest else (0, 0)
+        of_whole = num_whole * self._passes * (num_prompts // size)
+        return of_whole + num_passes * math.ceil(num_prompts_left / size) + math.ceil(num_left / size)
 
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.examples)
 
     def batches(self, start: int = 0) -> Iterator[list[Example]]:
-        num_prompts = math.ceil(self.num_examples / self._passes)
-        first_prompt = 0
-        for indices in plan_batches(
-            self.examples,
-            self._prompts_per_iteration,
-            seed=self._seed,
-            n_epochs=None,
-            n_examples=num_prompts,
-            mixture=self._mixture,
-        ):
-            position, prompts = first_prompt * self._passes, [self.examples[index] for index in indices]
-            num_left = min(self.num_examples - position, len(prompts) * self._passes)  # of the iteration
-            if start < position + num_left:
-                yield from self._batches_of_iteration(first_prompt, prompts, max(0, start - position), num_left)
-            first_prompt += len(prompts)
+        iteration, first_prompt = self._iteration, start // self._passes
+        if iteration is not None and iteration.first_prompt * self._passes <= start < iteration.end * self._passes:
+            first_prompt = iteration.end
+        else:
+            iteration = None
+        planned = islice(self._planned_prompts(), first_prompt, None)
+        while start < self.num_examples:
+            if iteration is None:
+                indices = [*islice(planned, self._prompts_per_iteration)]
+                examples = self.roll_out.make(first_prompt, [self.examples[index] for index in indices])
+                iteration = self._iteration = Iteration(first_prompt, indices, examples)
+                first_prompt = iteration.end
+            num_done = start - iteration.first_prompt * self._passes
+            for batch in self._minibatches(iteration):
+                batch, num_done = batch[num_done:], max(0, num_done - len(batch))
+                batch = batch[: self.num_examples - start]
+                start += len(batch)
+                if batch:
+                    yield self._with_weights(batch)
+            iteration = None
 
     def new_batches(self) -> Iterator[list[Example]]:
         return iter(())  # responses are unknown before training
 
-    def _batches_of_iteration(
-        self, first_prompt: int, prompts: list[Example], num_done: int, num_examples: int
-    ) -> Iterator[list[Example]]:
-        """The batches of an iteration after its first num_done examples, up to num_examples."""
-        iteration = self._iteration
-        if iteration is None or iteration.first_prompt != first_prompt:
-            num_learned = num_done // self._passes  # by a run with a shorter last iteration, resumed here
-            num_done, num_examples = 0, num_examples - num_done
-            first_prompt, prompts = first_prompt + num_learned, prompts[num_learned:]
-            iteration = self._iteration = Iteration(first_prompt, self.roll_out.make(first_prompt, prompts))
-        end = 0
-        for batch in self._minibatches(iteration):
-            start, end = end, end + len(batch)
-            batch = batch[max(0, num_done - start) : num_examples - start]
-            if batch:
-                yield self._with_weights(batch)
+    def _planned_prompts(self) -> Iterator[int]:
+        """The indices of the prompts of the run, in order."""
+        num_prompts = math.ceil(self.num_examples / self._passes)
+        plan = plan_batches(
+            self.examples, 1, seed=self._seed, n_epochs=None, n_examples=num_prompts, mixture=self._mixture
+        )
+        return chain.from_iterable(plan)
 
     def _minibatches(self, iteration: Iteration) -> Iterator[list[Example]]:
         """The batches of all passes: the first in the order of the prompts, the others shuffled."""
@@ -189,7 +195,7 @@ class SampledResponses:
     def state(self, num_examples: int) -> Callable[[Path], None] | None:
         """The responses of an iteration with batches left."""
         iteration = self._iteration
-        if iteration is None or num_examples >= (iteration.first_prompt + len(iteration.examples)) * self._passes:
+        if iteration is None or num_examples >= iteration.end * self._passes:
             return None
         return lambda directory: write_iteration(iteration, directory / ROLLOUTS_FILE)
 
@@ -206,7 +212,7 @@ def write_iteration(iteration: Iteration, path: Path) -> None:
     responses = [response for example in iteration.examples for response in example.responses]
     rollouts = [example.rollout for example in iteration.examples if example.rollout is not None]
     arrays: dict[str, Any] = {
-        "prompts": np.array([example.prompt_index for example in iteration.examples]),
+        "prompts": np.array(iteration.indices),
         "num_responses": np.array([len(example.responses) for example in iteration.examples]),
         "lengths": np.array([len(response) for response in responses]),
         "tokens": np.concatenate([np.zeros(0, dtype=np.int32), *responses]),
@@ -227,14 +233,14 @@ def read_iteration(path: Path, prompts: Sequence[Example]) -> Iteration:
     """
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
-    by_index = {prompt.prompt_index: prompt for prompt in prompts}
+    indices = arrays["prompts"].tolist()
     ends = np.cumsum(arrays["lengths"])[:-1]
     columns = {
         name: np.split(arrays[name], ends) if name in arrays and len(arrays["lengths"]) else None
         for name in ("tokens", *ARRAYS)
     }
     examples, start = [], 0
-    for prompt_index, number in zip(arrays["prompts"].tolist(), arrays["num_responses"].tolist(), strict=True):
+    for index, number in zip(indices, arrays["num_responses"].tolist(), strict=True):
         end = start + number
         parts = {name: None if each is None else tuple(each[start:end]) for name, each in columns.items()}
         rollout = None
@@ -243,6 +249,6 @@ def read_iteration(path: Path, prompts: Sequence[Example]) -> Iteration:
             assert old_logps is not None and advantages is not None
             rollout = Rollout((), old_logps, reference_logps, advantages)
         responses = (parts["tokens"] or ()) if number else ()
-        examples.append(replace(by_index[prompt_index], responses=responses, rollout=rollout))
+        examples.append(replace(prompts[index], responses=responses, rollout=rollout))
         start = end
-    return Iteration(json.loads(str(arrays["facts"]))["first_prompt"], examples)
+    return Iteration(json.loads(str(arrays["facts"]))["first_prompt"], indices, examples)
