@@ -125,7 +125,8 @@ class BasicTrainer:
                 "n_examples or n_epochs extends it, with resume_allow=[n_examples,n_epochs]"
             )
         elif self.placement.rank == 0:
-            self.loggers = Loggers(self.settings, self.run_dir, self.source.num_examples, self.counters["examples"])
+            lengths = self.source.num_examples, self.num_updates
+            self.loggers = Loggers(self.settings, self.run_dir, *lengths, self.counters["examples"])
         is_done = False
         try:
             with self.stop:

@@ -110,7 +110,9 @@ def test_passes_and_minibatches(online):
     """An iteration of 8 prompts in batches of 4, twice: its first batch alone is on-policy."""
     run = online("rollout.prompts=8", "rollout.epochs=2", "n_examples=32", "max_grad_norm=1000")
     assert run.status == 0, run.err
-    assert "8 steps of 4; 3 responses to each of 8 prompts at a time, learned 2 times" in run.out
+    assert (
+        "training on 16 prompts in 8 steps of 4; 3 responses to each of 8 prompts at a time, learned 2 times" in run.out
+    )
     assert [row["policy/ratio_max"] == 1 for row in run.steps] == ([True] + [False] * 3) * 2
     assert ["objective/scores" in row for row in run.steps] == ([True] + [False] * 3) * 2
     assert [row["counters/examples"] for row in run.steps] == [*range(4, 33, 4)]

@@ -70,9 +70,11 @@ def clipped(number: int, of: int) -> list[Row]:
     return [step(update, grad_norm=10.0 if update <= number else 9.9) for update in range(1, of + 1)]
 
 
-def warned(rows: Sequence[Row], tmp_path: Path, *overrides: str) -> list[dict[str, Any]]:
+def warned(
+    rows: Sequence[Row], tmp_path: Path, *overrides: str, num_updates: int = NUM_EXAMPLES // BATCH
+) -> list[dict[str, Any]]:
     settings = make_settings(*DPO, f"batch_size={BATCH}", "max_grad_norm=10", *overrides)
-    warnings = RunWarnings(settings, NUM_EXAMPLES, tmp_path)
+    warnings = RunWarnings(settings, NUM_EXAMPLES, num_updates, tmp_path)
     return [warning for row in rows for warning in warnings.see(row)]
 
 
@@ -160,6 +162,12 @@ def test_limits_are_settings(tmp_path: Path) -> None:
     assert warned(CLEAN["unfinished_rise"][0], tmp_path, "warnings.unfinished_rise=0.05")
     assert warned(CLEAN["early_accuracy"][1], tmp_path, "warnings.early_accuracy=0.9")
     assert warned(CLEAN["flat_loss"][0], tmp_path, "warnings.flat_loss=0.1")
+
+
+def test_the_share_of_clipped_steps_is_of_the_steps_of_the_run(tmp_path: Path) -> None:
+    """Short batches make more steps than examples say, as in the passes of online training."""
+    assert warned(clipped(401, of=450), tmp_path, num_updates=800)
+    assert warned(clipped(400, of=450), tmp_path, num_updates=801) == []
 
 
 def test_a_mean_weighs_steps_by_their_examples(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Loggers:
         settings: Settings,
         run_dir: Path,
         num_examples: int,
+        num_updates: int,
         first_example: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -66,7 +67,7 @@ class Loggers:
             nrows=terminal.lines,
         )
         self._loggers: list[Logger] = []
-        self._warnings = RunWarnings(settings, num_examples, run_dir)
+        self._warnings = RunWarnings(settings, num_examples, num_updates, run_dir)
 
         def write(line: str) -> None:
             self.print(redact(line, settings.source))  # errors of libraries may contain secrets

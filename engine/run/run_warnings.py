@@ -36,8 +36,8 @@ class History:
         first_loss: of the first step; None if its row is missing.
     """
 
-    def __init__(self, settings: Settings, num_examples: int):
-        self.settings, self.num_examples = settings, num_examples
+    def __init__(self, settings: Settings, num_examples: int, num_updates: int):
+        self.settings, self.num_examples, self.num_updates = settings, num_examples, num_updates
         self.recent: deque[Row] = deque()
         self.after_warmup: list[Row] = []
         self.evaluations: list[Row] = []
@@ -161,7 +161,7 @@ def _unfinished_rise(history: History, limit: float) -> str | None:
 
 def _clipped_share(history: History, limit: float) -> str | None:
     # Of the whole run: a run from scratch often starts with clipped steps, and leaves them soon.
-    num_updates = math.ceil(history.num_examples / history.settings.batch_size)
+    num_updates = history.num_updates
     if num_updates < FEWEST_STEPS or history.num_clipped <= limit * num_updates:
         return None
     norm = history.settings.max_grad_norm
@@ -249,12 +249,12 @@ class RunWarnings:
     """Reads the rows of a run, and gives each warning once.
 
     Args:
-        num_examples: of the whole run.
+        num_examples, num_updates: of the whole run.
         run_dir: its logs are read, so a resumed run continues with them.
     """
 
-    def __init__(self, settings: Settings, num_examples: int, run_dir: Path):
-        self._history = History(settings, num_examples)
+    def __init__(self, settings: Settings, num_examples: int, num_updates: int, run_dir: Path):
+        self._history = History(settings, num_examples, num_updates)
         self._limits = {check.name: getattr(settings.warnings, check.name) for check in CHECKS}
         self._pending = [check for check in CHECKS if self._limits[check.name] is not None]
         for row in _rows(run_dir / METRICS_FILE):
