@@ -35,7 +35,8 @@ class Chat:
     Args:
         tokenizer: the tokenizer to encode the text.
         chat_template: None for the tokenizer's template, "hh", "llama2", "chatml", or the path of a Jinja file.
-        sft_turns: the responses of a dialogue to learn: "all", or the "last".
+        sft_turns: the responses of a dialogue to learn: "all", or the "last". "next": only the last, or the prompt if
+            it ends with the user.
 
     Attributes:
         is_template: whether special tokens of the text count; text of "hh" is plain.
@@ -84,7 +85,7 @@ class Chat:
             )
             fix = "use a template that appends a text for each message, or chat_template=hh"
             raise UserError("CONFIG", problem, fix)
-        for dialogue in dialogues:
+        for dialogue in dialogues or [messages]:
             self._check_tools_are_written(row, dialogue, tools)
         endings = [without_eos(text[len(prompt) :], self.tokenizer) for text in texts]
         return prompt, [end if _says_something(each) else "" for end, each in zip(endings, responses, strict=True)]

@@ -302,12 +302,14 @@ class Group(NamedTuple):
 
     Args:
         comparisons: of a ranking.
+        row: of a prompt for online training, without responses.
     """
 
     responses: tuple[str, ...]
     label: bool | None = None
     weight: float = 1.0
     comparisons: Comparisons | None = None
+    row: PromptRow | None = None
 
     @property
     def opposite(self) -> "Group":
@@ -316,18 +318,13 @@ class Group(NamedTuple):
 
 
 class ExampleDraft(NamedTuple):
-    """An example before encoding; texts are given by their index.
-
-    Args:
-        row: of a prompt for online training.
-    """
+    """An example before encoding; texts are given by their index."""
 
     prompt_number: int
     truncation_mode: TruncationMode
     prompt: int
     responses: tuple[int, ...]
     group: Group
-    row: PromptRow | None = None
 
 
 @dataclass
@@ -339,18 +336,10 @@ class Drafts:
     num_duplicates: int = 0
     num_contradictions: int = 0
 
-    def add(
-        self,
-        prompt_number: int,
-        mode: TruncationMode,
-        from_template: bool,
-        prompt: str,
-        group: Group,
-        row: PromptRow | None = None,
-    ) -> None:
+    def add(self, prompt_number: int, mode: TruncationMode, from_template: bool, prompt: str, group: Group) -> None:
         texts = (Text(from_template, text) for text in (prompt, *group.responses))
         prompt_index, *indices = (self.texts.setdefault(text, len(self.texts)) for text in texts)
-        self.examples.append(ExampleDraft(prompt_number, mode, prompt_index, tuple(indices), group, row))
+        self.examples.append(ExampleDraft(prompt_number, mode, prompt_index, tuple(indices), group))
 
     def count_repeats(self, groups: list[Group]) -> None:
         distinct = {Group(group.responses, group.label) for group in groups}
@@ -382,9 +371,8 @@ def _draft(
                 if not groups:
                     counts.drop(f"prompt without {NEEDED[batch]}", _place(prompt))
                 useful = _drop_useless(groups, batch, counts, prompt)
-            row = PromptRow(prompt, preference.get("columns", {})) if batch == "rollout" else None
             for group in useful:
-                drafts.add(prompt_number, mode, preference.get("from_template", False), prompt, group, row)
+                drafts.add(prompt_number, mode, preference.get("from_template", False), prompt, group)
             prompt_number += 1
     return drafts
 
@@ -427,7 +415,8 @@ def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts, promp
     responses, target = preference["responses"], preference["sft_target"]
     weights = preference.get("weights", [1.0] * len(responses))
     if batch == "rollout":
-        return [Group((), weight=preference.get("prompt_weight", 1.0))]
+        rows = preference["rows"].values() if "rows" in preference else [({}, 1.0)]
+        return [Group((), weight=weight, row=PromptRow(prompt, columns)) for columns, weight in rows]
     if batch == "sft":
         demonstrations = preference.get("demonstrations", [])
         if target is not None and target not in demonstrations:
@@ -524,7 +513,15 @@ def _example(
     if reason is not None:
         dropped[reason] += 1
         return Outcome(None, kept, dropped)
-    example = Example(prompt, responses, prompt_index, group.label, weight, comparisons=comparisons, row=draft.row)
+    example = Example(
+        prompt=prompt,
+        responses=responses,
+        prompt_index=prompt_index,
+        label=group.label,
+        weight=weight,
+        comparisons=comparisons,
+        row=group.row,
+    )
     return Outcome(example, kept, dropped)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.data.chat import Chat
-from engine.data.forms import FORMS, ParsedRow, detect_form
+from engine.data.forms import FORM_COLUMNS, FORMS, ParsedRow, detect_form
 from engine.data.messages import read_tools
 from engine.data.preferences import Preferences, SplitName, add_preference
 from engine.data.row_files import read_rows
@@ -61,7 +61,8 @@ def load_file(
     files, has_test_file = find_split(path, split)
     file_counts = RowCounts(on_bad_row=counts.on_bad_row)
     data = FilePreferences()
-    for row in parse_rows(files, form, Chat(tokenizer, chat_template, sft_turns), file_counts, batch):
+    chat = Chat(tokenizer, chat_template, "next" if batch == "rollout" else sft_turns)
+    for row in parse_rows(files, form, chat, file_counts, batch):
         data.add(row)
     if data.num_plain_text and split == "train" and (chat_template or tokenizer.chat_template):
         print(_plain_text_notice(path, data, chat_template), flush=True)
@@ -191,8 +192,8 @@ class FilePreferences:
                 self.preferences, turn.prompt, turn.responses, turn.pairs, target, weight, turn.margin
             )
             if row.columns is not None:
-                preference.setdefault("columns", row.columns)
-                preference.setdefault("prompt_weight", weight)
+                key = repr({name: value for name, value in row.columns.items() if name not in FORM_COLUMNS})
+                preference.setdefault("rows", {}).setdefault(key, (row.columns, weight))
             if turn.from_template:
                 preference["from_template"] = True
             if turn.label is not None:

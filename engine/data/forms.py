@@ -218,15 +218,17 @@ def _instruction(row: Row, chat: Chat, *, context: str, response: str) -> Parsed
 
 
 def _dialogue(row: Row, chat: Chat, messages: list[Message], start: int = 0) -> ParsedRow | str:
-    """A dialogue as demonstrations: each response from start with all messages before it."""
+    """A dialogue as demonstrations: each response from start with all messages before it; see Chat.sft_turns."""
     roles = [message["role"] for message in messages]
     if "user" not in roles:
         return "dialogue without a user message"
+    if chat.sft_turns == "next" and roles[-1] != "assistant":
+        return _render(row, chat, messages, [])._replace(pairs=[])
     start = max(start, roles.index("user"))
     responses = [index for index in range(start, len(roles)) if roles[index] == "assistant"]
-    if not responses or (chat.sft_turns == "last" and responses[-1] != len(roles) - 1):
+    if not responses or (chat.sft_turns != "all" and responses[-1] != len(roles) - 1):
         return "dialogue that does not end with an assistant message"
-    if chat.sft_turns == "last":
+    if chat.sft_turns != "all":
         del responses[:-1]
     _check_length(row, messages, responses)
     turns = [
@@ -323,6 +325,13 @@ COLUMNS = {
 }
 
 
+# Columns with a meaning of their own. Rows with equal prompts count once, unless other columns differ.
+FORM_COLUMNS = {
+    *(name for needed in COLUMNS.values() for name in needed),
+    *("scores", "margin", "system", "tools", "input", "context"),
+}
+
+
 def detect_form(row: Row, *, may_be_prompts: bool = False) -> str:
     """Infer the form of a file from the columns of a row.
 
@@ -330,30 +339,29 @@ def detect_form(row: Row, *, may_be_prompts: bool = False) -> str:
         may_be_prompts: a prompt without responses is a form too.
     """
     columns = row.values
-    for form, needed in COLUMNS.items():
+    known_forms = COLUMNS | ({"prompts": ("prompt",)} if may_be_prompts else {})
+    for form, needed in known_forms.items():
         if all(name in columns for name in needed):
             texts = [columns[name] for name in needed]
             is_pair = form in ("strings", "transcripts")
             return "messages" if is_pair and any(isinstance(text, (list, dict)) for text in texts) else form
-    if may_be_prompts and "prompt" in columns:
-        return "prompts"
-    forms = ", ".join(f"{form} ({', '.join(needed)})" for form, needed in COLUMNS.items())
+    forms = ", ".join(f"{form} ({', '.join(needed)})" for form, needed in known_forms.items())
     problem = f"{row.origin}: the columns {clipped(', '.join(columns)) or '(none)'} are of no known form"
     fix = f"rename them, or name a form with format=: {forms}; chosen and rejected may hold messages"
-    raise BadRow(f"{problem}{_nearest_form(list(columns))}", fix)
+    raise BadRow(f"{problem}{_nearest_form(list(columns), known_forms)}", fix)
 
 
-def _nearest_form(columns: list[str]) -> str:
+def _nearest_form(columns: list[str], known_forms: Mapping[str, tuple[str, ...]]) -> str:
     """The form with the most similar columns, and those it lacks."""
     known = [column.lower() for column in columns]
-    missing = {form: [name for name in needed if name not in columns] for form, needed in COLUMNS.items()}
+    missing = {form: [name for name in needed if name not in columns] for form, needed in known_forms.items()}
 
     def likeness(form: str) -> float:
         best = [
             max((difflib.SequenceMatcher(None, name, column).ratio() for column in known), default=0.0)
-            for name in COLUMNS[form]
+            for name in known_forms[form]
         ]
         return sum(best) - 0.6 * len(best)  # each similar column counts for a form, each other one against it
 
-    form = max(COLUMNS, key=likeness)
+    form = max(known_forms, key=likeness)
     return f"; the nearest is {form}, without {' and '.join(missing[form])}" if likeness(form) > 0 else ""

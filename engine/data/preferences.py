@@ -20,8 +20,7 @@ class Preference(TypedDict):
     demonstrations: NotRequired[list[str]]  # further responses for SFT
     margins: NotRequired[dict[tuple[int, int], float]]  # of pairs: by how much the preferred one is better
     from_template: NotRequired[bool]  # written by a chat template, so its special tokens are encoded as such
-    columns: NotRequired[Mapping[str, Any]]  # of the first row with this prompt, for rewards
-    prompt_weight: NotRequired[float]  # the weight of that row
+    rows: NotRequired[dict[str, tuple[Mapping[str, Any], float]]]  # for rewards: columns and weight, by what differs
     weights: NotRequired[list[float]]  # of the responses, those of their rows; 1 if absent
 
 

@@ -62,7 +62,8 @@ def _without_published_files(run: Context) -> str | None:
 def _sft_turns(run: Context) -> str | None:
     if run.learns_dialogues:
         return _only_named(run)
-    return f"loss={run.settings.loss.name} learns preferences, not dialogues"
+    learned = "sampled responses" if run.settings.loss.is_online else "preferences"
+    return f"loss={run.settings.loss.name} learns {learned}, not dialogues"
 
 
 def _without_reference(run: Context) -> str | None:
@@ -196,7 +197,7 @@ def check_unused(settings: Settings, dataset_names: Collection[str], has_experim
         named=[name for name in settings.datasets if name in dataset_names],
         files=[name for name in settings.datasets if name not in dataset_names],
         has_reference="reference" in settings.loss.needs,
-        learns_dialogues=loss.batch in ("sft", "rollout"),
+        learns_dialogues=loss.batch == "sft",
     )
     mistakes, warnings = [], []
     for each in UNUSED:
