@@ -760,6 +760,8 @@ class Loss:
         ratios: of policies, that the loss clips: of each token, or of each response.
         learns_some: responses with advantages of 0 are left out.
         has_greedy_baseline: the advantages need the reward of the most likely response.
+        compares_group: a response is compared with the others of its prompt, so groups of equal rewards teach nothing.
+            "either": by the key baseline=group.
 
     Labels of unpaired responses follow the columns above: bool [examples], true for desirable ones.
 
@@ -779,6 +781,7 @@ class Loss:
     ratios: Literal["tokens", "responses"] = "tokens"
     learns_some: bool = False
     has_greedy_baseline: bool = False
+    compares_group: bool | Literal["either"] = True
 
     def __post_init__(self) -> None:
         is_rollout = self.batch == "rollout"
@@ -854,13 +857,16 @@ LOSSES = {
     "dr_grpo": _rollout_loss(online_losses.grpo_loss, online_losses.dr_grpo_advantages, "max_new_tokens"),
     "dapo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "tokens"),
     "rloo": _rollout_loss(online_losses.rloo_loss, online_losses.rloo_advantages, "sums", ratios="responses"),
-    "reinforce_pp": _rollout_loss(online_losses.reinforce_pp_loss, online_losses.reinforce_pp_advantages, "tokens"),
+    "reinforce_pp": _rollout_loss(
+        online_losses.reinforce_pp_loss, online_losses.reinforce_pp_advantages, "tokens", compares_group="either"
+    ),
     "remax": _rollout_loss(
         online_losses.rloo_loss,
         online_losses.remax_advantages,
         "sums",
         ratios="responses",
         has_greedy_baseline=True,
+        compares_group=False,
     ),
     "online_dpo": _rollout_loss(online_losses.online_dpo_loss, online_losses.best_and_worst, "sums", learns_some=True),
     "best_of_n": _rollout_loss(

@@ -88,3 +88,13 @@ REWARDS: dict[str, Reward] = {
     "length": length,
     "valid_json": valid_json,
 }
+
+# Columns that a reward reads of every row. An option of the same name replaces one. Runs check them at the start.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "exact_match": ("answer",),
+    "number_match": ("answer",),
+    "regular_expression": ("pattern",),
+}
+
+# Packages that a reward needs for rows with a column.
+PACKAGES: dict[str, dict[str, str]] = {"valid_json": {"schema": "jsonschema"}}

@@ -30,7 +30,7 @@ from engine.placement.placement import Placement
 from engine.placement.process_group import is_lost_peer
 from engine.placement.sharded import FSDP, TensorParallel
 from engine.placement.token_budget import fit_memory, halve_budget
-from engine.run.best import BestCheckpoint, settings_of_metric
+from engine.run.best import BestCheckpoint, check_best, settings_of_metric
 from engine.run.checkpoint_contents import start_save
 from engine.run.checkpoint_reader import restore_checkpoint, restore_source
 from engine.run.checkpoint_writer import CheckpointWriter
@@ -40,6 +40,7 @@ from engine.run.nonfinite import NonFinitePolicy
 from engine.run.online import build_evaluator, build_source, examples_to_evaluate, examples_to_fit
 from engine.run.reference_setup import build_reference
 from engine.run.resume_check import read_state, read_state_file, settings_of
+from engine.run.reward_check import check_rewards
 from engine.run.run_files import log_sizes, rewind
 from engine.run.start_report import describe_parameters, describe_training, warn_of_first_margin, warnings_at_start
 from engine.run.throughput import TrainingTime, throughput
@@ -487,8 +488,9 @@ class BasicTrainer:
         self.source = build_source(settings, train_split)
         self.train_examples = train_split.examples
         eval_examples = examples_to_evaluate(settings, test_split)
-        if settings.keep_best and not eval_examples:
-            raise UserError("CONFIG", "keep_best: there are no examples to evaluate on", "leave it out")
+        reward = ground_truth_reward(settings.datasets)
+        check_best(settings, len(eval_examples), reward is not None)
+        check_rewards(settings, [*train_split.examples, *test_split.examples], reward is not None)
         self.num_updates = self.source.num_updates
         self.counters = {"examples": 0, "updates": 0, "skipped": 0}
         self.stop, self.must_stop, self.training_time = StopRequest(), False, TrainingTime()
@@ -514,7 +516,6 @@ class BasicTrainer:
             temperature=settings.rollout.temperature if settings.loss.is_online else 1.0,
         )
         parts = (settings, tokenizer, self.placement, self.runner, eval_examples)
-        reward = ground_truth_reward(settings.datasets)
         self.evaluator = build_evaluator(*parts, reward, self.source, self.split_batch, self.say)
         to_fit = examples_to_fit(settings, self.train_examples)
         self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, to_fit)

@@ -76,6 +76,56 @@ def test_losses_of_the_whole_batch_are_compared_at_one_batch_size(loss: str, dep
     assert (few != many) == depends
 
 
+DPO = ("loss=dpo", "loss.beta=0.1")
+ONLINE = ("loss=grpo", "keep_best=rewards_eval/sampled", "rewards=[length]")
+
+
+@pytest.mark.parametrize(
+    ("setting", "depends"),
+    [
+        ("reward_options={length:{most:9}}", True),
+        ("reward_weights=[2]", True),
+        ("reward_clip=1", True),
+        ("on_bad_reward=drop", True),
+        ("rewards=[length,films]", True),
+        ("rollout.temperature=0.5", True),
+        ("rollout.missing_eos_penalty=1", True),
+        ("rollout.max_new_tokens=7", True),
+        ("max_prompt_length=7", True),
+        ("loss.beta=0.5", False),
+        ("rollout.num_responses=3", False),
+        ("n_eval_model_samples=3", False),
+    ],
+)
+def test_rewards_are_compared_under_the_same_settings(setting: str, depends: bool) -> None:
+    before, now = (settings_of_metric(make_settings(*ONLINE, *more)) for more in ((), (setting,)))
+    assert (before != now) == depends
+
+
+@pytest.mark.parametrize(
+    ("setting", "depends"), [("reward_weights=[2]", False), ("rollout.temperature=0.5", True), ("loss.beta=1", False)]
+)
+def test_the_distance_of_online_runs_is_compared_at_one_temperature(setting: str, depends: bool) -> None:
+    common = (*ONLINE, "keep_best=kl_eval")
+    before, now = (settings_of_metric(make_settings(*common, *more)) for more in ((), (setting,)))
+    assert (before != now) == depends
+
+
+def test_a_ground_truth_is_needed_before_models_load(program: Program, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}?", "chosen": "a", "rejected": "b"}) + "\n" for i in range(9)))
+    run = program(
+        *DPO,
+        f"datasets={path}",
+        "test_fraction=0.3",
+        "keep_best=ground_truth/policy",
+        "sample_during_eval=true",
+        "n_eval_model_samples=2",
+    )
+    assert run.status == 2 and "keep_best: ground_truth/policy needs a data set with a ground truth" in run.err
+    assert "parameters:" not in run.out
+
+
 def test_the_best_checkpoint_is_kept(program: Program) -> None:
     command = ("loss=dpo", "loss.beta=0.1", "peft=lora", "peft.rank=4", "lr=1", "optimizer=SGD", "eval_every=4",
                "n_examples=16", "n_eval_examples=4", "keep_checkpoints=1")  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.data.films import is_well_formed
+from engine.run.rollouts import Rollouts
 from engine.run.tensorboard_logger import as_markdown
 from engine.run.wandb_logger import Wandb
 from rewards import REWARDS
@@ -259,15 +260,40 @@ def test_prompts_that_are_equal_once_truncated_are_logged_once(online, tmp_path)
     assert len(logged) == 2 and all("reference" in row for row in logged)  # one in each evaluation
 
 
-def test_a_missing_column(online, tmp_path):
+def no_model(monkeypatch):
+    """Loading a model fails the test."""
+    monkeypatch.setattr("engine.placement.placement.Placement.place_model", lambda *args: pytest.fail("a model"))
+
+
+def test_a_missing_column_is_found_before_models_load(online, tmp_path, monkeypatch):
+    no_model(monkeypatch)
     path = prompts_file(tmp_path / "questions.jsonl")
-    run = online(f"datasets={path}", "rewards=[regular_expression]")
+    path.write_text(path.read_text() + json.dumps({"prompt": "How much is it?"}) + "\n")
+    run = online(f"datasets={path}", "rewards=[exact_match]")
     assert run.status == 3
-    assert "rewards: regular_expression failed with KeyError (the row has no column 'pattern')" in run.err
-    assert "How much is" in run.err and run.err.count("\n") == 1
-    dropped = online(f"datasets={path}", "rewards=[regular_expression]", "on_bad_reward=drop", "do_first_eval=false")
-    assert dropped.status == 3
-    assert "rewards: none of the 12 responses after 0 examples has one; functions failed 12 times" in dropped.err
+    assert "rewards: exact_match needs the column answer, and 1 of 25 rows lack it" in run.err
+    assert "the prompt ...'How much is it?'" in run.err and run.err.count("\n") == 1
+    for more in ((), ("on_bad_reward=drop",)):  # no row has it
+        run = online(f"datasets={path}", "rewards=[regular_expression]", *more)
+        assert run.status == 3 and "needs the column pattern, and 25 of 25 rows lack it" in run.err
+
+
+def test_an_option_or_on_bad_reward_replaces_a_column(online, tmp_path):
+    path = prompts_file(tmp_path / "questions.jsonl")
+    options = ("rewards=[regular_expression]", "reward_options={regular_expression:{pattern:'.*e.*'}}", "n_examples=4")
+    assert online(f"datasets={path}", *options).status == 0
+    path.write_text(path.read_text() + json.dumps({"prompt": "How much is it?"}) + "\n")
+    run = online(f"datasets={path}", "rewards=[exact_match]", "on_bad_reward=drop", "n_examples=4")
+    assert run.status == 0, run.err
+
+
+def test_a_missing_package_is_found_before_models_load(online, tmp_path, monkeypatch):
+    no_model(monkeypatch)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: pytest.fail(name) if name != "jsonschema" else None)
+    path = prompts_file(tmp_path / "questions.jsonl", schema={"type": "object"})
+    run = online(f"datasets={path}", "rewards=[valid_json]")
+    assert run.status == 2
+    assert "valid_json needs the package jsonschema for rows with the column schema" in run.err
 
 
 def test_failed_rewards_are_counted_and_warned_of(online, monkeypatch):
@@ -382,6 +408,28 @@ def test_truncated_responses(online):
     [
         (["reference=cached"], "reference: cached keeps log-probs of stored responses"),
         (["rollout.num_responses=1"], "rollout.num_responses: must be at least 2 with loss=grpo"),
+        (
+            ["loss=reinforce_pp", "loss.baseline=group", "rollout.num_responses=1"],
+            "rollout.num_responses: must be at least 2",
+        ),
+        (["loss=remax", "rollout.max_resamples=1"], "rollout.max_resamples: must be null with loss=remax, not 1"),
+        (["loss=reinforce_pp", "rollout.max_resamples=0"], "with loss=reinforce_pp loss.baseline=batch, not 0"),
+        (["rewards=[]"], "rewards: must be null or a list of names such as"),
+        (["reward_weights=[0]"], "reward_weights: are all 0, so no reward counts"),
+        (
+            ["rewards=[length]", "reward_options={length:{most:few}}"],
+            'reward_options: length.most must be an integer, not "few"',
+        ),
+        (["rewards=[length]", "reward_options={length:9}"], "reward_options: give length 9, and it takes least, most"),
+        (["rewards=[truth]", "reward_options={truth:{a:1}}"], "rewards: names truth, and the rewards are films, "),
+        (
+            ["keep_best=kl_eval", "loss.beta=0"],
+            "keep_best: kl_eval is a distance to the reference, and loss=grpo has none",
+        ),
+        (
+            ["loss=best_of_n", "keep_best=kl_eval"],
+            "kl_eval is a distance to the reference, and loss=best_of_n has none",
+        ),
         (["rollout.prompts=6"], "rollout.prompts: must be a multiple of batch_size (4), not 6"),
         (["rewards=[truth]"], "rewards: names truth, and the rewards are films, "),
         (["rewards=[length]", "reward_options={length:{longest:3}}"], "give length longest, and it takes least, most"),
@@ -406,6 +454,24 @@ def test_the_best_checkpoint(online):
     assert (run.dir / "BEST").resolve().name == f"step-{max(rewards, key=lambda step: rewards[step])}"
 
 
+def test_an_evaluation_without_rewards_is_not_the_best(online, monkeypatch):
+    make, is_training = Rollouts.make, False
+
+    def make_in_training(self, first_prompt, prompts):
+        nonlocal is_training
+        is_training = True
+        examples = make(self, first_prompt, prompts)
+        is_training = False
+        return examples
+
+    monkeypatch.setattr(Rollouts, "make", make_in_training)
+    monkeypatch.setitem(REWARDS, "vowels", lambda *args: len(args[1]) if is_training else None)
+    run = online("keep_best=rewards_eval/greedy", "n_examples=8", "eval_every=4")
+    assert run.status == 0, run.err
+    assert "keep_best: this evaluation has no rewards_eval/greedy, as no response has a reward" in run.out
+    assert not (run.dir / "BEST").exists()
+
+
 @pytest.mark.slow
 def test_the_demo_raises_the_reward(program):
     """The goal of the demo: praise in nearly all responses, at a small distance from the SFT model."""
@@ -419,9 +485,11 @@ def test_the_demo_raises_the_reward(program):
     assert sum(map(is_well_formed, responses)) >= 0.97 * 512
 
 
-def test_rewards_are_needed(online, tmp_path):
+def test_rewards_are_needed(online, tmp_path, monkeypatch):
     path = prompts_file(tmp_path / "questions.jsonl")
-    run = online(f"datasets={path}", "rewards=null")
+    with monkeypatch.context() as patches:
+        no_model(patches)
+        run = online(f"datasets={path}", "rewards=null")
     assert run.status == 2
     assert "rewards: null is the ground truth of the data set" in run.err
     assert online("rewards=null", "n_examples=4").status == 0  # films has one

@@ -77,6 +77,17 @@ def test_a_json_schema_needs_a_package(monkeypatch):
         scorer("valid_json")(PromptRow("", {"schema": "{}"}), "{}")
 
 
+@pytest.mark.parametrize("name", rewards.COLUMNS)
+def test_a_reward_reads_its_columns(name):
+    for column in rewards.COLUMNS[name]:
+        with pytest.raises(KeyError, match=column):
+            REWARDS[name]("", "text", {other: "1" for other in rewards.COLUMNS[name] if other != column})
+
+
+def test_packages_are_of_known_rewards():
+    assert rewards.PACKAGES.keys() <= REWARDS.keys()
+
+
 def test_weights_clip_and_options():
     score = scorer("length", "exact_match", weights=[2, -0.5], options={"length": {"most": 10}})(ROW, "2 hours")
     assert score.total == 1.5

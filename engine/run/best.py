@@ -12,10 +12,35 @@ from engine.settings.schema import Settings
 from utils import UserError
 
 SAMPLING = ("n_eval_model_samples", "max_length", "max_prompt_length")
+REWARDS = ("rewards", "reward_weights", "reward_clip", "reward_options", "on_bad_reward")
+OF_REWARDS = ("rewards_eval/sampled", "rewards_eval/greedy")
+# Keys of rollout that evaluations do not read.
+OF_TRAINING = {"num_responses", "prompts", "epochs", "max_rows", "truncated", "max_resamples"}
+
+
+def check_best(settings: Settings, num_eval_examples: int, has_ground_truth: bool) -> None:
+    """Raise a UserError if evaluations of the run will lack keep_best's metric."""
+    best, problem = settings.keep_best, None
+    if best is None:
+        return
+    if not num_eval_examples:
+        problem = "there are no examples to evaluate on"
+    elif best.startswith("kl") and "reference" not in settings.loss.needs:
+        problem = f"{best} is a distance to the reference, and loss={settings.loss.name} has none here"
+    elif best.startswith("ground_truth") and not has_ground_truth:
+        problem = f"{best} needs a data set with a ground truth, and {','.join(settings.datasets)} has none"
+    if problem:
+        raise UserError("CONFIG", f"keep_best: {problem}", "choose another metric, or leave it out")
 
 
 def settings_of_metric(settings: Settings) -> dict[str, Any]:
     """The settings that keep_best's metric is measured with, by dotted key."""
+    if settings.loss.is_online:
+        names = [] if settings.keep_best == "kl_eval" else REWARDS
+        rollout = settings.rollout.model_dump(exclude=OF_TRAINING) | {"max_new_tokens": settings.max_new_tokens}
+        return {f"rollout.{key}": value for key, value in rollout.items()} | {
+            key: getattr(settings, key) for key in ("max_length", *names)
+        }
     if settings.keep_best and settings.keep_best.startswith(("ground_truth", "kl")):  # of sampled responses
         return {key: getattr(settings, key) for key in SAMPLING}
     measured_with = {key: value for key, value in settings_of(settings).items() if key.startswith("loss.")}
@@ -71,6 +96,9 @@ class BestCheckpoint:
     def update(self, metrics: Mapping[str, float], checkpoint: str) -> bool:
         """Record checkpoint if its evaluation beats all earlier ones; returns whether it does."""
         if self._metric is None:
+            return False
+        if self._metric not in metrics and self._metric in OF_REWARDS:
+            print(f"keep_best: this evaluation has no {self._metric}, as no response has a reward", flush=True)
             return False
         if self._metric not in metrics:
             found = ", ".join(sorted(metrics))

@@ -26,7 +26,8 @@ def describe_training(settings: Settings, *, num_examples: int, num_updates: int
     if settings.loss.is_online:
         rollout, num_prompts = settings.rollout, settings.rollout.prompts or settings.batch_size
         passes = "once" if rollout.epochs == 1 else f"{rollout.epochs} times"
-        line = f"training on {math.ceil(num_examples / rollout.epochs):,} prompts in {_steps(num_updates)} of {settings.batch_size}"
+        num_sampled = math.ceil(num_examples / rollout.epochs)
+        line = f"training on {num_sampled:,} prompts in {_steps(num_updates)} of {settings.batch_size}"
         line += f"; {rollout.num_responses} responses to each of {num_prompts:,} prompts at a time, learned {passes}"
         line += f", evaluating on {num_eval:,}"
     if num_eval < settings.n_eval_examples:

@@ -3,8 +3,9 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
+from engine.settings.annotations import WrongValue, checked
 from engine.settings.choices import BITSANDBYTES_OPTIMIZERS
 from engine.settings.messages import shown
 from engine.settings.presets import tiny_architecture
@@ -18,7 +19,7 @@ class Rule:
     """A rule across keys.
 
     Args:
-        keys: the keys it reads. A broken rule is reported at the first.
+        keys: the keys it reads. A broken rule is reported at the first. Those with a ? may be absent: None.
         problem: takes their values in order; returns the problem, or None.
     """
 
@@ -43,8 +44,8 @@ def broken_rules(values: Mapping[str, Any]) -> dict[str, str]:
     """The problems, by key, of all rules with valid values for every key."""
     problems: dict[str, str] = {}
     for each in RULES:
-        if all(key in values for key in each.keys):
-            problem = each.problem(*(values[key] for key in each.keys))
+        if all(key in values or key.endswith("?") for key in each.keys):
+            problem = each.problem(*(values.get(key.removesuffix("?")) for key in each.keys))
             if problem:
                 problems.setdefault(each.keys[0], problem)
     return problems
@@ -323,20 +324,40 @@ def rewards_are_known(names: list[str] | None) -> Problem:
 @rule("reward_weights", "rewards")
 def reward_weights_are_of_rewards(weights: list[float] | None, names: list[str] | None) -> Problem:
     if weights is None or (names is not None and len(weights) == len(names)):
-        return None
+        return "are all 0, so no reward counts" if weights and not any(weights) else None
     return f"must have one number for each of rewards ({0 if names is None else len(names)}), not {len(weights)}"
 
 
 @rule("reward_options", "rewards")
 def reward_options_are_of_rewards(options: dict[str, Any] | None, names: list[str] | None) -> Problem:
-    for name, keywords in (options or {}).items():
+    for name in options or {}:
         if name not in (names or []):
             return f"are for {name}, and rewards is {shown(names)}"
-        parameters = inspect.signature(REWARDS[name]).parameters.values()
-        known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-        unknown = [key for key in keywords if key not in known] if isinstance(keywords, dict) else [shown(keywords)]
-        if unknown:
-            return f"give {name} {', '.join(unknown)}, and it takes {', '.join(known) or 'none'}"
+    for name in names or []:
+        if name in REWARDS and (problem := _wrong_options(name, (options or {}).get(name, {}))):
+            return problem
+    return None
+
+
+def _wrong_options(name: str, keywords: Any) -> Problem:
+    """The problem of the options of a reward, by the annotations of its keyword arguments."""
+    reward: Any = REWARDS[name]
+    parameters = inspect.signature(reward).parameters.values()
+    known = {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    unknown = [key for key in keywords if key not in known] if isinstance(keywords, dict) else [shown(keywords)]
+    if unknown:
+        return f"give {name} {', '.join(map(str, unknown))}, and it takes {', '.join(known) or 'none'}"
+    function = vars(reward).get("__init__", reward) if isinstance(reward, type) else reward
+    hints = get_type_hints(function, include_extras=True)
+    for key, parameter in known.items():
+        if key not in keywords:
+            if parameter.default is parameter.empty:
+                return f"lack {name}.{key}"
+            continue
+        try:
+            checked(hints.get(key, Any), keywords[key])
+        except WrongValue as error:
+            return f"{name}.{key} {error}"
     return None
 
 
@@ -347,11 +368,26 @@ def iterations_are_whole_batches(num_prompts: int | None, batch_size: int) -> Pr
     return f"must be a multiple of batch_size ({batch_size}), not {num_prompts}"
 
 
-@rule("rollout.num_responses", "loss.name")
-def leave_one_out_has_others(num_responses: int, loss: str) -> Problem:
-    if num_responses > 1 or not _is_online(loss) or loss in ("reinforce_pp", "remax"):
+@rule("rollout.num_responses", "loss.name", "loss.baseline?")
+def groups_have_others(num_responses: int, loss: str, baseline: str | None) -> Problem:
+    if num_responses > 1 or not _is_online(loss) or not _compares_group(loss, baseline):
         return None
     return f"must be at least 2 with loss={loss}, not 1: a response is compared with the others of its prompt"
+
+
+@rule("rollout.max_resamples", "loss.name", "loss.baseline?")
+def equal_rewards_teach_nothing(max_resamples: int | None, loss: str, baseline: str | None) -> Problem:
+    if max_resamples is None or not _is_online(loss) or _compares_group(loss, baseline):
+        return None
+    chosen = f"loss={loss}" + (f" loss.baseline={baseline}" if baseline else "")
+    return f"must be null with {chosen}, not {max_resamples}: it learns from groups of equal rewards too"
+
+
+def _compares_group(loss: str, baseline: str | None) -> bool:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    compares = LOSSES[loss].compares_group
+    return baseline == "group" if compares == "either" else compares
 
 
 @rule("rollout.max_new_tokens", "max_length")

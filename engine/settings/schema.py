@@ -288,7 +288,9 @@ class Settings(Group):
 
     @property
     def has_live_reference(self) -> bool:
-        """Whether the frozen model stays loaded, for a loss with a reference. What auto means depends on the rest."""
+        """Whether the frozen model stays loaded. What auto means depends on the rest."""
+        if "reference" not in self.loss.needs:
+            return False
         is_needed = "token kl" in self.loss.needs or self.reference_refresh.every is not None or self.loss.is_online
         return self.reference == "live" or (self.reference == "auto" and is_needed)
 

@@ -74,6 +74,11 @@ def _offline(run: Context) -> str | None:
     return None if run.settings.loss.is_online else f"loss={run.settings.loss.name} learns stored responses"
 
 
+def _online_sizes(run: Context) -> str | None:
+    loss = run.settings.loss
+    return f"loss={loss.name} evaluates by rollout.max_rows and token_budget" if loss.is_online else None
+
+
 def _without_wandb(run: Context) -> str | None:
     if run.settings.debug:
         return "debug=true logs nothing to wandb"
@@ -125,6 +130,7 @@ UNUSED = (
     Unused("reward_clip", _offline, is_mistake=True),
     Unused("rewards", _offline, is_mistake=True),
     Unused("on_bad_reward", _offline),
+    Unused("eval_batch_size", _online_sizes),
     Unused("loss.alpha", _without_alpha),
     Unused("peft.double_quant", _of_int8),
     Unused("peft.storage_dtype", _of_int8),

@@ -137,6 +137,7 @@ Datasets = Annotated[
 RewardNames = Annotated[
     list[str],
     BeforeValidator(as_list),
+    MinLen(1),
     Predicate(are_distinct_texts),
     Words("a list of names such as [number_match,length], each once"),
 ]

@@ -54,6 +54,25 @@ def test_sft_has_no_sft_weight():
     assert "loss.sft_weight" in all_keys()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_live"),
+    [
+        (["loss=grpo"], True),
+        (["loss=rloo"], True),
+        (["loss=dapo"], False),  # beta=0
+        (["loss=dapo", "reference=live"], False),
+        (["loss=best_of_n"], False),
+        (["loss=sft", "reference=live"], False),
+        (["loss=dpo", "loss.beta=0.1"], False),
+        (["loss=dpo", "loss.beta=0.1", "reference=live"], True),
+        (["loss=tdpo1"], True),
+    ],
+)
+def test_only_a_loss_with_a_reference_keeps_one(overrides, is_live):
+    """Memory for a second model is reserved by it."""
+    assert read(*overrides).has_live_reference == is_live
+
+
 @pytest.mark.parametrize("given", ["hh", "[hh]"])
 def test_one_data_set_needs_no_brackets(given):
     settings = read(f"datasets={given}")

@@ -47,6 +47,7 @@ WARNED = {
     "save_every": (("save_every=8", "debug=true"), ("save_every=8",)),
     "keep_checkpoints": (("keep_checkpoints=7", "debug=true"), ("keep_checkpoints=7",)),
     "keep_best": (("keep_best=loss/eval", "debug=true"), ("keep_best=loss/eval",)),
+    "eval_batch_size": (("eval_batch_size=3", "loss=grpo"), ("eval_batch_size=3", *DPO)),
     "on_bad_reward": (("on_bad_reward=drop",), ("on_bad_reward=drop", "loss=grpo")),
 }
 REFUSED = {
@@ -72,6 +73,11 @@ REFUSED = {
 def warnings_of(*overrides: str) -> list[str]:
     has_experiment = any(override.startswith("+experiment") for override in overrides)
     return check_unused(make_settings(*overrides), DATASETS, has_experiment)
+
+
+def test_dialogues_of_online_training_give_their_last_prompt() -> None:
+    (warning,) = warnings_of("loss=grpo", "sft_turns=last", f"datasets={__file__}")
+    assert warning == 'warning: sft_turns="last" changes nothing: loss=grpo learns sampled responses, not dialogues'
 
 
 def test_every_key_has_a_case() -> None:
