@@ -762,6 +762,8 @@ class Loss:
         has_greedy_baseline: the advantages need the reward of the most likely response.
         compares_group: a response is compared with the others of its prompt, so groups of equal rewards teach nothing.
             "either": by the key baseline=group.
+        learns_pairs: the function takes pair_loss, and two responses to each prompt. The keys pair_loss and
+            pair_options choose it.
 
     Labels of unpaired responses follow the columns above: bool [examples], true for desirable ones.
 
@@ -782,6 +784,12 @@ class Loss:
     learns_some: bool = False
     has_greedy_baseline: bool = False
     compares_group: bool | Literal["either"] = True
+    learns_pairs: bool = False
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether it reads log-probs of pairs alone, so that sampled pairs may have it."""
+        return self.batch == "pairs" and not self.needs - {"reference"} and self.state is None
 
     def __post_init__(self) -> None:
         is_rollout = self.batch == "rollout"
@@ -868,7 +876,9 @@ LOSSES = {
         has_greedy_baseline=True,
         compares_group=False,
     ),
-    "online_dpo": _rollout_loss(online_losses.online_dpo_loss, online_losses.best_and_worst, "sums", learns_some=True),
+    "online_dpo": _rollout_loss(
+        online_losses.online_dpo_loss, online_losses.best_and_worst, "sums", learns_some=True, learns_pairs=True
+    ),
     "best_of_n": _rollout_loss(
         online_losses.best_of_n_loss, online_losses.best_of_n_advantages, "sums", needs=frozenset(), learns_some=True
     ),

@@ -8,6 +8,7 @@ R is the reward. k1 = log(old policy / reference) of a token, and k3 = exp(-d) -
 both as in Schulman 2020, "Approximating KL divergence".
 """
 
+from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -36,6 +37,24 @@ class Scored(NamedTuple):
     k1: Tensor
     greedy_rewards: Tensor | None = None
 
+
+class SampledPairs(NamedTuple):
+    """Pairs of sampled responses, [pairs] each.
+
+    Args:
+        policy_better: log-probs of the better responses under the policy; the others likewise.
+        better_lengths: int64, in tokens.
+    """
+
+    policy_better: Tensor
+    policy_worse: Tensor
+    reference_better: Tensor
+    reference_worse: Tensor
+    better_lengths: Tensor
+    worse_lengths: Tensor
+
+
+PairLoss = Callable[[SampledPairs, float], Tensor]  # takes pairs and beta; returns losses [pairs]
 
 # ---- Advantages: Scored -> [tokens] ----
 
@@ -67,7 +86,7 @@ def rloo_advantages(scored: Scored, *, beta: Beta) -> Tensor:
 
 
 def reinforce_pp_advantages(scored: Scored, *, beta: Beta, baseline: Literal["batch", "group"] = "batch") -> Tensor:
-    """REINFORCE++: advantages whitened over all tokens of the batch.
+    """REINFORCE++: advantages whitened over all tokens of the iteration.
 
     Hu 2025 (arXiv 2501.03262), equations 7 to 9.
 
@@ -209,7 +228,7 @@ def online_dpo_loss(
     lengths: Tensor,
     *,
     beta: Annotated[float, Gt(0)],
-    pair_loss: Literal["dpo", "ipo", "hinge", "nca", "sppo", "apo_zero", "apo_down"] = "dpo",
+    pair_loss: PairLoss,
 ) -> TokenLosses:
     """A loss of pairs, of the best and the worst of the sampled responses to each prompt.
 
@@ -219,21 +238,16 @@ def online_dpo_loss(
         logps: log-probs under the policy, [tokens], of two responses to each prompt; of the others likewise.
         advantages: above 0 for the tokens of the better response, below 0 for the other.
         lengths: int64 [responses], in tokens.
+        pair_loss: a loss of LOSSES, by the keys pair_loss and pair_options.
 
     Returns:
         the loss of each pair, spread over its tokens, [tokens]. Their sum is twice it, as there are two responses.
     """
-    sums = [torch.segment_reduce(each, "sum", lengths=lengths, unsafe=True) for each in (logps, reference_logps)]
+    policy, reference = (_sum_tokens(values, lengths) for values in (logps, reference_logps))
     is_better = advantages[lengths.cumsum(0) - lengths] > 0  # [responses]
-    policy_chosen, reference_chosen = (each[is_better] for each in sums)
-    policy_rejected, reference_rejected = (each[~is_better] for each in sums)
-    from losses import LOSSES  # they import this file
-
-    losses, *_ = LOSSES[pair_loss].function(
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta
-    )  # [pairs]
+    pairs = SampledPairs(*(values[mask] for values in (policy, reference, lengths) for mask in (is_better, ~is_better)))
     num_tokens = lengths.view(-1, 2).sum(1)
-    return (2 * losses / num_tokens).repeat_interleave(num_tokens)
+    return (2 * pair_loss(pairs, beta) / num_tokens).repeat_interleave(num_tokens)
 
 
 def best_of_n_loss(

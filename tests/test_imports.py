@@ -12,7 +12,7 @@ LAYERS = [
     ("preference_datasets",),
     ("engine",),
     ("losses",),
-    ("reward_losses",),
+    ("online_losses", "reward_losses"),
     ("utils",),
     ("process_start",),
 ]

@@ -1,6 +1,7 @@
 """Losses of sampled responses and their advantages, against values by hand."""
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from engine.settings.schema import LossSettings
 from engine.step.metrics import MetricAccumulator
 from engine.step.objectives import RolloutInputs, make_objective
+from engine.step.sampled_pairs import pair_loss_of
 from losses import LOSSES, MovingState
 from online_losses import (
+    PairLoss,
     Scored,
     best_and_worst,
     best_of_n_advantages,
@@ -32,6 +36,7 @@ from online_losses import (
     whitened,
 )
 from tests.configs import composed, make_settings
+from utils import UserError
 
 
 def values(*numbers: float) -> Tensor:
@@ -129,18 +134,60 @@ def test_best_and_worst():
     assert best_and_worst(ties).tolist() == of_tokens(0, 0, 0, -1, 1)
 
 
+def chosen_pair_loss(name: str, **options: Any) -> PairLoss:
+    keywords = {"beta": 0.5, "pair_loss": name, "pair_options": options or None}
+    return pair_loss_of(LossSettings(name="online_dpo", keywords=keywords))
+
+
+# Of the first prompt the second response is better, of the second the first. Log-ratios: 0, 2, 1, -3.
+PAIRS = {
+    "logps": values(-2, -3, -4, -1, -2, -5),
+    "reference_logps": values(-2, -4, -5, -2, -2, -2),
+    "lengths": torch.tensor([1, 2, 1, 2]),
+    "advantages": values(-1, 1, 1, 1, -1, -1),
+}
+
+
 def test_online_dpo_is_dpo_of_the_better_and_the_worse():
-    # Of the first prompt the second response is better, of the second the first.
-    logps, reference = values(-2, -3, -4, -1, -2, -5), values(-2, -4, -5, -2, -2, -2)
-    lengths, signs = torch.tensor([1, 2, 1, 2]), values(-1, 1, 1, 1, -1, -1)
-    found = online_dpo_loss(logps, logps, reference, signs, lengths, beta=0.5)
-    # Log-ratios of the responses: 0, 2, 1, -3; margins 2 and 4.
+    found = online_dpo_loss(**PAIRS, old_logps=PAIRS["logps"], beta=0.5, pair_loss=chosen_pair_loss("dpo"))
     expected = [math.log1p(math.exp(-0.5 * margin)) for margin in (2, 4)]
-    weights = token_weights("sums", lengths, 8)
+    weights = token_weights("sums", PAIRS["lengths"], 8)
     assert (found * weights).sum().item() == pytest.approx(sum(expected) / 2, abs=1e-15)
     assert (found * weights)[:3].sum().item() == pytest.approx(expected[0] / 2, abs=1e-15)
-    found = online_dpo_loss(logps, logps, reference, signs, lengths, beta=0.5, pair_loss="ipo")
+    found = online_dpo_loss(**PAIRS, old_logps=PAIRS["logps"], beta=0.5, pair_loss=chosen_pair_loss("ipo"))
     assert (found * weights).sum().item() == pytest.approx(((2 - 1) ** 2 + (4 - 1) ** 2) / 2, abs=1e-15)
+
+
+def softplus(value: float) -> float:
+    return math.log1p(math.exp(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        # Margins 2 and 4, with beta 0.5.
+        ("cdpo", {"label_smoothing": 0.1}, [0.9 * softplus(-x) + 0.1 * softplus(x) for x in (1, 2)]),
+        ("dpo", {"reference_free": True}, [softplus(-0.5 * x) for x in (-7 + 2, -1 + 7)]),
+        # Log-ratios by token: 1 and 0, 1 and -1.5.
+        ("dpo", {"average_log_prob": True}, [softplus(-0.5 * x) for x in (1, 2.5)]),
+        ("ln_dpo", {}, [softplus(-0.5 * x) for x in (1, 2.5)]),
+        # Log-probs of the better responses by token: -3.5 and -1.
+        ("hinge", {"sft_weight": 2.0}, [0 + 2 * 3.5, 0 + 2 * 1]),
+        ("simpo", {"gamma": 0.5}, [softplus(0.5 - 0.5 * x) for x in (-3.5 + 2, -1 + 3.5)]),
+        ("slic", {"delta": 1.0, "nll_weight": 0.5}, [1 + 7 - 2 + 3.5, 0 + 0.5]),
+    ],
+)
+def test_sampled_pairs_have_any_loss_of_pairs(name, options, expected):
+    pair_loss = chosen_pair_loss(name, **options)
+    found = online_dpo_loss(**PAIRS, old_logps=PAIRS["logps"], beta=0.5, pair_loss=pair_loss)
+    first, second = found[:3].sum().item() / 2, found[3:].sum().item() / 2
+    assert [first, second] == pytest.approx(expected, abs=1e-14)
+
+
+def test_losses_that_need_more_are_no_pair_losses():
+    of_pairs = {name for name, loss in LOSSES.items() if loss.batch == "pairs"}
+    others = {name for name in of_pairs if not LOSSES[name].is_of_pairs}
+    assert others == {"aot", "tdpo1", "tdpo2", "wpo", "ld_dpo", "beta_dpo"}
 
 
 def test_the_clipped_loss_by_hand():
@@ -231,6 +278,31 @@ def test_the_means_of_the_losses():
     assert means == expected | {"reinforce_pp": "tokens"}
     clips = OmegaConf.select(composed("loss=dapo"), "loss")
     assert (clips.clip_low, clips.clip_high) == (0.2, 0.28)
+
+
+ONLINE_DPO = ("loss=online_dpo", "datasets=[films]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["loss.pair_loss=aot"], "loss.pair_loss: must be dpo, cdpo, ipo, "),
+        (["loss.pair_options={gamma:1}"], "give loss.pair_loss=dpo gamma, and it takes average_log_prob, sft_weight,"),
+        (["loss.pair_options={beta:1}"], "give loss.pair_loss=dpo beta, and it takes"),
+        (["loss.pair_options={label_smoothing:0.7}"], "label_smoothing of loss.pair_loss=dpo must be a number of at"),
+        (["loss.pair_loss=f_dpo"], "lack divergence, alpha, as loss.pair_loss=f_dpo needs a value"),
+    ],
+)
+def test_wrong_pair_options(overrides: list[str], problem: str) -> None:
+    with pytest.raises(UserError, match=re.escape(problem)):
+        make_settings(*ONLINE_DPO, *overrides)
+
+
+def test_a_pair_loss_without_a_reference_builds_none() -> None:
+    assert "reference" in make_settings(*ONLINE_DPO).loss.needs
+    for name, options in (("simpo", "{gamma:1.0}"), ("dpo", "{reference_free:true}")):
+        settings = make_settings(*ONLINE_DPO, f"loss.pair_loss={name}", f"loss.pair_options={options}")
+        assert settings.loss.needs == set()
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,15 @@ def loss_types(name: str) -> dict[str, Any]:
         for keyword in keyword_names(function):
             hint = hints.get(keyword, Any)
             types[keyword] = Text if hint is str else hint
+    if loss.learns_pairs:
+        names = [name for name, other in LOSSES.items() if other.is_of_pairs]
+        types |= {"pair_loss": one_of(names), "pair_options": dict[str, Any] | None}
     return {f"loss.{key}": hint for key, hint in types.items()}
+
+
+def pair_option_types(pair_loss: str) -> dict[str, Any]:
+    """The annotations of pair_options: the keys of a loss of pairs, but for beta."""
+    return {key.removeprefix("loss."): hint for key, hint in loss_types(pair_loss).items() if key != "loss.beta"}
 
 
 def keyword_names(function: Callable[..., Any]) -> list[str]:

@@ -62,7 +62,8 @@ def settings_from_text(text: str, dataset_names: Collection[str]) -> Settings:
 
 def written_values(config: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """The value of every dotted key, interpolations resolved, and the problems of keys without a value."""
-    types = key_types()
+    loss = OmegaConf.select(config, "loss.name", throw_on_resolution_failure=False, throw_on_missing=False)
+    types = key_types(loss if isinstance(loss, str) else None)
     values: dict[str, Any] = {}
     problems: dict[str, str] = {}
 

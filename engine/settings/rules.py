@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 from engine.settings.annotations import WrongValue, checked
 from engine.settings.choices import BITSANDBYTES_OPTIMIZERS
+from engine.settings.keys import pair_option_types
 from engine.settings.messages import shown
 from engine.settings.presets import tiny_architecture
 from rewards import REWARDS
@@ -359,6 +360,24 @@ def _wrong_options(name: str, keywords: Any) -> Problem:
         except WrongValue as error:
             return f"{name}.{key} {error}"
     return None
+
+
+@rule("loss.pair_options", "loss.pair_loss")
+def pair_options_are_of_the_pair_loss(options: dict[str, Any] | None, pair_loss: str) -> Problem:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    types, options = pair_option_types(pair_loss), options or {}
+    for key, value in options.items():
+        if key not in types:
+            return f"give loss.pair_loss={pair_loss} {key}, and it takes {', '.join(types) or 'none'}"
+        try:
+            checked(types[key], value)
+        except WrongValue as error:
+            return f"{key} of loss.pair_loss={pair_loss} {error}"
+    parameters = inspect.signature(LOSSES[pair_loss].function).parameters.values()
+    required = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.default is each.empty]
+    missing = [name for name in required if name not in (*options, "beta")]
+    return f"lack {', '.join(missing)}, as loss.pair_loss={pair_loss} needs a value" if missing else None
 
 
 @rule("rollout.prompts", "batch_size")

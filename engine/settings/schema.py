@@ -85,7 +85,10 @@ class LossSettings(Group):
         from losses import LOSSES  # imports torch, which takes seconds
 
         has_no_kl = self.is_online and self.keywords.get("beta") == 0
-        is_free = self.keywords.get("reference_free") or has_no_kl
+        options = self.keywords.get("pair_options") or {}
+        is_free = self.keywords.get("reference_free") or options.get("reference_free") or has_no_kl
+        if pair_loss := self.keywords.get("pair_loss"):
+            is_free = is_free or "reference" not in LOSSES[pair_loss].needs
         return LOSSES[self.name].needs - ({"reference"} if is_free else set())
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from engine.settings.keys import keyword_names
 from engine.settings.messages import shown
 from engine.settings.presets import CONFIG_DIR
 from engine.settings.schema import RolloutSettings, Settings
@@ -98,6 +99,15 @@ def _without_alpha(run: Context) -> str | None:
     return None if divergence == "alpha" else f"loss.divergence={divergence}"
 
 
+def _without_beta(run: Context) -> str | None:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    pair_loss = run.settings.loss.keywords.get("pair_loss")
+    if pair_loss is None or "beta" in keyword_names(LOSSES[pair_loss].function):
+        return None
+    return f"loss.pair_loss={pair_loss} has no beta"
+
+
 def _of_int8(run: Context) -> str | None:
     return "peft.quant_type=int8" if getattr(run.settings.peft, "quant_type", None) == "int8" else None
 
@@ -132,6 +142,7 @@ UNUSED = (
     Unused("on_bad_reward", _offline),
     Unused("eval_batch_size", _online_sizes),
     Unused("loss.alpha", _without_alpha),
+    Unused("loss.beta", _without_beta),
     Unused("peft.double_quant", _of_int8),
     Unused("peft.storage_dtype", _of_int8),
     Unused("n_eval_model_samples", lambda run: None if run.settings.sample_during_eval else "sample_during_eval=false"),

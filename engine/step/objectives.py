@@ -13,6 +13,7 @@ from engine.step.layout import GroupSpan, Microbatch
 from engine.step.logprobs import sum_by_response
 from engine.step.metrics import MetricAccumulator
 from engine.step.reward_metrics import ScoredRankings
+from engine.step.sampled_pairs import pair_loss_of
 from losses import LOSSES, BatchKind, Head, Loss, Need
 from reward_losses import mean_over_pairs, of_pairs
 from utils import UserError
@@ -300,6 +301,8 @@ class RolloutObjective:
         self.state: dict[str, Tensor] = {}
         self._function, self._ratios = loss.function, loss.ratios
         self._keywords = {name: settings.keywords[name] for name in keyword_names(loss.function)}
+        if loss.learns_pairs:
+            self._keywords["pair_loss"] = pair_loss_of(settings)
         self._clips = [settings.keywords[name] for name in ("clip_low", "clip_high") if name in settings.keywords]
 
     def read(

@@ -28,6 +28,10 @@ WARNED = {
         ("model.fsdp_policy_mp=bfloat16",),
     ),
     "loss.alpha": (("loss=f_dpo", "loss.alpha=0.6"), ("loss=f_dpo", "loss.alpha=0.3", "loss.divergence=alpha")),
+    "loss.beta": (
+        ("loss=online_dpo", "loss.beta=0.3", "loss.pair_loss=orpo", "loss.pair_options={odds_ratio_weight:1.0}"),
+        ("loss=online_dpo", "loss.beta=0.3"),
+    ),
     "peft.double_quant": (
         ("peft=qlora", "peft.double_quant=false", "peft.quant_type=int8"),
         ("peft=qlora", "peft.double_quant=false"),
