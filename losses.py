@@ -764,6 +764,7 @@ class Loss:
             "either": by the key baseline=group.
         learns_pairs: the function takes pair_loss, and two responses to each prompt. The keys pair_loss and
             pair_options choose it.
+        samples_reference: the last response to each prompt is one of the reference.
 
     Labels of unpaired responses follow the columns above: bool [examples], true for desirable ones.
 
@@ -785,6 +786,7 @@ class Loss:
     has_greedy_baseline: bool = False
     compares_group: bool | Literal["either"] = True
     learns_pairs: bool = False
+    samples_reference: bool = False
 
     @property
     def is_of_pairs(self) -> bool:
@@ -878,6 +880,14 @@ LOSSES = {
     ),
     "online_dpo": _rollout_loss(
         online_losses.online_dpo_loss, online_losses.best_and_worst, "sums", learns_some=True, learns_pairs=True
+    ),
+    "xpo": _rollout_loss(
+        online_losses.xpo_loss,
+        online_losses.best_and_worst,
+        "sums",
+        learns_some=True,
+        learns_pairs=True,
+        samples_reference=True,
     ),
     "best_of_n": _rollout_loss(
         online_losses.best_of_n_loss, online_losses.best_of_n_advantages, "sums", needs=frozenset(), learns_some=True

@@ -250,6 +250,30 @@ def online_dpo_loss(
     return (2 * pair_loss(pairs, beta) / num_tokens).repeat_interleave(num_tokens)
 
 
+def xpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    reference_logps: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    beta: Annotated[float, Gt(0)],
+    alpha: Annotated[float, Ge(0)],
+    pair_loss: PairLoss,
+) -> TokenLosses:
+    """Exploratory Preference Optimization: online DPO, and a push away from responses of the reference.
+
+    Xie et al. 2024 (arXiv 2405.21046), algorithm 1, on the responses of one iteration. Takes and returns the same as
+    online_dpo_loss. The second response to each prompt is one of the reference.
+
+    Args:
+        alpha: of the policy's log-prob of that response, which the loss adds.
+    """
+    pairs = online_dpo_loss(logps, old_logps, reference_logps, advantages, lengths, beta=beta, pair_loss=pair_loss)
+    is_of_reference = (torch.arange(len(lengths), device=lengths.device) % 2 == 1).repeat_interleave(lengths)
+    return pairs + (2 * alpha * logps).where(is_of_reference, 0)
+
+
 def best_of_n_loss(
     logps: Tensor, old_logps: Tensor, reference_logps: Tensor, advantages: Tensor, lengths: Tensor
 ) -> TokenLosses:

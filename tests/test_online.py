@@ -95,16 +95,49 @@ def test_metrics_and_samples(online):
     assert {name for name in logged if f"`{name}`" not in page} == set()
 
 
-OTHERS = ["dr_grpo", "dapo", "rloo", "reinforce_pp", "remax", "online_dpo", "best_of_n"]
+OTHERS = ["dr_grpo", "dapo", "rloo", "reinforce_pp", "remax", "online_dpo", "xpo", "best_of_n"]
 
 
 @pytest.mark.parametrize(("loss", "batching"), [*((loss, "packed") for loss in OTHERS), ("grpo", "padded")])
 def test_every_loss_trains(online, loss, batching):
-    run = online(f"loss={loss}", f"batching={batching}", "rollout.temperature=0.8", "rollout.epochs=2")
+    pairs = ["rollout.num_responses=2"] if loss == "xpo" else []
+    run = online(f"loss={loss}", f"batching={batching}", "rollout.temperature=0.8", "rollout.epochs=2", *pairs)
     assert run.status == 0, run.err
     assert [row["policy/ratio_max"] == 1 for row in run.steps] == [True, False, True, False]
     weights = [weights_of(run.dir, 16)["model.embed_tokens.weight"]]
     assert weights[0].isfinite().all()
+
+
+@pytest.mark.parametrize("peft", [(), ("peft=lora", "peft.rank=4")])
+def test_xpo_compares_a_response_of_the_policy_with_one_of_the_reference(online, peft):
+    settings = ("loss=xpo", "rollout.num_responses=2", "do_first_eval=false", "warmup_steps=0", *peft)
+    still, moving = (online(*settings, f"lr={lr}") for lr in (0, 0.05))
+    for run in (still, moving):
+        assert run.status == 0, run.err
+
+    def responses(run, is_of_reference):
+        rows = [row for row in run.samples if "response" in row]
+        assert [row["is_of_reference"] for row in rows] == [False, True] * 4
+        return [row["response"] for row in rows if row["is_of_reference"] == is_of_reference]
+
+    assert responses(still, True) == responses(moving, True)
+    assert responses(still, False) != responses(still, True)  # other random numbers
+    assert responses(still, False)[0] == responses(moving, False)[0]
+    assert responses(still, False)[2:] != responses(moving, False)[2:]
+    assert moving.steps[-1]["rollout/left_out"] < 8
+
+
+def test_online_dpo_of_another_pair_loss(online):
+    settings = ("loss=online_dpo", "rollout.num_responses=2")
+    runs = [
+        online(*settings, f"loss.pair_loss={name}", f"loss.pair_options={options}")
+        for name, options in (("dpo", "null"), ("dpo", "{label_smoothing:0.3}"), ("simpo", "{gamma:1.0}"))
+    ]
+    for run in runs:
+        assert run.status == 0, run.err
+    plain, smoothed, free = (run.steps[-1] for run in runs)
+    assert plain["loss/train"] != smoothed["loss/train"]
+    assert "objective/kl" in plain and "objective/kl" not in free
 
 
 def test_passes_and_minibatches(online):
@@ -436,6 +469,8 @@ def test_truncated_responses(online):
         (["reward_weights=[1,2]"], "reward_weights: must have one number for each of rewards (1), not 2"),
         (["keep_best=loss/eval"], "keep_best: loss/eval is not measured with loss=grpo"),
         (["loss=online_dpo", "rollout.truncated=mask"], "mask would leave pairs of loss=online_dpo with one response"),
+        (["loss=xpo", "rollout.truncated=mask"], "mask would leave pairs of loss=xpo with one response"),
+        (["loss=xpo", "rollout.num_responses=4"], "must be 2 with loss=xpo, not 4: one of the policy and one of the"),
         (["plan=true"], "plan: true needs stored responses, and loss=grpo samples them"),
         (["peft=lora", "peft.dropout=0.1"], "peft.dropout: must be 0 with loss=grpo, not 0.1"),
         (["rollout.max_new_tokens=64"], "rollout.max_new_tokens: must be below max_length (64)"),

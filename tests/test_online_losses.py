@@ -34,6 +34,7 @@ from online_losses import (
     rloo_loss,
     token_weights,
     whitened,
+    xpo_loss,
 )
 from tests.configs import composed, make_settings
 from utils import UserError
@@ -182,6 +183,15 @@ def test_sampled_pairs_have_any_loss_of_pairs(name, options, expected):
     found = online_dpo_loss(**PAIRS, old_logps=PAIRS["logps"], beta=0.5, pair_loss=pair_loss)
     first, second = found[:3].sum().item() / 2, found[3:].sum().item() / 2
     assert [first, second] == pytest.approx(expected, abs=1e-14)
+
+
+def test_xpo_by_hand():
+    # The second response to each prompt is of the reference: log-probs -7 and -7.
+    found = xpo_loss(**PAIRS, old_logps=PAIRS["logps"], beta=0.5, alpha=0.1, pair_loss=chosen_pair_loss("dpo"))
+    expected = [softplus(-0.5 * margin) + 0.1 * -7 for margin in (2, 4)]
+    weights = token_weights("sums", PAIRS["lengths"], 8)
+    assert (found * weights).sum().item() == pytest.approx(sum(expected) / 2, abs=1e-15)
+    assert (found * weights)[:3].sum().item() == pytest.approx(expected[0] / 2, abs=1e-15)
 
 
 def test_losses_that_need_more_are_no_pair_losses():

@@ -11,11 +11,12 @@ from torch import Tensor
 from engine.data.examples import Example, Rollout
 from engine.placement.placement import Placement
 from engine.run.rollout_metrics import Logps, cost_metrics, learned_metrics, sampling_metrics
-from engine.run.sampler import GREEDY, TRAINING, Costs, Group, Response, Sampler, has_equal_rewards
+from engine.run.sampler import GREEDY, REFERENCE, TRAINING, Costs, Group, Response, Sampler, has_equal_rewards
 from engine.settings.keys import keyword_names
 from engine.settings.schema import Settings
 from engine.step.layout import in_group_order
 from engine.step.microbatches import MicrobatchRunner
+from engine.step.reference import LiveReference
 from losses import LOSSES
 from online_losses import Scored
 from utils import UserError
@@ -80,6 +81,7 @@ class Rollouts:
                 "prompt": prompts[0].row.text if prompts[0].row else "",
                 "response": response.text,
                 "reward": response.reward,
+                **({"is_of_reference": response.is_of_reference} if self._loss.samples_reference else {}),
                 **{f"reward/{name}": value for name, value in response.score.parts.items()},
             }
             for response in groups[0]
@@ -92,13 +94,13 @@ class Rollouts:
         Returns:
             the groups as first sampled, those to learn, and the number of groups sampled again.
         """
-        rollout, policy = self._settings.rollout, self._runner.policy
+        rollout = self._settings.rollout
         first: list[Group] = []
         groups: list[Group] = [[] for _ in prompts]
         places, num_resampled = list(range(len(prompts))), 0
         for attempt in range((rollout.max_resamples or 0) + 1):
-            seeds = [(TRAINING, first_prompt + place, attempt) for place in places]
-            found = self._sampler.sample(policy, [prompts[place] for place in places], seeds, rollout.num_responses)
+            numbers = [(first_prompt + place, attempt) for place in places]
+            found = self._sample_groups([prompts[place] for place in places], numbers)
             for place, group in zip(places, found, strict=True):
                 groups[place] = group
             first = first or found
@@ -123,6 +125,28 @@ class Rollouts:
                 f" functions failed {num_bad:,} times",
                 "on_bad_reward=raise shows the error; correct the function or the rows",
             )
+
+    def _sample_groups(self, prompts: Sequence[Example], numbers: Sequence[Sequence[int]]) -> list[Group]:
+        """Sample a group of responses to each prompt: of the policy, and its last one of the reference if so set.
+
+        Args:
+            numbers: of each prompt, for its random numbers.
+        """
+        num_responses, runner = self._settings.rollout.num_responses, self._runner
+
+        def seeds(stream: int) -> list[Sequence[int]]:
+            return [(stream, *each) for each in numbers]
+
+        if not self._loss.samples_reference:
+            return self._sampler.sample(runner.policy, prompts, seeds(TRAINING), num_responses)
+        of_policy = self._sampler.sample(runner.policy, prompts, seeds(TRAINING), num_responses - 1)
+        assert isinstance(runner.reference, LiveReference)
+        with runner.reference.as_reference():
+            of_reference = self._sampler.sample(runner.reference.model, prompts, seeds(REFERENCE), 1)
+        return [
+            [*group, *(replace(response, is_of_reference=True) for response in last)]
+            for group, last in zip(of_policy, of_reference, strict=True)
+        ]
 
     def _greedy(self, first_prompt: int, prompts: Sequence[Example]) -> list[Response] | None:
         """The most likely response to each prompt, if the loss compares with it."""

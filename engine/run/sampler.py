@@ -16,7 +16,7 @@ from engine.placement.placement import Placement
 from engine.run.reward_functions import RewardFunctions, Score
 from engine.settings.schema import Settings
 
-TRAINING, GREEDY, EVALUATION = range(3)  # streams of random numbers
+TRAINING, GREEDY, EVALUATION, REFERENCE = range(4)  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Response:
         is_truncated: it has no end-of-text token.
         reward: None leaves it out.
         score: of the reward functions.
+        is_of_reference: the reference sampled it, not the policy.
     """
 
     tokens: np.ndarray
@@ -36,6 +37,7 @@ class Response:
     is_truncated: bool
     reward: float | None
     score: Score
+    is_of_reference: bool = False
 
 
 Group = list[Response]  # of one prompt

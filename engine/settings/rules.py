@@ -409,6 +409,15 @@ def _compares_group(loss: str, baseline: str | None) -> bool:
     return baseline == "group" if compares == "either" else compares
 
 
+@rule("rollout.num_responses", "loss.name")
+def one_response_is_of_the_reference(num_responses: int, loss: str) -> Problem:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    if num_responses == 2 or not LOSSES[loss].samples_reference:
+        return None
+    return f"must be 2 with loss={loss}, not {num_responses}: one of the policy and one of the reference"
+
+
 @rule("rollout.max_new_tokens", "max_length")
 def responses_fit(num_tokens: int | None, max_length: int) -> Problem:
     if num_tokens is None or num_tokens < max_length:
@@ -432,7 +441,9 @@ def rollouts_have_no_dropout(dropout: float, loss: str) -> Problem:
 
 @rule("rollout.truncated", "loss.name")
 def pairs_stay_whole(truncated: str, loss: str) -> Problem:
-    is_broken = truncated == "mask" and loss == "online_dpo"
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    is_broken = truncated == "mask" and LOSSES[loss].learns_pairs
     return (
         f"mask would leave pairs of loss={loss} with one response: rollout.missing_eos_penalty" if is_broken else None
     )

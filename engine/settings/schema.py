@@ -89,6 +89,7 @@ class LossSettings(Group):
         is_free = self.keywords.get("reference_free") or options.get("reference_free") or has_no_kl
         if pair_loss := self.keywords.get("pair_loss"):
             is_free = is_free or "reference" not in LOSSES[pair_loss].needs
+        is_free = is_free and not LOSSES[self.name].samples_reference
         return LOSSES[self.name].needs - ({"reference"} if is_free else set())
 
     @property
