@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.data.rankings import compare_by_rank
 from engine.models.shards import full_tensor
 from engine.placement import process_group
+from losses import LOSSES
 from tests.configs import make_settings
 from tests.models import SIZES, random_examples
 
@@ -49,8 +50,8 @@ def make_trainer(job: Job, run_dir: Path) -> Any:
     values = {"max_position_embeddings": 128, **SIZES[architecture]}
     architecture_text = ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
     settings = [*SETTINGS, f"cache_dir={run_dir / 'cache'}", f"local_run_dir={run_dir}", f"loss={loss}"]
-    settings += ["loss.beta=0.5"] if loss not in ("sft", "reward") else []
-    settings += PROMPTS if loss == "grpo" else []
+    settings += ["loss.beta=0.5"] if loss not in ("sft", "reward", "best_of_n") else []
+    settings += PROMPTS if LOSSES[loss].batch == "rollout" else []
     settings += [f"model.architecture={{model_type: {architecture}, {architecture_text}}}"]
     parsed = make_settings(*settings, *overrides)
     tokenizer = film_tokenizer()
@@ -61,7 +62,7 @@ def make_trainer(job: Job, run_dir: Path) -> Any:
         ranks = {2: (0, 1), 3: (0, 1, 1), 4: (0, 1, 2, 3)}
         rankings = random_examples(lengths)
         examples = [replace(each, comparisons=compare_by_rank(ranks[len(each.responses)])) for each in rankings]
-    if loss == "grpo":
+    if LOSSES[loss].batch == "rollout":
         examples = [replace(each, responses=(), row=PromptRow("", {})) for each in examples]
     with contextlib.redirect_stdout(io.StringIO()):
         return TRAINERS[parsed.trainer](parsed, run_dir, tokenizer, Split(examples), Split(examples[:7]))

@@ -1,5 +1,6 @@
 """Losses of sampled responses: on-policy identities, and the same gradient for every layout and split."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.data.examples import Example, PromptRow, Rollout, join_parts
+from engine.settings.keys import keyword_names
 from engine.settings.schema import LossSettings
 from engine.step.first_pass import FirstPass
 from engine.step.layout import in_group_order, lay_out, num_fed_tokens
@@ -25,13 +27,25 @@ from losses import LOSSES
 from online_losses import Scored
 from tests.models import SIZES, exact_norms, random_examples, tiny_model
 
+PAIRS = {"beta": 0.1, "pair_loss": "dpo", "pair_options": None}
 KEYWORDS: dict[str, dict[str, Any]] = {
     "grpo": {"beta": 0.1},
     "dr_grpo": {"beta": 0.0},
     "dapo": {"beta": 0.0},
     "rloo": {"beta": 0.1},
     "reinforce_pp": {"beta": 0.1, "baseline": "batch"},
+    "remax": {"beta": 0.1},
+    "online_dpo": PAIRS,
+    "xpo": {**PAIRS, "alpha": 0.01},
+    "best_of_n": {},
 }
+CLIPS = {"clip_low": 0.2, "clip_high": 0.28}
+
+
+def keywords_of(name: str) -> dict[str, Any]:
+    """The keys of a loss."""
+    takes_clips = "clip_low" in keyword_names(LOSSES[name].function)
+    return KEYWORDS[name] | (CLIPS if takes_clips else {})
 
 
 def prompts_with_responses() -> list[Example]:
@@ -54,8 +68,7 @@ def runner_of(
         use_packed_attention(model)
         if reference is not None:
             use_packed_attention(reference)
-    clips = {"clip_low": 0.2, "clip_high": 0.28}
-    settings = LossSettings(name=name, keywords={**KEYWORDS[name], **clips, **keywords})
+    settings = LossSettings(name=name, keywords={**keywords_of(name), **keywords})
     runner = MicrobatchRunner(
         model,
         make_objective(settings),
@@ -92,16 +105,33 @@ def with_rollouts(
         torch.tensor([len(example.responses) for example in found]),
         lengths,
         torch.from_numpy(old - reference_logps),
+        greedy_rewards=torch.linspace(-1, 1, len(found), dtype=torch.float64),
     )
     function = LOSSES[name].advantages
     assert function is not None
-    takes_beta = name in ("rloo", "reinforce_pp")
-    advantages = function(scored, **({"beta": 0.1} if takes_beta else {}))
+    keywords = KEYWORDS[name]
+    advantages = function(scored, **{key: keywords[key] for key in keyword_names(function)})
     by_response = iter(advantages.split(lengths.tolist()))
     for index, (example, rollout) in enumerate(zip(found, rollouts, strict=True)):
         of_example = tuple(next(by_response).numpy() for _ in example.responses)
         found[index] = replace(example, rollout=replace(rollout, advantages=of_example))
+    if LOSSES[name].learns_some:
+        found = [without_zeros(example) for example in found]
     return with_weights(found, name)
+
+
+def without_zeros(example: Example) -> Example:
+    """An example without its responses of advantage 0."""
+    rollout = example.rollout
+    assert rollout is not None
+    numbers = [number for number, values in enumerate(rollout.advantages) if values.any()]
+
+    def selected(values: tuple[np.ndarray, ...] | None) -> Any:
+        return None if values is None else tuple(values[number] for number in numbers)
+
+    columns = (rollout.old_logps, rollout.reference_logps, rollout.advantages)
+    kept = Rollout((), *map(selected, columns)) if numbers else None
+    return replace(example, responses=selected(example.responses), rollout=kept)
 
 
 def with_weights(examples: list[Example], name: str) -> list[Example]:
@@ -155,22 +185,46 @@ def test_a_group_feeds_its_prompt_once():
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_first_ratio_is_1_to_the_bit(layout, temperature):
-    model = tiny_model("llama")
-    runner = runner_of(model, "grpo", layout, tiny_model("llama"), temperature)
-    parts = split_batch(prompts_with_responses(), 2, 40, layout)
-    examples = with_rollouts(runner, "grpo", parts)
+@pytest.mark.parametrize(("name", "temperature"), [*((name, 1.0) for name in KEYWORDS), ("grpo", 0.7)])
+def test_the_first_ratio_is_1_to_the_bit(name, layout, temperature):
+    runner = runner_of(tiny_model("llama"), name, layout, tiny_model("llama"), temperature)
+    examples = with_rollouts(runner, name, split_batch(prompts_with_responses(), 2, 40, layout))
+    parts = split_batch(examples, 2, 40, layout)
+    if LOSSES[name].learns_some:  # other microbatches: as the trainer does, compute the log-probs again
+        examples = with_logps_of(runner, parts)
+        parts = split_batch(examples, 2, 40, layout)
     metrics = MetricAccumulator()
-    loss_and_gradient(runner, split_batch(examples, 2, 40, layout), metrics)
+    loss, _ = loss_and_gradient(runner, parts, metrics)
     means = metrics.reduce(lambda totals: None).means
     assert means["policy/ratio_max"] == 1
     assert means["policy/approxkl"] == 0
-    assert means["policy/clipfrac"] == 0
+    assert means.get("policy/clipfrac", 0) == 0
+    if name in ("online_dpo", "xpo"):
+        num_pairs = sum(len(example.responses) for example in examples) // 2
+        bonus = 0.01 * sum(example.rollout.old_logps[1].sum() for example in examples if example.rollout)
+        expected = math.log(2) + (bonus / num_pairs if name == "xpo" else 0)
+        assert loss == pytest.approx(expected, abs=1e-6)  # no margin yet
     for example in examples:
-        assert example.rollout is not None and example.rollout.reference_logps is not None
+        if example.rollout is None:
+            continue
+        assert example.rollout.reference_logps is not None
         for old, reference in zip(example.rollout.old_logps, example.rollout.reference_logps, strict=True):
             assert np.array_equal(old, reference)  # KL(policy, itself) is 0
+
+
+def with_logps_of(runner: MicrobatchRunner, parts: Sequence[Sequence[Example]]) -> list[Example]:
+    """Examples with the log-probs of the runner's models, in the order of the parts."""
+    found: list[Example] = []
+    for part in parts:
+        with_responses = [example for example in part if example.responses]
+        logps = runner.sample_logps(with_responses) if with_responses else []
+        for example, (policy, reference) in zip(in_group_order(with_responses), logps, strict=True):
+            assert example.rollout is not None and reference is not None
+            old, of_reference = (tuple(each.numpy() for each in values) for values in (policy, reference))
+            rollout = replace(example.rollout, old_logps=old, reference_logps=of_reference)
+            found.append(replace(example, rollout=rollout))
+        found += [example for example in part if not example.responses]
+    return found
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "rloo"])
@@ -184,26 +238,57 @@ def test_equal_rewards_give_no_gradient(name, layout):
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+def test_grpo_is_reinforce_with_a_group_baseline_at_ratio_1():
+    """The gradient of -A log pi, by plain forward passes, with A = (R - mean) / std of the group."""
+    runner = runner_of(exact_model("llama"), "grpo", "packed", beta=0.0)
+    rewards = np.random.default_rng(3).normal(size=12).tolist()
+    examples = with_rollouts(runner, "grpo", [prompts_with_responses()], rewards)
+    _, gradients = loss_and_gradient(runner, [examples])
+    model, total, number = exact_model("llama"), torch.zeros((), dtype=torch.float64), 0
+    for example in examples:
+        group = np.array(rewards[number : number + len(example.responses)])
+        number += len(group)
+        if len(group) == 1:  # no others to compare with
+            continue
+        advantages = (group - group.mean()) / (group.std(ddof=1) + 1e-6)
+        for response, advantage in zip(example.responses, advantages, strict=True):
+            total = total - advantage * plain_logps(model, example.prompt, response, 1.0).mean() / 12
+    total.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=1e-12)
+
+
+def plain_logps(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray, temperature: float) -> Tensor:
+    """Log-probs of a response, by the forward of transformers' class."""
+    tokens = torch.tensor([*prompt.tolist(), *response.tolist()])
+    logits = model(tokens[None]).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(-1, tokens[len(prompt) :, None]).squeeze(-1)
+
+
 def oracle(
     model: PreTrainedModel, name: str, examples: Sequence[Example], temperature: float
 ) -> tuple[float, dict[str, Tensor]]:
     """One response at a time through the plain forward of transformers' class."""
-    keywords = {**KEYWORDS[name], "clip_low": 0.2, "clip_high": 0.28}
-    if name == "rloo":
-        del keywords["beta"]
+    function, keywords = LOSSES[name].function, keywords_of(name)
+    keywords = {key: keywords[key] for key in keyword_names(function) if key in keywords}
+    if LOSSES[name].learns_pairs:
+        keywords["pair_loss"] = lambda pairs, beta: (
+            -torch.nn.functional.logsigmoid(
+                beta * (pairs.policy_better - pairs.reference_better - pairs.policy_worse + pairs.reference_worse)
+            )
+        )
     total = torch.zeros((), dtype=torch.float64)
     for example in examples:
         rollout = example.rollout
-        assert rollout is not None
-        for number, response in enumerate(example.responses):
-            tokens = torch.tensor([*example.prompt.tolist(), *response.tolist()])
-            logits = model(tokens[None]).logits[0, len(example.prompt) - 1 : -1] / temperature
-            logps = logits.log_softmax(-1).gather(-1, tokens[len(example.prompt) :, None]).squeeze(-1)
-            columns = [rollout.old_logps, rollout.reference_logps or rollout.old_logps, rollout.advantages]
-            old, reference, advantages = (torch.from_numpy(each[number]).double() for each in columns)
-            lengths = torch.tensor([len(response)])
-            losses = LOSSES[name].function(logps, old, reference, advantages, lengths, **keywords)
-            total = total + (losses * torch.from_numpy(rollout.weights[number])).sum() / len(examples)
+        if rollout is None:
+            continue
+        logps = [plain_logps(model, example.prompt, response, temperature) for response in example.responses]
+        columns = [rollout.old_logps, rollout.reference_logps or rollout.old_logps, rollout.advantages]
+        old, reference, advantages = (torch.from_numpy(np.concatenate(each)).double() for each in columns)
+        lengths = torch.tensor([len(response) for response in example.responses])
+        losses = function(torch.cat(logps), old, reference, advantages, lengths, **keywords)
+        total = total + (losses * torch.from_numpy(np.concatenate(rollout.weights))).sum() / len(examples)
     total.backward()
     named = model.named_parameters()
     gradients = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
@@ -220,7 +305,7 @@ def exact_model(architecture: str) -> PreTrainedModel:
 def test_packed_padded_and_one_at_a_time_agree(architecture, name):
     temperature = 0.7 if name == "grpo" else 1.0
     results = []
-    reference = exact_model(architecture) if KEYWORDS[name]["beta"] else None
+    reference = exact_model(architecture) if KEYWORDS[name].get("beta") else None
     if reference is not None:
         moved(reference)
     start = runner_of(exact_model(architecture), name, "padded", reference, temperature)
