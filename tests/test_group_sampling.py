@@ -46,7 +46,7 @@ def reference_samples(model, prompt, numbers, eos):
 
 
 @pytest.mark.parametrize("architecture", SIZES)
-@pytest.mark.parametrize("max_rows", [1, 6, 100])
+@pytest.mark.parametrize("max_rows", [1, 3, 6, 100])
 def test_a_response_does_not_depend_on_its_batch(architecture, max_rows):
     model = tiny_model(architecture, torch.float64)
     prompts = prompts_of(*LENGTHS)
@@ -97,6 +97,22 @@ def test_temperature_0_takes_the_most_likely_token():
 def test_prompt_and_response_keep_within_max_length():
     groups = sample_groups(tiny_model("llama"), prompts_of(4, 9), uniforms, sampling(max_length=11, eos_token_id=-1))
     assert [{len(response) for response in group} for group in groups] == [{7}, {2}]
+
+
+def test_rows_at_max_length_wait_within_the_learned_positions():
+    """One of 16 rows is as long as the model can read, and too few to leave."""
+    model = tiny_model("gpt2", max_position_embeddings=32)
+    prompts = prompts_of(16, *[4] * 15)
+    settings = sampling(num_samples=2, max_length=32, eos_token_id=-1)
+    groups = sample_groups(model, prompts, uniforms, settings)
+    assert [len(group[0]) for group in groups] == [16, *[24] * 15]
+
+
+def test_no_more_rows_at_a_time_than_asked_for():
+    model, rows = tiny_model("llama"), []
+    model.register_forward_pre_hook(lambda model, inputs: rows.append(len(inputs[0])))
+    sample_groups(model, prompts_of(4, 5, 6), uniforms, sampling(num_samples=5, max_rows=2, max_new_tokens=3))
+    assert max(rows) == 2
 
 
 def test_random_numbers_of_a_seed():

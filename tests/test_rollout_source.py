@@ -18,7 +18,7 @@ Batches = list[list[tuple[int, int]]]  # of each example its prompt, and the fir
 class FakeResponses:
     """A response of one token: the number of the first prompt of its iteration."""
 
-    facts: dict[str, float]
+    metrics: dict[str, float]
     rows: list[dict[str, Any]]
 
     def make(self, first_prompt: int, prompts: Sequence[Example]) -> list[Example]:

@@ -64,17 +64,19 @@ def sample_groups(
         token ids of each prompt's responses, int32 [response tokens] each, up to the end-of-text token if there is one.
     """
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # for little padding
-    at_a_time = max(1, sampling.max_rows // sampling.num_samples)
-    batches = [by_length[start : start + at_a_time] for start in range(0, len(prompts), at_a_time)]
-    responses: dict[int, list[np.ndarray]] = {}
+    responses: list[list[np.ndarray]] = [[] for _ in prompts]
     shown = Progress("sampling", total=len(prompts) * sampling.num_samples, unit="responses", stays=False)
     with ready_to_sample(model), shown:
-        for indices in batches:
-            numbers = [uniforms(index, sample) for index in indices for sample in range(sampling.num_samples)]
-            found = _sample_batch(model, [prompts[index] for index in indices], np.stack(numbers), sampling, shown)
-            for place, index in enumerate(indices):
-                responses[index] = found[place * sampling.num_samples : (place + 1) * sampling.num_samples]
-    return [responses[index] for index in range(len(prompts))]
+        for first_sample in range(0, sampling.num_samples, sampling.max_rows):  # a large group is split
+            samples = range(first_sample, min(first_sample + sampling.max_rows, sampling.num_samples))
+            at_a_time = sampling.max_rows // len(samples)
+            for start in range(0, len(prompts), at_a_time):
+                indices = by_length[start : start + at_a_time]
+                numbers = np.stack([uniforms(index, sample) for index in indices for sample in samples])
+                found = _sample_batch(model, [prompts[index] for index in indices], numbers, sampling, shown)
+                for place, index in enumerate(indices):
+                    responses[index] += found[place * len(samples) : (place + 1) * len(samples)]
+    return responses
 
 
 def _sample_batch(
@@ -82,7 +84,7 @@ def _sample_batch(
 ) -> list[np.ndarray]:
     """Sample responses to prompts of one batch, in the order of the rows of uniforms, [responses, max_new_tokens]."""
     device = model.get_input_embeddings().weight.device
-    length, num_samples = max(map(len, prompts)), sampling.num_samples
+    length, num_samples = max(map(len, prompts)), len(uniforms) // len(prompts)
     ids, mask = _pad_left(prompts, length, sampling.pad_token_id)
     limits = [min(sampling.max_new_tokens, sampling.max_length - len(prompt)) for prompt in prompts]
     row_limits = torch.tensor(limits).repeat_interleave(num_samples)  # tokens of each response
@@ -131,7 +133,8 @@ def _sample_batch(
             rows, tokens, is_running = rows[kept], tokens[kept], is_running[kept]
             mask, next_positions = mask[on_device], next_positions[on_device]
         logits = logits_of(tokens[:, None], next_positions)
-        next_positions = next_positions + 1
+        # Rows at max_length stay until others leave. Learned positions end there.
+        next_positions = (next_positions + 1).clamp(max=sampling.max_length - 1)
     pairs = zip(sampled.numpy().astype(np.int32), lengths.tolist(), strict=True)
     return [response[:length] for response, length in pairs]
 

@@ -85,5 +85,6 @@ def examples_to_fit(settings: Settings, examples: Sequence[Example]) -> Sequence
     if settings.loss.cuts_examples:
         num_responses = min(2, num_responses)
     longest = max(examples, key=lambda example: len(example.prompt))
-    response = np.zeros(settings.max_new_tokens, dtype=np.int32)
+    num_tokens = min(settings.max_new_tokens, settings.max_length - len(longest.prompt))
+    response = np.zeros(num_tokens, dtype=np.int32)
     return [replace(longest, responses=(response,) * num_responses)]
