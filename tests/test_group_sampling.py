@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.models.group_sampling import Sampling, sample_groups, seeded_uniforms
+from engine.models.group_sampling import Sampling, _choose, sample_groups, seeded_uniforms
 from engine.step.packing_check import use_packed_attention
 from tests.models import SIZES, VOCABULARY, random_examples, tiny_model
 
@@ -84,6 +84,15 @@ def test_samples_are_drawn_from_the_model(temperature):
     counts = np.bincount([response[0] for response in responses], minlength=VOCABULARY) / 4000
     assert np.abs(counts - (logits / temperature).softmax(-1).numpy()).max() < 0.03
     assert len({response[0] for response in responses}) > 3
+
+
+def test_the_most_likely_tokens_alone_are_sampled():
+    """By hand: of 0.15, 0.5, 0.05, 0.3 the top 0.7 are the second and the fourth, at 5/8 and 3/8."""
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]], dtype=torch.float64).log()
+    numbers = torch.tensor([0.0, 0.62, 0.63, 0.99], dtype=torch.float64)
+    assert _choose(logits.expand(4, -1), numbers, 1.0, top_p=0.7).tolist() == [1, 1, 3, 3]
+    assert _choose(logits.expand(4, -1), numbers, 1.0, top_p=1e-9).tolist() == [1, 1, 1, 1]
+    assert _choose(logits.expand(4, -1), numbers, 1.0).tolist() == [0, 1, 1, 3]
 
 
 def test_temperature_0_takes_the_most_likely_token():

@@ -463,6 +463,7 @@ def test_truncated_responses(online):
             ["loss=best_of_n", "keep_best=kl_eval"],
             "kl_eval is a distance to the reference, and loss=best_of_n has none",
         ),
+        (["rollout.top_p=0.9"], "rollout.top_p: must be 1 with loss=grpo, not 0.9"),
         (["rollout.prompts=6"], "rollout.prompts: must be a multiple of batch_size (4), not 6"),
         (["rewards=[truth]"], "rewards: names truth, and the rewards are films, "),
         (["rewards=[length]", "reward_options={length:{longest:3}}"], "give length longest, and it takes least, most"),
@@ -480,6 +481,15 @@ def test_wrong_settings(online, settings, problem):
     run = online(*settings)
     assert run.status == 2
     assert problem in run.err
+
+
+def test_the_most_likely_tokens_alone_are_learned(online):
+    """A tiny top_p samples the most likely response again and again; evaluations sample from the full softmax."""
+    run = online("loss=best_of_n", "rollout.top_p=0.000001", "n_examples=4", "warmup_steps=0")
+    assert run.status == 0, run.err
+    assert run.steps[0]["rollout/distinct"] == pytest.approx(1 / 3)
+    evaluated = next(row for row in run.metrics if "rewards_eval/sampled" in row)
+    assert evaluated["rewards_eval/sampled"] != evaluated["rewards_eval/greedy"]
 
 
 def test_the_best_checkpoint(online):

@@ -30,6 +30,7 @@ class Sampling(NamedTuple):
         max_new_tokens: of a response.
         max_length: of prompt + response.
         temperature: divides the logits; 0 takes the most likely token.
+        top_p: only the most likely tokens with so much probability together are sampled.
         max_rows: responses at a time.
     """
 
@@ -39,6 +40,7 @@ class Sampling(NamedTuple):
     eos_token_id: int
     pad_token_id: int
     temperature: float = 1.0
+    top_p: float = 1.0
     max_rows: int = 128
 
 
@@ -117,7 +119,7 @@ def _sample_batch(
     rows = torch.arange(len(numbers))  # running ones, finished ones among them
     is_running = torch.ones(len(numbers), dtype=torch.bool)  # of rows
     for step in range(num_new):
-        tokens = _choose(logits, numbers[rows, step], sampling.temperature).cpu()
+        tokens = _choose(logits, numbers[rows, step], sampling.temperature, sampling.top_p).cpu()
         running = rows[is_running]
         sampled[running, step] = tokens[is_running]
         lengths[running] = step + 1
@@ -149,14 +151,19 @@ def _pad_left(prompts: Sequence[np.ndarray], length: int, pad_token_id: int) -> 
     return ids, mask
 
 
-def _choose(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+def _choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """A token for each row of logits [rows, vocabulary], where the sum of probabilities passes its number, [rows]."""
     if temperature == 0:
         return logits.argmax(-1)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    sums = wide.softmax(-1).double().cumsum(-1)
+    probs, order = wide.softmax(-1).double(), None
+    if top_p < 1:
+        probs, order = probs.sort(-1, descending=True)
+        probs = probs.where(probs.cumsum(-1) - probs < top_p, 0)
+    sums = probs.cumsum(-1)
     points = uniforms.to(sums.device) * sums[:, -1]
-    return torch.searchsorted(sums, points[:, None], right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(sums, points[:, None], right=True).clamp(max=logits.shape[-1] - 1)
+    return (tokens if order is None else order.gather(-1, tokens)).squeeze(-1)
 
 
 class _ReservedLayer(DynamicLayer):

@@ -101,7 +101,7 @@ class Sampler:
         self, model: PreTrainedModel, prompts: Sequence[Example], seeds: Sequence[Sequence[int]], num_samples: int
     ) -> list[list[np.ndarray]]:
         settings, tokenizer, placement = self._settings, self._tokenizer, self._placement
-        is_greedy = any(seed[0] == GREEDY for seed in seeds)
+        is_greedy, is_training = (any(seed[0] == stream for seed in seeds) for stream in (GREEDY, TRAINING))
         sampling = Sampling(
             num_samples,
             settings.max_new_tokens,
@@ -109,6 +109,7 @@ class Sampler:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             temperature=0 if is_greedy else settings.rollout.temperature,
+            top_p=settings.rollout.top_p if is_training else 1.0,
             max_rows=settings.rollout.max_rows,
         )
         # As in evaluations: full models sample in their own dtype.

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from engine.settings.annotations import WrongValue, checked
 from engine.settings.choices import BITSANDBYTES_OPTIMIZERS
-from engine.settings.keys import pair_option_types
+from engine.settings.keys import keyword_names, pair_option_types
 from engine.settings.messages import shown
 from engine.settings.presets import tiny_architecture
 from rewards import REWARDS
@@ -416,6 +416,15 @@ def one_response_is_of_the_reference(num_responses: int, loss: str) -> Problem:
     if num_responses == 2 or not LOSSES[loss].samples_reference:
         return None
     return f"must be 2 with loss={loss}, not {num_responses}: one of the policy and one of the reference"
+
+
+@rule("rollout.top_p", "loss.name")
+def ratios_are_of_the_full_softmax(top_p: float, loss: str) -> Problem:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    if top_p == 1 or not _is_online(loss) or "clip_low" not in keyword_names(LOSSES[loss].function):
+        return None
+    return f"must be 1 with loss={loss}, not {top_p:g}: its ratios compare log-probs of the full softmax"
 
 
 @rule("rollout.max_new_tokens", "max_length")

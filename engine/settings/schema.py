@@ -168,6 +168,7 @@ class RolloutSettings(Group):
     epochs: Count
     max_new_tokens: Count | None
     temperature: Positive
+    top_p: Probability
     max_rows: Count
     truncated: Literal["keep", "mask"]
     missing_eos_penalty: NonNegative | None

@@ -62,6 +62,7 @@ REFUSED = {
         ("reference_refresh.mix=0.5", *DPO),
         ("reference_refresh.mix=0.5", *DPO, "reference_refresh.every=4"),
     ),
+    "rollout.top_p": (("rollout.top_p=0.9",), ("rollout.top_p=0.9", "loss=best_of_n")),
     **{setting.partition("=")[0]: ((setting,), (setting, "loss=grpo")) for setting in ONLINE},
     "reward_weights": (
         ("reward_weights=[2]", "rewards=[length]"),
