@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import IO, Any, Self
@@ -37,9 +38,12 @@ class Worker:
         job: worker ("ours" or "trl"), settings, model (folder), batches, batch_size, task ("dpo" or "reward").
         trl_python: the interpreter of TRL's environment.
         threads: of the CPU.
+        script: reads the job, and calls serve().
     """
 
-    def __init__(self, folder: Path, job: dict[str, Any], threads: int, trl_python: Path = TRL_PYTHON):
+    def __init__(
+        self, folder: Path, job: dict[str, Any], threads: int, trl_python: Path = TRL_PYTHON, script: str = __file__
+    ):
         folder.mkdir()
         path = folder / "job.json"
         path.write_text(json.dumps(job | {"cache": str(folder)}))
@@ -47,7 +51,7 @@ class Worker:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         start = time.perf_counter()
         self._process = subprocess.Popen(
-            [python, __file__, str(path)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            [python, script, str(path)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
         try:
             self._line(READY)
@@ -235,14 +239,15 @@ def work_trl(job: dict[str, Any]) -> None:
     trainer.train()
 
 
-def main(job_file: str) -> None:
+def serve(job_file: str, workers: Mapping[str, Callable[[dict[str, Any]], None]]) -> None:
+    """Do the job of a file, by one of the workers."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  results go to the real stderr
     job = json.loads(Path(job_file).read_text())
     try:
-        {"ours": work_ours, "trl": work_trl}[job["worker"]](job)
+        workers[job["worker"]](job)
     except Exception:
         traceback.print_exc(file=sys.__stderr__)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    serve(sys.argv[1], {"ours": work_ours, "trl": work_trl})
