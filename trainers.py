@@ -459,6 +459,7 @@ class BasicTrainer:
             return None
         restore_checkpoint(checkpoint, self.placement, self.policy, self.optimizer, self.moving_reference)
         self.restore_loss_state(read_state_file(checkpoint))
+        self.source.resample(self.counters["examples"])
         return checkpoint.name
 
     def restore_loss_state(self, state: Mapping[str, Any]) -> None:

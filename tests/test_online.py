@@ -416,6 +416,26 @@ def test_a_group_larger_than_the_budget_is_cut(online):
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-8)
 
 
+def test_a_rollback_samples_the_rest_of_an_iteration_again(online, monkeypatch):
+    """The policy goes back to the one of step 12. That of step 16 has sampled the iteration."""
+    num_scored = 0
+
+    def overflows_once(prompt: str, response: str, row: Any) -> float:
+        nonlocal num_scored
+        num_scored += 1
+        return 1e200 if num_scored == 50 else vowels(prompt, response, row)  # in the first batch of iteration 3
+
+    monkeypatch.setitem(REWARDS, "vowels", overflows_once)
+    run = online(
+        *("loss=dr_grpo", "rollout.prompts=8", "n_examples=24", "save_every=12", "do_first_eval=false"),
+        *("on_nonfinite=rollback", "max_nonfinite=2", "max_grad_norm=1000"),
+    )
+    assert run.status == 0, run.err
+    assert "rolled back to step-12" in run.out
+    assert [row["counters/examples"] for row in run.steps] == [4, 8, 12, 16, 24]
+    assert run.steps[-1]["policy/ratio_max"] == 1
+
+
 @pytest.mark.parametrize("loss", ["online_dpo", "best_of_n"])
 def test_the_first_ratio_is_1_where_responses_are_left_out(online, loss):
     """Log-probs come from the microbatches of training, which have fewer responses than were sampled."""

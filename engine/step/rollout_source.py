@@ -135,12 +135,14 @@ class SampledResponses:
                 iteration = self._iteration = Iteration(first_prompt, indices, examples)
                 first_prompt = iteration.end
             num_done = start - iteration.first_prompt * self._passes
-            for batch in self._minibatches(iteration):
-                batch, num_done = batch[num_done:], max(0, num_done - len(batch))
-                batch = batch[: self.num_examples - start]
-                start += len(batch)
-                if batch:
-                    yield self._with_weights(batch)
+            for places in self._minibatches(iteration):
+                places, num_done = places[num_done:], max(0, num_done - len(places))
+                places = places[: self.num_examples - start]
+                start += len(places)
+                if places:
+                    assert self._iteration is not None
+                    examples = self._iteration.examples  # sampled again after a rollback
+                    yield self._with_weights([examples[place] for place in places])
             iteration = None
 
     def new_batches(self) -> Iterator[list[Example]]:
@@ -154,10 +156,18 @@ class SampledResponses:
         )
         return chain.from_iterable(plan)
 
-    def _minibatches(self, iteration: Iteration) -> Iterator[list[Example]]:
-        """The batches of all passes: the first in the order of the prompts, the others shuffled."""
+    def resample(self, num_examples: int) -> None:
+        iteration = self._iteration
+        if iteration is None or self.state(num_examples) is None:
+            return
+        examples = self.roll_out.make(iteration.first_prompt, [self.examples[index] for index in iteration.indices])
+        self._iteration = replace(iteration, examples=examples)
+        self.roll_out.rows = []  # the log has the first ones
+
+    def _minibatches(self, iteration: Iteration) -> Iterator[list[int]]:
+        """The examples of the batches of all passes: the first in the order of the prompts, the others shuffled."""
         for number in range(self._passes):
-            order = list(iteration.examples)
+            order = list(range(len(iteration.examples)))
             if number:
                 random.Random(f"{self._seed}/{iteration.first_prompt}/{number}").shuffle(order)
             for start in range(0, len(order), self._batch_size):

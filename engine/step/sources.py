@@ -50,6 +50,10 @@ class Source(Protocol):
         """
         ...
 
+    def resample(self, num_examples: int) -> None:
+        """Sample responses with batches left again, as the policy has gone back. All ranks call this together."""
+        ...
+
     def ends_iteration(self, num_examples: int) -> bool:
         """Whether the batch that makes it num_examples is the last of sampled responses."""
         ...
@@ -120,6 +124,9 @@ class StoredExamples:
 
     def take_metrics(self, log_samples: Callable[..., None]) -> dict[str, float]:
         return {}
+
+    def resample(self, num_examples: int) -> None:
+        """Nothing: stored responses do not depend on the policy."""
 
     def ends_iteration(self, num_examples: int) -> bool:
         return False
