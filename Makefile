@@ -5,10 +5,16 @@ GPU ?= --results .cache/gpu
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo losses test test-oldest test-docs soak mutants lint docs gpu bench FORCE
+.PHONY: demo online frontier losses test test-oldest test-docs soak mutants lint docs gpu bench FORCE
 
 demo: .venv/.installed  ## SFT and then DPO on the embedded model and data
 	$(BIN)/python benchmarks/demo.py
+
+online: .venv/.installed  ## GRPO on the embedded films; fails if it misses its goal; make online ONLINE="--seed 1"
+	$(BIN)/python benchmarks/online_demo.py $(ONLINE)
+
+frontier: .venv/.installed  ## reward against KL of every method on the embedded films; under two hours on two cores
+	$(BIN)/python benchmarks/frontier.py $(FRONTIER)
 
 losses: .venv/.installed  ## every loss on the embedded films, three learning rates each; under two hours on two cores
 	$(BIN)/python benchmarks/losses.py

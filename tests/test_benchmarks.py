@@ -33,7 +33,21 @@ def result(folder, name):
 
 
 @pytest.mark.parametrize(
-    "script", ["step", "growth", "memory", "scaling", "demo", "losses", "digits", "bf16", "gpu", "gpu_plan"]
+    "script",
+    [
+        "step",
+        "growth",
+        "memory",
+        "scaling",
+        "demo",
+        "losses",
+        "frontier",
+        "online_demo",
+        "digits",
+        "bf16",
+        "gpu",
+        "gpu_plan",
+    ],
 )
 def test_help_from_another_folder(script, tmp_path):
     outcome = run(script, "--help", cwd=tmp_path)
