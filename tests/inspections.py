@@ -46,7 +46,7 @@ class Inspector:
         return [
             f"datasets={folder}",
             "loss=dpo",
-            *(() if {"loss=sft", "loss=reward"} & {*more} else ("loss.beta=0.1",)),
+            *(() if {"loss=sft", "loss=reward", "loss=grpo"} & {*more} else ("loss.beta=0.1",)),
             f"model.tokenizer_name_or_path={self.directory / 'tokenizer'}",
             f"cache_dir={self.cache}",
             f"local_dirs=[{self.directory}]",

@@ -218,6 +218,35 @@ def test_single_responses_have_their_report_too(inspector: Inspector, loss: str,
     assert format_page(inspection).count("<svg") == 2
 
 
+def test_prompts_of_online_training_have_their_report(inspector: Inspector) -> None:
+    questions = [{"prompt": words(8, index), "answer": str(index)} for index in range(50)]
+    inspector.train = [*questions[:40], questions[0] | {"answer": "another"}, questions[1]]
+    inspector.test = [*questions[40:], questions[2]]
+    inspection = inspector("loss=grpo", "rewards=exact_match", "max_prompt_length=20", examples=2)
+    assert {finding.check: finding.number for finding in inspection.findings} == {
+        "prompts in both splits": 1,
+        "truncated prompts": 52,
+    }
+    assert [section.title for section in inspection.sections] == ["Rows", "Lengths", "Truncation"]
+    assert table(inspection, "Rows")["rows train"] == {"rows": "42", "prompts": "40", "examples": "41", "dropped": "0"}
+    assert table(inspection, "Truncation")["rows train"]["prompts"] == "100%"
+    assert [[part.role for part in example.parts] for example in inspection.examples] == [["prompt"]] * 2
+    assert all(part.num_cut and len(part.tokens) == 20 for example in inspection.examples for part in example.parts)
+    assert format_page(inspection).count("<svg") == 1
+    assert "masked" in format_inspection(inspection, Terminal())
+
+
+def test_equal_questions_of_two_files_are_duplicates(inspector: Inspector, tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in inspector.train[:2]))
+    overrides = [*inspector.overrides("loss=grpo", "rewards=length", "test_fraction=0")]
+    datasets = overrides[0].removeprefix("datasets=")
+    inspection = run_inspection(
+        read_overrides([f"datasets=[{datasets},{path}]", *overrides[1:]]), parse_arguments(InspectOptions, [])
+    )
+    assert {finding.check: finding.number for finding in inspection.findings} == {"duplicates": 2}
+
+
 # ---- Tables ----
 
 

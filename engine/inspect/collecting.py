@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 
 # Loads one data set of settings; preference_datasets has it, and the engine does not import it.
 Load = Callable[[Settings, SplitName, RowCounts, Observe], object]
-# Names of an example's responses, by batch kind. A ranking has any number of responses.
-ROLES = {"sft": ("response",), "pairs": ("chosen", "rejected"), "unpaired": ("response",), "ranked": ("response",)}
+# Names of an example's responses, by batch kind. A ranking has any number of responses; a prompt has none yet.
+ROLES = {
+    "sft": ("response",),
+    "pairs": ("chosen", "rejected"),
+    "unpaired": ("response",),
+    "ranked": ("response",),
+    "rollout": (),
+}
 
 
 @dataclass
@@ -105,6 +111,11 @@ class Data:
     def is_ranked(self) -> bool:
         """Examples are rankings, for a reward model."""
         return self.batch == "ranked"
+
+    @property
+    def has_responses(self) -> bool:
+        """False for prompts whose responses are sampled in training."""
+        return self.batch != "rollout"
 
     @property
     def has_pairs(self) -> bool:

@@ -62,7 +62,7 @@ def inspect(
     notes: list[str] = []
     differences, unusual_length = length_difference(data)
     similarity, similar = similar_pairs(data)
-    sections = [row_counts(data), lengths(data), truncation(data), fed_tokens(data), differences, similarity]
+    sections = [row_counts(data), lengths(data), truncation(data), *fed_tokens(data), differences, similarity]
     findings = [
         *contamination(data, benchmark, notes),
         *prompts_in_both_splits(data),

@@ -25,12 +25,14 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so each token of a piece chan
 
 def duplicates(data: Data) -> Iterator[Finding]:
     """Examples, or pairs of rankings, that repeat one of their split, before truncation, in any data set."""
-    seen: set[tuple[str, bytes, bool | None]] = set()
+    seen: set[tuple[str, bytes, object]] = set()
     number, total = 0, 0
     places: list[str] = []
     for item in data.compared():
         split, each, _ = item
-        key = split.split, key_of((each.prompt, *item.whole)), each.example.label
+        row = each.example.row
+        other = each.example.label if row is None else repr(dict(row.columns))  # prompts with other answers differ
+        key = split.split, key_of((each.prompt, *item.whole)), other
         total += 1
         if key in seen:
             number += 1

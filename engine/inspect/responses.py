@@ -48,9 +48,12 @@ def truncated_prompts(data: Data) -> Iterator[Finding]:
     found = [item for item in items if is_prompt_cut(item[1])]
     if len(found) > MAX_TRUNCATED_PROMPTS * len(items):
         effect = "The policy responds to less than the writers of the responses saw."
+        if not data.has_responses:
+            effect = "The policy responds to less than the rows say."
+        longest = "max_length" if data.has_responses else "max_prompt_length"
         if data.is_ranked:
             effect = "The model scores responses to less than those who compared them saw."
-        yield _finding("truncated prompts", found, len(items), _unit(data), f"{effect} Raise max_length.")
+        yield _finding("truncated prompts", found, len(items), _unit(data), f"{effect} Raise {longest}.")
 
 
 def _unit(data: Data) -> str:

@@ -40,7 +40,8 @@ def row_counts(data: Data) -> Section:
 
 def lengths(data: Data) -> Section:
     """The distribution of prompts and responses, before truncation."""
-    section = Section("Lengths", notes=["in tokens, before truncation, end of text included"])
+    end = ", end of text included" if data.has_responses else ""
+    section = Section("Lengths", notes=[f"in tokens, before truncation{end}"])
     rows = []
     by_role: dict[str, list[np.ndarray]] = {}
     for split in data.splits:
@@ -54,7 +55,8 @@ def lengths(data: Data) -> Section:
             numbers = [sizes.mean(), *np.percentile(sizes, [50, 90, 99]), sizes.max()]
             rows.append([f"{split.name} {role}", *(f"{number:,.0f}" for number in numbers), bars(sizes)])
     section.table = Table(["", "mean", "50%", "90%", "99%", "max", "0 to 99%"], rows, has_bars=True)
-    limit = "max_length", float(data.settings.max_length)
+    name = "max_length" if data.has_responses else "max_prompt_length"
+    limit = name, float(getattr(data.settings, name))
     for role, arrays in by_role.items():
         section.histograms.append(Histogram(f"Length of {role}", "tokens", np.concatenate(arrays), mark=limit))
     return section
@@ -74,24 +76,29 @@ def truncation(data: Data) -> Section:
     """How many examples are truncated, where, and by how much."""
     settings = data.settings
     rows = []
-    limits = f"max_length={settings.max_length}, max_prompt_length={settings.max_prompt_length}"
+    limits = f"max_prompt_length={settings.max_prompt_length}"
+    if data.has_responses:
+        limits = f"max_length={settings.max_length}, {limits}"
     notes = [f"{limits}; shares that are cut; median: tokens lost where there is a cut"]
     for split in data.splits:
         kept = [*split.kept]
         if not kept:
             continue
-        prompts, responses = [each for each in kept if is_prompt_cut(each)], [*filter(is_response_cut, kept)]
+        prompts, responses = [*filter(is_prompt_cut, kept)], [*filter(is_response_cut, kept)]
         num_tokens = sum(map(_num_whole, kept))
         num_cut = num_tokens - sum(map(_num_left, kept))
-        shares = [format_share(len(cut), len(kept)) for cut in (prompts, responses)]
-        lost = [f"{_median(prompts, _cut_of_prompt)}", f"{_median(responses, _cut_of_responses)}"]
-        rows.append([split.name, shares[0], lost[0], shares[1], lost[1], format_share(num_cut, num_tokens)])
+        row = [split.name, format_share(len(prompts), len(kept)), _median(prompts, _cut_of_prompt)]
+        if data.has_responses:
+            row += [format_share(len(responses), len(kept)), _median(responses, _cut_of_responses)]
+        rows.append([*row, format_share(num_cut, num_tokens)])
         if prompts:
             keeps_start = prompts[0].num_front >= settings.max_prompt_length
             notes.append(f"{split.name}: prompts lose their {'end' if keeps_start else 'start (after BOS)'}")
-    notes.append("responses lose their end")
-    header = ["", "prompts", "median", "responses", "median", "tokens"]
-    return Section("Truncation", Table(header, rows), notes)
+    header = ["", "prompts", "median"]
+    if data.has_responses:
+        notes.append("responses lose their end")
+        header += ["responses", "median"]
+    return Section("Truncation", Table([*header, "tokens"], rows), notes)
 
 
 def _num_whole(each: TokenizedExample) -> int:
@@ -117,8 +124,10 @@ def _median(items: Sequence[TokenizedExample], size: Callable[[TokenizedExample]
 # ---- Tokens fed ----
 
 
-def fed_tokens(data: Data) -> Section:
-    """Tokens fed in one epoch by each layout, in batches of random order."""
+def fed_tokens(data: Data) -> list[Section]:
+    """Tokens fed in one epoch by each layout, in batches of random order; none without responses."""
+    if not data.has_responses:
+        return []
     rng = np.random.default_rng(data.settings.seed)
     examples = [each.example for split, each in data.kept() if split.split == "train"]
     packed = sum(num_fed_tokens(example, feeds_last_token=data.is_ranked) for example in examples)
@@ -137,7 +146,7 @@ def fed_tokens(data: Data) -> Section:
     ]
     if data.holds_out:
         notes.append("held-out prompts are counted too")
-    return Section("Tokens fed", Table(["", "tokens", "times packed"], rows), notes)
+    return [Section("Tokens fed", Table(["", "tokens", "times packed"], rows), notes)]
 
 
 def _num_separate(example: Example) -> int:

@@ -98,6 +98,10 @@ def choose_examples(data: Data, number: int) -> Iterator[ExampleTokens]:
     for index in sorted(order.tolist()):
         split, each = items[index]
         example, layout, pad_token_id = each.example, data.settings.batching, data.tokenizer.pad_token_id
+        if not data.has_responses:
+            prompt = example.prompt.tolist()
+            yield ExampleTokens(_title(split, index), [_part("prompt", prompt, texts, len(each.prompt), "masked")])
+            continue
         batch = lay_out([example], layout, pad_token_id, feeds_last_token=data.is_ranked)
         # The last token of the prompt predicts the first target.
         prompt = batch.input_ids[0, : int(batch.predict_index[0]) + 1].tolist()
