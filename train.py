@@ -6,6 +6,7 @@ if __name__ == "__main__":  # before the slow imports
     process_start.begin()
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -14,7 +15,7 @@ from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout,
 from io import TextIOWrapper
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -30,6 +31,7 @@ from engine.run.failures import CRASH_NOTE, as_failure, as_user_error
 from engine.run.model_pins import with_models
 from engine.run.run_dir import crash_log, derive_names, open_run
 from engine.run.run_files import is_untrained
+from engine.run.run_record import write_record
 from engine.run.stop_notice import stop_notice
 from engine.settings.hydra_errors import explain_hydra_error
 from engine.settings.hydra_guard import check_command_line, split_arguments
@@ -39,6 +41,8 @@ from engine.settings.secrets import redact
 from engine.settings.sweeps import sweep_name
 from engine.settings.unused import check_unused
 from utils import BestEffortStream, local_dir
+
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
 if TYPE_CHECKING:  # they take seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +62,8 @@ def run(config: DictConfig, varied: Sequence[str] = ()) -> int:
     if varied:
         name = sweep_name(derive_names(settings)["exp_name"], HydraConfig.get().overrides.task, varied)
         settings = settings.model_copy(update={"exp_name": name})
+    if HydraConfig.initialized():
+        settings = settings.with_command(shlex.join(["python", "train.py", *HydraConfig.get().overrides.task]))
     has_experiment = HydraConfig.initialized() and "experiment" in HydraConfig.get().runtime.choices
     for warning in check_unused(settings, DATASETS, has_experiment):
         print(redact(warning, config), flush=True)
@@ -118,6 +124,8 @@ def train(settings: Settings, run_dir: Path, checkpoint: Path | None) -> int | N
 
     print(f"run directory: {run_dir}\ncache directory: {settings.cache_dir}")
     tokenizer, splits = load_data(settings)
+    if process_group.world().rank == 0 and not settings.debug:
+        write_record(run_dir, settings, {name: split.counts for name, split in zip(SPLITS, splits, strict=True)})
     trainer = TRAINERS[settings.trainer](settings, run_dir, tokenizer, *splits)
     return trainer.train(checkpoint)
 
@@ -150,7 +158,7 @@ def load_data(settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[Split]
     loss = LOSSES[settings.loss.name]
     splits = []
     with process_group.local_first():  # the other ranks read the tokens from cache_dir
-        for name in ("train", "test"):
+        for name in SPLITS:
             split = load_split(settings, tokenizer, name, loss.batch, needs_mismatched="kl" in loss.needs)
             splits.append(split)
             print(f"{name}: {format_counts(splits[-1].counts)}", flush=True)

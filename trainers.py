@@ -358,6 +358,8 @@ class BasicTrainer:
             rows, sampled = self.evaluator.sample_policy(self.counters["examples"], self.token_budget, is_last)
             self.eval_metrics |= sampled
             self.loggers.samples(rows)
+        if self.evaluator.histograms:
+            self.loggers.histograms(self.progress_counters() | self.evaluator.histograms)
         self.loggers.eval(self.eval_metrics | self.progress_counters() | self.skip_counter())
         self.evaluated_at = self.counters["examples"]
         self.policy.train()

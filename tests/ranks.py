@@ -25,6 +25,7 @@ from tests.models import SIZES, random_examples
 CONFIG = str(Path(__file__).parent.parent / "config")
 SETTINGS = (
     "model=blank_model", "model.name_or_path=tiny", "model.tokenizer_name_or_path=films", "wandb.enabled=false",
+    "report=null",
     "sample_during_eval=false", "batch_size=5", "gradient_accumulation_steps=2", "token_budget=70", "optimizer=AdamW",
     "lr=1e-3", "warmup_steps=2", "n_epochs=4", "max_grad_norm=1.0", "max_length=64", "max_prompt_length=32",
 )  # fmt: skip

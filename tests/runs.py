@@ -21,6 +21,7 @@ SMALL = (
 # Few examples, no samples, and a learning rate with a visible effect after a few steps.
 QUICK = (
     "wandb.enabled=false",
+    "report=null",
     "sample_during_eval=false",
     "n_examples=16",
     "n_eval_examples=8",

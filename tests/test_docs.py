@@ -20,6 +20,7 @@ import chat
 import evaluate
 import export
 import inspect_data
+import report
 from docs import make_config
 from engine.export.saved_models import load_saved
 from engine.models.score_head import AUTO_CLASSES, SCORE_WEIGHT
@@ -140,6 +141,9 @@ def test_every_command_runs(block: list[str], program: Program, archive: Path, m
             run_training(words[1:], program)
         elif words[0] == "python" and words[1] == "inspect_data.py":
             run_inspection(words[2:], program, monkeypatch)
+        elif words[0] == "python" and words[1] == "report.py":
+            monkeypatch.setattr(sys, "argv", words[1:])
+            assert report.main() == 0
         elif words[0] == "python" and words[1] in ("chat.py", "export.py", "evaluate.py"):
             run_command(words[1], words[2:], line.partition(" < ")[2], monkeypatch)
         else:

@@ -473,7 +473,7 @@ def test_a_page_that_cannot_be_written_is_an_error_at_once(tmp_path: Path, monke
 def test_charts_that_cannot_be_drawn_are_an_error(inspector: Inspector, monkeypatch) -> None:
     worker = inspector.directory / "worker.py"
     worker.write_text("raise SystemExit('no converter here')")
-    monkeypatch.setattr("engine.inspect.charts.WORKER", worker)
+    monkeypatch.setattr("engine.pages.drawing.WORKER", worker)
     with pytest.raises(UserError, match="its charts cannot be drawn"):
         format_page(inspector())
 

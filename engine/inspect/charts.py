@@ -1,41 +1,14 @@
-"""Histograms as SVG, drawn in a child process."""
+"""Histograms in Vega-Lite."""
 
-import json
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.inspect.findings import Histogram
-from utils import UserError
+from engine.pages.drawing import COMMON, STYLE
 
-WORKER = Path(__file__).with_name("chart_worker.py")
-MAX_SECONDS = 120
 MAX_BINS = 30
 SIZE = {"width": 250, "height": 110}  # fits a phone unscaled
-
-
-def draw(histograms: Sequence[Histogram]) -> list[str]:
-    """An SVG for each histogram; colours are left to the style of the page.
-
-    Raises:
-        UserError: if the converter cannot run.
-    """
-    if not histograms:
-        return []
-    # -P: modules beside the worker may have names of the standard library.
-    command = [sys.executable, "-P", str(WORKER)]
-    specs = json.dumps([specification(histogram) for histogram in histograms])
-    try:
-        done = subprocess.run(command, input=specs, capture_output=True, text=True, timeout=MAX_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
-        fix = "pip install -r requirements.txt, or leave page out"
-        raise UserError("CONFIG", f"page: its charts cannot be drawn ({reason})", fix) from error
-    return json.loads(done.stdout)
 
 
 def specification(histogram: Histogram) -> dict[str, Any]:
@@ -64,13 +37,12 @@ def specification(histogram: Histogram) -> dict[str, Any]:
         rule = {"type": "rule", "strokeDash": [4, 3]}
         layers.append({"data": {"values": [{}]}, "mark": rule, "encoding": {"x": {"datum": histogram.mark[1]}}})
     return {
-        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        **COMMON,
         **SIZE,
-        "background": None,
         "description": f"Histogram: {histogram.title}",
         "data": {"values": data},
         "layer": layers,
-        "config": {"view": {"stroke": None}, "axis": {"labelFontSize": 11, "titleFontWeight": "normal"}},
+        "config": STYLE,
     }
 
 

@@ -14,6 +14,7 @@ from engine.models.adapters import adapter_of
 from engine.models.generation import sample_responses
 from engine.models.precision import run_in_dtype
 from engine.placement.placement import Placement
+from engine.run.histograms import reward_histograms
 from engine.run.kl import KLMeter, mean_and_error
 from engine.settings.schema import Settings
 from engine.step.metrics import MetricAccumulator, prefix_metrics, to_floats
@@ -48,6 +49,7 @@ class Evaluator:
         self._placement, self._runner, self._reward = placement, runner, reward
         prompts = {example.prompt.tobytes(): example.prompt for example in examples}
         self._prompts = list(prompts.values())[: settings.n_eval_model_samples]
+        self.histograms: dict[str, Any] = {}  # of the last evaluation
         self.kl = KLMeter(settings, placement, runner, self._prompts, say)
 
     @property
@@ -77,6 +79,7 @@ class Evaluator:
                     return None
                 runner.measure(batch, placement.all_reduce_sum, metrics)
         means = metrics.reduce(placement.all_reduce_sum).means
+        self.histograms = reward_histograms(placement.gather_from_data_ranks(metrics.values_of("rewards/")))
         if has_rankings:
             by_rank = placement.gather_from_data_ranks([each.cpu() for each in metrics.rankings or []])
             means |= evaluation_metrics([each for of_rank in by_rank for each in of_rank])

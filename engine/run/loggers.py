@@ -1,4 +1,4 @@
-"""Log a run: metrics.jsonl, samples.jsonl, warnings.jsonl, the terminal, wandb and TensorBoard."""
+"""Log a run: files of its directory, the terminal, wandb, TensorBoard and the report."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.run.background_logger import BackgroundLogger, Logger, Metrics
+from engine.run.report_writer import ReportWriter
 from engine.run.run_warnings import WARNINGS_FILE, RunWarnings, describe
 from engine.run.tensorboard_logger import TensorBoard
 from engine.run.wandb_logger import Wandb
@@ -33,6 +34,7 @@ class NoLoggers:
     def train(self, metrics: dict[str, float]) -> None: ...
     def eval(self, metrics: dict[str, float]) -> None: ...
     def samples(self, rows: Sequence[Mapping[str, Any]], *, is_shown: bool = True) -> None: ...
+    def histograms(self, row: Mapping[str, Any]) -> None: ...
     def print(self, text: str) -> None: ...
     def close(self, is_done: bool = True) -> None: ...
 
@@ -78,6 +80,7 @@ class Loggers:
             )
         if settings.tensorboard:
             self._loggers.append(BackgroundLogger("tensorboard", lambda write_line: TensorBoard(run_dir), write))
+        self._report = ReportWriter(settings, run_dir, write) if settings.report and not settings.debug else None
 
     def print(self, text: str) -> None:
         """Print a line on stdout around the progress bar."""
@@ -113,6 +116,12 @@ class Loggers:
         self.print(fit_line(f"eval {self._progress(examples, self._clock())}", metrics))
         self._warn(metrics)
         self._log(metrics, examples)
+        if self._report is not None:
+            self._report.evaluated()
+
+    def histograms(self, row: Mapping[str, Any]) -> None:
+        """Log histograms of an evaluation, beside its counters."""
+        self._write("histograms.jsonl", [row])
 
     def _progress(self, examples: int, now: float) -> str:
         """How far the run is, and the time left at the pace so far."""
@@ -176,6 +185,8 @@ class Loggers:
         for logger in self._loggers:
             logger.close(is_done)
         self._bar.close()
+        if self._report is not None:
+            self._report.close()
 
 
 def fit_line(start: str, metrics: Metrics) -> str:

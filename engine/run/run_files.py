@@ -12,14 +12,15 @@ from pathlib import Path
 
 from engine.models.archives import MANIFEST_FILE, checkpoints, find_corruption, is_checkpoint
 from engine.run.model_pins import RECORD
+from engine.run.run_record import RECORD_FILE
 from utils import UserError, fsync
 
 # Unfinished checkpoints, links and base models of adapters, and the temporaries of write_atomically().
 TEMPORARY = re.compile(
-    rf"\.(step-\d+|LATEST|BEST|base|(config\.yaml|{re.escape(RECORD)}|nonfinite-\d+\.json)\.\d+)\.tmp"
+    rf"\.(step-\d+|LATEST|BEST|base|(config\.yaml|{re.escape(RECORD)}|run\.json|report\.html|nonfinite-\d+\.json)\.\d+)\.tmp"
 )
-LOG_FILES = ("metrics.jsonl", "samples.jsonl", "warnings.jsonl")
-EARLY_FILES = ("config.yaml", RECORD, "base")  # of a run that has not begun to train
+LOG_FILES = ("metrics.jsonl", "samples.jsonl", "histograms.jsonl", "warnings.jsonl")
+EARLY_FILES = ("config.yaml", RECORD, RECORD_FILE, "base")  # of a run that has not begun to train
 
 
 def update_link(target: Path, name: str = "LATEST") -> None:

@@ -48,7 +48,8 @@ def read_settings(config: DictConfig, dataset_names: Collection[str]) -> Setting
 
 def settings_to_text(settings: Settings, names: Names) -> str:
     """Settings and derived names as text for another process. Secrets of the environment stay names."""
-    return json.dumps({"config": OmegaConf.to_yaml(settings.source), "names": names})
+    config = OmegaConf.to_yaml(settings.source)
+    return json.dumps({"config": config, "names": names, "command": settings.command})
 
 
 def settings_from_text(text: str, dataset_names: Collection[str]) -> Settings:
@@ -57,7 +58,7 @@ def settings_from_text(text: str, dataset_names: Collection[str]) -> Settings:
     config = OmegaConf.create(sent["config"])
     assert isinstance(config, DictConfig)
     OmegaConf.set_struct(config, True)  # as Hydra does: reading a missing key is an error
-    return read_settings(config, dataset_names).named(**sent["names"])
+    return read_settings(config, dataset_names).named(**sent["names"]).with_command(sent["command"])
 
 
 def written_values(config: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:

@@ -275,6 +275,7 @@ class Settings(Group):
     minimum_log_interval_secs: NonNegative
     wandb: WandbSettings
     tensorboard: bool
+    report: Literal["html", "png"] | None
 
     model: ModelSettings
     mixed_precision: LowDtype | None
@@ -282,6 +283,7 @@ class Settings(Group):
     peft: NoPeftSettings | PlainLoraSettings | QLoraSettings = Field(discriminator="name")
 
     _source: DictConfig = PrivateAttr()
+    _command: str = PrivateAttr(default="")
 
     @property
     def max_new_tokens(self) -> int:
@@ -292,6 +294,11 @@ class Settings(Group):
     def source(self) -> DictConfig:
         """The composed config, read-only: interpolations unresolved, so that secrets stay names."""
         return self._source
+
+    @property
+    def command(self) -> str:
+        """The command line of the run; it may hold secrets. Empty if unknown."""
+        return self._command
 
     @property
     def has_live_reference(self) -> bool:
@@ -311,6 +318,12 @@ class Settings(Group):
         OmegaConf.set_readonly(source, True)
         settings = self.model_copy()
         settings._source = source
+        return settings
+
+    def with_command(self, command: str) -> Self:
+        """A copy with the command line of the run."""
+        settings = self.model_copy()
+        settings._command = command
         return settings
 
     def named(self, *, exp_name: str, cache_dir: str, local_run_dir: str) -> Self:

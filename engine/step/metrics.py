@@ -54,6 +54,17 @@ class MetricAccumulator:
         for name in values:
             self._selected.setdefault(name, []).append(selected)
 
+    def values_of(self, prefix: str) -> dict[str, Tensor]:
+        """The values so far of metrics whose names start with prefix, [examples that count] each, on the CPU."""
+        found = {}
+        for name, parts in self._values.items():
+            if name.startswith(prefix):
+                values = torch.cat(parts)
+                if name in self._selected:
+                    values = values[torch.cat(self._selected[name])]
+                found[name] = values.double().cpu()
+        return found
+
     def add_spread(self, selected: Tensor, **values: Tensor) -> None:
         """Add the selected values, of any shape. Their metric is the standard deviation over all of them."""
         for name, value in values.items():

@@ -1,0 +1,44 @@
+"""Report of runs as a web page: python report.py RUN [RUN ...] (see docs/report.md)."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from engine.settings.options import Options, run_command
+from engine.settings.value_types import PossiblePath
+from utils import UserError
+
+
+class ReportOptions(Options):
+    to: PossiblePath | None = Field(None, description="the file; null: report.html in the run, or here for several")
+    png: bool = Field(False, description="also write PNG and SVG of each chart, into a directory charts beside it")
+
+
+def report(options: ReportOptions, runs: Sequence[str]) -> None:
+    """Write the report of one run, or compare several."""
+    from engine.report.writing import PAGE, write_report
+
+    if not runs:
+        raise UserError("CONFIG", "no run is named", "give the directories of runs: python report.py RUN [RUN ...]")
+    directories = [Path(run).expanduser() for run in runs]
+    page = Path(PAGE) if len(runs) > 1 else directories[0] / PAGE
+    if options.to is not None:
+        page = Path(options.to).expanduser()
+    try:
+        write_report(directories, page, with_pictures=options.png)
+    except OSError as error:
+        raise UserError("STORAGE", f"to: {page} cannot be written ({error.strerror})", "give another file") from error
+    print(f"report: {page}")
+
+
+def main() -> int:
+    runs = [argument for argument in sys.argv[1:] if "=" not in argument and not argument.startswith("-")]
+    options = [argument for argument in sys.argv[1:] if argument not in runs]
+    usage = "python report.py RUN [RUN ...] [key=value ...]: a page about a run, or about several beside each other"
+    return run_command(lambda parsed: report(parsed, runs), usage, ReportOptions, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
