@@ -217,9 +217,7 @@ def work_trl(job: dict[str, Any]) -> None:
         processing_class=tokenizer,
     )
     generate = trainer.model.generate
-    trainer.model.generate = lambda **kwargs: generate(
-        **kwargs, logits_processor=LogitsProcessorList([EndAtLengths()])
-    )
+    trainer.model.generate = lambda **kwargs: generate(**kwargs, logits_processor=LogitsProcessorList([EndAtLengths()]))
     for method, name in (("_generate_single_turn", "generate"), ("_calculate_rewards", "reward")):
         setattr(trainer, method, timers.wrap(getattr(trainer, method), name))
     # Without gradients it is called for the reference, and for old log-probs.

@@ -241,7 +241,7 @@ def read_iteration(path: Path, prompts: Sequence[Example]) -> Iteration:
     Args:
         prompts: of the run.
     """
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(path) as file:
         arrays = dict(file)
     indices = arrays["prompts"].tolist()
     ends = np.cumsum(arrays["lengths"])[:-1]
