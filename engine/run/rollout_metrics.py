@@ -1,8 +1,10 @@
 """Metrics of an iteration of online training. Each function gives those of one subject."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 
 import numpy as np
+from torch import Tensor
 
 from engine.run.sampler import Costs, Group, has_equal_rewards, reward_metrics
 from engine.settings.schema import Settings
@@ -17,14 +19,15 @@ def sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:
     Args:
         groups: of each prompt, as first sampled. Those sampled again for their rewards would be a selection.
     """
-    responses = [response for group in groups for response in group]
+    of_policy = [[response for response in group if not response.is_of_reference] for group in groups]
+    responses = [response for group in of_policy for response in group]
     lengths = [len(response.tokens) for response in responses]
     metrics = {
         "rollout/length_mean": float(np.mean(lengths)),
         "rollout/length_max": float(max(lengths)),
         "rollout/truncated": float(np.mean([response.is_truncated for response in responses])),
         "rollout/zero_std_groups": float(np.mean([has_equal_rewards(group) for group in groups])),
-        "rollout/distinct": float(np.mean([len({response.text for response in g}) / len(g) for g in groups])),
+        "rollout/distinct": float(np.mean([len({response.text for response in g}) / len(g) for g in of_policy])),
         **reward_metrics(responses, "rewards_train"),
     }
     rewards = [response.reward for response in responses if response.reward is not None]
@@ -34,23 +37,28 @@ def sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def learned_metrics(
-    settings: Settings, scored: Scored | None, logps: Sequence[Logps], scores: float | None
+    settings: Settings, groups: Sequence[Group], scored: Scored | None, logps: Sequence[Logps], scores: float | None
 ) -> dict[str, float]:
-    """Metrics of the responses that are learned.
+    """Metrics of the policy's responses that are learned.
 
     Args:
+        groups: of each prompt, without responses left out.
         scored: what the advantages came from; None without responses.
         logps: of the responses.
         scores: the mean reward of all responses; None without one.
     """
     beta = settings.loss.keywords.get("beta", 0.0)
     metrics = {"objective/kl_coef": float(beta)}
-    if scored is None:
+    is_of_policy = [not response.is_of_reference for group in groups for response in group]
+    if scored is None or not any(is_of_policy):
         return metrics
-    log_probs = sum(float(values.sum()) for policy, _ in logps for values in policy)
-    metrics["objective/entropy"] = -log_probs / len(scored.rewards)
+
+    def mean_of_sums(of_responses: Iterable[np.ndarray | Tensor]) -> float:
+        return sum(float(values.sum()) for values in compress(of_responses, is_of_policy)) / sum(is_of_policy)
+
+    metrics["objective/entropy"] = -mean_of_sums(values for policy, _ in logps for values in policy)
     if "reference" in settings.loss.needs:
-        kl = scored.k1.sum().item() / len(scored.rewards)
+        kl = mean_of_sums(scored.k1.split(scored.lengths.tolist()))
         metrics["objective/kl"] = kl
         metrics["objective/non_score_reward"] = -beta * kl
         if scores is not None:

@@ -72,7 +72,7 @@ class Rollouts:
         metrics["rollout/left_out"] = float(sum(map(len, groups)) - sum(map(len, kept)))
         if self._settings.rollout.max_resamples is not None:
             metrics["rollout/resampled_groups"] = float(num_resampled)
-        metrics |= learned_metrics(self._settings, scored, logps, metrics.get("objective/scores"))
+        metrics |= learned_metrics(self._settings, kept, scored, logps, metrics.get("objective/scores"))
         seconds = self._placement.gather_from_data_ranks(sampler.costs.seconds)
         self.metrics = metrics | cost_metrics(sampler.costs, seconds)
         self.rows = [
