@@ -758,7 +758,7 @@ class Loss:
         advantages: of rollouts; takes online_losses.Scored, and keyword arguments of the YAML.
         mean: of the losses of tokens, for rollouts.
         ratios: of policies, that the loss clips: of each token, or of each response.
-        learns_some: responses with advantages of 0 are left out.
+        skips_zero_advantages: responses with advantages of 0 are left out.
         has_greedy_baseline: the advantages need the reward of the most likely response.
         compares_group: a response is compared with the others of its prompt, so groups of equal rewards teach nothing.
             "either": by the key baseline=group.
@@ -782,7 +782,7 @@ class Loss:
     advantages: Callable[..., Tensor] | None = None
     mean: Mean | None = None
     ratios: Literal["tokens", "responses"] = "tokens"
-    learns_some: bool = False
+    skips_zero_advantages: bool = False
     has_greedy_baseline: bool = False
     compares_group: bool | Literal["either"] = True
     learns_pairs: bool = False
@@ -879,17 +879,25 @@ LOSSES = {
         compares_group=False,
     ),
     "online_dpo": _rollout_loss(
-        online_losses.online_dpo_loss, online_losses.best_and_worst, "sums", learns_some=True, learns_pairs=True
+        online_losses.online_dpo_loss,
+        online_losses.best_and_worst,
+        "sums",
+        skips_zero_advantages=True,
+        learns_pairs=True,
     ),
     "xpo": _rollout_loss(
         online_losses.xpo_loss,
         online_losses.best_and_worst,
         "sums",
-        learns_some=True,
+        skips_zero_advantages=True,
         learns_pairs=True,
         samples_reference=True,
     ),
     "best_of_n": _rollout_loss(
-        online_losses.best_of_n_loss, online_losses.best_of_n_advantages, "sums", needs=frozenset(), learns_some=True
+        online_losses.best_of_n_loss,
+        online_losses.best_of_n_advantages,
+        "sums",
+        needs=frozenset(),
+        skips_zero_advantages=True,
     ),
 }

@@ -247,7 +247,7 @@ class Rollouts:
             number
             for number, response in enumerate(group)
             if not (masks and response.is_truncated)
-            and not (self._loss.learns_some and not rollout.advantages[number].any())
+            and not (self._loss.skips_zero_advantages and not rollout.advantages[number].any())
         ]
 
         def of_numbers(values: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:

@@ -115,7 +115,7 @@ def with_rollouts(
     for index, (example, rollout) in enumerate(zip(found, rollouts, strict=True)):
         of_example = tuple(next(by_response).numpy() for _ in example.responses)
         found[index] = replace(example, rollout=replace(rollout, advantages=of_example))
-    if LOSSES[name].learns_some:
+    if LOSSES[name].skips_zero_advantages:
         found = [without_zeros(example) for example in found]
     return with_weights(found, name)
 
@@ -190,7 +190,7 @@ def test_the_first_ratio_is_1_to_the_bit(name, layout, temperature):
     runner = runner_of(tiny_model("llama"), name, layout, tiny_model("llama"), temperature)
     examples = with_rollouts(runner, name, split_batch(prompts_with_responses(), 2, 40, layout))
     parts = split_batch(examples, 2, 40, layout)
-    if LOSSES[name].learns_some:  # other microbatches: as the trainer does, compute the log-probs again
+    if LOSSES[name].skips_zero_advantages:  # other microbatches: as the trainer does, compute the log-probs again
         examples = with_logps_of(runner, parts)
         parts = split_batch(examples, 2, 40, layout)
     metrics = MetricAccumulator()
