@@ -134,20 +134,9 @@ def load(options: EvaluateOptions, record: "RunRecord") -> "tuple[Scorer, Chat]"
         base=options.base,
     )
     if options.normalize:
-        normalize(scorer, options.model)
+        fix = "give a checkpoint saved after an evaluation, such as the last of a run, or leave normalize out"
+        scorer.normalize("normalize", options.model, fix)
     return scorer, chat_of(scorer.tokenizer, record, options.chat_template, sft_turns="last")
-
-
-def normalize(scorer: "Scorer", name: str) -> None:
-    """Make the scorer give normalised scores."""
-    if scorer.statistics is None:
-        problem = f"normalize: config.json of {name} has no reward_mean and reward_std"
-        raise UserError("CONFIG", problem, "give a checkpoint saved after an evaluation, such as the last of a run")
-    mean, deviation = scorer.statistics
-    if deviation <= 0:
-        problem = f"normalize: reward_std of {name} is {deviation}, so scores cannot be divided by it"
-        raise UserError("CONFIG", problem, "leave normalize out")
-    scorer.mean, scorer.deviation = mean, deviation
 
 
 def check_rows(survey: "RowSurvey", data: Path) -> None:

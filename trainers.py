@@ -60,7 +60,7 @@ from engine.step.objectives import make_objective
 from engine.step.reference import LiveReference, Reference
 from engine.step.schedule import learning_rate
 from engine.step.sources import Source
-from preference_datasets import ground_truth_reward
+from preference_datasets import chat_form, ground_truth_reward
 from utils import StopRequest, UserError, is_out_of_memory, prefetch
 
 
@@ -519,7 +519,7 @@ class BasicTrainer:
             temperature=settings.rollout.temperature if settings.loss.is_online else 1.0,
         )
         parts = (settings, tokenizer, self.placement, self.runner, eval_examples)
-        self.evaluator = build_evaluator(*parts, reward, self.source, self.split_batch, self.say)
+        self.evaluator = build_evaluator(*parts, reward, self.source, self.split_batch, self.say, chat_form)
         to_fit = examples_to_fit(settings, self.train_examples)
         self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, to_fit)
         self.runner.reference, self.reference_hash = self.build_reference()

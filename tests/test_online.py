@@ -475,7 +475,10 @@ def test_truncated_responses(online):
             'reward_options: length.most must be an integer, not "few"',
         ),
         (["rewards=[length]", "reward_options={length:9}"], "reward_options: give length 9, and it takes least, most"),
-        (["rewards=[truth]", "reward_options={truth:{a:1}}"], "rewards: names truth, and the rewards are films, "),
+        (
+            ["rewards=[truth]", "reward_options={truth:{a:1}}"],
+            "rewards: names truth, and the rewards are ground_truth, ",
+        ),
         (
             ["keep_best=kl_eval", "loss.beta=0"],
             "keep_best: kl_eval is a distance to the reference, and loss=grpo has none",
@@ -486,7 +489,7 @@ def test_truncated_responses(online):
         ),
         (["rollout.top_p=0.9"], "rollout.top_p: must be 1 with loss=grpo, not 0.9"),
         (["rollout.prompts=6"], "rollout.prompts: must be a multiple of batch_size (4), not 6"),
-        (["rewards=[truth]"], "rewards: names truth, and the rewards are films, "),
+        (["rewards=[truth]"], "rewards: names truth, and the rewards are ground_truth, "),
         (["rewards=[length]", "reward_options={length:{longest:3}}"], "give length longest, and it takes least, most"),
         (["reward_weights=[1,2]"], "reward_weights: must have one number for each of rewards (1), not 2"),
         (["keep_best=loss/eval"], "keep_best: loss/eval is not measured with loss=grpo"),

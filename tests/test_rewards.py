@@ -1,25 +1,50 @@
 """Reward functions, and their weighted sum."""
 
+import re
+import signal
 import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 import rewards
 from engine.data.examples import PromptRow
-from engine.run.reward_functions import RewardFunctions
-from rewards import REWARDS, exact_match, last_number, length, number_match, regular_expression, valid_json
+from engine.rewards.samples import samples_of
+from engine.run.reward_functions import RewardFunctions, Score, build_scoring
+from rewards import (
+    REWARDS,
+    BatchReward,
+    EngineReward,
+    Sample,
+    exact_match,
+    last_number,
+    length,
+    number_match,
+    regular_expression,
+    valid_json,
+)
 from utils import UserError
 
 ROW = PromptRow("Human: How long is it?", {"answer": "2 hours"})
 
 
-def scorer(*names: str, **settings: Any) -> RewardFunctions:
-    return RewardFunctions(names, **{"options": {}, "on_bad_reward": "raise", **settings})
+def no_engine(chosen: EngineReward) -> Any:
+    raise AssertionError(chosen)
 
 
-def test_the_embedded_ground_truth():
-    assert REWARDS["films"]("", "nonsense", {}) == -1
+def scorer(
+    *names: str, options: Any = None, timeout: float | None = None, on_bad_reward: Any = "raise", **settings: Any
+) -> RewardFunctions:
+    scorings = {name: build_scoring(name, (options or {}).get(name, {}), timeout, no_engine) for name in names}
+    return RewardFunctions(scorings, on_bad_reward=on_bad_reward, **settings)
+
+
+def score(functions: RewardFunctions, response: str, row: PromptRow = ROW) -> Score:
+    (found,) = functions(samples_of(row, [(response, False)]))
+    return found
 
 
 @pytest.mark.parametrize(("response", "reward"), [(" 2 hours\n", 1), ("2 hour", 0), ("", 0)])
@@ -29,7 +54,11 @@ def test_exact_match(response, reward):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("1 or 2", 2), ("#### 1,234.50", 1234.5), ("-3", -3), ("it is .5.", 0.5), ("none", None), ("3.", 3)],
+    [
+        *[("1 or 2", 2), ("#### 1,234.50", 1234.5), ("-3", -3), ("it is .5.", 0.5), ("none", None), ("3.", 3)],
+        *[("(2,3)", 3), ("10-12", 12), ("1e3", 1000), ("1,234,567", 1234567), ("1,23", 23), ("\N{MINUS SIGN}2", -2)],
+        *[("-1.5e-3", -0.0015), ("1e999", None), ("GPT-4", 4), ("1.2.3", 3)],
+    ],
 )
 def test_last_number(text, number):
     assert last_number(text) == number
@@ -52,7 +81,10 @@ def test_length(response, reward):
     assert length("", response, {}, least=1, most=3) == reward
 
 
-@pytest.mark.parametrize(("response", "reward"), [('{"a": 1}', 1), ("[1, 2]", 1), ("{a: 1}", 0), ("[" * 10**5, 0)])
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [('{"a": 1}', 1), ("[1, 2]", 1), ("{a: 1}", 0), ("[" * 10**5, 0), ("NaN", 0), ("[-Infinity]", 0)],
+)
 def test_json(response, reward):
     assert valid_json("", response, {}) == reward
 
@@ -74,7 +106,7 @@ def test_a_json_schema_needs_a_package(monkeypatch):
         assert [valid_json("", text, {"schema": schema}) for text in ("{}", "[]")] == [1, 0]
     monkeypatch.setitem(sys.modules, "jsonschema", None)  # not installed
     with pytest.raises(UserError, match="valid_json failed with ModuleNotFoundError"):
-        scorer("valid_json")(PromptRow("", {"schema": "{}"}), "{}")
+        score(scorer("valid_json"), "{}", PromptRow("", {"schema": "{}"}))
 
 
 @pytest.mark.parametrize("name", rewards.COLUMNS)
@@ -89,18 +121,16 @@ def test_packages_are_of_known_rewards():
 
 
 def test_weights_clip_and_options():
-    score = scorer("length", "exact_match", weights=[2, -0.5], options={"length": {"most": 10}})(ROW, "2 hours")
-    assert score.total == 1.5
-    assert score.parts == {"length": 1, "exact_match": 1}
-    assert scorer("length", "exact_match", weights=[2, -0.5], clip=1.2)(ROW, "2 hours").total == 1.2
-    assert scorer("length", weights=[-3], clip=1)(ROW, "2 hours").total == -1
+    weighted = scorer("length", "exact_match", weights=[2, -0.5], options={"length": {"most": 10}})
+    assert score(weighted, "2 hours") == Score(1.5, {"length": 1, "exact_match": 1})
+    assert score(weighted, "2 hours and more").total == 0
+    assert score(scorer("length", "exact_match", weights=[2, -0.5], clip=1.2), "2 hours").total == 1.2
+    assert score(scorer("length", weights=[-3], clip=1), "2 hours").total == -1
 
 
 def test_none_leaves_a_response_out(monkeypatch):
     monkeypatch.setitem(REWARDS, "none", lambda prompt, response, row: None)
-    score = scorer("none", "length")(ROW, "a")
-    assert score.total is None
-    assert score.parts == {"none": None, "length": 1}
+    assert score(scorer("none", "length"), "a") == Score(None, {"none": None, "length": 1})
 
 
 def broken(prompt: str, response: str, row: rewards.Row) -> float:
@@ -113,13 +143,97 @@ def broken(prompt: str, response: str, row: rewards.Row) -> float:
         (broken, r"OSError \(the judge is away\)"),
         (lambda prompt, response, row: float("nan"), r"ValueError \(it returned nan\)"),
         (lambda prompt, response, row: "high", r"ValueError \(could not convert string to float: 'high'\)"),
-        (lambda prompt, response, row: row["gold"], r"KeyError \(the row has no column 'gold'\)"),
+        (lambda prompt, response, row: row["gold"], r"MissingColumn \(the row has no column 'gold'\)"),
+        (lambda prompt, response, row: dict[str, float]()["gold"], r"KeyError \('gold'\)"),  # the function's own
     ],
 )
 def test_a_bad_reward(monkeypatch, function, reason):
     monkeypatch.setitem(REWARDS, "bad", function)
     with pytest.raises(UserError, match=rf"error\[DATA\] rewards: bad failed with {reason}.*How long is it\?"):
-        scorer("bad")(ROW, "a")
+        score(scorer("bad"), "a")
     dropping = scorer("bad", on_bad_reward="drop")
-    assert dropping(ROW, "a").total is None
+    assert score(dropping, "a").total is None
     assert dropping.num_dropped == 1
+
+
+def never(prompt: str, response: str, row: rewards.Row) -> float:
+    while True:
+        with suppress(Exception):  # a function that catches all it can
+            time.sleep(0.01)
+
+
+def slow_expression(prompt: str, response: str, row: rewards.Row) -> float:
+    return float(re.fullmatch("(a*)*b", "a" * 40) is not None)  # takes hours
+
+
+@pytest.mark.parametrize("function", [never, slow_expression])
+def test_a_reward_that_takes_too_long(monkeypatch, function):
+    monkeypatch.setitem(REWARDS, "slow", function)
+    problem = r"rewards: slow failed with TimeoutError \(it took more than 0.1 s\) for the prompt.*How long is it\?"
+    with pytest.raises(UserError, match=problem):
+        score(scorer("slow", timeout=0.1), "a")
+    dropping = scorer("slow", "length", timeout=0.1, on_bad_reward="drop")
+    assert score(dropping, "a") == Score(None, {"slow": None, "length": 1})
+    assert dropping.num_dropped == 1
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+class Share(BatchReward):
+    """The share of a response in the characters of all of them."""
+
+    def __init__(self, *, scale: float = 1.0):
+        self._scale, self.sizes = scale, list[int]()
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | Exception | None]:
+        self.sizes.append(len(samples))
+        assert all(sample.prompt == ROW.text and sample.row == ROW.columns for sample in samples)
+        total = sum(len(sample.response) for sample in samples)
+        return [
+            None
+            if sample.is_truncated
+            else OSError("away")
+            if not sample.response
+            else self._scale * len(sample.response) / total
+            for sample in samples
+        ]
+
+
+def test_a_batched_reward_gets_all_responses_in_one_call(monkeypatch):
+    monkeypatch.setitem(REWARDS, "share", Share)
+    samples = samples_of(ROW, [("a", False), ("bbb", False), ("", False), ("cccc", True)])
+    dropping = scorer("share", "length", options={"share": {"scale": 8}}, on_bad_reward="drop", weights=[1, 10])
+    assert [each.total for each in dropping(samples)] == [11, 13, None, None]
+    assert dropping.num_dropped == 1  # the failure, not the None
+    with pytest.raises(UserError, match=r"share failed with OSError \(away\)"):
+        scorer("share")(samples)
+    assert scorer("share")([]) == []
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_batched_reward_that_fails_as_a_whole(monkeypatch, is_slow):
+    class Broken(Share):
+        def __call__(self, samples: Sequence[Sample]) -> list[float | Exception | None]:
+            return [never("", "", {})] if is_slow else [1.0]  # one for three
+
+    monkeypatch.setitem(REWARDS, "broken", Broken)
+    samples = samples_of(ROW, [("a", False)] * 3)
+    problem = r"TimeoutError \(it took more than 0.15 s" if is_slow else r"ValueError \(zip"
+    with pytest.raises(UserError, match=rf"broken failed with {problem}.*How long is it.*and [12] other responses"):
+        scorer("broken", timeout=0.05)(samples)
+    dropping = scorer("broken", timeout=0.05, on_bad_reward="drop")
+    assert [each.total for each in dropping(samples)] == [None if is_slow else 1, None, None]
+    assert dropping.num_dropped == 2 + is_slow
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "problem"),
+    [
+        ("judge", {"model": "m"}, "judge.url: must be given"),
+        ("judge", {"model": "m", "url": "http://x", "retries": -1}, "judge.retries: Input should be greater"),
+        ("reward_model", {"path": "x", "normalize": "so"}, "reward_model.normalize: Input should be"),
+    ],
+)
+def test_options_of_the_engine_are_checked(name, options, problem):
+    with pytest.raises(UserError, match=rf"error\[CONFIG\] reward_options\.{problem}"):
+        build_scoring(name, options, None, no_engine)

@@ -48,10 +48,12 @@ class PromptRow(NamedTuple):
     Args:
         text: of the prompt, before truncation.
         columns: of its row; empty for named data sets.
+        from_template: whether a chat template wrote the text.
     """
 
     text: str
     columns: Mapping[str, Any]
+    from_template: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -416,7 +418,8 @@ def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts, promp
     weights = preference.get("weights", [1.0] * len(responses))
     if batch == "rollout":
         rows = preference["rows"].values() if "rows" in preference else [({}, 1.0)]
-        return [Group((), weight=weight, row=PromptRow(prompt, columns)) for columns, weight in rows]
+        from_template = preference.get("from_template", False)
+        return [Group((), weight=weight, row=PromptRow(prompt, columns, from_template)) for columns, weight in rows]
     if batch == "sft":
         demonstrations = preference.get("demonstrations", [])
         if target is not None and target not in demonstrations:

@@ -72,23 +72,43 @@ class Scorer:
         """The score of each response of each row."""
         return [row.scores for row in self.score_rows(rows)]
 
-    @torch.no_grad()
+    def normalize(self, key: str, name: str, fix: str) -> None:
+        """Give normalised scores from now on.
+
+        Args:
+            key, name, fix: the option, the model and the remedy in errors.
+
+        Raises:
+            UserError: CONFIG without usable mean and standard deviation.
+        """
+        if self.statistics is None:
+            raise UserError("CONFIG", f"{key}: config.json of {name} has no reward_mean and reward_std", fix)
+        mean, deviation = self.statistics
+        if deviation <= 0:
+            problem = f"{key}: reward_std of {name} is {deviation}, so scores cannot be divided by it"
+            raise UserError("CONFIG", problem, "leave it out")
+        self.mean, self.deviation = mean, deviation
+
     def score_rows(self, rows: Sequence[ParsedRow]) -> list[RowScores]:
         """The scores of each row, and what it has lost to truncation."""
         encoded = self.examples(rows)
-        examples = [example for example, _, _ in encoded]
+        scores = self.score_examples([example for example, _, _ in encoded])
+        return [
+            RowScores(of_row, prompt_is_truncated, truncated_responses)
+            for of_row, (_, prompt_is_truncated, truncated_responses) in zip(scores, encoded, strict=True)
+        ]
+
+    @torch.no_grad()
+    def score_examples(self, examples: Sequence[Example]) -> list[list[float]]:
+        """The score of each response of each example."""
         device = self._model.device
         found: dict[tuple[bytes, bytes], float] = {}
         for part in split_batch(examples, 1, TOKEN_BUDGET[device.type], self._layout, feeds_last_token=True):
             batch = lay_out(part, self._layout, self.tokenizer.pad_token_id or 0, feeds_last_token=True)
             scores = run_head(self._model, batch.to(device))[1].tolist()
             found |= {(p.tobytes(), r.tobytes()): s for (p, r), s in zip(batch.responses, scores, strict=True)}
-        results = []
-        for example, prompt_is_truncated, truncated_responses in encoded:
-            raw = [found[example.prompt.tobytes(), response.tobytes()] for response in example.responses]
-            scores = [(score - self.mean) / self.deviation for score in raw]
-            results.append(RowScores(scores, prompt_is_truncated, truncated_responses))
-        return results
+        raw = [[found[each.prompt.tobytes(), response.tobytes()] for response in each.responses] for each in examples]
+        return [[(score - self.mean) / self.deviation for score in scores] for scores in raw]
 
     def examples(self, rows: Sequence[ParsedRow]) -> list[tuple[Example, bool, list[int]]]:
         """The tokens of each row, as in training; whether its prompt, and which of its responses, are truncated."""
@@ -122,6 +142,7 @@ def open_reward_model(
     dtype: torch.dtype | None = None,
     base: str | None = None,
     show_progress: bool = True,
+    device: torch.device | None = None,
 ) -> Scorer:
     """Load a reward model, to give raw scores.
 
@@ -131,6 +152,7 @@ def open_reward_model(
         key: the option with the name, for errors.
         max_length, max_prompt_length: None for the run's, else by the model.
         dtype, base, show_progress: as of load_saved().
+        device: None for a GPU, else the CPU.
     """
     saved = load_saved(name, dtype=dtype, base=base, show_progress=show_progress)
     if not has_score_head(saved.model):
@@ -138,7 +160,7 @@ def open_reward_model(
         raise UserError("CONFIG", problem, "train one with loss=reward")
     check_finite(saved.model, "give another checkpoint", show_progress=show_progress)
     model: Any = saved.model
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     max_length, max_prompt_length = _lengths(model.config, record, max_length, max_prompt_length)
     if layout == "packed":
         use_packed_attention(model)

@@ -58,18 +58,21 @@ def build_evaluator(
     source: Source,
     split_batch: Callable[[Sequence[Example]], list[list[Example]]],
     say: Callable[[str], None],
+    chat_form: Callable[[Sequence[str]], str | None],
 ) -> Evaluator:
     """The evaluator of a run. A source of sampled responses gets its sampler.
 
     Args:
         examples: to evaluate on.
-        ground_truth: the reward of the data set, for evaluations of stored examples.
+        ground_truth: the reward of the data set.
         split_batch: a batch -> its microbatches, as in training.
         say: prints a notice.
+        chat_form: names of data sets -> their common chat template.
     """
     if not isinstance(source, SampledResponses):
         return Evaluator(settings, tokenizer, placement, runner, examples, ground_truth, say)
-    sampler = Sampler(settings, tokenizer, placement, build_rewards(settings))
+    rewards = build_rewards(settings, tokenizer, placement.device, ground_truth, chat_form)
+    sampler = Sampler(settings, tokenizer, placement, rewards)
     source.roll_out = Rollouts(settings, sampler, placement, runner, split_batch)
     return RolloutEvaluator(settings, tokenizer, placement, runner, examples, sampler, say)
 

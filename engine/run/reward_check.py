@@ -21,8 +21,9 @@ def check_rewards(settings: Settings, examples: Iterable[Example], has_ground_tr
     """
     if not settings.loss.is_online:
         return
-    if settings.rewards is None and not has_ground_truth:
-        problem = f"rewards: null is the ground truth of the data set, and {','.join(settings.datasets)} has none"
+    if not has_ground_truth and (settings.rewards is None or "ground_truth" in settings.rewards):
+        value, datasets = "null" if settings.rewards is None else "ground_truth", ",".join(settings.datasets)
+        problem = f"rewards: {value} is the ground truth of the data set, and {datasets} has none"
         raise UserError("CONFIG", problem, f"name some of {', '.join(REWARDS)}, or add your own to rewards.py")
     rows = [example.row for example in examples if example.row is not None]
     for name in settings.rewards or []:

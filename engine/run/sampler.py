@@ -13,6 +13,7 @@ from engine.models.adapters import adapter_of
 from engine.models.group_sampling import Sampling, sample_groups, seeded_uniforms
 from engine.models.precision import run_in_dtype
 from engine.placement.placement import Placement
+from engine.rewards.samples import PromptSample, samples_of
 from engine.run.reward_functions import RewardFunctions, Score
 from engine.settings.schema import Settings
 
@@ -89,7 +90,7 @@ class Sampler:
             tokens = self._sample_tokens(model, prompts[local], seeds[local], num_samples)
         num_dropped = self._rewards.num_dropped
         with self.timed("reward"):
-            groups = [self._score(*pair) for pair in zip(prompts[local], tokens, strict=True)]
+            groups = self._score(prompts[local], tokens)
         by_rank = placement.gather_from_data_ranks((groups, self._rewards.num_dropped - num_dropped))
         num_ranks, costs = placement.num_data_ranks, self.costs
         costs.num_bad_rewards += sum(num_bad for _, num_bad in by_rank)
@@ -124,17 +125,26 @@ class Sampler:
                 sampling,
             )
 
-    def _score(self, prompt: Example, responses: Sequence[np.ndarray]) -> Group:
-        texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return [self._response(prompt, *pair) for pair in zip(responses, texts, strict=True)]
+    def _score(self, prompts: Sequence[Example], responses: Sequence[Sequence[np.ndarray]]) -> list[Group]:
+        """The scored responses to each prompt. Rewards get all of them at once."""
+        drafts: list[list[tuple[np.ndarray, str, bool]]] = []
+        samples: list[PromptSample] = []
+        for prompt, group in zip(prompts, responses, strict=True):
+            assert prompt.row is not None
+            texts = self._tokenizer.batch_decode(group, skip_special_tokens=True)
+            are_truncated = [int(tokens[-1]) != self._tokenizer.eos_token_id for tokens in group]
+            drafts.append([*zip(group, texts, are_truncated, strict=True)])
+            samples += samples_of(prompt.row, [*zip(texts, are_truncated, strict=True)])
+        scores = iter(self._rewards(samples))
+        return [[self._response(*draft, next(scores)) for draft in group] for group in drafts]
 
-    def _response(self, prompt: Example, tokens: np.ndarray, text: str) -> Response:
-        assert prompt.row is not None
-        score = self._rewards(prompt.row, text)
-        is_truncated = int(tokens[-1]) != self._tokenizer.eos_token_id
-        reward, penalty = score.total, self._settings.rollout.missing_eos_penalty
-        if reward is not None and is_truncated and penalty:
-            reward -= penalty
+    def _response(self, tokens: np.ndarray, text: str, is_truncated: bool, score: Score) -> Response:
+        settings, reward = self._settings.rollout, score.total
+        if reward is not None and is_truncated and settings.missing_eos_penalty:
+            reward -= settings.missing_eos_penalty
+        if reward is not None and settings.overlong_buffer:
+            penalty = overlong_penalty(len(tokens), self._settings.max_new_tokens, settings.overlong_buffer)
+            reward -= settings.overlong_penalty * penalty
         return Response(tokens, text, is_truncated, reward, score)
 
     @contextmanager
@@ -145,16 +155,30 @@ class Sampler:
         self.costs.seconds[name] = self.costs.seconds.get(name, 0.0) + time.monotonic() - start
 
 
+def overlong_penalty(length: int, longest: int, buffer: int) -> float:
+    """The soft penalty of a long response, 0 to 1: it rises over the last tokens before the longest response.
+
+    DAPO, Yu et al. 2025 (arXiv 2503.14476), equation 13, with the opposite sign.
+
+    Args:
+        length, longest: in tokens.
+        buffer: the tokens over which it rises.
+    """
+    return min(max(length - (longest - buffer), 0) / buffer, 1.0)
+
+
 def has_equal_rewards(group: Group) -> bool:
     """Whether a group compares nothing: equal rewards, or at most one."""
     return len({response.reward for response in group if response.reward is not None}) < 2
 
 
 def reward_metrics(responses: Sequence[Response], prefix: str) -> dict[str, float]:
-    """The mean of each reward function over responses, where it gives one."""
+    """The mean of each reward function over responses, where it gives one, and how often it gives none."""
     parts: Mapping[str, list[float]] = {name: [] for name in responses[0].score.parts}
     for response in responses:
         for name, value in response.score.parts.items():
             if value is not None:
                 parts[name].append(value)
-    return {f"{prefix}/{name}": float(np.mean(values)) for name, values in parts.items() if values}
+    metrics = {f"{prefix}/{name}": float(np.mean(values)) for name, values in parts.items() if values}
+    numbers = {name: len(responses) - len(values) for name, values in parts.items()}
+    return metrics | {f"{prefix}/{name}/none": float(number) for name, number in numbers.items() if number}

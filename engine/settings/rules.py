@@ -380,6 +380,14 @@ def pair_options_are_of_the_pair_loss(options: dict[str, Any] | None, pair_loss:
     return f"lack {', '.join(missing)}, as loss.pair_loss={pair_loss} needs a value" if missing else None
 
 
+@rule("rollout.overlong_buffer", "rollout.max_new_tokens", "max_length", "max_prompt_length")
+def buffers_are_of_responses(buffer: int | None, new_tokens: int | None, max_length: int, max_prompt: int) -> Problem:
+    longest = new_tokens or max_length - max_prompt
+    if buffer is None or buffer <= longest:
+        return None
+    return f"must be at most the longest response ({longest} tokens), not {buffer}"
+
+
 @rule("rollout.prompts", "batch_size")
 def iterations_are_whole_batches(num_prompts: int | None, batch_size: int) -> Problem:
     if num_prompts is None or num_prompts % batch_size == 0:

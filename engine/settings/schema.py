@@ -172,6 +172,8 @@ class RolloutSettings(Group):
     max_rows: Count
     truncated: Literal["keep", "mask"]
     missing_eos_penalty: NonNegative | None
+    overlong_buffer: Count | None
+    overlong_penalty: Positive
     max_resamples: CountOrZero | None
 
 
@@ -258,6 +260,7 @@ class Settings(Group):
     reward_weights: list[float] | None
     reward_clip: Positive | None
     reward_options: dict[str, Any] | None
+    reward_timeout: Positive | None
     on_bad_reward: Literal["raise", "drop"]
     reference: Literal["auto", "cached", "live"]
     reference_refresh: ReferenceRefreshSettings

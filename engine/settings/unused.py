@@ -139,6 +139,7 @@ UNUSED = (
     Unused("reward_options", _offline, is_mistake=True),
     Unused("reward_clip", _offline, is_mistake=True),
     Unused("rewards", _offline, is_mistake=True),
+    Unused("reward_timeout", _offline, is_mistake=True),
     Unused("on_bad_reward", _offline),
     Unused("eval_batch_size", _online_sizes),
     Unused("loss.alpha", _without_alpha),
