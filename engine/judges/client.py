@@ -206,7 +206,7 @@ class JudgeClient:
         """The text as part of an error, without the API key: servers repeat it."""
         if self._api_key:
             text = text.replace(self._api_key, "***")
-        return clipped(printable(text), 200)
+        return clipped(printable(text.strip()), 200)
 
 
 def _read(response: Any, deadline: float) -> bytes:

@@ -87,7 +87,7 @@ def build_scoring(
     if reward is GroundTruth:
         return engine_reward(reward())
     try:
-        chosen: EngineReward = TypeAdapter(reward).validate_python(options)
+        chosen: EngineReward = TypeAdapter[Any](reward).validate_python(options)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, ("reward_options", name, *first["loc"])))
