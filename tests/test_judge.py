@@ -184,7 +184,11 @@ def test_replies_are_kept_by_content(server, tmp_path):
 
 
 def test_requests_run_at_the_same_time(server, tmp_path):
-    server.reply = lambda text: time.sleep(0.1) or text
+    def slowly(text: str) -> str:
+        time.sleep(0.1)
+        return text
+
+    server.reply = slowly
     texts = [str(number) for number in range(12)]
     assert [reply.text for reply in ask(client(server, tmp_path, concurrency=4), *texts)] == texts
     assert 2 <= server.most_at_once <= 4

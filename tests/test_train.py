@@ -185,6 +185,7 @@ def test_a_sweep_may_name_a_directory_for_each_job(names: str, program: Program)
         ("lr=1,2 -m seed=1", "-m", "lr=1,2 seed=1"),
         ("lr=1 -cn x --cfg job loss=dpo", "-cn x --cfg job", "lr=1 loss=dpo"),
         ("--info all a=1 -i b=1 --config-dir=/x ~c", "--info all -i --config-dir=/x", "a=1 b=1 ~c"),
+        ("reward_options.length.most=9 reward_options={} -m", "-m", "++reward_options.length.most=9 reward_options={}"),
     ],
 )
 def test_options_may_follow_overrides(arguments: str, options: str, overrides: str) -> None:

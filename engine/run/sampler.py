@@ -90,7 +90,9 @@ class Sampler:
             tokens = self._sample_tokens(model, prompts[local], seeds[local], num_samples)
         num_dropped = self._rewards.num_dropped
         with self.timed("reward"):
-            groups = self._score(prompts[local], tokens)
+            # Ranks with the same prompts take the scores of the first: a judge is asked once.
+            is_first = placement.rank % (placement.num_ranks // placement.num_data_ranks) == 0
+            groups = self._score(prompts[local], tokens) if is_first else []
         by_rank = placement.gather_from_data_ranks((groups, self._rewards.num_dropped - num_dropped))
         num_ranks, costs = placement.num_data_ranks, self.costs
         costs.num_bad_rewards += sum(num_bad for _, num_bad in by_rank)

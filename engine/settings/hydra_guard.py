@@ -31,6 +31,7 @@ HYDRA_TARGETS = {
     "hydra.launcher._target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra.sweeper._target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
 }
+OPEN = ("reward_options.",)
 SWEEP_DIR = "${sweep_dir:}"  # as in config.yaml
 
 
@@ -59,14 +60,18 @@ def check_search_path(path: str) -> None:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options with their values, and the overrides. Hydra reads them in this order only."""
+    """The options with their values, and the overrides. Hydra reads them in this order only.
+
+    Overrides of OPEN keys get the prefix ++, as the config does not list what may be set below them.
+    """
     known = {text: action for action in get_args_parser()._actions for text in action.option_strings}
     options: list[str] = []
     overrides: list[str] = []
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        (options if argument.startswith("-") else overrides).append(argument)
+        prefix = "++" if argument.startswith(OPEN) else ""
+        (options if argument.startswith("-") else overrides).append(prefix + argument)
         action = known.get(argument)
         is_optional = action is not None and action.nargs == "?"
         if (
