@@ -89,7 +89,7 @@ def test_a_reward_model_scores_on_each_process(tmp_path: Path) -> None:
     model.save_pretrained(path)
     byte_level(num_merges=40).save_pretrained(path)
     architecture, loss, overrides = FP64
-    rewards = ("rewards=[reward_model]", f"reward_options={{reward_model:{{path:{path}}}}}")
+    rewards = ("rewards=[regular_expression,reward_model]", f"++reward_options.reward_model.path={path}")
     job = (architecture, loss, (*overrides, *rewards))
     expected, expected_tokens, expected_eval = rolled_out(job, tmp_path / "one")
     job = (architecture, loss, (*overrides, *rewards, "trainer=FSDPTrainer"))
@@ -97,4 +97,4 @@ def test_a_reward_model_scores_on_each_process(tmp_path: Path) -> None:
         assert sorted(tokens) == sorted(expected_tokens)
         assert metrics == pytest.approx(expected_eval, rel=1e-3, abs=1e-4)
         assert [step["loss/train"] for step in steps] == pytest.approx([s["loss/train"] for s in expected], abs=1e-3)
-    assert abs(expected_eval["rewards_eval/sampled"]) > 0.01
+    assert abs(expected_eval["rewards_eval/reward_model"]) > 0.01
