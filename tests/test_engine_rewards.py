@@ -136,7 +136,7 @@ def test_prompts_by_another_template_are_refused(reward_run, program, tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({}, "reward_options.reward_model.path: must be given"),
+        ({}, "reward_options: lack reward_model.path"),
         ({"path": "/nowhere"}, "/nowhere does not exist"),
         ({"path": "SFT"}, "is a model of text, not a reward model"),
         ({"path": "BARE"}, "reward_options.reward_model.normalize: config.json of .* has no reward_mean"),

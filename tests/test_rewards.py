@@ -26,6 +26,7 @@ from rewards import (
     regular_expression,
     valid_json,
 )
+from tests.configs import make_settings
 from utils import UserError
 
 ROW = PromptRow("Human: How long is it?", {"answer": "2 hours"})
@@ -109,11 +110,12 @@ def test_a_json_schema_needs_a_package(monkeypatch):
         score(scorer("valid_json"), "{}", PromptRow("", {"schema": "{}"}))
 
 
-@pytest.mark.parametrize("name", rewards.COLUMNS)
+@pytest.mark.parametrize("name", [name for name in rewards.COLUMNS if not isinstance(REWARDS[name], type)])
 def test_a_reward_reads_its_columns(name):
+    function: Any = REWARDS[name]
     for column in rewards.COLUMNS[name]:
         with pytest.raises(KeyError, match=column):
-            REWARDS[name]("", "text", {other: "1" for other in rewards.COLUMNS[name] if other != column})
+            function("", "text", {other: "1" for other in rewards.COLUMNS[name] if other != column})
 
 
 def test_packages_are_of_known_rewards():
@@ -229,11 +231,18 @@ def test_a_batched_reward_that_fails_as_a_whole(monkeypatch, is_slow):
 @pytest.mark.parametrize(
     ("name", "options", "problem"),
     [
-        ("judge", {"model": "m"}, "judge.url: must be given"),
-        ("judge", {"model": "m", "url": "http://x", "retries": -1}, "judge.retries: Input should be greater"),
-        ("reward_model", {"path": "x", "normalize": "so"}, "reward_model.normalize: Input should be"),
+        ("judge", "{model:m}", "reward_options: lack judge.url"),
+        ("judge", "{model:m,url:'http://x',retries:-1}", "reward_options: judge.retries must be"),
+        ("judge", "{model:m,url:'http://x',extra:[1]}", "reward_options: judge.extra must be"),
+        ("reward_model", "{}", "reward_options: lack reward_model.path"),
+        ("reward_model", "{path:x,normalize:so}", "reward_options: reward_model.normalize must be"),
+        ("python_tests", "{memory_mb:1}", "reward_options: python_tests.memory_mb must be"),
+        ("python_tests", "{colour:1}", "reward_options: give python_tests colour, and it takes seconds, memory_mb"),
+        ("ground_truth", "{a:1}", "reward_options: give ground_truth a, and it takes none"),
+        ("share", "{scale:so}", "reward_options: share.scale must be"),
     ],
 )
-def test_options_of_the_engine_are_checked(name, options, problem):
-    with pytest.raises(UserError, match=rf"error\[CONFIG\] reward_options\.{problem}"):
-        build_scoring(name, options, None, no_engine)
+def test_options_of_classes_are_checked(monkeypatch, name, options, problem):
+    monkeypatch.setitem(REWARDS, "share", Share)
+    with pytest.raises(UserError, match=re.escape(problem)):
+        make_settings("loss=grpo", f"rewards=[{name}]", f"reward_options={{{name}:{options}}}")

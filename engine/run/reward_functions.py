@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from engine.rewards.judge import JudgeReward
@@ -55,10 +54,7 @@ def build_rewards(
                 assert settings.cache_dir is not None and settings.local_run_dir is not None  # the run has named them
                 cache, transcript = Path(settings.cache_dir) / "judge", Path(settings.local_run_dir) / "judge.jsonl"
                 return JudgeReward(chosen, cache, transcript)
-        if ground_truth is None:
-            value, datasets = "null" if settings.rewards is None else "ground_truth", ",".join(settings.datasets)
-            problem = f"rewards: {value} is the ground truth of the data set, and {datasets} has none"
-            raise UserError("CONFIG", problem, f"name some of {', '.join(REWARDS)}, or add your own to rewards.py")
+        assert isinstance(chosen, GroundTruth) and ground_truth is not None  # check_rewards() has seen to it
         known = ground_truth
         return OneByOne(lambda prompt, response, row: known(response), settings.reward_timeout)
 
@@ -84,16 +80,8 @@ def build_scoring(
         return OneByOne(partial(reward, **options), timeout)
     if issubclass(reward, BatchReward):
         return AllAtOnce(reward(**options), timeout)
-    if reward is GroundTruth:
-        return engine_reward(reward())
-    try:
-        chosen: EngineReward = TypeAdapter[Any](reward).validate_python(options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("reward_options", name, *first["loc"])))
-        problem = f"{key}: {'must be given' if first['type'] == 'missing' else first['msg']}"
-        raise UserError("CONFIG", problem, "docs/online.md has its options") from error
-    return engine_reward(chosen)
+    chosen: type[Any] = reward  # its options are checked: see rules.py
+    return engine_reward(chosen(**options))
 
 
 @dataclass(frozen=True)
