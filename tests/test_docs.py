@@ -23,6 +23,7 @@ import inspect_data
 import report
 from docs import make_config
 from engine.export.saved_models import load_saved
+from engine.judges.client import JudgeClient
 from engine.models.score_head import AUTO_CLASSES, SCORE_WEIGHT
 from engine.settings.keys import all_keys
 from losses import LOSSES
@@ -134,6 +135,7 @@ def make_places(archive: Path) -> None:
 @pytest.mark.parametrize("block", cases())
 def test_every_command_runs(block: list[str], program: Program, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(program.directory)
+    monkeypatch.setattr(JudgeClient, "_request", lambda self, body: "Score: 5")  # in place of a server
     make_places(archive)
     for line in block:
         words = shlex.split(nearest_form(line).partition(" < ")[0])
