@@ -1,51 +1,108 @@
 """Online training on shards equals online training in one process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from engine.run.sampler import Group
 from rewards import REWARDS, BatchReward, Sample
 from tests.models import tiny_reward_model
 from tests.ranks import Job, make_trainer, on_ranks
 from tests.tokenizer_files import byte_level
 
 NUM_STEPS = 6
-FP64: Job = ("gpt2", "grpo", ("model.policy_dtype=float64",))
+PARITY = ("rewards=[parity]", "reward_options=null")
+
+
+def parity(prompt: str, response: str, row: Any) -> float | None:
+    """A reward with many ties, and none for some responses."""
+    return None if response.endswith("e") else float(len(response) % 2)
+
+
+def job(loss: str, *overrides: str) -> Job:
+    return "gpt2", loss, ("model.policy_dtype=float64", *overrides)
+
+
+JOBS = {
+    "grpo": job("grpo"),
+    # Some responses are left out, and some groups: a rank may have none.
+    "masked": job("grpo", *PARITY, "rollout.truncated=mask", "rollout.max_resamples=0"),
+    "rloo": job("rloo", *PARITY, "rollout.max_resamples=1", "batch_size=2"),
+    "remax": job("remax", *PARITY),
+    "online_dpo": job("online_dpo", *PARITY, "rollout.num_responses=3"),
+    "xpo": job("xpo", *PARITY, "rollout.num_responses=2", "loss.alpha=0.01"),
+    "best_of_n": job("best_of_n"),
+}
+
+
+def with_ends(sample: Callable[..., list[Group]]) -> Callable[..., list[Group]]:
+    """Samples of which a third counts as truncated. No model from scratch ends its responses."""
+
+    def sample_with_ends(*arguments: Any) -> list[Group]:
+        groups = sample(*arguments)
+        return [[replace(each, is_truncated=int(each.tokens[0]) % 3 == 0) for each in group] for group in groups]
+
+    return sample_with_ends
 
 
 def rolled_out(job: Job, directory: Path) -> tuple[list[dict[str, float]], list[list[int]], dict[str, float]]:
     """Metrics of the first steps, the tokens of the last responses, and an evaluation."""
     trainer: Any = make_trainer(job, directory)
+    sampler: Any = trainer.source.roll_out._sampler
+    sampler.sample = with_ends(sampler.sample)
     steps, batches = [], trainer.train_batches()
     for _ in range(NUM_STEPS):
         batch = trainer.prepare(next(batches))
-        steps.append(trainer.step(batch).values.read())
+        step = trainer.step(batch)
+        facts = {name: value for name, value in step.facts.items() if name.startswith(("objective/", "rollout/"))}
+        steps.append(step.values.read() | {name: facts[name] for name in facts if "per_second" not in name})
     tokens = [response.tolist() for example in batch.examples for response in example.responses]
     return steps, tokens, trainer.evaluator.measure(trainer.token_budget, lambda: False)
 
 
-def rolled_out_on_each(job: Job, directory: Path) -> Any:
-    rank = torch.distributed.get_rank()
-    return rolled_out(job, directory / f"rank-{rank}")
+def all_rolled_out(jobs: dict[str, Job], directory: Path) -> dict[str, Any]:
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    REWARDS["parity"] = parity
+    return {name: rolled_out(job, directory / f"{name}-{rank}") for name, job in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found = all_rolled_out(JOBS, tmp_path_factory.mktemp("one"))
+    del REWARDS["parity"]
+    return found
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
-def test_two_processes_equal_one(tmp_path: Path, trainer: str) -> None:
-    architecture, loss, overrides = FP64
-    expected, expected_tokens, expected_eval = rolled_out(FP64, tmp_path / "one")
-    job = (architecture, loss, (*overrides, f"trainer={trainer}"))
-    for steps, tokens, metrics in on_ranks(2, rolled_out_on_each, job, tmp_path):
-        assert sorted(tokens) == sorted(expected_tokens)
-        for found, step in zip(steps, expected, strict=True):
-            assert found == pytest.approx(step, rel=1e-6, abs=1e-9)
-        assert metrics == pytest.approx(expected_eval, rel=1e-6, abs=1e-9)
-        # Each iteration has two passes: the first is on-policy.
-        assert [step["policy/ratio_max"] == 1 for step in steps] == [True, False] * 3
-    assert any(step["grad_norm"] > 0.01 for step in expected)
+def test_two_processes_equal_one(tmp_path: Path, trainer: str, in_one_process: dict[str, Any]) -> None:
+    jobs = {
+        name: (architecture, loss, (*overrides, f"trainer={trainer}"))
+        for name, (architecture, loss, overrides) in JOBS.items()
+    }
+    for of_rank in on_ranks(2, all_rolled_out, jobs, tmp_path):
+        for name, (steps, tokens, metrics) in of_rank.items():
+            expected, expected_tokens, expected_eval = in_one_process[name]
+            assert sorted(tokens) == sorted(expected_tokens), name
+            for found, step in zip(steps, expected, strict=True):
+                assert found == pytest.approx(step, rel=1e-6, abs=1e-9, nan_ok=True), name
+            assert metrics == pytest.approx(expected_eval, rel=1e-6, abs=1e-9, nan_ok=True), name
+            # Each iteration has two passes: the first is on-policy.
+            ratios = [step["policy/ratio_max"] for step in steps if step["tokens"]]
+            assert [ratio == 1 for ratio in ratios] == [True, False] * (len(ratios) // 2), name
+
+
+def test_the_jobs_leave_responses_and_groups_out(in_one_process: dict[str, Any]) -> None:
+    left_out = {
+        name: sum(step.get("rollout/left_out", 0) for step in steps) for name, (steps, *_) in in_one_process.items()
+    }
+    assert all(left_out[name] for name in ("masked", "rloo", "remax", "online_dpo", "xpo"))
+    for name, (steps, *_) in in_one_process.items():
+        assert any(step["grad_norm"] > 0.01 for step in steps), name
 
 
 class Recorded(BatchReward):
@@ -74,7 +131,7 @@ def scored_on_each(job: Job, directory: Path) -> tuple[int, list[float]]:
 def test_a_response_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str) -> None:
     """Ranks with the same prompts share the scores of the first."""
     monkeypatch.setitem(REWARDS, "recorded", Recorded)
-    architecture, loss, overrides = FP64
+    architecture, loss, overrides = JOBS["grpo"]
     job = (architecture, loss, (*overrides, f"trainer={trainer}", "rewards=[recorded]", "reward_options=null"))
     (first, means), (second, other_means) = on_ranks(2, scored_on_each, job, tmp_path)
     assert means == other_means and means
@@ -88,7 +145,7 @@ def test_a_reward_model_scores_on_each_process(tmp_path: Path) -> None:
     model.config.reward_mean, model.config.reward_std = 0.5, 2.0
     model.save_pretrained(path)
     byte_level(num_merges=40).save_pretrained(path)
-    architecture, loss, overrides = FP64
+    architecture, loss, overrides = JOBS["grpo"]
     rewards = ("rewards=[regular_expression,reward_model]", f"++reward_options.reward_model.path={path}")
     job = (architecture, loss, (*overrides, *rewards))
     expected, expected_tokens, expected_eval = rolled_out(job, tmp_path / "one")
