@@ -186,7 +186,11 @@ def complete(arguments: Sequence[str], output: Path, num_ranks: int = 1, **kwarg
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without timings and memory."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
+
+    def is_measured(key: str) -> bool:
+        return key in TIMINGS or key.startswith("time/") or key == "rollout/tokens_per_second"
+
+    return [{key: value for key, value in json.loads(line).items() if not is_measured(key)} for line in lines]
 
 
 def state(checkpoint: Path) -> dict[str, Any]:
