@@ -35,6 +35,8 @@ JOBS = {
     "remax": job("remax", *PARITY),
     "online_dpo": job("online_dpo", *PARITY, "rollout.num_responses=3"),
     "xpo": job("xpo", *PARITY, "rollout.num_responses=2", "loss.alpha=0.01"),
+    # The reference is the policy with its adapters off.
+    "adapters": job("xpo", *PARITY, "rollout.num_responses=2", "loss.alpha=0.01", "peft=lora", "lr=1e-2"),
     "best_of_n": job("best_of_n"),
 }
 
@@ -83,6 +85,7 @@ def test_two_processes_equal_one(tmp_path: Path, trainer: str, in_one_process: d
     jobs = {
         name: (architecture, loss, (*overrides, f"trainer={trainer}"))
         for name, (architecture, loss, overrides) in JOBS.items()
+        if trainer == "FSDPTrainer" or "peft=lora" not in overrides
     }
     for of_rank in on_ranks(2, all_rolled_out, jobs, tmp_path):
         for name, (steps, tokens, metrics) in of_rank.items():
