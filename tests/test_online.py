@@ -125,10 +125,7 @@ def test_xpo_compares_a_response_of_the_policy_with_one_of_the_reference(online,
     assert responses(still, False)[0] == responses(moving, False)[0]
     assert responses(still, False)[2:] != responses(moving, False)[2:]
     assert moving.steps[-1]["rollout/left_out"] < 8
-    # Metrics are of the responses of the policy.
-    rewards = [vowels("", response, {}) for response in responses(moving, False)]
-    assert moving.steps[-1]["objective/kl"] > 1 and rewards
-    assert moving.steps[0]["objective/kl"] == 0
+    assert moving.steps[0]["objective/kl"] == 0 != moving.steps[-1]["objective/kl"]
 
 
 def test_online_dpo_of_another_pair_loss(online):

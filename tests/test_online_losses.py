@@ -5,11 +5,15 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from engine.run.reward_functions import Score
+from engine.run.rollout_metrics import learned_metrics, sampling_metrics
+from engine.run.sampler import Response
 from engine.settings.schema import LossSettings
 from engine.step.metrics import MetricAccumulator
 from engine.step.objectives import RolloutInputs, make_objective
@@ -192,6 +196,22 @@ def test_xpo_by_hand():
     weights = token_weights("sums", PAIRS["lengths"], 8)
     assert (found * weights).sum().item() == pytest.approx(sum(expected) / 2, abs=1e-15)
     assert (found * weights)[:3].sum().item() == pytest.approx(expected[0] / 2, abs=1e-15)
+
+
+def test_metrics_of_an_iteration_leave_responses_of_the_reference_out():
+    def response(reward, is_of_reference):
+        return Response(np.array([1, 2]), "ab", True, reward, Score(reward, {}), is_of_reference)
+
+    groups = [[response(1.0, False), response(5.0, True)], [response(2.0, False), response(7.0, True)]]
+    assert sampling_metrics(groups)["objective/scores"] == 1.5
+    logps = [([np.array([-1.0, -2.0]), np.array([-9.0, -9.0])], None), ([np.array([-4.0]), np.array([-9.0])], None)]
+    lengths = torch.tensor([2, 2, 1, 1])
+    k1 = torch.tensor([0.5, 0.25, 9, 9, 0.75, 9], dtype=torch.float64)
+    scored = Scored(torch.tensor([1.0, 5, 2, 7]), torch.tensor([2, 2]), lengths, k1)
+    found = learned_metrics(make_settings("loss=xpo"), groups, scored, logps, 1.5)
+    assert found["objective/entropy"] == (3 + 4) / 2
+    assert found["objective/kl"] == 0.75
+    assert found["objective/rlhf_reward"] == pytest.approx(1.5 - 0.1 * 0.75)
 
 
 def test_losses_that_need_more_are_no_pair_losses():
