@@ -153,7 +153,8 @@ def test_a_reward_model_scores_on_each_process(tmp_path: Path) -> None:
     job = (architecture, loss, (*overrides, *rewards))
     expected, expected_tokens, expected_eval = rolled_out(job, tmp_path / "one")
     job = (architecture, loss, (*overrides, *rewards, "trainer=FSDPTrainer"))
-    for steps, tokens, metrics in on_ranks(2, rolled_out_on_each, job, tmp_path):
+    for of_rank in on_ranks(2, all_rolled_out, {"sharded": job}, tmp_path):
+        steps, tokens, metrics = of_rank["sharded"]
         assert sorted(tokens) == sorted(expected_tokens)
         assert metrics == pytest.approx(expected_eval, rel=1e-3, abs=1e-4)
         assert [step["loss/train"] for step in steps] == pytest.approx([s["loss/train"] for s in expected], abs=1e-3)
