@@ -21,8 +21,8 @@ from online_losses import Mean
 from reward_losses import reward_loss
 
 BatchKind = Literal["sft", "pairs", "unpaired", "ranked", "rollout"]
-Head = Literal["lm", "score"]
-Need = Literal["reference", "kl", "whole batch", "token kl", "confidence", "shared length"]
+Head = Literal["lm", "score", "value"]
+Need = Literal["reference", "kl", "whole batch", "token kl", "confidence", "shared length", "entropy"]
 # Losses, and the implicit rewards of the chosen and of the rejected responses: [pairs] each.
 PairLosses = tuple[Tensor, Tensor, Tensor]
 PairLossesWithMetrics = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
@@ -743,6 +743,7 @@ class Loss:
             - "reference": the same log-probs under a frozen reference model.
             - "token kl": KL(reference || policy) of the next token, summed over the response: chosen and rejected. With
               gradient. It needs a live reference.
+            - "entropy": of the policy's distribution of each sampled token, with gradient. For rollouts.
             - "confidence": log(p(token) / sum of squared probabilities) under the policy, the mean over the response:
               chosen and rejected. Without gradient.
             - "shared length": log-probs of the first tokens, as many as the shorter response of the pair has: under the
@@ -754,8 +755,11 @@ class Loss:
             for unpaired responses: undesirable ones are no targets.
         state: further arguments, scalars. It needs the whole batch.
         head: "lm" for log-probs, "score" for a scalar at the last token of each response. Ranked responses need it, and
-            it needs them.
-        advantages: of rollouts; takes online_losses.Scored, and keyword arguments of the YAML.
+            it needs them. "value" is of critics.
+        advantages: of rollouts; takes online_losses.Scored, and keyword arguments of the YAML. With value_loss it gives
+            the returns too.
+        value_loss: of a critic: its values, those at sampling, and the returns, [tokens] each; and keyword arguments.
+        next_beta: moves the weight of the KL in the rewards; None for a fixed weight.
         mean: of the losses of tokens, for rollouts.
         ratios: of policies, that the loss clips: of each token, or of each response.
         skips_zero_advantages: responses with advantages of 0 are left out.
@@ -779,9 +783,11 @@ class Loss:
     takes_sft_weight: bool = True
     state: MovingState | None = None
     head: Head = "lm"
-    advantages: Callable[..., Tensor] | None = None
+    advantages: Callable[..., Any] | None = None
     mean: Mean | None = None
     ratios: Literal["tokens", "responses"] = "tokens"
+    value_loss: Callable[..., Tensor] | None = None
+    next_beta: Callable[..., float] | None = None
     skips_zero_advantages: bool = False
     has_greedy_baseline: bool = False
     compares_group: bool | Literal["either"] = True
@@ -798,9 +804,11 @@ class Loss:
         if is_rollout != (self.advantages is not None) or is_rollout != (self.mean is not None):
             raise ValueError('a loss with batch="rollout" needs advantages and mean; others have none')
         has_sums = self.log_probs == "sums" and not self.takes_sft_weight
-        if is_rollout and (self.needs - {"reference"} or self.state or not has_sums):
+        if is_rollout and (self.needs - {"reference", "entropy"} or self.state or not has_sums):
             problem = 'takes log-probs of tokens alone: log_probs="sums", takes_sft_weight=False, no state'
-            raise ValueError(f'a loss with batch="rollout" needs a reference at most, and {problem}')
+            raise ValueError(f'a loss with batch="rollout" needs a reference and the entropy at most, and {problem}')
+        if not is_rollout and (self.value_loss or self.next_beta):
+            raise ValueError('a loss with value_loss or next_beta needs batch="rollout"')
         if self.head == "score" and self.batch != "ranked":
             raise ValueError(f'a loss with head="score" needs batch="ranked", not "{self.batch}"')
         if self.batch != "ranked":
@@ -814,9 +822,7 @@ class Loss:
             raise ValueError('a loss with batch="ranked" has no log-probs: log_probs="sums", takes_sft_weight=False')
 
 
-def _rollout_loss(
-    function: Callable[..., Tensor], advantages: Callable[..., Tensor], mean: Mean, **fields: Any
-) -> Loss:
+def _rollout_loss(function: Callable[..., Tensor], advantages: Callable[..., Any], mean: Mean, **fields: Any) -> Loss:
     """A loss of sampled responses, with further fields of Loss."""
     fields = {"needs": {"reference"}, "log_probs": "sums", "takes_sft_weight": False, **fields}
     return Loss(function, batch="rollout", advantages=advantages, mean=mean, **fields)
@@ -863,12 +869,31 @@ LOSSES = {
         state=MovingState({"desirable_mean": 0.0, "undesirable_mean": 0.0}, bco_state),
     ),
     "reward": Loss(reward_loss, batch="ranked", log_probs="sums", takes_sft_weight=False, head="score"),
+    "ppo": _rollout_loss(
+        online_losses.ppo_loss,
+        online_losses.ppo_advantages,
+        "tokens",
+        needs={"reference", "entropy"},
+        compares_group=False,
+        value_loss=online_losses.value_loss,
+        next_beta=online_losses.next_beta,
+    ),
     "grpo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "responses"),
     "dr_grpo": _rollout_loss(online_losses.grpo_loss, online_losses.dr_grpo_advantages, "max_new_tokens"),
     "dapo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "tokens"),
-    "rloo": _rollout_loss(online_losses.rloo_loss, online_losses.rloo_advantages, "sums", ratios="responses"),
+    "rloo": _rollout_loss(
+        online_losses.rloo_loss,
+        online_losses.rloo_advantages,
+        "sums",
+        ratios="responses",
+        next_beta=online_losses.next_beta,
+    ),
     "reinforce_pp": _rollout_loss(
-        online_losses.reinforce_pp_loss, online_losses.reinforce_pp_advantages, "tokens", compares_group="either"
+        online_losses.reinforce_pp_loss,
+        online_losses.reinforce_pp_advantages,
+        "tokens",
+        compares_group="either",
+        next_beta=online_losses.next_beta,
     ),
     "remax": _rollout_loss(
         online_losses.rloo_loss,
@@ -877,6 +902,7 @@ LOSSES = {
         ratios="responses",
         has_greedy_baseline=True,
         compares_group=False,
+        next_beta=online_losses.next_beta,
     ),
     "online_dpo": _rollout_loss(
         online_losses.online_dpo_loss,

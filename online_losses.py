@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 TokenLosses = Tensor  # [tokens]
@@ -28,6 +28,7 @@ class Scored(NamedTuple):
         group_sizes: int64 [prompts], responses of each.
         lengths: int64 [responses], in tokens.
         k1: log(old policy / reference), [tokens]; 0 without a reference.
+        values: of the critic where it predicts the token, [tokens]; for PPO.
         greedy_rewards: of the most likely response to each prompt, [prompts]; for ReMax.
     """
 
@@ -36,6 +37,7 @@ class Scored(NamedTuple):
     lengths: Tensor
     k1: Tensor
     greedy_rewards: Tensor | None = None
+    values: Tensor | None = None
 
 
 class SampledPairs(NamedTuple):
@@ -113,6 +115,43 @@ def remax_advantages(scored: Scored, *, beta: Beta) -> Tensor:
     return _of_tokens(rewards - _of_responses(scored.greedy_rewards, scored), scored)
 
 
+def ppo_advantages(
+    scored: Scored, *, beta: Beta, gamma: Annotated[float, Gt(0), Le(1)], gae_lambda: Annotated[float, Ge(0), Le(1)]
+) -> tuple[Tensor, Tensor]:
+    """Whitened advantages of PPO, and the returns that the critic learns, [tokens] each.
+
+    Ziegler et al. 2019 (arXiv 1909.08593), section 2: a token's reward is -beta * k1, the last one's also has R.
+
+    Args:
+        beta: weight of the KL to the reference in the rewards.
+        gamma, gae_lambda: of gae().
+    """
+    assert scored.values is not None
+    rewards = -beta * scored.k1
+    rewards[scored.lengths.cumsum(0) - 1] += scored.rewards
+    advantages = gae(rewards, scored.values, scored.lengths, gamma=gamma, gae_lambda=gae_lambda)
+    return whitened(advantages), advantages + scored.values
+
+
+def gae(rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalized advantage estimates, [tokens]. The value after the last token is 0.
+
+    Schulman et al. 2015 (arXiv 1506.02438), equation 16.
+
+    Args:
+        rewards, values: of the tokens, [tokens]; a value is read before its token.
+        lengths: int64 [responses], in tokens.
+    """
+    found = torch.zeros_like(rewards)
+    for start, length in zip((lengths.cumsum(0) - lengths).tolist(), lengths.tolist(), strict=True):
+        advantage = next_value = rewards.new_zeros(())
+        for token in reversed(range(start, start + length)):
+            delta = rewards[token] + gamma * next_value - values[token]
+            advantage = found[token] = delta + gamma * gae_lambda * advantage
+            next_value = values[token]
+    return found
+
+
 def best_of_n_advantages(scored: Scored) -> Tensor:
     """1 for the best response of each group, the first of equal ones; 0 for the others."""
     chosen = torch.zeros_like(scored.rewards)
@@ -169,6 +208,66 @@ def grpo_loss(
     """
     losses = clipped_loss(logps - old_logps, advantages, clip_low, clip_high)
     return losses + beta * k3(logps, reference_logps) if beta else losses
+
+
+def ppo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    reference_logps: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    entropies: Tensor | None = None,
+    *,
+    clip_low: Annotated[float, Gt(0), Lt(1)],
+    clip_high: Clip,
+    entropy_bonus: Annotated[float, Ge(0)] = 0.0,
+) -> TokenLosses:
+    """Proximal Policy Optimization: the clipped loss of each token - entropy_bonus * entropy. The reward has the KL.
+
+    Schulman et al. 2017 (arXiv 1707.06347), equations 7 and 9. The critic learns by value_loss.
+
+    Args:
+        logps: and all up to lengths, the same as for grpo_loss.
+        entropies: of the policy's distribution of each token, [tokens]; None without entropy_bonus.
+    """
+    losses = clipped_loss(logps - old_logps, advantages, clip_low, clip_high)
+    return losses if entropies is None else losses - entropy_bonus * entropies
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, value_clip: Clip) -> TokenLosses:
+    """The critic's loss of each token: half the larger squared error of the value and of the clipped value.
+
+    As in the code of Schulman et al. 2017: a value counts within value_clip of the one at sampling.
+
+    Args:
+        values: of the critic, [tokens]; old_values: at sampling.
+        returns: to be learned, [tokens].
+    """
+    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+
+
+def next_beta(
+    beta: float,
+    kl: float,
+    num_responses: int,
+    *,
+    target_kl: Annotated[float, Gt(0)] | None = None,
+    kl_horizon: Annotated[int, Gt(0)] = 10_000,
+) -> float:
+    """The weight of the KL in the rewards after an iteration: it rises above target_kl, and falls below it.
+
+    Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+
+    Args:
+        kl: mean of the iteration, in nats per response.
+        num_responses: of the iteration. kl_horizon responses change beta by a fifth at most.
+        target_kl: None for a fixed weight.
+    """
+    if target_kl is None:
+        return beta
+    error = min(max(kl / target_kl - 1, -0.2), 0.2)
+    return beta * (1 + error * num_responses / kl_horizon)
 
 
 def rloo_loss(

@@ -126,7 +126,8 @@ def train(settings: Settings, run_dir: Path, checkpoint: Path | None) -> int | N
     tokenizer, splits = load_data(settings)
     if process_group.world().rank == 0 and not settings.debug:
         write_record(run_dir, settings, {name: split.counts for name, split in zip(SPLITS, splits, strict=True)})
-    trainer = TRAINERS[settings.trainer](settings, run_dir, tokenizer, *splits)
+    data = (splits[0], splits[1], load_mix(settings, tokenizer))
+    trainer = TRAINERS[settings.trainer](settings, run_dir, tokenizer, *data)
     return trainer.train(checkpoint)
 
 
@@ -171,6 +172,19 @@ def load_data(settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[Split]
     if shared:
         print(f"warning: {shared:,} of the {num_prompts:,} test prompts are train prompts too: evaluation is too good")
     return tokenizer, splits
+
+
+def load_mix(settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> "Split | None":
+    """Load the stored responses of ptx.datasets, and print their counts; None without any."""
+    from engine.run.pretraining_mix import mix_settings
+    from preference_datasets import format_counts, load_split
+
+    if not settings.ptx.datasets:
+        return None
+    with process_group.local_first():
+        split = load_split(mix_settings(settings), tokenizer, "train", "sft")
+    print(f"ptx: {format_counts(split.counts)}", flush=True)
+    return split
 
 
 def run_job(config: DictConfig, varied: Sequence[str]) -> int:

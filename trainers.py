@@ -5,13 +5,11 @@ Read from the top: train, train_on, step, evaluate, save. The constructor comes 
 
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.chat_templates import template_to_record
 from engine.data.examples import Example, Split
-from engine.models.adapters import adapter_of
+from engine.models.adapters import adapter_of, seed_dropout
 from engine.models.archives import find_checkpoint
-from engine.models.layers import find_layers
+from engine.models.layers import recompute_activations
 from engine.models.parameters import move_weights, num_weights
-from engine.models.score_head import has_score_head, name_padding_token, record_rewards
+from engine.models.score_head import has_score_head, name_padding_token
 from engine.placement.determinism import set_deterministic
 from engine.placement.memory import peak_memory_gb
 from engine.placement.placement import Placement
@@ -34,25 +32,34 @@ from engine.run.best import BestCheckpoint, check_best, settings_of_metric
 from engine.run.checkpoint_contents import start_save
 from engine.run.checkpoint_reader import restore_checkpoint, restore_source
 from engine.run.checkpoint_writer import CheckpointWriter
+from engine.run.critic import Critic
 from engine.run.evaluation import Evaluator
 from engine.run.loggers import Loggers, NoLoggers
 from engine.run.nonfinite import NonFinitePolicy
+from engine.run.offload import Offload
 from engine.run.online import build_evaluator, build_source, examples_to_evaluate, examples_to_fit
-from engine.run.reference_setup import build_reference
-from engine.run.resume_check import read_state, read_state_file, settings_of
+from engine.run.pretraining_mix import PretrainingMix
+from engine.run.reference_setup import build_reference, with_mismatched
+from engine.run.resume_check import read_state, read_state_file
 from engine.run.reward_check import check_rewards
-from engine.run.run_files import log_sizes, rewind
-from engine.run.start_report import describe_parameters, describe_training, warn_of_first_margin, warnings_at_start
+from engine.run.run_files import rewind
+from engine.run.start_report import (
+    describe_complete,
+    describe_parameters,
+    describe_training,
+    warn_of_first_margin,
+    warnings_at_start,
+)
 from engine.run.throughput import TrainingTime, throughput
+from engine.run.training_state import training_state
 from engine.run.workload import Work, flops_of
-from engine.settings.schema import LoraSettings, Settings
+from engine.settings.schema import Settings
 from engine.step.gradient_check import check_gradients
 from engine.step.metrics import (
     DeviceTimestamp,
     MetricAccumulator,
     PendingScalars,
     prefix_metrics,
-    to_floats,
     without_nan,
 )
 from engine.step.microbatches import Batch, MicrobatchRunner
@@ -60,25 +67,11 @@ from engine.step.objectives import make_objective
 from engine.step.reference import LiveReference, Reference
 from engine.step.schedule import learning_rate
 from engine.step.sources import Source
+from engine.step.started import Step
 from preference_datasets import chat_form, ground_truth_reward
-from utils import StopRequest, UserError, is_out_of_memory, prefetch
+from utils import StopRequest, UserError, content_hash, is_out_of_memory, prefetch
 
-
-@dataclass
-class Step:
-    """A started update of the policy. It is logged when it is done.
-
-    Args:
-        values: known once the update is done.
-        facts: metrics known already.
-    """
-
-    values: PendingScalars
-    facts: dict[str, float]
-    batch: Batch
-    start: DeviceTimestamp
-    end: DeviceTimestamp
-    ends_iteration: bool = False
+CRITIC_CHECKED = ("loss/value", "val/grad_norm")  # NaN or Inf ends the run as those of the policy do
 
 
 class BasicTrainer:
@@ -87,6 +80,7 @@ class BasicTrainer:
     Args:
         run_dir: gets logs and checkpoints.
         train_split, test_split: tokenised examples; no test examples, no evaluation.
+        ptx_split: stored responses to learn beside sampled ones.
     """
 
     source: Source  # of batches
@@ -94,6 +88,7 @@ class BasicTrainer:
     policy: PreTrainedModel
     runner: MicrobatchRunner  # policy, reference and objective
     optimizer: torch.optim.Optimizer
+    critic: Critic | None  # of PPO
     evaluator: Evaluator
     nonfinite: NonFinitePolicy
     writer: CheckpointWriter
@@ -121,10 +116,7 @@ class BasicTrainer:
             evaluates_first = self.resume(checkpoint)
         is_last = self.counters["examples"] >= self.source.num_examples
         if checkpoint is not None and is_last and not evaluates_first:
-            print(
-                f"the run is complete, after {self.counters['examples']:,} examples: nothing is left to train; "
-                "n_examples or n_epochs extends it, with resume_allow=[n_examples,n_epochs]"
-            )
+            print(describe_complete(self.counters["examples"]))
         elif self.placement.rank == 0:
             lengths = self.source.num_examples, self.num_updates
             self.loggers = Loggers(self.settings, self.run_dir, *lengths, self.counters["examples"])
@@ -194,10 +186,7 @@ class BasicTrainer:
         start = DeviceTimestamp(self.device)
         if batch.token_budget > self.token_budget:  # prefetched before memory ran out
             batch = self.prepare(self.split_batch(batch.examples))
-        peft = self.settings.peft
-        if isinstance(peft, LoraSettings) and peft.dropout:  # the same masks on a resumed run
-            seeds = (self.settings.seed, self.counters["updates"], self.placement.rank)
-            torch.manual_seed(hash(seeds) % 2**32)
+        seed_dropout(self.settings, self.counters["updates"], self.placement.rank)
         batch, metrics = self.accumulate_with_oom_retry(batch)
         if not self.counters["updates"]:
             check_gradients(self.policy)
@@ -209,16 +198,24 @@ class BasicTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         is_finite = grad_norm.isfinite().to(self.device) & means["loss"].isfinite().to(self.device)
+        critic_metrics: dict[str, Tensor] = {}
+        if self.critic is not None:
+            critic_metrics = self.critic.clip_gradients(self.counters["updates"], self.num_updates)
+            for name in CRITIC_CHECKED:
+                is_finite &= critic_metrics[name].isfinite().to(self.device)
         if not any(example.responses for example in batch.examples):  # all are left out: even weight decay waits
             is_finite = torch.zeros_like(is_finite)
-        self.update(is_finite)
+        for optimizer in self.optimizers:
+            self.update(optimizer, is_finite)
+            optimizer.zero_grad(set_to_none=True)
         self.runner.move_state(is_finite)
-        self.optimizer.zero_grad(set_to_none=True)
         self.counters["examples"] += len(batch.examples)
         self.counters["updates"] += 1
         self.refresh_reference()
         facts = {"learning_rate": lr, "peak_memory_gb": peak_memory_gb(self.device)}
-        values = prefix_metrics(means, "train") | {"grad_norm": grad_norm, "tokens": num_tokens, "stop": stop}
+        values = prefix_metrics(means, "train") | critic_metrics
+        values |= {} if self.ptx is None else self.ptx.metrics(self.placement.all_reduce_sum)
+        values |= {"grad_norm": grad_norm, "tokens": num_tokens, "stop": stop}
         return Step(
             values=PendingScalars(values),
             facts=facts | self.progress_counters() | self.source.take_metrics(self.loggers.samples),
@@ -233,11 +230,16 @@ class BasicTrainer:
         runner, placement = self.runner, self.placement
         with runner.in_mixed_precision():
             first = runner.first_pass(batch, placement.all_reduce_sum, metrics, trains=True)
-            for loss in runner.losses(batch, first, metrics):
+            losses = runner.losses(batch, first, metrics)
+            if self.ptx is not None:
+                losses = chain(losses, self.ptx.losses(self.counters["updates"], self.token_budget))
+            for loss in losses:
                 placement.start_backward(self.optimizer)
                 loss.backward()
         placement.finish_backward(self.policy)
         runner.next_state = first.state
+        if self.critic is not None:
+            self.critic.accumulate_gradients(batch)
 
     def accumulate_with_oom_retry(self, batch: Batch) -> tuple[Batch, MetricAccumulator]:
         """Accumulate gradients. When memory runs out, halve the token budget and retry; the gradients are the same."""
@@ -252,21 +254,27 @@ class BasicTrainer:
                     raise
                 reason = str(error).partition("\n")[0]
             self.token_budget = halve_budget(self.token_budget, batch, reason, self.settings.loss)
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.loggers.print(f"out of memory ({reason}): token_budget is {self.token_budget:,} from now on")
             batch = self.prepare(self.split_batch(batch.examples))
 
-    def update(self, is_finite: Tensor) -> None:
-        """Take an optimizer step if loss and gradients are finite."""
-        checks_itself = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of the policy and of a critic."""
+        return [self.optimizer] if self.critic is None else [self.optimizer, self.critic.optimizer]
+
+    def update(self, optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
+        """Take an optimizer step if losses and gradients are finite."""
+        checks_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
         if self.runs_ahead and checks_itself and not self.settings.fsdp.cpu_offload:
             # Fused optimizers check on the GPU, so the host does not wait. All ranks have the same loss and norm.
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~is_finite).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
+            optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
         elif is_finite:  # bitsandbytes' optimizers and unfused ones cannot check: here the host waits for a GPU
-            self.optimizer.step()
+            optimizer.step()
 
     def refresh_reference(self) -> None:
         """Move the reference to the policy, if it is time."""
@@ -312,6 +320,8 @@ class BasicTrainer:
         num_tokens = metrics.pop("tokens")
         self.must_stop |= metrics.pop("stop") > 0
         loss, grad_norm = metrics["loss/train"], metrics["grad_norm"]
+        if math.isfinite(loss) and math.isfinite(grad_norm) and self.critic is not None:
+            loss, grad_norm = (metrics[name] for name in CRITIC_CHECKED)
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             self.nonfinite.handle(step.batch.examples, step.facts, loss, grad_norm)
             return None
@@ -388,29 +398,12 @@ class BasicTrainer:
             return
         num_examples = self.counters["examples"]
         self.nonfinite.check_weights(self.policy)
+        if self.critic is not None:
+            self.nonfinite.check_weights(self.critic.model)
         self.log_finished_save(wait=True, together=True)  # of the previous checkpoint
         is_evaluated = self.evaluated_at == num_examples
         is_best = is_evaluated and self.best.update(self.eval_metrics, f"step-{num_examples}")
-        adapter = adapter_of(self.policy)
-        rewards = [self.eval_metrics.get(f"rewards_eval/{name}") if is_evaluated else None for name in ("mean", "std")]
-        state = {
-            "counters": dict(self.counters),
-            "evaluation_due": evaluation_due,
-            "log_sizes": log_sizes(self.run_dir),
-            "settings": settings_of(self.settings),
-            "data": self.source.fingerprint,
-            "reference": self.reference_hash,
-            "base": self.base_hash,
-            "token_budget": self.token_budget,
-            "best": self.best.record,
-            "chat_template": self.chat_template_text,
-            "loss_state": to_floats(self.runner.objective.state),
-        }
-        if has_score_head(self.policy):
-            record_rewards(self.policy, *rewards)
-            state |= {"reward_mean": rewards[0], "reward_std": rewards[1]}
-        if adapter is not None and self.runner.reference is not None:
-            state["reference_model"] = adapter.description
+        state = training_state(self, evaluation_due, is_evaluated)
         start_save(
             self.writer,
             self.placement,
@@ -421,6 +414,7 @@ class BasicTrainer:
             policy_pt_metrics=self.eval_metrics if is_last else None,
             is_best=is_best,
             reference=self.moving_reference,
+            critic=self.critic,
             write_source=self.source.state(num_examples),
         )
 
@@ -439,12 +433,14 @@ class BasicTrainer:
 
     def resume(self, checkpoint: Path) -> bool:
         """Restore the state of a checkpoint; returns whether the run must start with an evaluation."""
-        state = read_state(checkpoint, self.source.fingerprint, self.reference_hash, self.base_hash)
-        restore_checkpoint(checkpoint, self.placement, self.policy, self.optimizer, self.moving_reference)
+        state = read_state(checkpoint, self.data_hash, self.reference_hash, self.base_hash)
+        if self.critic is not None:
+            self.critic.check_base(checkpoint, state)
+        self.restore_models(checkpoint)
         if self.placement.rank == 0:
             rewind(self.run_dir, state["log_sizes"], state["counters"]["examples"])
         self.counters.update(state["counters"])
-        self.restore_loss_state(state)
+        self.runner.restore_state(state.get("loss_state", {}))
         restore_source(self.source, checkpoint)
         self.token_budget = min(self.token_budget, state["token_budget"])  # smaller if memory has run out
         self.best.resume(state["best"], state["settings"], self.run_dir, self.placement.rank == 0)
@@ -459,16 +455,21 @@ class BasicTrainer:
         checkpoint = self.placement.gather_from_data_ranks(found)[0]
         if checkpoint is None:
             return None
-        restore_checkpoint(checkpoint, self.placement, self.policy, self.optimizer, self.moving_reference)
-        self.restore_loss_state(read_state_file(checkpoint))
+        self.restore_models(checkpoint)
+        self.runner.restore_state(read_state_file(checkpoint).get("loss_state", {}))
         self.source.resample(self.counters["examples"])
         return checkpoint.name
 
-    def restore_loss_state(self, state: Mapping[str, Any]) -> None:
-        """Restore the moving numbers of the loss from a checkpoint's state."""
-        objective, saved = self.runner.objective, state.get("loss_state", {})
-        for name, value in objective.state.items():
-            objective.state[name] = torch.full_like(value, saved.get(name, value))
+    def restore_models(self, checkpoint: Path) -> None:
+        """Restore the weights and optimizer state of a checkpoint."""
+        models = (self.policy, self.optimizer, self.moving_reference, self.critic)
+        restore_checkpoint(checkpoint, self.placement, *models)
+
+    @property
+    def data_hash(self) -> str:
+        """A hash of all examples."""
+        mixed = [] if self.ptx is None else [self.ptx.source.fingerprint]
+        return content_hash([self.source.fingerprint, *mixed]) if mixed else self.source.fingerprint
 
     @property
     def base_hash(self) -> str | None:
@@ -485,6 +486,7 @@ class BasicTrainer:
         tokenizer: PreTrainedTokenizerBase,
         train_split: Split,
         test_split: Split,
+        ptx_split: Split | None = None,
     ):
         self.settings, self.run_dir, self.tokenizer = settings, run_dir, tokenizer
         self.chat_template_text = template_to_record(settings.chat_template)
@@ -518,13 +520,20 @@ class BasicTrainer:
             compute_dtype=self.placement.compute_dtype,
             temperature=settings.rollout.temperature if settings.loss.is_online else 1.0,
         )
+        self.critic = Critic(settings, self.placement, tokenizer) if settings.loss.has_critic else None
+        self.ptx = PretrainingMix(settings, self.placement, self.runner, ptx_split) if ptx_split else None
+        offload = Offload(self.device, settings.rollout.offload)
         parts = (settings, tokenizer, self.placement, self.runner, eval_examples)
-        self.evaluator = build_evaluator(*parts, reward, self.source, self.split_batch, self.say, chat_form)
+        self.evaluator = build_evaluator(
+            *parts, reward, self.source, self.split_batch, self.say, chat_form, self.critic, offload
+        )
         to_fit = examples_to_fit(settings, self.train_examples)
-        self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, to_fit)
+        critic_bytes = 0 if self.critic is None else self.critic.num_bytes
+        self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, to_fit, critic_bytes)
         self.runner.reference, self.reference_hash = self.build_reference()
         self.prepare_policy()
         self.optimizer = self.placement.build_optimizer(self.policy)
+        offload.start(self.policy, self.optimizers, self.runner.reference, self.critic)
 
         self.best = BestCheckpoint(settings.keep_best, eval_examples, settings_of_metric(settings))
         self.eval_metrics = {}
@@ -541,32 +550,23 @@ class BasicTrainer:
         return self.placement.device
 
     def prepare_policy(self) -> None:
-        """Switch the policy to training, after the reference has used it."""
+        """Switch policy and critic to training, after the reference has used the policy."""
         if has_score_head(self.policy):
             name_padding_token(self.policy, self.tokenizer)
-        if self.num_checkpointed:
-            policy = self.policy
-            old_name = policy.gradient_checkpointing_enable  # transformers 5.17 has no other
-            getattr(policy, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
-            for layer in find_layers(self.policy, self.settings.model.block_name)[self.num_checkpointed :]:
-                setattr(layer, "gradient_checkpointing", False)  # noqa: B010  mypy knows no such attribute
+        recompute_activations(self.policy, self.settings.model.block_name, self.num_checkpointed)
         self.policy.train()
+        if self.critic is not None:
+            self.critic.prepare(self.num_checkpointed)
 
     def build_reference(self) -> tuple[Reference | None, str | None]:
         """The frozen reference, and a hash of its weights; None for a loss without a reference."""
+        placement, budget = self.placement, self.token_budget
+        train_batches = map(self.split_batch, self.source.new_batches())
         batches = chain(
-            self.with_mismatched(
-                map(self.split_batch, self.source.new_batches()), self.settings.gradient_accumulation_steps
-            ),
-            self.with_mismatched(self.evaluator.batches(self.token_budget), 1),
+            with_mismatched(placement, train_batches, self.settings.gradient_accumulation_steps, budget),
+            with_mismatched(placement, self.evaluator.batches(budget), 1, budget),
         )
-        return build_reference(self.settings, self.placement, self.runner, self.evaluator, batches, self.token_budget)
-
-    def with_mismatched(self, batches: Iterable[list[list[Example]]], num_parts: int) -> Iterator[list[list[Example]]]:
-        """The microbatches of each batch, and those of its mismatched responses."""
-        for microbatches in batches:
-            examples = [example for part in microbatches for example in part]
-            yield [*microbatches, *self.placement.split_mismatched(examples, num_parts, self.token_budget)]
+        return build_reference(self.settings, placement, self.runner, self.evaluator, batches, budget)
 
 
 class FSDPTrainer(BasicTrainer):

@@ -208,7 +208,7 @@ def test_metrics_of_an_iteration_leave_responses_of_the_reference_out():
     lengths = torch.tensor([2, 2, 1, 1])
     k1 = torch.tensor([0.5, 0.25, 9, 9, 0.75, 9], dtype=torch.float64)
     scored = Scored(torch.tensor([1.0, 5, 2, 7]), torch.tensor([2, 2]), lengths, k1)
-    found = learned_metrics(make_settings("loss=xpo"), groups, scored, logps, 1.5)
+    found = learned_metrics(make_settings("loss=xpo"), 0.1, groups, scored, logps, 1.5)
     assert found["objective/entropy"] == (3 + 4) / 2
     assert found["objective/kl"] == 0.75
     assert found["objective/rlhf_reward"] == pytest.approx(1.5 - 0.1 * 0.75)

@@ -34,7 +34,7 @@ def test_metrics_of_the_policy_leave_out_responses_of_the_reference() -> None:
         torch.tensor([1.0, 0.0, 0.5]), torch.tensor([2, 1]), torch.tensor([1, 2, 1]), torch.tensor([0.3, 7, 7, 0.1])
     )
     logps: Any = [([np.array([-1.0]), np.array([-8.0, -8.0])], None), ([np.array([-3.0])], None)]
-    metrics = learned_metrics(make_settings("loss=xpo", "loss.beta=0.5"), kept, scored, logps, 0.75)
+    metrics = learned_metrics(make_settings("loss=xpo", "loss.beta=0.5"), 0.5, kept, scored, logps, 0.75)
     assert metrics["objective/entropy"] == 2
     assert metrics["objective/kl"] == pytest.approx(0.2)
     assert metrics["objective/rlhf_reward"] == pytest.approx(0.75 - 0.5 * 0.2)
@@ -43,7 +43,7 @@ def test_metrics_of_the_policy_leave_out_responses_of_the_reference() -> None:
 def test_without_a_response_of_the_policy_there_is_no_kl() -> None:
     kept = [[response(1.0, is_of_reference=True)]]
     scored = Scored(torch.tensor([1.0]), torch.tensor([1]), torch.tensor([1]), torch.tensor([0.3]))
-    metrics = learned_metrics(make_settings("loss=xpo"), kept, scored, [([np.array([-1.0])], None)], None)
+    metrics = learned_metrics(make_settings("loss=xpo"), 0.1, kept, scored, [([np.array([-1.0])], None)], None)
     assert [*metrics] == ["objective/kl_coef"]
 
 

@@ -38,6 +38,7 @@ JOBS = {
     # The reference is the policy with its adapters off.
     "adapters": job("xpo", *PARITY, "rollout.num_responses=2", "loss.alpha=0.01", "peft=lora", "lr=1e-2"),
     "best_of_n": job("best_of_n"),
+    "ppo": job("ppo", "critic.lr=1e-3", "loss.entropy_bonus=0.1"),
 }
 
 

@@ -65,12 +65,16 @@ class Rollout:
         old_logps: log-probs under the policy that sampled the response.
         reference_logps: None without a reference.
         advantages: how much better than expected each token is.
+        values: of the critic at sampling, where it predicts the token; None without one.
+        returns: what the critic learns; None without one.
     """
 
     weights: tuple[np.ndarray, ...]
     old_logps: tuple[np.ndarray, ...]
     reference_logps: tuple[np.ndarray, ...] | None
     advantages: tuple[np.ndarray, ...]
+    values: tuple[np.ndarray, ...] | None = None
+    returns: tuple[np.ndarray, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.models.layers import find_layers
 from engine.models.quantization import QuantizedLinear, quantization_settings, quantize
-from engine.settings.schema import QLoraSettings, Settings
+from engine.settings.schema import LoraSettings, QLoraSettings, Settings
 from utils import quiet_bitsandbytes
 
 TRAINED_ADAPTER = "default"
@@ -66,6 +66,12 @@ class Adapter:
 
 def adapter_of(model: nn.Module) -> Adapter | None:
     return getattr(model, "adapter", None)
+
+
+def seed_dropout(settings: Settings, num_updates: int, rank: int) -> None:
+    """Seed the masks of adapters' dropout for an update: a resumed run has the same."""
+    if isinstance(settings.peft, LoraSettings) and settings.peft.dropout:
+        torch.manual_seed(hash((settings.seed, num_updates, rank)) % 2**32)
 
 
 def inject(model: PreTrainedModel, adapter: Adapter, with_copy: bool) -> None:

@@ -16,6 +16,7 @@ FORMAT = 1
 OTHER_VERSION = "was written by"  # starts the description of a checkpoint by another version
 STATE_FILE, MANIFEST_FILE = "training_state.json", "manifest.json"
 WEIGHTS, OPTIMIZER, REFERENCE = "model", "optimizer", "reference"  # prefixes of file names
+CRITIC, CRITIC_OPTIMIZER = "critic", "critic_optimizer"
 MAX_LINKS = 40  # followed in a row, as by Linux
 
 

@@ -1,6 +1,7 @@
 """Find the transformer layers of a model."""
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from utils import UserError
 
@@ -29,6 +30,16 @@ def find_layers(model: nn.Module, block_name: str | None) -> list[nn.Module]:
         problem = f"model.architecture: {type(model).__name__} has no transformer layers"
         raise UserError("CONFIG", problem, "give it at least one, or set model.block_name to their class")
     return layers
+
+
+def recompute_activations(model: PreTrainedModel, block_name: str | None, number: int) -> None:
+    """Let the first layers, so many, recompute their activations in the backward pass."""
+    if not number:
+        return
+    old_name = model.gradient_checkpointing_enable  # transformers 5.17 has no other
+    getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    for layer in find_layers(model, block_name)[number:]:
+        setattr(layer, "gradient_checkpointing", False)  # noqa: B010  mypy knows no such attribute
 
 
 def _lists(model: nn.Module) -> list[nn.ModuleList]:

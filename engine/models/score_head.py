@@ -196,4 +196,5 @@ def _draw(weights: Tensor, standard_deviation: float, generator: torch.Generator
 def _standard_deviation(model: PreTrainedModel, settings: Settings) -> float:
     if settings.loss.head_init == "depth":
         return 0.02 / (2 * len(find_layers(model, settings.model.block_name))) ** 0.5
-    return 1 / (model.score.in_features + 1) ** 0.5
+    width = 1 / (model.score.in_features + 1) ** 0.5
+    return 0.01 * width if settings.loss.head_init == "small" else width

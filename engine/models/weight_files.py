@@ -25,8 +25,8 @@ def checkpoint_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def tensors_of(directory: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all files with a prefix, one at a time."""
-    for path in sorted(directory.glob(f"{kind}*.safetensors")):
+    """(name, tensor) of all files of a kind, one at a time."""
+    for path in sorted([*directory.glob(f"{kind}.safetensors"), *directory.glob(f"{kind}-*-of-*.safetensors")]):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  not a mapping
                 yield name, file.get_tensor(name)

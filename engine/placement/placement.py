@@ -7,7 +7,7 @@ import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,13 @@ class Placement:
         self.feeds_last_token = head_of_loss(settings) == "score"
         self.permutations: ShardPermutations = {}
         self.aliases: dict[str, str] = {}
+
+    def for_settings(self, settings: Settings) -> Self:
+        """The same ranks and devices, for another model."""
+        other = copy.copy(self)
+        other.settings, other.feeds_last_token = settings, head_of_loss(settings) == "score"
+        other.permutations, other.aliases = {}, {}
+        return other
 
     def choose_device(self) -> torch.device:
         """This process's GPU, else the CPU."""

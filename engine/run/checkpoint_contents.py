@@ -15,6 +15,7 @@ from engine.models.archives import OPTIMIZER, REFERENCE, STATE_FILE
 from engine.models.weight_files import weights_kind, write_policy_pt
 from engine.placement.placement import Placement
 from engine.run.checkpoint_writer import CheckpointWriter, Contents
+from engine.run.critic import Critic
 
 
 def start_save(
@@ -28,6 +29,7 @@ def start_save(
     policy_pt_metrics: dict[str, float] | None,
     is_best: bool,
     reference: PreTrainedModel | None = None,
+    critic: Critic | None = None,
     write_source: Callable[[Path], None] | None = None,
 ) -> None:
     """Copy weights and optimizer state to the CPU, and start writing a checkpoint. All ranks call this together.
@@ -36,7 +38,7 @@ def start_save(
         state: the training state; contains counters["examples"].
         policy_pt_metrics: metrics for a policy.pt; None for a checkpoint without one.
         is_best: BEST will link to the checkpoint.
-        reference: a moving reference, to be saved too.
+        reference: a moving reference, to be saved too; critic: likewise.
         write_source: writes the state of the source into a directory.
     """
     num_examples, adapter = state["counters"]["examples"], adapter_of(policy)
@@ -46,6 +48,8 @@ def start_save(
     contents.add(OPTIMIZER, optimizer_state, placement.permutations)
     if reference is not None:
         contents.add(REFERENCE, placement.named_weights(reference), placement.permutations)
+    if critic is not None:
+        critic.add_to(contents)
     # Copies: sampling changes the originals while the writer runs.
     model_config, generation_config = copy.deepcopy((policy.config, policy.generation_config))
     has_policy_pt = policy_pt_metrics is not None and adapter is None  # for adapters, export.py makes one

@@ -39,7 +39,7 @@ def take_models(settings: Settings, run_dir: Path, checkpoint: Path | None) -> d
     Returns:
         key of the settings -> path of a checkpoint, for keys that name one.
     """
-    given = {"model.archive": settings.model.archive}
+    given = {"model.archive": settings.model.archive, "critic.archive": settings.critic.archive}
     if settings.model.architecture is None:
         given["model.name_or_path"] = settings.model.name_or_path
     before = {} if checkpoint is None else read_starts(checkpoint.parent)
@@ -70,20 +70,27 @@ def take_model(key: str, given: str, before: Start | None) -> Path | None:
             raise missing_archive("resume", taken, f"the run started from it by {key}={given}", f"with {allowed}")
         return taken
     path = Path(given)
-    if key == "model.archive" and not path.exists():
+    is_archive = key != "model.name_or_path"
+    if is_archive and not path.exists():
         raise missing_archive(key, locate(path) if path.is_symlink() else path)
     if path.is_file():
         path = path.resolve() if path.is_symlink() else path
         return locate(path.parent) / path.name if is_checkpoint(path.parent) else None
     if is_checkpoint(path):
         return locate(path)
-    return find_checkpoint(path, key) if key == "model.archive" and checkpoints(path) else None
+    return find_checkpoint(path, key) if is_archive and checkpoints(path) else None
 
 
 def with_models(settings: Settings, taken: dict[str, str]) -> Settings:
     """Settings with the models found by take_models(). Their source stays as the user wrote it."""
-    values = {key.removeprefix("model."): path for key, path in taken.items()}
-    return settings.model_copy(update={"model": settings.model.model_copy(update=values)})
+    values = {key.removeprefix("model."): path for key, path in taken.items() if key.startswith("model.")}
+    critic = {"archive": taken.get("critic.archive", settings.critic.archive)}
+    return settings.model_copy(
+        update={
+            "model": settings.model.model_copy(update=values),
+            "critic": settings.critic.model_copy(update=critic),
+        }
+    )
 
 
 def read_starts(run_dir: Path) -> dict[str, Start]:

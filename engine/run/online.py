@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.data.examples import Example, Split
 from engine.placement.placement import Placement
+from engine.run.critic import Critic
 from engine.run.evaluation import Evaluator
+from engine.run.offload import Offload
 from engine.run.reward_functions import build_rewards
 from engine.run.rollout_evaluation import RolloutEvaluator
 from engine.run.rollouts import Rollouts
@@ -59,6 +61,8 @@ def build_evaluator(
     split_batch: Callable[[Sequence[Example]], list[list[Example]]],
     say: Callable[[str], None],
     chat_form: Callable[[Sequence[str]], str | None],
+    critic: Critic | None,
+    offload: Offload,
 ) -> Evaluator:
     """The evaluator of a run. A source of sampled responses gets its sampler.
 
@@ -68,13 +72,15 @@ def build_evaluator(
         split_batch: a batch -> its microbatches, as in training.
         say: prints a notice.
         chat_form: names of data sets -> their common chat template.
+        critic: gives the values of sampled responses.
+        offload: of models that are not in use.
     """
     if not isinstance(source, SampledResponses):
         return Evaluator(settings, tokenizer, placement, runner, examples, ground_truth, say)
     rewards = build_rewards(settings, tokenizer, placement.device, ground_truth, chat_form)
     sampler = Sampler(settings, tokenizer, placement, rewards)
-    source.roll_out = Rollouts(settings, sampler, placement, runner, split_batch)
-    return RolloutEvaluator(settings, tokenizer, placement, runner, examples, sampler, say)
+    source.roll_out = Rollouts(settings, sampler, placement, runner, split_batch, critic, offload)
+    return RolloutEvaluator(settings, tokenizer, placement, runner, examples, sampler, say, offload)
 
 
 def examples_to_fit(settings: Settings, examples: Sequence[Example]) -> Sequence[Example]:

@@ -1,6 +1,6 @@
 """Set up the reference: place the frozen model, and fill the cache of its log-probs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,15 @@ def build_reference(
     if settings.has_live_reference:
         return live, reference_hash
     return cache_reference(live, path, placement, runner, batches, samples), reference_hash
+
+
+def with_mismatched(
+    placement: Placement, batches: Iterable[list[list[Example]]], num_parts: int, token_budget: int
+) -> Iterator[list[list[Example]]]:
+    """The microbatches of each batch, and those of its mismatched responses."""
+    for microbatches in batches:
+        examples = [example for part in microbatches for example in part]
+        yield [*microbatches, *placement.split_mismatched(examples, num_parts, token_budget)]
 
 
 def place_reference(settings: Settings, placement: Placement, runner: MicrobatchRunner) -> LiveReference | None:

@@ -12,6 +12,7 @@ from engine.data.examples import Example
 from engine.placement.placement import Placement
 from engine.run.evaluation import Evaluator, Rows
 from engine.run.kl import mean_and_error
+from engine.run.offload import Offload
 from engine.run.sampler import EVALUATION, GREEDY, Group, Sampler, reward_metrics
 from engine.settings.schema import Settings
 from engine.step.microbatches import MicrobatchRunner
@@ -30,9 +31,10 @@ class RolloutEvaluator(Evaluator):
         examples: Sequence[Example],
         sampler: Sampler,
         say: Callable[[str], None],
+        offload: Offload,
     ):
         super().__init__(settings, tokenizer, placement, runner, examples, None, say)
-        self._sampler = sampler
+        self._sampler, self._offload = sampler, offload
         first = {example.prompt.tobytes(): index for index, example in reversed([*enumerate(examples)])}
         self._logged = sorted(first.values())[: settings.n_eval_model_samples]  # indices of the prompts of self.kl
         self._sampled: list[Group] = []  # of the policy, for all prompts
@@ -42,6 +44,10 @@ class RolloutEvaluator(Evaluator):
     @torch.no_grad()
     def measure(self, token_budget: int, sync_stop_request: Callable[[], bool]) -> dict[str, float] | None:
         """Mean rewards of sampled and most likely responses, and the KL to the reference; None after a stop request."""
+        with self._offload.using("policy", "reference"):
+            return self._measure(token_budget, sync_stop_request)
+
+    def _measure(self, token_budget: int, sync_stop_request: Callable[[], bool]) -> dict[str, float] | None:
         policy = self._runner.policy
         sampled = self._sample(policy, EVALUATION, range(len(self.examples)))
         if sync_stop_request():

@@ -37,18 +37,23 @@ def sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def learned_metrics(
-    settings: Settings, groups: Sequence[Group], scored: Scored | None, logps: Sequence[Logps], scores: float | None
+    settings: Settings,
+    beta: float,
+    groups: Sequence[Group],
+    scored: Scored | None,
+    logps: Sequence[Logps],
+    scores: float | None,
 ) -> dict[str, float]:
     """Metrics of the policy's responses that are learned.
 
     Args:
+        beta: the weight of the KL in this iteration.
         groups: of each prompt, without responses left out.
         scored: what the advantages came from; None without responses.
         logps: of the responses.
         scores: the mean reward of all responses; None without one.
     """
-    beta = settings.loss.keywords.get("beta", 0.0)
-    metrics = {"objective/kl_coef": float(beta)}
+    metrics = {"objective/kl_coef": beta}
     is_of_policy = [not response.is_of_reference for group in groups for response in group]
     if scored is None or not any(is_of_policy):
         return metrics

@@ -1,6 +1,6 @@
 """Roll out: sample responses to prompts, and compute what their losses need."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from engine.data.examples import Example, Rollout
 from engine.placement.placement import Placement
+from engine.run.critic import Critic, critic_metrics
+from engine.run.offload import Offload, Part
 from engine.run.rollout_metrics import Logps, cost_metrics, learned_metrics, sampling_metrics
 from engine.run.sampler import GREEDY, REFERENCE, TRAINING, Costs, Group, Response, Sampler, has_equal_rewards
 from engine.settings.keys import keyword_names
@@ -17,6 +19,7 @@ from engine.settings.schema import Settings
 from engine.step.layout import in_group_order
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.reference import LiveReference
+from engine.step.rollout_source import ARRAYS
 from losses import LOSSES
 from online_losses import Scored
 from utils import UserError
@@ -27,6 +30,8 @@ class Rollouts:
 
     Args:
         split_batch: a batch -> its microbatches, as in training.
+        critic: gives values; None for losses without one.
+        offload: of models that are not in use.
 
     Attributes:
         metrics: of the last iteration, until a step takes them.
@@ -40,7 +45,10 @@ class Rollouts:
         placement: Placement,
         runner: MicrobatchRunner,
         split_batch: Callable[[Sequence[Example]], list[list[Example]]],
+        critic: Critic | None,
+        offload: Offload,
     ):
+        self._critic, self._offload = critic, offload
         self._settings, self._sampler, self._placement = settings, sampler, placement
         self._runner, self._split_batch = runner, split_batch
         self._loss = LOSSES[settings.loss.name]
@@ -55,24 +63,29 @@ class Rollouts:
         """
         sampler = self._sampler
         sampler.costs = Costs()
-        first, groups, num_resampled = self._sample(first_prompt, prompts)
-        self._check_rewards(first_prompt, groups)
-        greedy = self._greedy(first_prompt, prompts)
+        sampled: tuple[Part, ...] = ("policy", "reference") if self._loss.samples_reference else ("policy",)
+        with self._offload.using(*sampled):
+            first, groups, num_resampled = self._sample(first_prompt, prompts)
+            self._check_rewards(first_prompt, groups)
+            greedy = self._greedy(first_prompt, prompts)
         kept = self._leave_out(groups, greedy)
         examples = [
             replace(prompt, responses=tuple(response.tokens for response in group))
             for prompt, group in zip(prompts, kept, strict=True)
         ]
         with sampler.timed("logps"):
-            logps = self._logps(examples)
-        examples, scored = self._with_advantages(examples, kept, logps, greedy)
+            logps, values = self._logps(examples), self._values(examples)
+        beta = self._beta()
+        examples, scored = self._with_advantages(examples, kept, logps, greedy, values)
+        self._move_beta(scored)
         learned = [self._without_unlearned(*pair) for pair in zip(examples, kept, strict=True)]
         learned = self._with_new_logps(examples, learned)
         metrics = sampling_metrics(first)
         metrics["rollout/left_out"] = float(sum(map(len, groups)) - sum(map(len, kept)))
         if self._settings.rollout.max_resamples is not None:
             metrics["rollout/resampled_groups"] = float(num_resampled)
-        metrics |= learned_metrics(self._settings, kept, scored, logps, metrics.get("objective/scores"))
+        metrics |= learned_metrics(self._settings, beta, kept, scored, logps, metrics.get("objective/scores"))
+        metrics |= critic_metrics(examples)
         seconds = self._placement.gather_from_data_ranks(sampler.costs.seconds)
         self.metrics = metrics | cost_metrics(sampler.costs, seconds)
         self.rows = [
@@ -168,11 +181,23 @@ class Rollouts:
         ]
 
     def _logps(self, examples: Sequence[Example]) -> list[Logps]:
-        """Log-probs of each example's responses, under the policy and the reference, as the first pass computes them.
+        """Log-probs of each example's responses under policy and reference, as the first pass computes them."""
+        with self._offload.using("policy", "reference"):
+            return self._as_in_training(self._runner, examples)
+
+    def _values(self, examples: Sequence[Example]) -> list[list[np.ndarray]] | None:
+        """The critic's values of each example's responses, as the first pass computes them; None without a critic."""
+        if self._critic is None:
+            return None
+        with self._offload.using("critic"):
+            return [values for values, _ in self._as_in_training(self._critic.runner, examples)]
+
+    def _as_in_training(self, runner: MicrobatchRunner, examples: Sequence[Example]) -> list[Logps]:
+        """What a runner computes of the responses of each example.
 
         Each batch is split as in training, and each rank runs its microbatches of training. So the bits are the same.
         """
-        runner, placement, batch_size = self._runner, self._placement, self._settings.batch_size
+        placement, batch_size = self._placement, self._settings.batch_size
         found: dict[int, dict[int, Logps]] = {}  # of the parts of each example
 
         def to_numpy(values: list[Tensor] | None) -> list[np.ndarray] | None:
@@ -201,6 +226,7 @@ class Rollouts:
         kept: Sequence[Group],
         logps: Sequence[Logps],
         greedy: Sequence[Response] | None,
+        values: Sequence[list[np.ndarray]] | None,
     ) -> tuple[list[Example], Scored | None]:
         """The examples with the numbers of their tokens, and what the advantages came from; None without responses."""
         places = [place for place, group in enumerate(kept) if group]
@@ -220,23 +246,50 @@ class Rollouts:
             lengths=lengths,
             k1=k1,
             greedy_rewards=None if greedy_rewards is None else torch.tensor(greedy_rewards, dtype=torch.float64),
+            values=None if values is None else _joined(values[place] for place in places),
         )
-        advantages = self._loss.advantages
-        assert advantages is not None
-        keywords = self._settings.loss.keywords
-        values = advantages(scored, **{name: keywords[name] for name in keyword_names(advantages)})
-        by_response = iter(values.split(lengths.tolist()))
+        advantages, returns = self._advantages(scored)
+
+        def of_examples(of_tokens: Tensor) -> Iterator[tuple[np.ndarray, ...]]:
+            by_response = iter(of_tokens.split(lengths.tolist()))
+            return (tuple(next(by_response).numpy() for _ in kept[place]) for place in places)
+
+        returns_of = [None] * len(places) if returns is None else of_examples(returns)
         found = list(examples)
-        for place in places:
+        for place, of_advantages, of_returns in zip(places, of_examples(advantages), returns_of, strict=True):
             policy, of_reference = logps[place]
             rollout = Rollout(
                 weights=(),
                 old_logps=tuple(policy),
                 reference_logps=None if of_reference is None else tuple(of_reference),
-                advantages=tuple(next(by_response).numpy() for _ in kept[place]),
+                advantages=of_advantages,
+                values=None if values is None else tuple(values[place]),
+                returns=of_returns,
             )
             found[place] = replace(examples[place], rollout=rollout)
         return found, scored
+
+    def _advantages(self, scored: Scored) -> tuple[Tensor, Tensor | None]:
+        """Advantages, and returns for a critic, [tokens] each."""
+        function, keywords = self._loss.advantages, self._settings.loss.keywords | {"beta": self._beta()}
+        assert function is not None
+        found = function(scored, **{name: keywords[name] for name in keyword_names(function)})
+        return found if self._critic is not None else (found, None)
+
+    def _beta(self) -> float:
+        """The weight of the KL, as it is now."""
+        state, fixed = self._runner.objective.state, self._settings.loss.keywords.get("beta", 0.0)
+        return state["beta"].item() if "beta" in state else float(fixed)
+
+    def _move_beta(self, scored: Scored | None) -> None:
+        """Adapt the weight of the KL to that of an iteration, for the next one."""
+        function, state = self._loss.next_beta, self._runner.objective.state
+        if function is None or "beta" not in state or scored is None:
+            return
+        keywords = {name: self._settings.loss.keywords[name] for name in keyword_names(function)}
+        num_responses = len(scored.rewards)
+        beta = function(self._beta(), scored.k1.sum().item() / num_responses, num_responses, **keywords)
+        state["beta"] = torch.full_like(state["beta"], beta)
 
     def _without_unlearned(self, example: Example, group: Group) -> Example:
         """An example without the responses that count in the baseline alone."""
@@ -253,8 +306,9 @@ class Rollouts:
         def of_numbers(values: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
             return tuple(values[number] for number in numbers)
 
-        reference_logps = None if rollout.reference_logps is None else of_numbers(rollout.reference_logps)
-        learned = Rollout((), of_numbers(rollout.old_logps), reference_logps, of_numbers(rollout.advantages))
+        columns = {name: getattr(rollout, name) for name in ARRAYS}
+        changes: dict[str, Any] = {name: None if each is None else of_numbers(each) for name, each in columns.items()}
+        learned = replace(rollout, **changes)
         return replace(example, responses=of_numbers(example.responses), rollout=learned if numbers else None)
 
     def _with_new_logps(self, before: Sequence[Example], after: Sequence[Example]) -> list[Example]:
@@ -263,12 +317,14 @@ class Rollouts:
             return list(after)
         found = []
         with self._sampler.timed("logps"):
-            logps = self._logps([replace(example, rollout=None) for example in after])
-        for example, (policy, reference) in zip(after, logps, strict=True):
+            new = [replace(example, rollout=None) for example in after]
+            logps, values = self._logps(new), self._values(new)
+        for number, (example, (policy, reference)) in enumerate(zip(after, logps, strict=True)):
             rollout = example.rollout
             if rollout is not None:
                 of_reference = None if reference is None else tuple(reference)
                 rollout = replace(rollout, old_logps=tuple(policy), reference_logps=of_reference)
+                rollout = rollout if values is None else replace(rollout, values=tuple(values[number]))
             found.append(replace(example, rollout=rollout))
         return found
 
@@ -279,3 +335,8 @@ def _join_logps(parts: Mapping[int, Logps]) -> Logps:
     policy = [values for part, _ in in_order for values in part]
     has_reference = bool(in_order) and in_order[0][1] is not None
     return policy, [values for _, part in in_order for values in part or ()] if has_reference else None
+
+
+def _joined(values: Iterable[Sequence[np.ndarray]]) -> Tensor:
+    """Values of the responses of examples, in fp64, [tokens]."""
+    return torch.cat([torch.from_numpy(each).double() for of_example in values for each in of_example])

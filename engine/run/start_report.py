@@ -37,6 +37,12 @@ def describe_training(settings: Settings, *, num_examples: int, num_updates: int
     return line
 
 
+def describe_complete(num_examples: int) -> str:
+    """What a resumed run says that has nothing to train."""
+    extension = "n_examples or n_epochs extends it, with resume_allow=[n_examples,n_epochs]"
+    return f"the run is complete, after {num_examples:,} examples: nothing is left to train; {extension}"
+
+
 def _steps(number: int) -> str:
     return f"{number:,} step" if number == 1 else f"{number:,} steps"
 

@@ -64,7 +64,7 @@ def loss_types(name: str) -> dict[str, Any]:
     common = {"average_log_prob": loss.log_probs == "either", "sft_weight": loss.takes_sft_weight}
     common["head_init"] = loss.head == "score"
     types = {key: field_type(LossSettings.model_fields[key]) for key, is_taken in common.items() if is_taken}
-    for function in filter(None, (loss.function, loss.advantages)):
+    for function in filter(None, (loss.function, loss.advantages, loss.value_loss, loss.next_beta)):
         hints = get_type_hints(function, include_extras=True)
         for keyword in keyword_names(function):
             hint = hints.get(keyword, Any)

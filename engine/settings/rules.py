@@ -395,6 +395,36 @@ def iterations_are_whole_batches(num_prompts: int | None, batch_size: int) -> Pr
     return f"must be a multiple of batch_size ({batch_size}), not {num_prompts}"
 
 
+@rule("loss.name", "tensor_parallel.backend")
+def package_has_no_critic(loss: str, backend: str) -> Problem:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    is_broken = backend == "package" and LOSSES[loss].value_loss is not None
+    return f"{loss} has a critic, and needs tensor_parallel.backend=native" if is_broken else None
+
+
+@rule("rollout.offload", "tensor_parallel.backend")
+def package_stays_on_its_devices(offload: bool, backend: str) -> Problem:
+    return "true needs tensor_parallel.backend=native" if offload and backend == "package" else None
+
+
+@rule("rollout.offload", "fsdp.cpu_offload")
+def offload_is_given_once(offload: bool, cpu_offload: bool) -> Problem:
+    is_broken = offload and cpu_offload
+    return "true and fsdp.cpu_offload=true keep models in CPU memory: leave one of them out" if is_broken else None
+
+
+@rule("loss.target_kl", "loss.beta")
+def target_has_a_weight_to_move(target: float | None, beta: float) -> Problem:
+    return f"{target:g} needs loss.beta above 0: it scales beta" if target is not None and beta == 0 else None
+
+
+@rule("rollout.offload", "reference_refresh.every")
+def moving_reference_stays(offload: bool, every: int | None) -> Problem:
+    is_broken = offload and every is not None
+    return f"true moves the reference away, and reference_refresh.every={every} needs it" if is_broken else None
+
+
 @rule("rollout.num_responses", "loss.name", "loss.baseline?")
 def groups_have_others(num_responses: int, loss: str, baseline: str | None) -> Problem:
     if num_responses > 1 or not _is_online(loss) or not _compares_group(loss, baseline):

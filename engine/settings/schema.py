@@ -76,21 +76,26 @@ class LossSettings(Group):
     name: str
     average_log_prob: bool = False
     sft_weight: NonNegative = 0.0
-    head_init: Literal["width", "depth"] = "width"
+    head_init: Literal["width", "depth", "small"] = "width"
     keywords: dict[str, Any]
 
     @property
     def needs(self) -> "Set[Need]":
-        """Those of the loss; no reference with reference_free, or for rollouts with beta=0."""
+        """Those of the loss; no reference with reference_free, or for rollouts with beta=0; no entropy of weight 0."""
         from losses import LOSSES  # imports torch, which takes seconds
 
+        dropped = set()
+        if self.keywords.get("entropy_bonus") == 0:
+            dropped.add("entropy")
         has_no_kl = self.is_online and self.keywords.get("beta") == 0
         options = self.keywords.get("pair_options") or {}
         is_free = self.keywords.get("reference_free") or options.get("reference_free") or has_no_kl
         if pair_loss := self.keywords.get("pair_loss"):
             is_free = is_free or "reference" not in LOSSES[pair_loss].needs
         is_free = is_free and not LOSSES[self.name].samples_reference
-        return LOSSES[self.name].needs - ({"reference"} if is_free else set())
+        if is_free:
+            dropped.add("reference")
+        return LOSSES[self.name].needs - dropped
 
     @property
     def is_online(self) -> bool:
@@ -105,6 +110,13 @@ class LossSettings(Group):
         from losses import LOSSES  # imports torch, which takes seconds
 
         return self.is_online and not LOSSES[self.name].learns_pairs
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether it learns a critic beside the policy."""
+        from losses import LOSSES  # imports torch, which takes seconds
+
+        return LOSSES[self.name].value_loss is not None
 
     @property
     def needs_order(self) -> bool:
@@ -175,6 +187,18 @@ class RolloutSettings(Group):
     overlong_buffer: Count | None
     overlong_penalty: Positive
     max_resamples: CountOrZero | None
+    offload: bool
+
+
+class CriticSettings(Group):
+    archive: PossiblePath | None
+    lr: NonNegative
+    max_grad_norm: Positive
+
+
+class PtxSettings(Group):
+    datasets: Datasets | None
+    weight: Positive
 
 
 class WandbSettings(Group):
@@ -256,6 +280,8 @@ class Settings(Group):
     matmul_precision: Literal["highest", "high", "medium"]
     compile: bool
     rollout: RolloutSettings
+    critic: CriticSettings
+    ptx: PtxSettings
     rewards: RewardNames | None
     reward_weights: list[float] | None
     reward_clip: Positive | None

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from engine.settings.keys import keyword_names
 from engine.settings.messages import shown
 from engine.settings.presets import CONFIG_DIR
-from engine.settings.schema import RolloutSettings, Settings
+from engine.settings.schema import CriticSettings, RolloutSettings, Settings
 from utils import UserError
 
 EMBEDDED = {"films"}  # data sets that read no files
@@ -80,6 +80,14 @@ def _online_sizes(run: Context) -> str | None:
     return f"loss={loss.name} evaluates by rollout.max_rows and token_budget" if loss.is_online else None
 
 
+def _without_critic(run: Context) -> str | None:
+    return None if run.settings.loss.has_critic else f"loss={run.settings.loss.name} has no critic"
+
+
+def _without_target_kl(run: Context) -> str | None:
+    return "loss.target_kl is null" if run.settings.loss.keywords.get("target_kl") is None else None
+
+
 def _without_wandb(run: Context) -> str | None:
     if run.settings.debug:
         return "debug=true logs nothing to wandb"
@@ -135,6 +143,10 @@ UNUSED = (
         ),
     ),
     *(Unused(f"rollout.{name}", _offline, is_mistake=True) for name in RolloutSettings.model_fields),
+    *(Unused(f"critic.{name}", _without_critic, is_mistake=True) for name in CriticSettings.model_fields),
+    Unused("ptx.datasets", _offline, is_mistake=True),
+    Unused("ptx.weight", lambda run: None if run.settings.ptx.datasets else "ptx.datasets is null", is_mistake=True),
+    Unused("loss.kl_horizon", _without_target_kl),
     Unused("reward_weights", _offline, is_mistake=True),
     Unused("reward_options", _offline, is_mistake=True),
     Unused("reward_clip", _offline, is_mistake=True),

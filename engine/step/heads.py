@@ -2,6 +2,7 @@
 
 The language-model head gives the log-prob of each target token. A response's last token predicts nothing, so the layout
 does not feed it. The score head of a reward model gives one score per response, at its last token.
+That of a critic gives a value at each position that predicts a token of a response.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +34,8 @@ def run_head(
 
     Returns:
         the loss (0 without a span_loss), a scalar to call backward on, and the detached log-prob of each target,
-        [targets]; of a score head the score of each response, [responses]. Both are fp32, or fp64 for a model in fp64.
+        [targets]; of a score head the score of each response, [responses], or without their last tokens the value at
+        each target, [targets]. Both are fp32, or fp64 for a model in fp64.
     """
     run = getattr(model, "run_sharded", partial(run_unsharded_head, model))
     return run(batch, span_loss, needs)
@@ -110,9 +112,8 @@ def _run_score_head(model: PreTrainedModel, batch: Microbatch, span_loss: SpanLo
         layout = {"position_ids": batch.position_ids, "segments": batch.segments}
     hidden = model.base_model(batch.input_ids, **layout, use_cache=False).last_hidden_state.flatten(0, 1)
     head = head_of(model)
-    assert batch.score_index is not None
-    last = hidden.to(batch.score_index.device)[batch.score_index]  # [responses, hidden size]
-    scores = head(last.to(head.weight.dtype)).squeeze(-1)
+    index = batch.predict_index if batch.score_index is None else batch.score_index
+    scores = head(hidden.to(index.device)[index].to(head.weight.dtype)).squeeze(-1)  # [targets] or [responses]
     loss = scores.new_zeros(()) if span_loss is None else span_loss(scores, batch.span)
     return loss, scores.detach()
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from engine.models.wide_products import add_product, copy_for_products, has_wide_products
 from engine.step.head_kernels import gradient_of_logits, has_triton, normalize
 from engine.step.layout import GroupSpan, Microbatch
-from engine.step.token_needs import NO_NEEDS, ReferenceHead, TokenNeeds, plain_token_columns
+from engine.step.token_needs import DIFFERENTIABLE, NO_NEEDS, ReferenceHead, TokenNeeds, plain_token_columns
 
 # Tokens of a chunk of logits, at least; a small vocabulary has room for more. Every chunk reads the weights and their
 # gradient anew, and with few tokens the matrix products would wait for memory.
 CHUNK_TOKENS, CHUNK_LOGITS = 512, {"cpu": 2**22, "cuda": 2**26, "large cuda": 2**28}
 NUM_COMPARED = 3  # tensors of a chunk beside a reference: log-probs of both models, and their differences
+NUM_OF_ENTROPY = 3  # tensors of a chunk with entropies: log-probs, probabilities, and their products
 LARGE_MEMORY = 40 * 10**9  # bytes of a GPU with room for large chunks
 
 # Takes the token log-probs of a span of groups, [targets of the span], the span, and the columns of TokenNeeds as
@@ -41,7 +42,8 @@ class TokenOutput(NamedTuple):
     Args:
         logps: log-probs of the targets, [targets].
         columns: of TokenNeeds, [targets] each.
-        gradient: takes a dtype, and gradients of the loss with respect to logps and "kl", [targets, 1] each. Returns
+        gradient: takes a dtype, and gradients of the loss with respect to logps and the differentiable column if there
+            is one, [targets, 1] each. Returns
             gradients of the logits [targets, columns], and a factor of their rows [targets, 1]. It may overwrite the
             logits.
     """
@@ -223,6 +225,28 @@ class _HeadInChunks:
 
         return TokenOutput(target_logps, columns, gradient)
 
+    def with_entropies(self, targets: slice) -> TokenOutput:
+        """Log-probs of a slice of targets, and entropies of their distributions.
+
+        The gradient is valid until the next call.
+        """
+        logps = self.log_softmax(targets)
+        local, is_local = self._local_targets(targets)
+        target_logps = self._sum(logps.gather(-1, local).where(is_local, 0)).squeeze(-1)
+        probs = logps.exp()
+        logps[:, self._vocabulary :] = 0  # of probabilities 0
+        entropies = -self._sum((probs * logps).sum(-1, keepdim=True))  # [targets, 1]
+
+        def gradient(dtype: torch.dtype, grad_logps: Tensor, grad_entropies: Tensor) -> tuple[Tensor, Tensor]:
+            # grad_logps * (onehot - probs) - grad_entropies * probs * (logps + entropies), scaled as in compare().
+            tiny = torch.finfo(grad_logps.dtype).tiny
+            scale = torch.maximum(grad_logps.abs(), grad_entropies.abs()).clamp_(min=tiny)
+            of_logps, of_entropies = grad_logps / scale, grad_entropies / scale
+            factors = logps.add_(entropies).mul_(-of_entropies).sub_(of_logps)
+            return factors.mul_(probs).scatter_add_(-1, local, of_logps.where(is_local, 0)).to(dtype), scale
+
+        return TokenOutput(target_logps, {"entropy": entropies.squeeze(-1)}, gradient)
+
     def _logits(self, targets: slice) -> Tensor:
         """Logits of a slice of targets, in the buffer."""
         logits = self._buffer[: targets.stop - targets.start]
@@ -254,6 +278,9 @@ def _head_outputs(
         selected, weight, bias, low_weight = needs.reference
         reference = _HeadInChunks(selected, weight, bias, batch.targets, shard, low_weight, NUM_COMPARED)
         return lambda targets: head.compare(reference, targets, needs.confidence)
+
+    if needs.entropy:
+        return head.with_entropies
 
     def outputs(targets: slice) -> TokenOutput:
         logps, gradient = head.log_probs(targets)
@@ -353,7 +380,7 @@ class _ChunkedHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
         selected = hidden[batch.predict_index]
-        num_buffers = 1 if needs.reference is None else NUM_COMPARED
+        num_buffers = NUM_COMPARED if needs.reference is not None else NUM_OF_ENTROPY if needs.entropy else 1
         head = _HeadInChunks(selected, weight, bias, batch.targets, shard, low_weight, num_buffers)
         outputs_of = _head_outputs(head, needs, batch, shard)
         gradients = _HeadGradients(selected, head.low_weight, head.dtype, (needs_hidden, needs_weight, needs_bias))
@@ -366,7 +393,7 @@ class _ChunkedHead(torch.autograd.Function):
             if span_loss is None:
                 continue
             columns = {name: torch.cat([output.columns[name] for output in outputs]) for name in outputs[0].columns}
-            differentiable = [span_logps, columns["kl"]] if "kl" in columns else [span_logps]
+            differentiable = [span_logps, *(columns[name] for name in DIFFERENTIABLE if name in columns)]
             for column in differentiable:
                 column.requires_grad_()
             with torch.enable_grad():

@@ -1,6 +1,7 @@
 """Run policy, reference and objective over microbatches."""
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -76,6 +77,12 @@ class MicrobatchRunner:
         self.next_state: dict[str, Tensor] = {}  # of the objective, after the batch
         self._layout, self._pad_token_id, self._device = layout, pad_token_id, device
 
+    def with_objective(self, objective: Objective) -> "MicrobatchRunner":
+        """The same model for another objective, without a reference, at temperature 1."""
+        other = copy.copy(self)
+        other.objective, other.reference, other.temperature, other.next_state = objective, None, 1.0, {}
+        return other
+
     def lay_out(self, examples: Sequence[Example]) -> Microbatch:
         """Examples as one microbatch on the device. Without examples, an empty one."""
         feeds_last_token = self.objective.head == "score"
@@ -123,11 +130,15 @@ class MicrobatchRunner:
             with reference.distributions(batch) as distributions:
                 yield TokenNeeds("confidence" in objective.needs, distributions)
         else:
-            yield TokenNeeds("confidence" in objective.needs, temperature=self.temperature)
+            yield TokenNeeds("confidence" in objective.needs, temperature=self.temperature, entropy=self._needs_entropy)
+
+    @property
+    def _needs_entropy(self) -> bool:
+        return "entropy" in self.objective.needs
 
     @torch.no_grad()
     def sample_logps(self, examples: Sequence[Example]) -> list[tuple[list[Tensor], list[Tensor] | None]]:
-        """Log-probs of the tokens of sampled responses, as training will compute them.
+        """Log-probs of the tokens of sampled responses, as training will compute them; of a critic its values.
 
         Args:
             examples: of a microbatch.
@@ -136,7 +147,9 @@ class MicrobatchRunner:
             for each example with responses, in_group_order(): log-probs of each response under the policy, and under
             the reference if there is one, [response tokens] each.
         """
-        batch, needs = self.lay_out(examples), TokenNeeds(temperature=self.temperature)
+        # With the entropy as in training: it changes the last bits of log-probs.
+        needs = TokenNeeds(temperature=self.temperature, entropy=self._needs_entropy)
+        batch = self.lay_out(examples)
         models = [run_head(self.policy, batch, needs=needs)[1]]
         if isinstance(self.reference, LiveReference):
             models.append(self.reference.token_logps(batch, needs))
@@ -218,6 +231,13 @@ class MicrobatchRunner:
         self.objective.state = {
             name: after.where(is_updated, before[name].to(after.device)) for name, after in self.next_state.items()
         }
+
+    def restore_state(self, saved: Mapping[str, float]) -> None:
+        """Give the objective a saved state; what it lacks stays."""
+        state = self.objective.state
+        for name, value in state.items():
+            if name in saved:
+                state[name] = torch.full_like(value, saved[name])
 
     def losses(self, batch: Batch, first: FirstPass, metrics: MetricAccumulator) -> Iterator[Tensor]:
         """Each microbatch's share of the mean loss of the batch, a scalar for backward()."""

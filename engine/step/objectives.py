@@ -287,9 +287,11 @@ class RolloutInputs(LossInputs):
     Args:
         lengths: of the samples, [samples].
         num_tokens: of the samples of each example, [examples].
+        entropies: of the policy's distributions, with the need "entropy".
     """
 
     num_tokens: Tensor | None = None
+    entropies: Tensor | None = None
 
 
 class RolloutObjective:
@@ -298,7 +300,7 @@ class RolloutObjective:
     def __init__(self, loss: Loss, settings: LossSettings):
         self.batch, self.head = loss.batch, loss.head
         self.needs = settings.needs
-        self.state: dict[str, Tensor] = {}
+        self.state = initial_beta(loss, settings)
         self._function, self._ratios = loss.function, loss.ratios
         self._keywords = {name: settings.keywords[name] for name in keyword_names(loss.function)}
         if loss.learns_pairs:
@@ -328,14 +330,16 @@ class RolloutObjective:
             weights=or_zeros(samples.weights),
             lengths=samples.lengths,
             num_tokens=samples.num_tokens,
+            entropies=columns["entropy"][samples.index - span.targets.start] if "entropy" in columns else None,
         )
 
     def next_state(self, inputs: LossInputs, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {}
+        return dict(state)
 
     def losses(self, inputs: LossInputs, scalars: Sequence[Tensor], metrics: MetricAccumulator) -> Tensor:
         assert isinstance(inputs, RolloutInputs) and inputs.num_tokens is not None
-        losses = self._function(*inputs.arguments, inputs.lengths, **self._keywords) * inputs.weights
+        entropies = [] if inputs.entropies is None else [inputs.entropies]
+        losses = self._function(*inputs.arguments, inputs.lengths, *entropies, **self._keywords) * inputs.weights
         by_example = sum_by_response(losses, inputs.num_tokens)
         metrics.add(loss=by_example, **{"loss/policy": by_example})
         self._add_metrics(inputs, metrics)
@@ -359,6 +363,13 @@ class RolloutObjective:
             low, high = self._clips
             add_mean(**{"policy/clipfrac": ((ratios < 1 - low) | (ratios > 1 + high)).to(ratios.dtype)})
         metrics.add_largest(**{"policy/ratio_max": ratios})
+
+
+def initial_beta(loss: Loss, settings: LossSettings) -> dict[str, Tensor]:
+    """The state of a loss with an adaptive weight of the KL; else empty. Iterations move it, not updates."""
+    if loss.next_beta is None or settings.keywords.get("target_kl") is None:
+        return {}
+    return {"beta": torch.tensor(settings.keywords["beta"], dtype=torch.float64)}
 
 
 def make_objective(settings: LossSettings) -> Objective:

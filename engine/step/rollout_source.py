@@ -214,7 +214,7 @@ class SampledResponses:
         self._iteration = read_iteration(path, self.examples) if path.exists() else None
 
 
-ARRAYS = ("old_logps", "reference_logps", "advantages")
+ARRAYS = ("old_logps", "reference_logps", "advantages", "values", "returns")
 
 
 def write_iteration(iteration: Iteration, path: Path) -> None:
@@ -255,9 +255,9 @@ def read_iteration(path: Path, prompts: Sequence[Example]) -> Iteration:
         parts = {name: None if each is None else tuple(each[start:end]) for name, each in columns.items()}
         rollout = None
         if number:
-            old_logps, reference_logps, advantages = (parts[name] for name in ARRAYS)
+            old_logps, reference_logps, advantages, *of_critic = (parts[name] for name in ARRAYS)
             assert old_logps is not None and advantages is not None
-            rollout = Rollout((), old_logps, reference_logps, advantages)
+            rollout = Rollout((), old_logps, reference_logps, advantages, *of_critic)
         responses = (parts["tokens"] or ()) if number else ()
         examples.append(replace(prompts[index], responses=responses, rollout=rollout))
         start = end

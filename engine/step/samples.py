@@ -14,6 +14,8 @@ from torch import Tensor
 from engine.data.examples import Example
 from utils import to_device
 
+COLUMNS = ("weights", "old_logps", "reference_logps", "advantages", "values", "returns")  # of the tokens
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -23,19 +25,22 @@ class Samples:
         index: the target of each token of each sample, int64 [tokens].
         lengths: tokens of each sample, int64 [samples].
         num_tokens: of the samples of each example, int64 [examples].
-        weights, old_logps, reference_logps, advantages: of the tokens, [tokens]; None before they are known.
         sample_offsets, token_offsets: where each example starts in lengths and in index, and the ends.
+        weights, old_logps, reference_logps, advantages, values, returns: of the tokens, [tokens]; None before they are
+            known. The last two are of a critic.
     """
 
     index: Tensor
     lengths: Tensor
     num_tokens: Tensor
-    weights: Tensor | None
-    old_logps: Tensor | None
-    reference_logps: Tensor | None
-    advantages: Tensor | None
     sample_offsets: Sequence[int]
     token_offsets: Sequence[int]
+    weights: Tensor | None = None
+    old_logps: Tensor | None = None
+    reference_logps: Tensor | None = None
+    advantages: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
     def to(self, device: torch.device) -> "Samples":
         """The samples with their tensors on device."""
@@ -49,8 +54,7 @@ class Samples:
         """The samples of some examples. Offsets stay as they are."""
         samples = slice(self.sample_offsets[examples.start], self.sample_offsets[examples.stop])
         tokens = slice(self.token_offsets[examples.start], self.token_offsets[examples.stop])
-        by_token = ("index", "weights", "old_logps", "reference_logps", "advantages")
-        values = {name: getattr(self, name) for name in by_token}
+        values = {name: getattr(self, name) for name in ("index", *COLUMNS)}
         return replace(
             self,
             lengths=self.lengths[samples],
@@ -85,16 +89,13 @@ def lay_out_samples(
         index=torch.from_numpy(np.concatenate(index).astype(np.int64)),
         lengths=torch.from_numpy(response_lengths[samples].astype(np.int64)),
         num_tokens=torch.tensor(num_tokens),
-        weights=column("weights"),
-        old_logps=column("old_logps"),
-        reference_logps=column("reference_logps"),
-        advantages=column("advantages"),
         sample_offsets=np.cumsum([0, *map(len, numbers)]).tolist(),
         token_offsets=np.cumsum([0, *num_tokens]).tolist(),
+        **{name: column(name) for name in COLUMNS},
     )
 
 
 def no_samples() -> Samples:
     """The samples of a microbatch without examples."""
     none, values = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    return Samples(none, none, none, values, values, values, values, [0], [0])
+    return Samples(none, none, none, [0], [0], **dict.fromkeys(COLUMNS, values))

@@ -31,15 +31,19 @@ class TokenNeeds:
         reference: gives the columns "reference", the log-prob under the reference, without gradient, and "kl",
             KL(reference || policy) over the vocabulary, with gradient. A head if packed; logits [targets, vocabulary]
             if padded.
+        entropy: whether to give the column "entropy", of the policy's distribution, with gradient. Not beside a
+            reference.
         temperature: divides the logits. Log-probs are those of sampling at it.
     """
 
     confidence: bool = False
     reference: ReferenceHead | Tensor | None = None
     temperature: float = 1.0
+    entropy: bool = False
 
 
 NO_NEEDS = TokenNeeds()
+DIFFERENTIABLE = ("kl", "entropy")  # columns with gradient
 
 
 def plain_token_columns(logits: Tensor, targets: Tensor, needs: TokenNeeds) -> tuple[Tensor, dict[str, Tensor]]:
@@ -58,6 +62,8 @@ def plain_token_columns(logits: Tensor, targets: Tensor, needs: TokenNeeds) -> t
     of_targets = logps.gather(-1, targets[:, None]).squeeze(-1)
     if needs.confidence:
         columns["confidence"] = of_targets.detach() - (2 * logps.detach()).logsumexp(-1)
+    if needs.entropy:
+        columns["entropy"] = -(logps.exp() * logps).sum(-1)
     if needs.reference is not None:
         reference = _log_softmax(_plain_logits(needs.reference)).detach().to(logps.dtype)
         columns["reference"] = reference.gather(-1, targets[:, None]).squeeze(-1)
