@@ -293,7 +293,7 @@ def _optional_counts(
         "compared_pairs": sum(len(comparisons.pairs) for _, comparisons in rankings),
         "ties": sum(count_ties(comparisons) for _, comparisons in rankings),
         "truncated_responses": sum(
-            response[-1] != eos_token_id for example, _ in rankings for response in example.responses
+            int(response[-1]) != eos_token_id for example, _ in rankings for response in example.responses
         ),
         "first_bad_row": counts.first_bad_row,
     }

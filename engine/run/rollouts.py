@@ -63,8 +63,8 @@ class Rollouts:
         """
         sampler = self._sampler
         sampler.costs = Costs()
-        sampled: tuple[Part, ...] = ("policy", "reference") if self._loss.samples_reference else ("policy",)
-        with self._offload.using(*sampled):
+        in_use: list[Part] = ["policy", "reference"] if self._loss.samples_reference else ["policy"]
+        with self._offload.using(*in_use):
             first, groups, num_resampled = self._sample(first_prompt, prompts)
             self._check_rewards(first_prompt, groups)
             greedy = self._greedy(first_prompt, prompts)
