@@ -14,6 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 TokenLosses = Tensor  # [tokens]
 Beta = Annotated[float, Ge(0)]
@@ -142,14 +143,13 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, gae_l
         rewards, values: of the tokens, [tokens]; a value is read before its token.
         lengths: int64 [responses], in tokens.
     """
-    found = torch.zeros_like(rewards)
-    for start, length in zip((lengths.cumsum(0) - lengths).tolist(), lengths.tolist(), strict=True):
-        advantage = next_value = rewards.new_zeros(())
-        for token in reversed(range(start, start + length)):
-            delta = rewards[token] + gamma * next_value - values[token]
-            advantage = found[token] = delta + gamma * gae_lambda * advantage
-            next_value = values[token]
-    return found
+    by_response = [pad_sequence(each.split(lengths.tolist()), batch_first=True) for each in (rewards, values)]
+    padded_rewards, padded_values = by_response  # [responses, longest], 0 after the end
+    found = padded_rewards - padded_values
+    found[:, :-1] += gamma * padded_values[:, 1:]
+    for token in reversed(range(found.shape[1] - 1)):
+        found[:, token] += gamma * gae_lambda * found[:, token + 1]
+    return found[torch.arange(found.shape[1]) < lengths[:, None]]
 
 
 def best_of_n_advantages(scored: Scored) -> Tensor:

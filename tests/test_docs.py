@@ -113,7 +113,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 def make_places(archive: Path) -> None:
     """The files that commands name, in this directory: runs, rows and prompts."""
-    for name in ("RUN", "OTHER", "SFT_RUN"):
+    for name in ("RUN", "OTHER", "SFT_RUN", "REWARD_RUN"):
         Path(name).symlink_to(archive)
     Path("prompts.txt").write_text("Is it any good?\n")
     rows = [{"prompt": f"Q{n}?", "chosen": f" yes, {n}.", "rejected": f" no, not {n}."} for n in range(12)]

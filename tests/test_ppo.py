@@ -280,3 +280,16 @@ def test_the_stored_loss_alone_is_sft(ppo, program, monkeypatch, batching):
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
     assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.slow
+def test_the_demo_raises_the_reward(program):
+    """From the SFT model of the demo: praise in nearly all responses, at a small distance."""
+    sft = program.ok("+experiment=demo_sft", "sample_during_eval=false", "do_first_eval=false", defaults=())
+    run = program.ok("+experiment=demo_ppo", f"model.archive={sft.dir}", defaults=())
+    before, after = (row for row in run.metrics if "rewards_eval/sampled" in row)
+    assert before["rewards_eval/sampled"] < 0.1
+    assert after["rewards_eval/sampled"] >= 0.85
+    assert after["kl_eval"] <= 2.5
+    explained = [row["val/explained_variance"] for row in run.steps if "val/explained_variance" in row]
+    assert np.mean(explained[-10:]) > np.mean(explained[:10])

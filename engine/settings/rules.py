@@ -397,10 +397,13 @@ def iterations_are_whole_batches(num_prompts: int | None, batch_size: int) -> Pr
 
 @rule("loss.name", "tensor_parallel.backend")
 def package_has_no_critic(loss: str, backend: str) -> Problem:
-    from losses import LOSSES  # imports torch, which takes seconds
-
-    is_broken = backend == "package" and LOSSES[loss].value_loss is not None
+    is_broken = backend == "package" and _has_critic(loss)
     return f"{loss} has a critic, and needs tensor_parallel.backend=native" if is_broken else None
+
+
+@rule("plan", "loss.name")
+def plan_has_no_critic(plan: bool, loss: str) -> Problem:
+    return f"true counts no critic, and loss={loss} has one" if plan and _has_critic(loss) else None
 
 
 @rule("rollout.offload", "tensor_parallel.backend")
@@ -512,6 +515,12 @@ def rollouts_have_no_plan(plan: bool, loss: str) -> Problem:
 @rule("length_grouping", "loss.name")
 def rollouts_have_no_lengths(groups: bool, loss: str) -> Problem:
     return f"true needs stored responses, and loss={loss} samples them" if groups and _is_online(loss) else None
+
+
+def _has_critic(loss: str) -> bool:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    return LOSSES[loss].value_loss is not None
 
 
 def _is_online(loss: str) -> bool:
