@@ -38,7 +38,7 @@ JOBS = {
     # The reference is the policy with its adapters off.
     "adapters": job("xpo", *PARITY, "rollout.num_responses=2", "loss.alpha=0.01", "peft=lora", "lr=1e-2"),
     "best_of_n": job("best_of_n"),
-    "ppo": job("ppo", "critic.lr=1e-3", "loss.entropy_bonus=0.1"),
+    "ppo": job("ppo", "critic.lr=1e-3", "loss.value_clip=1e-3", "loss.entropy_bonus=0.1"),
 }
 
 
@@ -160,3 +160,41 @@ def test_a_reward_model_scores_on_each_process(tmp_path: Path) -> None:
         assert metrics == pytest.approx(expected_eval, rel=1e-3, abs=1e-4)
         assert [step["loss/train"] for step in steps] == pytest.approx([s["loss/train"] for s in expected], abs=1e-3)
     assert abs(expected_eval["rewards_eval/reward_model"]) > 0.01
+
+
+def saved(job: Job, directory: Path) -> dict[str, float]:
+    """Train three steps, save, and return the metrics of a fourth one: inside an iteration."""
+    trainer: Any = make_trainer(job, directory)
+    batches = trainer.train_batches()
+    for _ in range(3):
+        trainer.step(trainer.prepare(next(batches)))
+    trainer.save(is_last=False, evaluation_due=False)
+    trainer.log_finished_save(wait=True, together=True)
+    return trainer.step(trainer.prepare(next(batches))).values.read()
+
+
+def resumed(job: Job, directory: Path, checkpoint: Path) -> dict[str, float]:
+    """The metrics of the step after a checkpoint."""
+    trainer: Any = make_trainer(job, directory)
+    trainer.resume(checkpoint)
+    return trainer.step(trainer.prepare(next(trainer.train_batches(trainer.counters["examples"])))).values.read()
+
+
+@pytest.mark.alone
+def test_a_critic_resumes_under_another_trainer(tmp_path: Path) -> None:
+    """From two processes into one, and back."""
+    architecture, loss, overrides = JOBS["ppo"]
+    on_two: Job = (architecture, loss, (*overrides, "trainer=FSDPTrainer"))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    expected = saved(JOBS["ppo"], tmp_path / "one")
+    assert expected["val/clipfrac"] > 0  # the buffer holds the values of the rollout
+    for metrics in on_ranks(2, saved, on_two, tmp_path / "two"):
+        assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    names = {path.name for path in (tmp_path / "two" / "step-15").glob("critic*")}
+    assert {f"critic-0000{rank}-of-00002.safetensors" for rank in (1, 2)} <= names
+    assert resumed(JOBS["ppo"], tmp_path / "one-again", tmp_path / "two" / "step-15") == pytest.approx(
+        expected, rel=1e-6, abs=1e-9
+    )
+    for metrics in on_ranks(2, resumed, on_two, tmp_path / "two-again", tmp_path / "one" / "step-15"):
+        assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-9)
