@@ -2,7 +2,8 @@
 
 An iteration samples responses to prompts, scores them, computes log-probs, and takes one step of GRPO. Each system runs
 in its own process, on the same weights, prompts, lengths of responses, optimizer (AdamW) and learning rate. They take
-turns iteration by iteration, so all see the same machine. A row of the table, of the iterations after the warm-up:
+turns iteration by iteration, so all see the same machine. On a machine busy with other work, seconds of the process
+count better than those of the wall: --clock cpu --threads 1. A row of the table, of the iterations after the warm-up:
 
 - generate, reward, logps, train: median seconds of the parts. logps are those of the reference, and of the sampling
   policy where a system computes them apart.
@@ -88,6 +89,7 @@ def run_systems(names: Sequence[str], job: dict[str, Any], arguments: argparse.N
                 worker.go_on()
                 steps[name].append(worker.step(False))
                 worker.pause()
+                print(f"iteration {index}, {name}: {steps[name][-1]['seconds']:.2f} s", flush=True)
             if len({steps[name][-1]["tokens"] for name in names}) > 1:
                 raise SystemExit(f"iteration {index}: the systems sampled different numbers of tokens")
     return steps
@@ -142,6 +144,9 @@ def parse(texts: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows-at-a-time", type=int, default=8, help="responses of TRL's microbatches")
     parser.add_argument("--steps", type=int, default=5, help="measured iterations, after --warmup")
     parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument(
+        "--clock", choices=online_workers.CLOCKS, default="wall", help="cpu, with --threads 1: on a busy machine"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--trl-python", type=Path, default=TRL_PYTHON, help="of TRL's environment (default: %(default)s)"
@@ -166,6 +171,7 @@ def main(texts: Sequence[str]) -> None:
         **make_job(pairs, arguments.responses, arguments.max_new_tokens),
         **{"num_prompts": arguments.prompts, "num_responses": arguments.responses, "beta": arguments.beta},
         **{"max_new_tokens": arguments.max_new_tokens, "rows_at_a_time": arguments.rows_at_a_time},
+        "clock": arguments.clock,
     }
     steps = run_systems(names, job, arguments)
     measured = {name: each[arguments.warmup :] for name, each in steps.items()}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +24,7 @@ from benchmarks.workers import READY, answer, serve, wait_for_turn
 EOS = 0  # of the tokenizer: the first token, so a random number of 0 chooses it
 LEAST_NUMBER = 0.05  # of other tokens, far above the probability of EOS under a model of random weights
 CLIP, LEARNING_RATE = 0.2, 1e-6
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def write_tokenizer(vocabulary: int, folder: Path) -> None:
@@ -69,6 +71,7 @@ def work_ours(job: dict[str, Any]) -> None:
         for index, tokens in enumerate(job["prompts"])
     ]
     trainer = make_trainer(settings, Path(job["cache"]), examples)
+    clock = CLOCKS[job["clock"]]
 
     def numbers_with_an_end(seed: list[int], num_tokens: int) -> np.ndarray:
         *_, prompt, _, sample = seed
@@ -77,14 +80,17 @@ def work_ours(job: dict[str, Any]) -> None:
         return numbers
 
     answer(READY)
-    with patch("engine.run.sampler.seeded_uniforms", numbers_with_an_end):
+    with (
+        patch("engine.run.sampler.seeded_uniforms", numbers_with_an_end),
+        patch("engine.run.sampler.time", SimpleNamespace(monotonic=clock)),
+    ):
         batches = trainer.train_batches()
         for _ in range(len(examples) // num_prompts):
             wait_for_turn()
-            start = time.perf_counter()
+            start = clock()
             step = trainer.step(trainer.prepare(next(batches)))
             loss = step.values.read()["loss/train"]
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
             parts = {name: step.facts[f"time/{name}"] for name in ("generate", "reward", "logps")}
             tokens = round(step.facts["rollout/length_mean"] * num_prompts * num_responses)
             answer(json.dumps(result(seconds, parts, loss, tokens)))
@@ -100,14 +106,15 @@ def result(seconds: float, parts: dict[str, float], loss: float, tokens: int) ->
 class Timers:
     """Seconds of methods of an object."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self.clock()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - start
 
     def wrap(self, method: Callable[..., Any], name: str, counts: Callable[[], bool] = lambda: True) -> Any:
         """A method whose calls are timed where counts() holds."""
@@ -194,11 +201,11 @@ def work_trl(job: dict[str, Any]) -> None:
             lengths[:] = [length for of_prompt in of_prompts for length in of_prompt]
             timers.seconds = dict.fromkeys(("generate", "reward", "logps"), 0.0)
             wait_for_turn()
-            self.start = time.perf_counter()
+            self.start = timers.clock()
 
         def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
-                seconds = time.perf_counter() - self.start
+                seconds = timers.clock() - self.start
                 tokens = round(logs["completions/mean_length"] * len(lengths))
                 answer(json.dumps(result(seconds, timers.seconds, float(logs["loss"]), tokens)))
                 self.num_done += 1
@@ -206,7 +213,7 @@ def work_trl(job: dict[str, Any]) -> None:
     def reward(completions: list[str], **kwargs: Any) -> list[float]:
         return [even_words(completion) for completion in completions]
 
-    timers = Timers()
+    timers = Timers(CLOCKS[job["clock"]])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     trainer = GRPOTrainer(

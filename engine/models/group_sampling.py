@@ -1,7 +1,7 @@
 """Sample several responses to each prompt, with random numbers that no batch changes.
 
 - A prompt is run once. Its keys and values are repeated for its samples.
-- Rows leave once their responses end.
+- Rows leave as soon as their responses end.
 - Each token of each response has a random number of its own. So a response depends on its prompt and numbers alone, up
   to rounding.
 """
@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from engine.models.generation import ready_to_sample
+from engine.models.packed_weights import packed_weights
 from utils import Progress
-
-LEAVING_SHARE = 1 / 8  # finished rows leave once they are so many: this copies the keys and values of the others
 
 
 class Sampling(NamedTuple):
@@ -68,7 +67,7 @@ def sample_groups(
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # for little padding
     responses: list[list[np.ndarray]] = [[] for _ in prompts]
     shown = Progress("sampling", total=len(prompts) * sampling.num_samples, unit="responses", stays=False)
-    with ready_to_sample(model), shown:
+    with ready_to_sample(model), packed_weights(model), shown:
         for first_sample in range(0, sampling.num_samples, sampling.max_rows):  # a large group is split
             samples = range(first_sample, min(first_sample + sampling.max_rows, sampling.num_samples))
             at_a_time = sampling.max_rows // len(samples)
@@ -116,29 +115,32 @@ def _sample_batch(
     numbers = torch.from_numpy(uniforms)
     sampled = torch.full((len(numbers), num_new), sampling.pad_token_id)
     lengths = torch.zeros(len(numbers), dtype=torch.int64)
-    rows = torch.arange(len(numbers))  # running ones, finished ones among them
-    is_running = torch.ones(len(numbers), dtype=torch.bool)  # of rows
+    rows = torch.arange(len(numbers))  # still running
     for step in range(num_new):
         tokens = _choose(logits, numbers[rows, step], sampling.temperature, sampling.top_p).cpu()
-        running = rows[is_running]
-        sampled[running, step] = tokens[is_running]
-        lengths[running] = step + 1
+        sampled[rows, step] = tokens
         has_ended = (tokens == sampling.eos_token_id) | (row_limits[rows] == step + 1)
-        shown.update(int((has_ended & is_running).sum()))
-        is_running &= ~has_ended
-        if not is_running.any():
-            break
-        if is_running.sum() <= (1 - LEAVING_SHARE) * len(rows):
-            kept = is_running.nonzero().squeeze(-1)
-            on_device = kept.to(device)
-            cache.batch_select_indices(on_device)
-            rows, tokens, is_running = rows[kept], tokens[kept], is_running[kept]
-            mask, next_positions = mask[on_device], next_positions[on_device]
+        if has_ended.any():
+            lengths[rows[has_ended]] = step + 1
+            shown.update(int(has_ended.sum()))
+            kept = _fill_gaps(~has_ended)
+            if not len(kept):
+                break
+            rows, tokens = rows[kept], tokens[kept]
+            mask, next_positions = mask[kept.to(device)], next_positions[kept.to(device)]
+            cache.batch_select_indices(kept)
         logits = logits_of(tokens[:, None], next_positions)
-        # Rows at max_length stay until others leave. Learned positions end there.
-        next_positions = (next_positions + 1).clamp(max=sampling.max_length - 1)
+        next_positions = next_positions + 1
     pairs = zip(sampled.numpy().astype(np.int32), lengths.tolist(), strict=True)
     return [response[:length] for response, length in pairs]
+
+
+def _fill_gaps(is_kept: Tensor) -> Tensor:
+    """The indices of rows that stay, in new order: the last ones fill the gaps, so few move."""
+    number = int(is_kept.sum())
+    indices = torch.arange(number)
+    indices[~is_kept[:number]] = is_kept[number:].nonzero().squeeze(-1) + number
+    return indices
 
 
 def _pad_left(prompts: Sequence[np.ndarray], length: int, pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -184,20 +186,28 @@ class _ReservedLayer(DynamicLayer):
             start = self.get_seq_length()
             end = start + key_states.shape[-2]
             for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-                buffer[..., start:end, :] = states
-            self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+                buffer[: len(states), :, start:end] = states
+            self._show(len(key_states), end)
         return self.keys, self.values
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._reserve(*(states.repeat_interleave(repeats, 0) for states in (self.keys, self.values)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._reserve(*(states[indices] for states in (self.keys, self.values)))
+        length, places = self.get_seq_length(), (indices != torch.arange(len(indices))).nonzero().squeeze(-1)
+        if len(places):
+            to, origin = (each.to(self.device) for each in (places, indices[places]))
+            for buffer in self._buffers:
+                buffer[to, :, :length] = buffer[origin, :, :length]
+        self._show(len(indices), length)
 
     def _reserve(self, *states: Tensor) -> None:
         """Keep keys and values, [rows, heads, tokens, size] each, with room behind them."""
         self._buffers = [each.new_empty(*each.shape[:2], self._capacity, each.shape[3]) for each in states]
-        length = states[0].shape[-2]
+        num_rows, _, length, _ = states[0].shape
         for buffer, each in zip(self._buffers, states, strict=True):
-            buffer[..., :length, :] = each
-        self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)
+            buffer[:, :, :length] = each
+        self._show(num_rows, length)
+
+    def _show(self, num_rows: int, length: int) -> None:
+        self.keys, self.values = (buffer[:num_rows, :, :length] for buffer in self._buffers)
