@@ -129,6 +129,20 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def page(arguments: argparse.Namespace, record: dict[str, Any]) -> str:
+    """A result as Markdown: the table, and how it was made."""
+    clock = "of the process" if arguments.clock == "cpu" else "of the wall"
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [
+        f"# Online training of {arguments.model}: {arguments.prompts} prompts, {arguments.responses} responses each\n",
+        f"GRPO at beta {arguments.beta:g}. Median seconds {clock} of {arguments.steps} iterations, and medians of"
+        " ratios to the first system. Systems took turns, and sampled responses of equal lengths.\n",
+        table(record["systems"]),
+        f"`{record['command']}`, commit {record['commit'][:10]}, {record['machine']}; {versions}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 # ---- The command ----
 
 
@@ -184,7 +198,8 @@ def main(texts: Sequence[str]) -> None:
     print(f"\nmedian seconds of {arguments.steps} iterations, {arguments.prompts} x {arguments.responses} responses:\n")
     print(table(rows))
     label = f"online-{arguments.model}-{arguments.prompts}x{arguments.responses}"
-    write_result(arguments.results, label, record)
+    path = write_result(arguments.results, label, record)
+    path.with_suffix(".md").write_text(page(arguments, record), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bf16, common, demo, gpu, gpu_plan, gpu_profile, growth, losses, memory, scaling, soak, step
-from benchmarks.pairs import fed_tokens, hh_pairs, make_batches, padded_tokens, with_more_responses
+from benchmarks import (
+    bf16,
+    common,
+    demo,
+    gpu,
+    gpu_plan,
+    gpu_profile,
+    growth,
+    losses,
+    memory,
+    online,
+    scaling,
+    soak,
+    step,
+)
+from benchmarks.pairs import fed_tokens, hh_pairs, make_batches, padded_tokens, synthetic_pairs, with_more_responses
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = re.compile(r"\d+\.\d+")
@@ -42,6 +56,7 @@ def result(folder, name):
         "demo",
         "losses",
         "frontier",
+        "online",
         "online_demo",
         "digits",
         "bf16",
@@ -155,6 +170,30 @@ def test_dead_worker_shows_its_error(tmp_path):
     job = {"worker": "ours", "settings": ["lr=high"], "model": str(tmp_path), "batches": batches, "batch_size": 1}
     with pytest.raises(SystemExit, match=r"(?s)a worker died:.*lr: "):
         step.Worker(tmp_path / "worker", job, threads=1)
+
+
+# ---- online.py ----
+
+
+@pytest.mark.parametrize("systems", ["ours,trl", pytest.param("ours,ours-bf16", marks=pytest.mark.slow)])
+def test_online(systems, tmp_path):
+    """Without TRL's environment, ours alone."""
+    online.main(
+        [
+            *("--model", "tiny", "--systems", systems, "--prompts", "2", "--responses", "3", "--max-new-tokens", "6"),
+            *("--steps", "1", "--warmup", "1", "--threads", "1", "--clock", "cpu", "--results", str(tmp_path)),
+            *("--trl-python", str(tmp_path / "none")),
+        ]
+    )
+    rows = result(tmp_path, "online-tiny-2x3")["systems"]
+    assert [*rows] == systems.removesuffix(",trl").split(",")
+    for row in rows.values():
+        (iteration,) = row["iterations"]
+        assert iteration["seconds"] == pytest.approx(sum(iteration[part] for part in online.PARTS), abs=1e-5)
+        lengths = online.make_job(synthetic_pairs(1024, 4), 3, 6)["lengths"]
+        assert iteration["tokens"] == sum(map(sum, lengths[2:]))
+    assert rows["ours"]["times"] == 1
+    assert f"| ours | {rows['ours']['generate']:.4g} |" in (tmp_path / f"online-tiny-2x3-{date.today()}.md").read_text()
 
 
 # ---- The others ----

@@ -39,7 +39,7 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 
 def _can_pack(weight: Tensor) -> bool:
     is_plain = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
-    return is_plain and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return is_plain and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _product(layer: nn.Linear, packed: Tensor, inputs: Tensor) -> Tensor:
