@@ -392,6 +392,28 @@ def k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
     return torch.expm1(-logratios) + logratios
 
 
+# ---- Another sampler than the policy ----
+
+MAX_SAMPLER_RATIO = 2.0
+
+
+def sampler_ratios(logps: Tensor, sampler_logps: Tensor, lengths: Tensor, of: Literal["tokens", "responses"]) -> Tensor:
+    """min(policy / sampler, 2) of each token, or of its response, [tokens].
+
+    Truncated importance sampling, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training". Advantages times these scale the loss of rewards, and leave the KL as it is.
+
+    Args:
+        logps: under the policy as the trainer computes them, [tokens].
+        sampler_logps: the same by the engine of sampling.
+        lengths: int64 [responses], in tokens.
+    """
+    logratios = logps - sampler_logps
+    if of == "responses":
+        logratios = _sum_tokens(logratios, lengths).repeat_interleave(lengths)
+    return logratios.exp().clamp(max=MAX_SAMPLER_RATIO)
+
+
 # ---- Means ----
 
 Mean = Literal["responses", "tokens", "max_new_tokens", "sums"]

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine.run.sampler import Costs, Group, has_equal_rewards, reward_metrics
 from engine.settings.schema import Settings
-from online_losses import Scored
+from online_losses import Scored, k3
 
 Logps = tuple[list[np.ndarray], list[np.ndarray] | None]  # of an example's responses: under policy and reference
 
@@ -69,6 +70,20 @@ def learned_metrics(
         if scores is not None:
             metrics["objective/rlhf_reward"] = scores - beta * kl
     return metrics
+
+
+def mismatch_metrics(kept: Sequence[Group], logps: Sequence[Logps]) -> dict[str, float]:
+    """How far another engine of sampling is from the policy: KL(sampler || policy) of a token, by k3."""
+    pairs = [
+        (response.logps, of_policy)
+        for group, (policy, _) in zip(kept, logps, strict=True)
+        for response, of_policy in zip(group, policy, strict=True)
+        if response.logps is not None
+    ]
+    if not pairs:
+        return {}
+    sampler, policy = (torch.from_numpy(np.concatenate(each).astype(np.float64)) for each in zip(*pairs, strict=True))
+    return {"rollout/mismatch_k3": k3(sampler, policy).mean().item()}
 
 
 def cost_metrics(costs: Costs, seconds_by_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:

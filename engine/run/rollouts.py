@@ -12,7 +12,7 @@ from engine.data.examples import Example, Rollout
 from engine.placement.placement import Placement
 from engine.run.critic import Critic, critic_metrics
 from engine.run.offload import Offload, Part
-from engine.run.rollout_metrics import Logps, cost_metrics, learned_metrics, sampling_metrics
+from engine.run.rollout_metrics import Logps, cost_metrics, learned_metrics, mismatch_metrics, sampling_metrics
 from engine.run.sampler import GREEDY, REFERENCE, TRAINING, Costs, Group, Response, Sampler, has_equal_rewards
 from engine.settings.keys import keyword_names
 from engine.settings.schema import Settings
@@ -21,7 +21,7 @@ from engine.step.microbatches import MicrobatchRunner
 from engine.step.reference import LiveReference
 from engine.step.rollout_source import ARRAYS
 from losses import LOSSES
-from online_losses import Scored
+from online_losses import Scored, sampler_ratios
 from utils import UserError
 
 
@@ -84,6 +84,7 @@ class Rollouts:
         metrics["rollout/left_out"] = float(sum(map(len, groups)) - sum(map(len, kept)))
         if self._settings.rollout.max_resamples is not None:
             metrics["rollout/resampled_groups"] = float(num_resampled)
+        metrics |= mismatch_metrics(kept, logps)
         metrics |= learned_metrics(self._settings, beta, kept, scored, logps, metrics.get("objective/scores"))
         metrics |= critic_metrics(examples)
         seconds = self._placement.gather_from_data_ranks(sampler.costs.seconds)
@@ -249,6 +250,8 @@ class Rollouts:
             values=None if values is None else _joined(values[place] for place in places),
         )
         advantages, returns = self._advantages(scored)
+        responses = [response for place in places for response in kept[place]]
+        advantages = advantages * self._sampler_ratios(responses, old)
 
         def of_examples(of_tokens: Tensor) -> Iterator[tuple[np.ndarray, ...]]:
             by_response = iter(of_tokens.split(lengths.tolist()))
@@ -290,6 +293,15 @@ class Rollouts:
         num_responses = len(scored.rewards)
         beta = function(self._beta(), scored.k1.sum().item() / num_responses, num_responses, **keywords)
         state["beta"] = torch.full_like(state["beta"], beta)
+
+    def _sampler_ratios(self, responses: Sequence[Response], old_logps: Sequence[Tensor]) -> Tensor | float:
+        """The weights of another engine's tokens, for losses of ratios of policies; else 1."""
+        of_sampler = [response.logps for response in responses if response.logps is not None]
+        if not of_sampler or "clip_low" not in self._settings.loss.keywords:
+            return 1.0
+        lengths = torch.tensor([len(values) for values in old_logps])
+        sampler_logps = torch.from_numpy(np.concatenate(of_sampler))
+        return sampler_ratios(torch.cat([*old_logps]), sampler_logps, lengths, self._loss.ratios)
 
     def _without_unlearned(self, example: Example, group: Group) -> Example:
         """An example without the responses that count in the baseline alone."""

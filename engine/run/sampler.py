@@ -3,15 +3,16 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.examples import Example
 from engine.models.adapters import adapter_of
-from engine.models.group_sampling import Sampling, sample_groups, seeded_uniforms
+from engine.models.group_sampling import Sampling
 from engine.models.precision import run_in_dtype
+from engine.models.sampling_engines import Loop, Sampled, build_engine
 from engine.placement.placement import Placement
 from engine.rewards.samples import PromptSample, samples_of
 from engine.run.reward_functions import RewardFunctions, Score
@@ -31,6 +32,7 @@ class Response:
         reward: None leaves it out.
         score: of the reward functions.
         is_of_reference: the reference sampled it, not the policy.
+        logps: as the engine of sampling has them, fp64 [response tokens]; None if it runs the policy itself.
     """
 
     tokens: np.ndarray
@@ -39,6 +41,7 @@ class Response:
     reward: float | None
     score: Score
     is_of_reference: bool = False
+    logps: np.ndarray | None = None
 
 
 Group = list[Response]  # of one prompt
@@ -74,6 +77,7 @@ class Sampler:
         rewards: RewardFunctions,
     ):
         self._settings, self._tokenizer, self._placement, self._rewards = settings, tokenizer, placement, rewards
+        self._engine, self._loop = build_engine(settings), Loop()
         self.costs = Costs()
 
     def sample(
@@ -87,12 +91,17 @@ class Sampler:
         placement = self._placement
         local = slice(placement.data_rank, None, placement.num_data_ranks)
         with self.timed("generate"):
-            tokens = self._sample_tokens(model, prompts[local], seeds[local], num_samples)
+            sampled = self._sample_tokens(model, prompts[local], seeds[local], num_samples)
         num_dropped = self._rewards.num_dropped
         with self.timed("reward"):
             # Ranks with the same prompts take the scores of the first: a judge is asked once.
             is_first = placement.rank % (placement.num_ranks // placement.num_data_ranks) == 0
-            groups = self._score(prompts[local], tokens) if is_first else []
+            groups = self._score(prompts[local], sampled.tokens) if is_first else []
+            if sampled.logps is not None and is_first:
+                groups = [
+                    [replace(response, logps=logps) for response, logps in zip(*pair, strict=True)]
+                    for pair in zip(groups, sampled.logps, strict=True)
+                ]
         by_rank = placement.gather_from_data_ranks((groups, self._rewards.num_dropped - num_dropped))
         num_ranks, costs = placement.num_data_ranks, self.costs
         costs.num_bad_rewards += sum(num_bad for _, num_bad in by_rank)
@@ -102,7 +111,7 @@ class Sampler:
 
     def _sample_tokens(
         self, model: PreTrainedModel, prompts: Sequence[Example], seeds: Sequence[Sequence[int]], num_samples: int
-    ) -> list[list[np.ndarray]]:
+    ) -> Sampled:
         settings, tokenizer, placement = self._settings, self._tokenizer, self._placement
         is_greedy, is_training = (any(seed[0] == stream for seed in seeds) for stream in (GREEDY, TRAINING))
         sampling = Sampling(
@@ -115,15 +124,15 @@ class Sampler:
             top_p=settings.rollout.top_p if is_training else 1.0,
             max_rows=settings.rollout.max_rows,
         )
+        # Evaluations and baselines have the same random numbers with each engine.
+        engine = self._engine if all(seed[0] == TRAINING for seed in seeds) else self._loop
         # As in evaluations: full models sample in their own dtype.
         dtype = placement.compute_dtype if adapter_of(model) else None
         with run_in_dtype(model, dtype), placement.gathered(model):
-            return sample_groups(
+            return engine.sample(
                 model,
                 [prompt.prompt for prompt in prompts],
-                lambda prompt, sample: seeded_uniforms(
-                    [settings.seed, *seeds[prompt], sample], settings.max_new_tokens
-                ),
+                [[settings.seed, *seed] for seed in seeds],
                 sampling,
             )
 

@@ -14,6 +14,9 @@ BitsandbytesOptimizer = Literal[
 BITSANDBYTES_OPTIMIZERS: tuple[str, ...] = get_args(BitsandbytesOptimizer)
 TORCH_OPTIMIZERS: tuple[str, ...] = get_args(TorchOptimizer)
 
+# What samples the responses of online training; see engine/models/sampling_engines.py.
+SamplingEngineName = Literal["auto", "loop", "continuous", "vllm"]
+
 # Metrics for keep_best, by direction.
 LowerIsBetter = Literal["loss/eval", "kl_eval"]
 HigherIsBetter = Literal[

@@ -475,6 +475,22 @@ def responses_fit(num_tokens: int | None, max_length: int) -> Problem:
     return f"must be below max_length ({max_length}), not {num_tokens}, to leave room for a prompt"
 
 
+@rule("rollout.engine", "trainer", "deterministic")
+def engines_sample_whole_models(engine: str, trainer: str, is_deterministic: bool) -> Problem:
+    if engine in ("auto", "loop"):
+        return None
+    if trainer != "BasicTrainer":
+        return f"{engine} samples whole models in one process: trainer=BasicTrainer, not {trainer}"
+    return f"{engine} samples other responses in each run: loop with deterministic=true" if is_deterministic else None
+
+
+@rule("rollout.engine", "peft.name", "peft.dora")
+def vllm_gets_merged_weights(engine: str, peft: str, is_dora: bool) -> Problem:
+    if engine != "vllm" or (peft in ("none", "lora") and not is_dora):
+        return None
+    return f"vllm takes the weights of peft=none or lora, not {'DoRA' if is_dora else peft}"
+
+
 @rule("reference", "loss.name")
 def rollouts_have_a_live_reference(reference: str, loss: str) -> Problem:
     if reference != "cached" or not _is_online(loss):

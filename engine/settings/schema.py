@@ -8,7 +8,14 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, Field, PrivateAttr
 
 from engine.settings.annotations import STRICT
-from engine.settings.choices import BestMetric, BitsandbytesOptimizer, RowForm, TorchOptimizer, Trainer
+from engine.settings.choices import (
+    BestMetric,
+    BitsandbytesOptimizer,
+    RowForm,
+    SamplingEngineName,
+    TorchOptimizer,
+    Trainer,
+)
 from engine.settings.hardware import HardwareName
 from engine.settings.value_types import (
     Architecture,
@@ -182,6 +189,8 @@ class RolloutSettings(Group):
     temperature: Positive
     top_p: Probability
     max_rows: Count
+    engine: SamplingEngineName
+    vllm_memory: Probability
     truncated: Literal["keep", "mask"]
     missing_eos_penalty: NonNegative | None
     overlong_buffer: Count | None

@@ -88,6 +88,11 @@ def _without_target_kl(run: Context) -> str | None:
     return "loss.target_kl is null" if run.settings.loss.keywords.get("target_kl") is None else None
 
 
+def _without_vllm(run: Context) -> str | None:
+    engine = run.settings.rollout.engine
+    return f"rollout.engine={engine}" if run.settings.loss.is_online and engine != "vllm" else None
+
+
 def _without_wandb(run: Context) -> str | None:
     if run.settings.debug:
         return "debug=true logs nothing to wandb"
@@ -147,6 +152,7 @@ UNUSED = (
     Unused("ptx.datasets", _offline, is_mistake=True),
     Unused("ptx.weight", lambda run: None if run.settings.ptx.datasets else "ptx.datasets is null", is_mistake=True),
     Unused("loss.kl_horizon", _without_target_kl),
+    Unused("rollout.vllm_memory", _without_vllm),
     Unused("reward_weights", _offline, is_mistake=True),
     Unused("reward_options", _offline, is_mistake=True),
     Unused("reward_clip", _offline, is_mistake=True),
