@@ -249,7 +249,9 @@ def main(texts: Sequence[str], score: Callable[[str], float] | None = None) -> N
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps, of batch_size prompts each")
     parser.add_argument("--eval-steps", type=int, default=8, help="steps between evaluations")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--work", type=Path, help="where the run goes; a stopped one there resumes")
+    parser.add_argument(
+        "--work", type=Path, help="where the run goes; a stopped one there resumes, with other --steps too"
+    )
     parser.add_argument("settings", nargs="*", help="overrides of train.py, such as lr=2e-4")
     add_results_option(parser)
     given = parser.parse_args(texts)
@@ -271,6 +273,7 @@ def main(texts: Sequence[str], score: Callable[[str], float] | None = None) -> N
             f"datasets=[{work / 'prompts'}]",
             f"local_run_dir={work / 'run'}",
             "resume=auto",
+            "resume_allow=[n_examples]",
             *SETTINGS,
             f"n_examples={given.steps * batch_size}",
             f"eval_every={given.eval_steps * batch_size}",

@@ -23,10 +23,12 @@ from benchmarks import (
     memory,
     online,
     scaling,
+    sentiment,
     soak,
     step,
 )
 from benchmarks.pairs import fed_tokens, hh_pairs, make_batches, padded_tokens, synthetic_pairs, with_more_responses
+from rewards import REWARDS
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = re.compile(r"\d+\.\d+")
@@ -55,6 +57,7 @@ def result(folder, name):
         "scaling",
         "demo",
         "losses",
+        "sentiment",
         "frontier",
         "online",
         "online_demo",
@@ -298,6 +301,46 @@ def test_digits(tmp_path):
     lines = output.read_text().splitlines()
     assert [line for line in lines if line.startswith("==")] == ["== sft: loss=sft", "== sft, resumed"]
     assert sum(line.startswith("weights and optimizer ") for line in lines) == 2
+
+
+def test_sentiment(tmp_path, monkeypatch):
+    """Two steps of a tiny model, by a scorer of its own: the share of e. The package of the real one is optional."""
+    monkeypatch.setitem(REWARDS, "vader", None)  # removed at the end
+    common.write_model(common.MODELS["tiny"], tmp_path / "model")
+    small = ("n_eval_examples=4", "n_eval_model_samples=4", "rollout.max_new_tokens=6", "mixed_precision=null")
+    arguments = [
+        *("--model", str(tmp_path / "model"), "--steps", "2", "--eval-steps", "1", "--threads", "1"),
+        *("--work", str(tmp_path / "work"), "--results", str(tmp_path)),
+        *("model.tokenizer_name_or_path=films", f"cache_dir={tmp_path / 'cache'}", *small),
+    ]
+    sentiment.main(arguments, score=lambda text: text.count("e") / max(1, len(text)))
+    record = result(tmp_path, "sentiment")
+    assert [row["prompts"] for row in record["evaluations"]] == [0, 4, 8]
+    assert record["evaluations"][0]["kl"] == 0 != record["evaluations"][-1]["kl"]
+    assert all(0 <= row["sampled"] <= 1 and 0 < row["distinct_words"] <= 1 for row in record["evaluations"])
+    (iteration,) = record["steps"]  # of both steps
+    assert iteration["prompts"] == 4 and 0 < iteration["reward"] < 1
+    table = (tmp_path / f"sentiment-{date.today()}.md").read_text()
+    assert sum(line.startswith("| ") for line in table.splitlines()) == 2 + 3 + 2 + 4
+    assert (tmp_path / f"sentiment-{date.today()}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_prompts_of_sentiment():
+    """Test films are in no training prompt."""
+    train, test = (sentiment.rows_of(titles) for titles in (sentiment.TITLES, sentiment.TEST_TITLES))
+    assert (len(train), len(test)) == (160, 60) == (len({row["prompt"] for row in train}), len(test))
+    assert not {*sentiment.TITLES} & {*sentiment.TEST_TITLES}
+
+
+def test_words_of_sentiment():
+    assert sentiment.distinct_words(["Good good film", "a film"]) == 3 / 5
+    assert sentiment.distinct_words([""]) == 0
+
+
+def test_scorer_of_sentiment():
+    pytest.importorskip("vaderSentiment")
+    score = sentiment.vader_scorer()
+    assert score("A wonderful, great film.") > 0.5 > 0 > score("A terrible film.")
 
 
 def test_llama_cpp_parity_names_what_is_missing():

@@ -253,7 +253,7 @@ class Surprised(Loop):
 
 
 @pytest.mark.parametrize(
-    ("loss", "scale"), [("grpo", 2), ("rloo", 2), ("reinforce_pp", 2), ("best_of_n", 1), ("xpo", 1)]
+    ("loss", "scale"), [("grpo", 2), ("rloo", 2), ("reinforce_pp", 2), ("best_of_n", 1), ("online_dpo", 1)]
 )
 def test_ratios_scale_the_loss(loss, scale, online, monkeypatch):
     options = (f"loss={loss}", "n_examples=4", "max_grad_norm=1e9", *(["loss.beta=0"] if scale == 2 else []))

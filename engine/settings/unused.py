@@ -90,7 +90,7 @@ def _without_target_kl(run: Context) -> str | None:
 
 def _without_vllm(run: Context) -> str | None:
     engine = run.settings.rollout.engine
-    return f"rollout.engine={engine}" if run.settings.loss.is_online and engine != "vllm" else None
+    return _offline(run) or (None if engine == "vllm" else f"rollout.engine={engine}")
 
 
 def _without_wandb(run: Context) -> str | None:
@@ -147,12 +147,14 @@ UNUSED = (
             else f"mixed_precision={shown(run.settings.mixed_precision)} replaces it"
         ),
     ),
-    *(Unused(f"rollout.{name}", _offline, is_mistake=True) for name in RolloutSettings.model_fields),
+    *(
+        Unused(f"rollout.{name}", _without_vllm if name == "vllm_memory" else _offline, is_mistake=True)
+        for name in RolloutSettings.model_fields
+    ),
     *(Unused(f"critic.{name}", _without_critic, is_mistake=True) for name in CriticSettings.model_fields),
     Unused("ptx.datasets", _offline, is_mistake=True),
     Unused("ptx.weight", lambda run: None if run.settings.ptx.datasets else "ptx.datasets is null", is_mistake=True),
     Unused("loss.kl_horizon", _without_target_kl),
-    Unused("rollout.vllm_memory", _without_vllm),
     Unused("reward_weights", _offline, is_mistake=True),
     Unused("reward_options", _offline, is_mistake=True),
     Unused("reward_clip", _offline, is_mistake=True),

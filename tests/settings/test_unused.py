@@ -12,7 +12,7 @@ DPO = ("loss=dpo", "loss.beta=0.1")
 ONLINE = (
     "rollout.num_responses=4", "rollout.prompts=8", "rollout.epochs=2", "rollout.max_new_tokens=9",
     "rollout.temperature=0.5", "rollout.max_rows=9", "rollout.truncated=mask", "rollout.missing_eos_penalty=1",
-    "rollout.max_resamples=1", "rewards=[length]", "reward_clip=1",
+    "rollout.max_resamples=1", "rollout.engine=loop", "rewards=[length]", "reward_clip=1",
 )  # fmt: skip
 WARNED = {
     "chat_template": (("chat_template=hh", "datasets=hh"), ("chat_template=hh", f"datasets={__file__}")),
@@ -64,6 +64,10 @@ REFUSED = {
     ),
     "rollout.top_p": (("rollout.top_p=0.9",), ("rollout.top_p=0.9", "loss=best_of_n")),
     **{setting.partition("=")[0]: ((setting,), (setting, "loss=grpo")) for setting in ONLINE},
+    "rollout.vllm_memory": (
+        ("rollout.vllm_memory=0.5", "loss=grpo"),
+        ("rollout.vllm_memory=0.5", "loss=grpo", "rollout.engine=vllm"),
+    ),
     "reward_weights": (
         ("reward_weights=[2]", "rewards=[length]"),
         ("reward_weights=[2]", "rewards=[length]", "loss=grpo"),
