@@ -497,7 +497,6 @@ def test_truncated_responses(online):
         (["loss=online_dpo", "rollout.truncated=mask"], "mask would leave pairs of loss=online_dpo with one response"),
         (["loss=xpo", "rollout.truncated=mask"], "mask would leave pairs of loss=xpo with one response"),
         (["loss=xpo", "rollout.num_responses=4"], "must be 2 with loss=xpo, not 4: one of the policy and one of the"),
-        (["plan=true"], "plan: true needs stored responses, and loss=grpo samples them"),
         (["peft=lora", "peft.dropout=0.1"], "peft.dropout: must be 0 with loss=grpo, not 0.1"),
         (["rollout.max_new_tokens=64"], "rollout.max_new_tokens: must be below max_length (64)"),
     ],

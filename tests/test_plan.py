@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import engine.step.logprobs
 import train
-from engine.data.examples import Split
+from engine.data.examples import PromptRow, Split
 from engine.data.films import film_tokenizer
 from engine.models.shards import local_shard
 from engine.run.plan import Plan, make_plan
@@ -200,6 +201,63 @@ def test_a_plan_tells_of_idle_gpus(
     run = program.ok("plan=true", *overrides)
     warnings = [line for line in run.out.splitlines() if "idle" in line or "at a time:" in line]
     assert warnings == ([expected] if expected else [])
+
+
+PROMPTS = Split(
+    [
+        replace(example, responses=(), prompt_index=index, row=PromptRow(str(index), {}))
+        for index, example in enumerate(random_examples([(20 + 10 * i, 5, 5) for i in range(8)]))
+    ]
+)
+ONLINE = ("loss=grpo", "rewards=[length]", "max_length=150", "max_prompt_length=100", "rollout.num_responses=3")
+
+
+def online_plan(*overrides: str, num_processes: int = 1) -> Plan:
+    settings = configured("llama", *ONLINE, "plan=true", *overrides)
+    return make_plan(settings, TRAINERS[settings.trainer], padding_tokenizer(), PROMPTS, PROMPTS, num_processes)
+
+
+def test_online_training_is_planned_with_the_longest_responses() -> None:
+    plan = online_plan("rollout.prompts=8", "rollout.max_new_tokens=60")
+    prompts = [20 + 10 * i for i in range(8)]
+    responses = [min(60, 150 - prompt) for prompt in prompts]
+    assert plan.num_tokens == sum(prompts) + sum(3 * (length - 1) for length in responses)
+    assert (plan.num_steps, plan.max_microbatches, plan.max_tokens) == (1, 1, plan.num_tokens)
+    assert plan.memory.reference == plan.memory.parameters
+    assert plan.seconds is not None and plan.seconds["log-probs"] > 0 and plan.seconds["reference"] > 0
+    assert plan.sampling is not None
+    assert (plan.sampling.num_rows, plan.sampling.num_tokens) == (24, 150)
+    per_token = 4 * 2 * 2 * 64 * 4  # layers, keys and values, their heads, their size, bytes
+    assert plan.sampling.cache == per_token * 24 * 150
+    text = format_plan(plan)
+    assert "sampled  24 responses to 8 prompts at a time, of at most 60 tokens each, learned once" in text
+    assert f"steps    1 of 8 prompts, at most {plan.num_tokens:,} tokens in all" in text
+    assert "samples and their rewards, often most of it" in text
+
+
+def test_passes_learn_the_same_responses_again() -> None:
+    once, twice = online_plan(), online_plan("rollout.epochs=2")
+    assert (twice.num_steps, twice.num_tokens) == (2 * once.num_steps, 2 * once.num_tokens)
+    assert once.seconds is not None and twice.seconds is not None
+    assert twice.seconds["training"] / twice.seconds["log-probs"] == pytest.approx(
+        2 * once.seconds["training"] / once.seconds["log-probs"]
+    )
+
+
+def test_sampling_gathers_all_weights() -> None:
+    """It may need more memory than a step."""
+    one, four = online_plan(FSDP, "loss.beta=0"), online_plan(FSDP, "loss.beta=0", num_processes=4)
+    assert one.sampling is not None and four.sampling is not None and four.memory.reference == 0
+    assert four.sampling.num_rows == one.sampling.num_rows / 4
+    assert four.sampling.peak == four.memory.state + one.memory.parameters + 2 * four.sampling.cache
+    large = online_plan("rollout.num_responses=32", "rollout.max_rows=256", "token_budget=300")
+    assert large.sampling is not None and large.needed > large.sampling.peak > large.memory.peak
+
+
+def test_the_program_plans_online_training(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.run.online.build_rewards", lambda *args: pytest.fail("a plan scores nothing"))
+    run = program.ok("plan=true", "loss=grpo", "rollout.prompts=8", "n_examples=16")
+    assert "\nsampled  64 responses to 8 prompts at a time" in run.out and "\nfits" in run.out
 
 
 def test_a_model_that_is_too_large_does_not_fit(program: Program) -> None:

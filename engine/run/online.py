@@ -75,7 +75,7 @@ def build_evaluator(
         critic: gives the values of sampled responses.
         offload: of models that are not in use.
     """
-    if not isinstance(source, SampledResponses):
+    if not isinstance(source, SampledResponses) or settings.plan:  # a plan samples nothing
         return Evaluator(settings, tokenizer, placement, runner, examples, ground_truth, say)
     rewards = build_rewards(settings, tokenizer, placement.device, ground_truth, chat_form)
     sampler = Sampler(settings, tokenizer, placement, rewards)

@@ -16,6 +16,7 @@ def format_plan(plan: Plan) -> str:
             *(f"  {name:18}{size / 1e9:9.3f}  {remark}".rstrip() for name, size, remark in _memory_rows(plan)),
             _verdict(plan),
             "",
+            *_iteration(plan),
             _steps(plan),
             f"time     {_time(plan)}",
             "",
@@ -82,6 +83,19 @@ def _memory_rows(plan: Plan) -> list[tuple[str, int, str]]:
             memory.on_device(_is_offloaded(plan)),
             "with temporaries of operations; the parts above are not all held at once",
         ),
+        *_sampling_rows(plan),
+    ]
+
+
+def _sampling_rows(plan: Plan) -> list[tuple[str, int, str]]:
+    sampling, memory = plan.sampling, plan.memory
+    if sampling is None:
+        return []
+    offloaded = memory.peak - memory.on_device(_is_offloaded(plan))
+    rows = f"{sampling.num_rows} responses at a time, of at most {sampling.num_tokens:,} tokens with their prompt"
+    return [
+        ("keys and values", sampling.cache, rows),
+        ("peak of sampling", sampling.peak - offloaded, "with a copy of the keys and values"),
     ]
 
 
@@ -105,9 +119,23 @@ def _verdict(plan: Plan) -> str:
     )
 
 
+def _iteration(plan: Plan) -> list[str]:
+    """A line about an iteration of online training."""
+    settings, rollout = plan.settings, plan.settings.rollout
+    if plan.sampling is None:
+        return []
+    num_prompts = rollout.prompts or settings.batch_size
+    num_responses, passes = num_prompts * rollout.num_responses, rollout.epochs
+    return [
+        f"sampled  {num_responses:,} responses to {num_prompts:,} prompts at a time, of at most"
+        f" {settings.max_new_tokens:,} tokens each, learned {'once' if passes == 1 else f'{passes} times'}"
+    ]
+
+
 def _steps(plan: Plan) -> str:
+    unit, most = ("examples", "") if plan.sampling is None else ("prompts", "at most ")
     return (
-        f"steps    {plan.num_steps:,} of {plan.settings.batch_size} examples, {plan.num_tokens:,} tokens in all;"
+        f"steps    {plan.num_steps:,} of {plan.settings.batch_size} {unit}, {most}{plan.num_tokens:,} tokens in all;"
         f" microbatches of a {_unit(plan)} and step: at most {plan.max_microbatches}, of at most"
         f" {plan.max_tokens:,} tokens (token_budget {plan.token_budget:,})"
     )
@@ -138,5 +166,7 @@ def _assumptions(plan: Plan) -> list[str]:
         f" ({plan.memory.communicated / 1e9:,.2f} GB through a {_unit(plan)} for its largest microbatch);",
         "  nothing is compiled; cache_dir lacks the reference; attention and head without a GPU kernel take the memory"
         " they take on a CPU",
-        "left out of time: loading, samples, KL, checkpoints; of memory: fragmentation of the allocator" + more_gpus,
+        *(["  every response is as long as it can be, and no group is sampled again"] if plan.sampling else []),
+        f"left out of time: loading, samples{' and their rewards, often most of it' if plan.sampling else ''}, KL,"
+        " checkpoints; of memory: fragmentation of the allocator" + more_gpus,
     ]

@@ -209,6 +209,7 @@ class Simulated(Placement):
         if settings.batching == "packed":
             is_low = (self.mixed_precision or dtype) in (torch.bfloat16, torch.float16)
             register_packed_attention()
+            model.original_attention = model.config._attn_implementation  # for sampling
             AttentionInterface.register("packed_of_gpu", _attention_of_gpu)
             model.set_attn_implementation("packed_of_gpu" if self.is_on_gpu and is_low else "packed")
         if mesh is not None:

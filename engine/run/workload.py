@@ -71,6 +71,21 @@ def work_of(batches: Iterable[list[list[Example]]], layout: str, scores: bool = 
     return [[Work.of(examples, layout, scores) for examples in microbatches] for microbatches in batches]
 
 
+def largest_microbatch(
+    batches: Iterable[list[list[Example]]], layout: str, scores: bool = False
+) -> tuple[BatchWork, int, list[Example]]:
+    """The work of batches, the tokens of the largest microbatch, and its examples. No other examples are kept."""
+    works: BatchWork = []
+    max_tokens, largest = -1, list[Example]()
+    for microbatches in batches:
+        (found,) = work_of([microbatches], layout, scores)
+        works.append(found)
+        for work, examples in zip(found, microbatches, strict=True):
+            if work.tokens > max_tokens:
+                max_tokens, largest = work.tokens, examples
+    return works, max_tokens, largest
+
+
 # ---- Time ----
 
 
@@ -136,9 +151,13 @@ def run_seconds(
         "training": seconds_of(training, True) + num_passes * seconds_of(training, False),
         "evaluations": num_evaluations * seconds_of(evaluation, False) * (1 + needs_kl),
     }
+    if settings.loss.is_online:
+        seconds["log-probs"] = seconds_of(training, False) / settings.rollout.epochs
     if "reference" in objective.needs:
         is_live = settings.has_live_reference  # a cached one runs once per example
         share = 1.0 if is_live else min(1.0, len(trainer.train_examples) / num_examples)
+        if settings.loss.is_online:  # it runs once for all passes
+            share = 1 / settings.rollout.epochs
         forward = share * seconds_of(training, False)
         forward += (num_evaluations if is_live else 1) * seconds_of(evaluation, False)
         seconds["reference"] = forward * (1 + needs_kl)

@@ -523,11 +523,6 @@ def best_is_a_metric_of_rollouts(best: str | None, loss: str) -> Problem:
     return f"{best} is not measured with loss={loss}" + (f", only {', '.join(names)} are" if _is_online(loss) else "")
 
 
-@rule("plan", "loss.name")
-def rollouts_have_no_plan(plan: bool, loss: str) -> Problem:
-    return f"true needs stored responses, and loss={loss} samples them" if plan and _is_online(loss) else None
-
-
 @rule("length_grouping", "loss.name")
 def rollouts_have_no_lengths(groups: bool, loss: str) -> Problem:
     return f"true needs stored responses, and loss={loss} samples them" if groups and _is_online(loss) else None
