@@ -11,7 +11,7 @@ LAYERS = [
     ("trainers",),
     ("preference_datasets",),
     ("engine",),
-    ("losses",),
+    ("losses", "rewards"),
     ("online_losses", "reward_losses"),
     ("utils",),
     ("process_start",),
