@@ -30,6 +30,8 @@ ONLINE = (
     *("n_epochs=null", "n_examples=1600", "save_every=800", "lr=5e-4"),  # 100 steps of 16 prompts
     *("rollout.num_responses=16", "rollout.max_new_tokens=40", "n_eval_model_samples=2"),
 )
+PPO = (*ONLINE, "loss=ppo", "rollout.epochs=2", "critic.lr=1e-3")
+LEARNED = (*PPO, "rewards=[reward_model]", "reward_options={{reward_model:{{path:{reward}}}}}")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ METHODS = {
     "grpo": Method("GRPO", "truth", (*ONLINE, "loss=grpo"), (0.02, 0.07, 0.2)),
     "rloo": Method("RLOO", "truth", (*ONLINE, "loss=rloo"), (0.1, 0.2, 0.4)),
     "online_dpo": Method("Online DPO", "truth", (*ONLINE, "loss=online_dpo"), (0.1, 0.3)),
+    "ppo": Method("PPO", "truth", PPO, (0.05, 0.12)),
+    "ppo_learned": Method("PPO on a reward model", "learned", LEARNED, (0.1, 0.3)),
+    "ppo_free": Method("without KL penalty", "learned", (*LEARNED, "n_examples=3200", "save_every=400"), (0.0,)),
     "best_of_n": Method("Best of 16, learned", "truth", (*ONLINE, "loss=best_of_n")),
 }
 
@@ -77,7 +82,8 @@ class Cell:
     def overrides(self, work: Path) -> list[str]:
         """Of train.py, after COMMON."""
         beta = [] if self.beta is None else [f"loss.beta={self.beta:g}"]
-        texts = [text.format(preferred=work / "preferred.jsonl") for text in METHODS[self.method].overrides]
+        places = {"preferred": work / "preferred.jsonl", "reward": work / "reward" / "LATEST"}
+        texts = [text.format(**places) for text in METHODS[self.method].overrides]
         return [*texts, *beta, f"seed={self.seed}", f"model.archive={work / 'sft' / 'LATEST'}"]
 
 
@@ -87,14 +93,14 @@ def cells(methods: Iterable[str], seeds: Sequence[int]) -> list[Cell]:
     return [Cell(method, beta, seed) for seed in seeds for method, beta in pairs]
 
 
-def train(directory: Path, work: Path, *overrides: str) -> None:
+def train(directory: Path, work: Path, *overrides: str, common: Sequence[str] = COMMON) -> None:
     """Run train.py on one thread, unless it has finished there."""
     finished = directory / "finished"
     if finished.exists():
         return
     shutil.rmtree(directory, ignore_errors=True)
     places = (f"local_run_dir={directory}", f"cache_dir={work / 'cache'}", "keep_checkpoints=null")
-    command = [sys.executable, "train.py", *COMMON, *overrides, *places]
+    command = [sys.executable, "train.py", *common, *overrides, *places]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -119,12 +125,21 @@ def run_cell(cell: Cell, work: Path, settings: Sequence[str], responses: int) ->
         train(directory, work, *overrides)
         meter = Meter(work / "sft", test_prompts(settings), responses)
         steps = sorted(directory.glob("step-*"), key=lambda step: int(step.name.removeprefix("step-")))
-        points = [{"examples": int(step.name.removeprefix("step-")), **meter.measure(step)} for step in steps]
+        points = [{**learned_reward(directory, step), **meter.measure(step)} for step in steps]
         samples = meter.samples[:8]
         found = request | {"points": points, "samples": samples, "seconds": time.monotonic() - start}
         write_whole(path, found)
         shutil.rmtree(directory)
     return found
+
+
+def learned_reward(directory: Path, step: Path) -> dict[str, float]:
+    """The examples of a checkpoint, and the reward model's last mean score before it, of a run with one."""
+    examples = int(step.name.removeprefix("step-"))
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    key = "rewards_train/reward_model"
+    scores = [row[key] for row in rows if key in row and row["counters/examples"] <= examples]
+    return {"examples": examples} | ({"learned_reward": scores[-1]} if scores else {})
 
 
 def run_optimum(work: Path, settings: Sequence[str], responses: int) -> dict[str, Any]:
@@ -173,6 +188,26 @@ def write_preferred(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def run_all(
+    chosen: Sequence[Cell], work: Path, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The exact optimum and the results of all cells, several at a time; the first failure ends them."""
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), use_one_thread) as pool:
+        try:
+            best = pool.submit(run_optimum, work, arguments.settings, arguments.optimum_responses)
+            futures = {
+                pool.submit(run_cell, cell, work, arguments.settings, arguments.responses): cell for cell in chosen
+            }
+            for future in as_completed(futures):
+                last = future.result()["points"][-1]
+                measures = (f"{key} {last[key]:.3f}" for key in ("reward", "kl", "well_formed"))
+                print(f"{futures[future].name}:", *measures, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return best.result(), [future.result() for future in futures]
+
+
 def main(texts: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", default=",".join(METHODS), help="with commas (default: %(default)s)")
@@ -188,28 +223,19 @@ def main(texts: Sequence[str]) -> None:
     start = time.monotonic()
     write_preferred(work / "preferred.jsonl")
     train(work / "sft", work, "n_epochs=4", *settings)
+    if any(METHODS[name].family == "learned" for name in arguments.methods.split(",")):
+        few = [text for text in settings if not text.startswith("n_eval_model_samples=")]  # it samples nothing
+        train(work / "reward", work, *few, common=("+experiment=demo_reward", "wandb.enabled=false"))
     chosen = cells(arguments.methods.split(","), [int(seed) for seed in arguments.seeds.split(",")])
-    results: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), use_one_thread) as pool:
-        best = pool.submit(run_optimum, work, settings, arguments.optimum_responses)
-        futures = {pool.submit(run_cell, cell, work, settings, arguments.responses): cell for cell in chosen}
-        for future in as_completed(futures):
-            results.append(future.result())
-            last = results[-1]["points"][-1]
-            measures = ("reward", "kl", "well_formed")
-            print(f"{futures[future].name}:", *(f"{key} {last[key]:.3f}" for key in measures), flush=True)
+    best, results = run_all(chosen, work, arguments)
     minutes = (time.monotonic() - start) / 60
     record = {"command": shown_command("frontier", texts), **machine(1), "minutes": minutes}
-    record |= {"optimum": best.result(), "cells": sorted(results, key=lambda result: chosen_order(result, chosen))}
+    record |= {"optimum": best, "cells": results}
     shown = {name: (method.label, method.family) for name, method in METHODS.items()}
     path = write_result(arguments.results or RESULTS, "frontier", record)
     path.with_suffix(".md").write_text(table(record, shown), encoding="utf-8")
     draw(record, shown, path)
     print(f"{len(results)} cells in {minutes:.0f} minutes; {path}, .md, .svg and .png")
-
-
-def chosen_order(result: dict[str, Any], chosen: Sequence[Cell]) -> int:
-    return chosen.index(Cell(result["method"], result["beta"], result["seed"]))
 
 
 def use_one_thread() -> None:

@@ -97,7 +97,8 @@ class Meter:
         found = []
         for start in range(0, len(examples), 64):
             batch = lay_out(examples[start : start + 64], "padded", self._tokenizer.eos_token_id)
-            found.append(response_logps(policy, batch) - response_logps(self._reference, batch))
+            ratios = response_logps(policy, batch) - response_logps(self._reference, batch)
+            found.append(ratios[batch.chosen])  # equal responses stand once in the batch
         return torch.cat(found).double().numpy().reshape(len(groups), -1)
 
 

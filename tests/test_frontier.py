@@ -142,6 +142,11 @@ def test_frontier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads((tmp_path / f"frontier-{date.today()}.json").read_text())
     assert [cell["method"] for cell in record["cells"]] == ["preferred", "best_of_n"]
     assert all(cell["points"][-1]["examples"] == 32 and cell["points"][-1]["kl"] != 0 for cell in record["cells"])
+    meter = frontier_measures.Meter(tmp_path / "work" / "sft", ["\n\nHuman: Hi\n\nAssistant:"], 3)
+    model = meter._reference
+    response, other = np.array([5, 6, 0], dtype=np.int32), np.array([7, 0], dtype=np.int32)
+    kl = meter._kl(model, [[response, other, response]])  # equal responses count each
+    assert kl.shape == (1, 3) and not kl.any()
     assert "| SFT on preferred |" in (tmp_path / f"frontier-{date.today()}.md").read_text()
 
 
