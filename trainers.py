@@ -536,8 +536,7 @@ class BasicTrainer:
         offload.start(self.policy, self.optimizers, self.runner.reference, self.critic)
 
         self.best = BestCheckpoint(settings.keep_best, eval_examples, settings_of_metric(settings))
-        self.eval_metrics = {}
-        self.evaluated_at = -1  # examples
+        self.eval_metrics, self.evaluated_at = {}, -1  # examples
         self.writer = CheckpointWriter(run_dir, settings.keep_checkpoints)
         self.nonfinite = NonFinitePolicy(settings, run_dir, self.placement, self.counters, self.roll_back, self.say)
 

@@ -7,9 +7,10 @@
 """
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,34 +161,33 @@ def grpo_settings(job: dict[str, Any]) -> Any:
     )
 
 
+class EndAtLengths:
+    """Ends each response at its length, as a logits processor.
+
+    Args:
+        lengths: of the responses, in the order of the rows.
+    """
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths, self.step = lengths, 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.step += 1
+        scores[:, EOS] = -math.inf
+        ends = [row for row, length in enumerate(self.lengths) if length <= self.step]
+        scores[ends] = -math.inf
+        scores[ends, EOS] = 0
+        return scores
+
+
 def work_trl(job: dict[str, Any]) -> None:
     """Iterations of TRL's GRPOTrainer."""
     import torch
     from datasets import Dataset
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        LogitsProcessor,
-        LogitsProcessorList,
-        TrainerCallback,
-    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, TrainerCallback
     from trl import GRPOTrainer
 
     lengths: list[int] = []  # of the responses of an iteration, in the order of its rows
-
-    class EndAtLengths(LogitsProcessor):
-        """Ends each response at its length."""
-
-        def __init__(self) -> None:
-            self.step = 0
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            self.step += 1
-            scores[:, EOS] = -torch.inf
-            ends = [row for row, length in enumerate(lengths) if length <= self.step]
-            scores[ends] = -torch.inf
-            scores[ends, EOS] = 0
-            return scores
 
     class Iterations(TrainerCallback):
         """Measures each iteration. The loss is known once the trainer has logged it."""
@@ -224,7 +224,9 @@ def work_trl(job: dict[str, Any]) -> None:
         processing_class=tokenizer,
     )
     generate = trainer.model.generate
-    trainer.model.generate = lambda **kwargs: generate(**kwargs, logits_processor=LogitsProcessorList([EndAtLengths()]))
+    trainer.model.generate = lambda **kwargs: generate(
+        **kwargs, logits_processor=LogitsProcessorList([EndAtLengths(lengths)])
+    )
     for method, name in (("_generate_single_turn", "generate"), ("_calculate_rewards", "reward")):
         setattr(trainer, method, timers.wrap(getattr(trainer, method), name))
     # Without gradients it is called for the reference, and for old log-probs.
