@@ -405,17 +405,18 @@ def test_scores_of_all_responses_where_groups_are_left_out(online, monkeypatch, 
     assert learned_groups.steps[0]["objective/scores"] == every_group.steps[0]["objective/scores"] != 0.5
 
 
-def test_a_group_larger_than_the_budget_is_cut(online):
+@pytest.mark.parametrize("loss", ["grpo", "ppo"])
+def test_a_group_larger_than_the_budget_is_cut(online, loss):
     """No microbatch exceeds the budget, and the counts are of whole prompts. Log-probs are those of the parts."""
     settings = ("rollout.num_responses=12", "rollout.epochs=2", "n_examples=8", "model.policy_dtype=float64")
-    whole, cut = (online(*settings, f"token_budget={budget}") for budget in (4096, 64))
+    whole, cut = (online(f"loss={loss}", *settings, f"token_budget={budget}") for budget in (4096, 64))
     assert cut.status == 0, cut.err
     assert [row["policy/ratio_max"] == 1 for row in cut.steps] == [True, False]
     for row, expected in zip(without_times(cut.steps), without_times(whole.steps), strict=True):
-        assert row == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-8)
     first, second = (weights_of(run.dir, 8) for run in (whole, cut))
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-8)
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-6)
 
 
 def test_a_rollback_samples_the_rest_of_an_iteration_again(online, monkeypatch):

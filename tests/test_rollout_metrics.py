@@ -59,15 +59,16 @@ def test_seconds_are_of_the_slowest_rank() -> None:
 def test_tokens_and_bad_rewards_are_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks: each has one of two prompts. The other rank samples the same here."""
     rewards: Any = SimpleNamespace(num_dropped=7)  # before
-    placement: Any = SimpleNamespace(data_rank=0, num_data_ranks=2, gather_from_data_ranks=lambda value: [value, value])
+    places = {"rank": 0, "num_ranks": 2, "data_rank": 0, "num_data_ranks": 2}
+    placement: Any = SimpleNamespace(**places, gather_from_data_ranks=lambda value: [value, value])
     sampler = Sampler(make_settings("loss=grpo"), SimpleNamespace(eos_token_id=0), placement, rewards)
     monkeypatch.setattr(
         sampler, "_sample_tokens", lambda model, prompts, seeds, number: [[None] * number] * len(prompts)
     )
 
-    def score(*arguments: Any) -> list[Response]:
+    def score(*arguments: Any) -> list[list[Response]]:
         rewards.num_dropped += 1
-        return [response(None, 4), response(1.0, 2)]
+        return [[response(None, 4), response(1.0, 2)]]
 
     monkeypatch.setattr(sampler, "_score", score)
     prompt = Example(np.array([1], dtype=np.int32), (), 0, row=PromptRow("", {}))
