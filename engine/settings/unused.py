@@ -93,6 +93,10 @@ def _without_vllm(run: Context) -> str | None:
     return _offline(run) or (None if engine == "vllm" else f"rollout.engine={engine}")
 
 
+def _without_overlong_buffer(run: Context) -> str | None:
+    return _offline(run) or ("rollout.overlong_buffer is null" if not run.settings.rollout.overlong_buffer else None)
+
+
 def _without_wandb(run: Context) -> str | None:
     if run.settings.debug:
         return "debug=true logs nothing to wandb"
@@ -150,11 +154,13 @@ UNUSED = (
     *(
         Unused(f"rollout.{name}", _without_vllm if name == "vllm_memory" else _offline, is_mistake=True)
         for name in RolloutSettings.model_fields
+        if name != "overlong_penalty"
     ),
     *(Unused(f"critic.{name}", _without_critic, is_mistake=True) for name in CriticSettings.model_fields),
     Unused("ptx.datasets", _offline, is_mistake=True),
     Unused("ptx.weight", lambda run: None if run.settings.ptx.datasets else "ptx.datasets is null", is_mistake=True),
     Unused("loss.kl_horizon", _without_target_kl),
+    Unused("rollout.overlong_penalty", _without_overlong_buffer, is_mistake=True),
     Unused("reward_weights", _offline, is_mistake=True),
     Unused("reward_options", _offline, is_mistake=True),
     Unused("reward_clip", _offline, is_mistake=True),

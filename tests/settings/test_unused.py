@@ -12,7 +12,8 @@ DPO = ("loss=dpo", "loss.beta=0.1")
 ONLINE = (
     "rollout.num_responses=4", "rollout.prompts=8", "rollout.epochs=2", "rollout.max_new_tokens=9",
     "rollout.temperature=0.5", "rollout.max_rows=9", "rollout.truncated=mask", "rollout.missing_eos_penalty=1",
-    "rollout.max_resamples=1", "rollout.engine=loop", "rewards=[length]", "reward_clip=1",
+    "rollout.max_resamples=1", "rollout.engine=loop", "rollout.overlong_buffer=9", "rewards=[length]",
+    "reward_clip=1", "reward_timeout=9",
 )  # fmt: skip
 WARNED = {
     "chat_template": (("chat_template=hh", "datasets=hh"), ("chat_template=hh", f"datasets={__file__}")),
@@ -61,6 +62,10 @@ REFUSED = {
     "reference_refresh.mix": (
         ("reference_refresh.mix=0.5", *DPO),
         ("reference_refresh.mix=0.5", *DPO, "reference_refresh.every=4"),
+    ),
+    "rollout.overlong_penalty": (
+        ("rollout.overlong_penalty=2", "loss=grpo"),
+        ("rollout.overlong_penalty=2", "loss=grpo", "rollout.overlong_buffer=9"),
     ),
     "rollout.top_p": (("rollout.top_p=0.9",), ("rollout.top_p=0.9", "loss=best_of_n")),
     **{setting.partition("=")[0]: ((setting,), (setting, "loss=grpo")) for setting in ONLINE},
