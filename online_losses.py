@@ -287,7 +287,7 @@ def rloo_loss(
     logratios = _sum_tokens(logps - old_logps, lengths)
     first_tokens = lengths.cumsum(0) - lengths
     losses = clipped_loss(logratios, advantages[first_tokens], clip_low, clip_high)
-    return (losses / lengths).repeat_interleave(lengths)
+    return (losses / lengths).repeat_interleave(lengths, output_size=len(logps))
 
 
 def reinforce_pp_loss(
@@ -343,10 +343,16 @@ def online_dpo_loss(
         the loss of each pair, spread over its tokens, [tokens]. Their sum is twice it, as there are two responses.
     """
     policy, reference = (_sum_tokens(values, lengths) for values in (logps, reference_logps))
-    is_better = advantages[lengths.cumsum(0) - lengths] > 0  # [responses]
-    pairs = SampledPairs(*(values[mask] for values in (policy, reference, lengths) for mask in (is_better, ~is_better)))
+    first_tokens = (lengths.cumsum(0) - lengths).view(-1, 2)[:, 0]
+    is_first = advantages[first_tokens] > 0  # [pairs]: the first response is the better one
+
+    def better_and_worse(values: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = values.view(-1, 2).unbind(1)
+        return first.where(is_first, second), second.where(is_first, first)
+
+    pairs = SampledPairs(*(each for values in (policy, reference, lengths) for each in better_and_worse(values)))
     num_tokens = lengths.view(-1, 2).sum(1)
-    return (2 * pair_loss(pairs, beta) / num_tokens).repeat_interleave(num_tokens)
+    return (2 * pair_loss(pairs, beta) / num_tokens).repeat_interleave(num_tokens, output_size=len(logps))
 
 
 def xpo_loss(
@@ -369,7 +375,8 @@ def xpo_loss(
         alpha: of the policy's log-prob of that response, which the loss adds.
     """
     pairs = online_dpo_loss(logps, old_logps, reference_logps, advantages, lengths, beta=beta, pair_loss=pair_loss)
-    is_of_reference = (torch.arange(len(lengths), device=lengths.device) % 2 == 1).repeat_interleave(lengths)
+    is_of_reference = torch.arange(len(lengths), device=lengths.device) % 2 == 1
+    is_of_reference = is_of_reference.repeat_interleave(lengths, output_size=len(logps))
     return pairs + (2 * alpha * logps).where(is_of_reference, 0)
 
 

@@ -377,6 +377,13 @@ def test_remax_needs_the_reward_of_the_most_likely_response(online, monkeypatch)
     assert max(row["rollout/left_out"] for row in run.steps) >= 3  # and whole groups
 
 
+def test_single_responses_are_no_groups(online):
+    run = online("loss=remax", "rollout.num_responses=1", "n_examples=4")
+    assert run.status == 0, run.err
+    assert not {"rollout/zero_std_groups", "rollout/distinct"} & run.steps[0].keys()
+    assert run.steps[0]["rollout/left_out"] == 0
+
+
 def test_groups_of_equal_rewards_are_sampled_again(online, monkeypatch):
     monkeypatch.setitem(REWARDS, "vowels", lambda prompt, response, row: float(vowels("", response, {}) > 0.4))
     kept, left_out = online(), online("rollout.max_resamples=0")

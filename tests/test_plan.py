@@ -235,6 +235,21 @@ def test_online_training_is_planned_with_the_longest_responses() -> None:
     assert "samples and their rewards, often most of it" in text
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("loss=online_dpo", "rollout.num_responses=2"),
+        ("loss=xpo", "rollout.num_responses=2"),
+        ("loss=rloo", "peft=lora"),
+        ("loss=remax", "batching=padded"),
+    ],
+)
+def test_other_online_losses_are_planned(overrides: tuple[str, ...]) -> None:
+    """Their shapes depend on no values: a plan has none."""
+    plan = online_plan(*overrides)
+    assert plan.sampling is not None and plan.memory.peak > plan.memory.state
+
+
 def test_passes_learn_the_same_responses_again() -> None:
     once, twice = online_plan(), online_plan("rollout.epochs=2")
     assert (twice.num_steps, twice.num_tokens) == (2 * once.num_steps, 2 * once.num_tokens)

@@ -27,10 +27,11 @@ def sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rollout/length_mean": float(np.mean(lengths)),
         "rollout/length_max": float(max(lengths)),
         "rollout/truncated": float(np.mean([response.is_truncated for response in responses])),
-        "rollout/zero_std_groups": float(np.mean([has_equal_rewards(group) for group in groups])),
-        "rollout/distinct": float(np.mean([len({response.text for response in g}) / len(g) for g in of_policy])),
         **reward_metrics(responses, "rewards_train"),
     }
+    if any(len(group) > 1 for group in groups):  # a single response equals itself
+        metrics["rollout/zero_std_groups"] = float(np.mean([has_equal_rewards(group) for group in groups]))
+        metrics["rollout/distinct"] = float(np.mean([len({each.text for each in g}) / len(g) for g in of_policy]))
     rewards = [response.reward for response in responses if response.reward is not None]
     if rewards:
         metrics["objective/scores"] = float(np.mean(rewards))
