@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-import online_losses
+import online_losses as online
 from online_losses import Mean
 from reward_losses import reward_loss
 
@@ -766,8 +766,7 @@ class Loss:
         has_greedy_baseline: the advantages need the reward of the most likely response.
         compares_group: a response is compared with the others of its prompt, so groups of equal rewards teach nothing.
             "either": by the key baseline=group.
-        learns_pairs: the function takes pair_loss, and two responses to each prompt. The keys pair_loss and
-            pair_options choose it.
+        learns_pairs: the function takes pair_loss, which the keys pair_loss and pair_options choose, and pairs.
         samples_reference: the last response to each prompt is one of the reference.
 
     Labels of unpaired responses follow the columns above: bool [examples], true for desirable ones.
@@ -828,6 +827,9 @@ def _rollout_loss(function: Callable[..., Tensor], advantages: Callable[..., Any
     return Loss(function, batch="rollout", advantages=advantages, mean=mean, **fields)
 
 
+ADAPTIVE: dict[str, Any] = {"next_beta": online.next_beta}  # the KL is in the rewards, its weight may move
+BY_RESPONSE: dict[str, Any] = {"ratios": "responses", **ADAPTIVE}
+PAIRS: dict[str, Any] = {"learns_pairs": True, "skips_zero_advantages": True}  # ties make no pair
 LOSSES = {
     "sft": Loss(sft_loss, batch="sft", takes_sft_weight=False),
     "dpo": Loss(dpo_loss, batch="pairs", needs={"reference"}),
@@ -870,60 +872,27 @@ LOSSES = {
     ),
     "reward": Loss(reward_loss, batch="ranked", log_probs="sums", takes_sft_weight=False, head="score"),
     "ppo": _rollout_loss(
-        online_losses.ppo_loss,
-        online_losses.ppo_advantages,
+        online.ppo_loss,
+        online.ppo_advantages,
         "tokens",
         needs={"reference", "entropy"},
         compares_group=False,
-        value_loss=online_losses.value_loss,
-        next_beta=online_losses.next_beta,
+        value_loss=online.value_loss,
+        **ADAPTIVE,
     ),
-    "grpo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "responses"),
-    "dr_grpo": _rollout_loss(online_losses.grpo_loss, online_losses.dr_grpo_advantages, "max_new_tokens"),
-    "dapo": _rollout_loss(online_losses.grpo_loss, online_losses.grpo_advantages, "tokens"),
-    "rloo": _rollout_loss(
-        online_losses.rloo_loss,
-        online_losses.rloo_advantages,
-        "sums",
-        ratios="responses",
-        next_beta=online_losses.next_beta,
-    ),
+    "grpo": _rollout_loss(online.grpo_loss, online.grpo_advantages, "responses"),
+    "dr_grpo": _rollout_loss(online.grpo_loss, online.dr_grpo_advantages, "max_new_tokens"),
+    "dapo": _rollout_loss(online.grpo_loss, online.grpo_advantages, "tokens"),
+    "rloo": _rollout_loss(online.rloo_loss, online.rloo_advantages, "sums", **BY_RESPONSE),
     "reinforce_pp": _rollout_loss(
-        online_losses.reinforce_pp_loss,
-        online_losses.reinforce_pp_advantages,
-        "tokens",
-        compares_group="either",
-        next_beta=online_losses.next_beta,
+        online.reinforce_pp_loss, online.reinforce_pp_advantages, "tokens", compares_group="either", **ADAPTIVE
     ),
     "remax": _rollout_loss(
-        online_losses.rloo_loss,
-        online_losses.remax_advantages,
-        "sums",
-        ratios="responses",
-        has_greedy_baseline=True,
-        compares_group=False,
-        next_beta=online_losses.next_beta,
+        online.rloo_loss, online.remax_advantages, "sums", has_greedy_baseline=True, compares_group=False, **BY_RESPONSE
     ),
-    "online_dpo": _rollout_loss(
-        online_losses.online_dpo_loss,
-        online_losses.best_and_worst,
-        "sums",
-        skips_zero_advantages=True,
-        learns_pairs=True,
-    ),
-    "xpo": _rollout_loss(
-        online_losses.xpo_loss,
-        online_losses.best_and_worst,
-        "sums",
-        skips_zero_advantages=True,
-        learns_pairs=True,
-        samples_reference=True,
-    ),
+    "online_dpo": _rollout_loss(online.online_dpo_loss, online.best_and_worst, "sums", **PAIRS),
+    "xpo": _rollout_loss(online.xpo_loss, online.best_and_worst, "sums", **PAIRS, samples_reference=True),
     "best_of_n": _rollout_loss(
-        online_losses.best_of_n_loss,
-        online_losses.best_of_n_advantages,
-        "sums",
-        needs=frozenset(),
-        skips_zero_advantages=True,
+        online.best_of_n_loss, online.best_of_n_advantages, "sums", needs=frozenset(), skips_zero_advantages=True
     ),
 }
