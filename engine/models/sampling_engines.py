@@ -53,18 +53,22 @@ class SamplingEngine(Protocol):
         ...
 
 
-def build_engine(settings: Settings) -> SamplingEngine:
-    """The engine of rollout.engine.
+def check_engine(settings: Settings) -> None:
+    """Check that the package of rollout.engine is installed.
 
     Raises:
-        UserError: CONFIG if its package is not installed.
+        UserError: CONFIG if not.
     """
+    if settings.rollout.engine == "vllm" and find_spec("vllm") is None:
+        raise UserError("CONFIG", "rollout.engine=vllm needs the package vllm", f"pip install vllm, or {USE_LOOP}")
+
+
+def build_engine(settings: Settings) -> SamplingEngine:
+    """The engine of rollout.engine."""
     rollout = settings.rollout
     if rollout.engine == "continuous":
         return ContinuousBatching()
     if rollout.engine == "vllm":
-        if find_spec("vllm") is None:
-            raise UserError("CONFIG", "rollout.engine=vllm needs the package vllm", f"pip install vllm, or {USE_LOOP}")
         from engine.models.vllm_engine import Vllm
 
         dtype = settings.mixed_precision or settings.model.policy_dtype

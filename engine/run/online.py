@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from engine.data.examples import Example, Split
+from engine.models.sampling_engines import check_engine
 from engine.placement.placement import Placement
 from engine.run.critic import Critic
 from engine.run.evaluation import Evaluator
@@ -25,7 +26,11 @@ from losses import LOSSES
 
 
 def build_source(settings: Settings, train_split: Split) -> Source:
-    """The batches of a run: stored examples, or sampled responses to stored prompts."""
+    """The batches of a run: stored examples, or sampled responses to stored prompts.
+
+    Raises:
+        UserError: CONFIG if the engine of sampling is not installed.
+    """
     common: dict[str, Any] = {
         name: getattr(settings, name) for name in ("batch_size", "seed", "n_epochs", "n_examples")
     }
@@ -33,6 +38,7 @@ def build_source(settings: Settings, train_split: Split) -> Source:
     mean = LOSSES[settings.loss.name].mean
     if mean is None:
         return StoredExamples(train_split.examples, **common, length_grouping=settings.length_grouping)
+    check_engine(settings)  # before models are loaded
     return SampledResponses(
         train_split.examples,
         **common,
