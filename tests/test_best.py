@@ -87,7 +87,7 @@ ONLINE = ("loss=grpo", "keep_best=rewards_eval/sampled", "rewards=[length]")
         ("reward_weights=[2]", True),
         ("reward_clip=1", True),
         ("on_bad_reward=drop", True),
-        ("rewards=[length,films]", True),
+        ("rewards=[length,exact_match]", True),
         ("rollout.temperature=0.5", True),
         ("rollout.missing_eos_penalty=1", True),
         ("rollout.max_new_tokens=7", True),
