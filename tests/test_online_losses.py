@@ -341,7 +341,7 @@ def test_a_pair_loss_without_a_reference_builds_none() -> None:
         ({"batch": "pairs"}, 'a loss with batch="rollout" needs advantages and mean; others have none'),
         ({"advantages": None}, "needs advantages and mean"),
         ({"mean": None}, "needs advantages and mean"),
-        ({"needs": {"kl"}}, "needs a reference at most"),
+        ({"needs": {"kl"}}, "needs a reference and the entropy at most"),
         ({"state": MovingState({"x": 0.0}, lambda *arguments: {})}, "no state"),
         ({"log_probs": "means"}, 'log_probs="sums"'),
         ({"takes_sft_weight": True}, "takes_sft_weight=False"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import engine.run.sampler
+import engine.models.group_sampling
 import trainers
 from engine.run.sampler import Group, Sampler
 from engine.step.microbatches import MicrobatchRunner
@@ -24,7 +24,7 @@ ITERATIONS = (
 )  # fmt: skip
 # Phase -> what is called in it, and the call at which the process is killed.
 PHASES: dict[str, tuple[Any, str, int]] = {
-    "generate": (engine.run.sampler, "sample_groups", 1),
+    "generate": (engine.models.group_sampling, "_choose", 4),  # the fourth token
     "reward": (REWARDS, "parity", 5),
     "logps": (MicrobatchRunner, "sample_logps", 2),
     "training": (trainers.BasicTrainer, "update", 2),
