@@ -13,7 +13,7 @@ ONLINE = (
     "rollout.num_responses=4", "rollout.prompts=8", "rollout.epochs=2", "rollout.max_new_tokens=9",
     "rollout.temperature=0.5", "rollout.max_rows=9", "rollout.truncated=mask", "rollout.missing_eos_penalty=1",
     "rollout.max_resamples=1", "rollout.engine=loop", "rollout.overlong_buffer=9", "rewards=[length]",
-    "reward_clip=1", "reward_timeout=9",
+    "reward_clip=1", "reward_timeout=9", "rollout.offload=true", "ptx.datasets=[films]",
 )  # fmt: skip
 WARNED = {
     "chat_template": (("chat_template=hh", "datasets=hh"), ("chat_template=hh", f"datasets={__file__}")),
@@ -32,6 +32,10 @@ WARNED = {
     "loss.beta": (
         ("loss=online_dpo", "loss.beta=0.3", "loss.pair_loss=orpo", "loss.pair_options={odds_ratio_weight:1.0}"),
         ("loss=online_dpo", "loss.beta=0.3"),
+    ),
+    "loss.kl_horizon": (
+        ("loss=ppo", "loss.kl_horizon=9"),
+        ("loss=ppo", "loss.kl_horizon=9", "loss.target_kl=3"),
     ),
     "peft.double_quant": (
         ("peft=qlora", "peft.double_quant=false", "peft.quant_type=int8"),
@@ -69,6 +73,14 @@ REFUSED = {
     ),
     "rollout.top_p": (("rollout.top_p=0.9",), ("rollout.top_p=0.9", "loss=best_of_n")),
     **{setting.partition("=")[0]: ((setting,), (setting, "loss=grpo")) for setting in ONLINE},
+    **{
+        setting.partition("=")[0]: ((setting, "loss=grpo"), (setting, "loss=ppo"))
+        for setting in ("critic.archive=a", "critic.lr=0.1", "critic.max_grad_norm=3")
+    },
+    "ptx.weight": (
+        ("ptx.weight=3", "loss=grpo"),
+        ("ptx.weight=3", "loss=grpo", "ptx.datasets=[films]"),
+    ),
     "rollout.vllm_memory": (
         ("rollout.vllm_memory=0.5", "loss=grpo"),
         ("rollout.vllm_memory=0.5", "loss=grpo", "rollout.engine=vllm"),
