@@ -9,8 +9,10 @@ The reward is a user's function, added as docs/extend.md says, but from here: th
 import argparse
 import json
 import os
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -42,6 +44,11 @@ OPENINGS = [
     "People ask me whether they should see {}. I tell them that",
     "The music of {} is",
 ]  # fmt: skip
+FILM_WORDS = re.compile(
+    r"\b(film|movie|cinema|story|plot|scene|act|actor|actress|character|director|direct|music|song|sound|soundtrack|"
+    r"role|screen|script|audience|theat[er]{2}|documentary|watch|review|camera|drama|comedy)(s|es|ed|ing|er|ion)?\b",
+    re.IGNORECASE,
+)
 SETTINGS = (
     "loss=grpo",
     "loss.beta=0.02",
@@ -143,6 +150,17 @@ def distinct_words(texts: Sequence[str]) -> float:
     return len({*words}) / max(1, len(words))
 
 
+def share_about_films(texts: Sequence[str]) -> float:
+    """The share of texts with a word about films. The scorer does not ask for one."""
+    return sum(FILM_WORDS.search(text) is not None for text in texts) / max(1, len(texts))
+
+
+def common_words(texts: Sequence[str], number: int = 12) -> list[tuple[str, float]]:
+    """The words of five or more letters in most texts, with the share of these."""
+    counts = Counter(word for text in texts for word in {*re.findall(r"[a-z]{5,}", text.lower())})
+    return [(word, count / len(texts)) for word, count in counts.most_common(number)]
+
+
 def summarize(run_dir: Path) -> dict[str, Any]:
     """Curves and samples of a run."""
     metrics, samples = read(run_dir / "metrics.jsonl"), read(run_dir / "samples.jsonl")
@@ -163,7 +181,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
                 "tokens": row["rollout_eval/length_mean"],
                 "truncated": row["rollout_eval/truncated"],
                 "distinct_words": distinct_words(texts),
-                "exclamation_marks": sum(text.count("!") for text in texts) / max(1, len(texts)),
+                "about_films": share_about_films(texts),
             }
         )
     steps = [
@@ -179,7 +197,8 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     ]
     last = evaluations[-1]["prompts"]
     shown = [each for each in samples if each["examples"] == last and "policy" in each]
-    return {"evaluations": evaluations, "steps": steps, "samples": shown}
+    words = {who: common_words([each[who] for each in shown]) for who in ("reference", "policy")}
+    return {"evaluations": evaluations, "steps": steps, "common_words": words, "samples": shown}
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
@@ -217,7 +236,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 def tables(found: Mapping[str, Any], num_samples: int = 8) -> str:
     """Markdown: the evaluations, and samples before and after."""
     lines = [
-        '| prompts | reward, sampled | reward, greedy | KL [nats] | tokens | distinct words | "!" per response |',
+        "| prompts | reward, sampled | reward, greedy | KL [nats] | tokens | distinct words | about films |",
         "|" + " --- |" * 7,
     ]
     for row in found["evaluations"]:
@@ -228,9 +247,12 @@ def tables(found: Mapping[str, Any], num_samples: int = 8) -> str:
             f"{row['kl']:.2f} ±{row['kl_error']:.2f}",
             f"{row['tokens']:.1f}",
             f"{row['distinct_words']:.3f}",
-            f"{row['exclamation_marks']:.2f}",
+            f"{row['about_films']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    for who, name in (("reference", "before"), ("policy", "after")):
+        words = ", ".join(f"{word} {share:.0%}" for word, share in found["common_words"][who])
+        lines += ["", f"Words in most responses {name}: {words}."]
     lines += ["", "| prompt | before | after |", "| --- | --- | --- |"]
     every = max(1, len(found["samples"]) // num_samples)
 

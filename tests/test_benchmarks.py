@@ -335,6 +335,8 @@ def test_prompts_of_sentiment():
 def test_words_of_sentiment():
     assert sentiment.distinct_words(["Good good film", "a film"]) == 3 / 5
     assert sentiment.distinct_words([""]) == 0
+    assert sentiment.share_about_films(["Great acting!", "A fact", "I watched it", "lucky us", "two FILMS"]) == 3 / 5
+    assert sentiment.common_words(["amazing amazing film", "Amazing story"], 2)[0] == ("amazing", 1.0)
 
 
 def test_scorer_of_sentiment():
