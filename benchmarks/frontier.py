@@ -27,8 +27,8 @@ from benchmarks.frontier_chart import draw, table
 COMMON = ("+experiment=demo_sft", "do_first_eval=false", "sample_during_eval=false", "n_eval_examples=16")
 OFFLINE = ("n_epochs=1", "lr=1.5e-4", "save_every=1840")  # one pass over 3,675 pairs
 ONLINE = (
-    *("n_epochs=null", "n_examples=1600", "save_every=800", "lr=5e-4"),  # 100 steps of 16 prompts
-    *("rollout.num_responses=16", "rollout.max_new_tokens=40", "n_eval_model_samples=2"),
+    *("n_epochs=null", "n_examples=960", "save_every=960", "lr=5e-4"),  # 60 steps of 16 prompts
+    *("rollout.num_responses=8", "rollout.max_new_tokens=40", "n_eval_model_samples=2"),
 )
 PPO = (*ONLINE, "loss=ppo", "rollout.epochs=2", "critic.lr=1e-3")
 LEARNED = (*PPO, "rewards=[reward_model]", "reward_options={{reward_model:{{path:{reward}}}}}")
@@ -62,8 +62,8 @@ METHODS = {
     "online_dpo": Method("Online DPO", "truth", (*ONLINE, "loss=online_dpo"), (0.1, 0.3)),
     "ppo": Method("PPO", "truth", PPO, (0.05, 0.12)),
     "ppo_learned": Method("PPO on a reward model", "learned", LEARNED, (0.1, 0.3)),
-    "ppo_free": Method("without KL penalty", "learned", (*LEARNED, "n_examples=3200", "save_every=400"), (0.0,)),
-    "best_of_n": Method("Best of 16, learned", "truth", (*ONLINE, "loss=best_of_n")),
+    "ppo_free": Method("without KL penalty", "learned", (*LEARNED, "save_every=240"), (0.0,)),
+    "best_of_n": Method("Best of 8, learned", "truth", (*ONLINE, "loss=best_of_n")),
 }
 
 
@@ -87,9 +87,16 @@ class Cell:
         return [*texts, *beta, f"seed={self.seed}", f"model.archive={work / 'sft' / 'LATEST'}"]
 
 
-def cells(methods: Iterable[str], seeds: Sequence[int]) -> list[Cell]:
-    """All cells, the first seed of each method before the second."""
-    pairs = [(method, beta) for method in methods for beta in METHODS[method].betas]
+def cells(names: Iterable[str], seeds: Sequence[int]) -> list[Cell]:
+    """The cells of some methods, the first seed of each before the second.
+
+    Args:
+        names: a method, or METHOD:BETA.
+    """
+    pairs: list[tuple[str, float | None]] = []
+    for name in names:
+        method, _, beta = name.partition(":")
+        pairs += [(method, float(beta))] if beta else [(method, each) for each in METHODS[method].betas]
     return [Cell(method, beta, seed) for seed in seeds for method, beta in pairs]
 
 
@@ -210,7 +217,7 @@ def run_all(
 
 def main(texts: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", default=",".join(METHODS), help="with commas (default: %(default)s)")
+    parser.add_argument("--methods", default=",".join(METHODS), help="METHOD or METHOD:BETA, with commas")
     parser.add_argument("--seeds", default="0,1,2", help="with commas (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time, one thread each")
     parser.add_argument("--responses", type=int, default=2, help="to each prompt, in a measurement")
@@ -223,10 +230,10 @@ def main(texts: Sequence[str]) -> None:
     start = time.monotonic()
     write_preferred(work / "preferred.jsonl")
     train(work / "sft", work, "n_epochs=4", *settings)
-    if any(METHODS[name].family == "learned" for name in arguments.methods.split(",")):
+    chosen = cells(arguments.methods.split(","), [int(seed) for seed in arguments.seeds.split(",")])
+    if any(METHODS[cell.method].family == "learned" for cell in chosen):
         few = [text for text in settings if not text.startswith("n_eval_model_samples=")]  # it samples nothing
         train(work / "reward", work, *few, common=("+experiment=demo_reward", "wandb.enabled=false"))
-    chosen = cells(arguments.methods.split(","), [int(seed) for seed in arguments.seeds.split(",")])
     best, results = run_all(chosen, work, arguments)
     minutes = (time.monotonic() - start) / 60
     record = {"command": shown_command("frontier", texts), **machine(1), "minutes": minutes}

@@ -1,13 +1,14 @@
 """The picture and the table of frontier.py."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 WIDTH, HEIGHT = 760, 500
-MAX_KL = 9.0  # of the picture; the table has all
-REWARDS = (-0.2, 1.05)  # of the picture
+MAX_KL = 12.0  # of the picture; the table has all
+MAX_REWARD = 1.05
 # Of the picture in the light, and in the dark.
 INK, PAPER, GRID, FAINT = ("#1f2328", "#e6edf3"), ("#ffffff", "#0d1117"), ("#e5e7eb", "#2a3038"), ("#59636e", "#9198a1")
 FAMILIES = {
@@ -130,14 +131,15 @@ def specification(record: Mapping[str, Any], methods: Methods) -> dict[str, Any]
     optimum, cells = record["optimum"], record["cells"]
     start = {"kl": 0.0, "reward": optimum["reference_reward"]}
     curves = {"exact optimum": [start, *optimum["exact"]], "best of n": [start, *optimum["best_of_n"]]}
-    means = {name: [point for point in points if is_shown(point)] for name, points in mean_points(cells).items()}
+    means = {name: [point for point in points if point["kl"] <= MAX_KL] for name, points in mean_points(cells).items()}
     ends: list[End] = [(name, points[-1], INK[0]) for name, points in curves.items()]
     for name, points in means.items():
         colour = FAMILIES[methods[name][1]][1][0]
         ends += [(methods[name][0], max(points, key=lambda point: point["kl"]), colour)] if points else []
     lines = [{"name": name, **point} for name, points in curves.items() for point in points]
     dots = [{"name": name, **point} for name, points in means.items() for point in points]
-    seeds = [{"name": cell["method"], **point} for cell in cells for point in ends_of(cell) if is_shown(point)]
+    seeds = [{"name": cell["method"], **point} for cell in cells for point in ends_of(cell) if point["kl"] <= MAX_KL]
+    frame = Frame.around([*lines, *dots, *seeds])
     for row in (*dots, *seeds):
         row["family"] = FAMILIES[methods[row["name"]][1]][0]
     return {
@@ -148,21 +150,16 @@ def specification(record: Mapping[str, Any], methods: Methods) -> dict[str, Any]
         "background": PAPER[0],
         "description": "Ground-truth reward against KL to the reference: each method, and the exact optimum",
         "layer": [
-            *layers_of_marks(start, lines, dots, seeds),
-            *map(label_layer, place_labels(ends, [*lines, *dots])),
-            label_layer({"name": "SFT model, the reference", **start, "dx": 4, "dy": 18, "colour": INK[0]}),
+            *layers_of_marks(frame, start, lines, dots, seeds),
+            *(label_layer(frame, label) for label in place_labels(frame, ends, [*lines, *dots])),
+            label_layer(frame, {"name": "SFT model, the reference", **start, "dx": 4, "dy": 18, "colour": INK[0]}),
         ],
         "config": CONFIG,
     }
 
 
-def is_shown(point: Mapping[str, Any]) -> bool:
-    """Whether a point lies inside the picture."""
-    return point["kl"] <= MAX_KL and point["reward"] >= REWARDS[0]
-
-
 def layers_of_marks(
-    start: dict[str, Any], lines: Sequence[Any], dots: Sequence[Any], seeds: Sequence[Any]
+    frame: "Frame", start: dict[str, Any], lines: Sequence[Any], dots: Sequence[Any], seeds: Sequence[Any]
 ) -> list[dict[str, Any]]:
     family = {"field": "family", "type": "nominal", "title": None, "scale": FAMILY_SCALE, "legend": LEGEND}
     dash = {"field": "name", "type": "nominal", "legend": None, "scale": {"range": [[5, 4], [1, 0]]}}
@@ -170,42 +167,25 @@ def layers_of_marks(
     ordered = [[{**point, "order": number} for number, point in enumerate(points)] for points in (lines, dots)]
     method_line = {"type": "line", "strokeWidth": 1.5, "opacity": 0.6}
     return [
-        layer(ordered[0], {"type": "line", "color": INK[0], "strokeWidth": 2}, strokeDash=dash, order=order),
-        layer([start], {"type": "point", "filled": True, "size": 90, "color": INK[0], "opacity": 1}),
-        layer(seeds, {"type": "point", "filled": True, "size": 22, "opacity": 0.45}, color=family),
-        layer(ordered[1], method_line, color=family, detail={"field": "name"}, order=order),
-        layer(dots, {"type": "point", "filled": True, "size": 80, "opacity": 1}, color=family),
+        frame.layer(ordered[0], {"type": "line", "color": INK[0], "strokeWidth": 2}, strokeDash=dash, order=order),
+        frame.layer([start], {"type": "point", "filled": True, "size": 90, "color": INK[0], "opacity": 1}),
+        frame.layer(seeds, {"type": "point", "filled": True, "size": 22, "opacity": 0.45}, color=family),
+        frame.layer(ordered[1], method_line, color=family, detail={"field": "name"}, order=order),
+        frame.layer(dots, {"type": "point", "filled": True, "size": 80, "opacity": 1}, color=family),
     ]
 
 
-def label_layer(label: Mapping[str, Any]) -> dict[str, Any]:
+def label_layer(frame: "Frame", label: Mapping[str, Any]) -> dict[str, Any]:
     mark = {"type": "text", "align": "left", "baseline": "middle", "fontSize": 12, "color": label["colour"]}
-    return layer([label], mark | {"dx": label["dx"], "dy": label["dy"], "text": label["name"]})
+    return frame.layer([label], mark | {"dx": label["dx"], "dy": label["dy"], "text": label["name"]})
 
 
-def layer(values: Sequence[Mapping[str, Any]], mark: Mapping[str, Any], **encoding: Any) -> dict[str, Any]:
-    """Marks of some values at their KL and reward."""
-    x = {
-        "field": "kl",
-        "type": "quantitative",
-        "scale": {"domain": [0, MAX_KL]},
-        "title": "KL to the reference [nats per response]",
-    }
-    y = {"field": "reward", "type": "quantitative", "scale": {"domain": [*REWARDS]}, "title": "ground-truth reward"}
-    return {"data": {"values": [*values]}, "mark": dict(mark), "encoding": {"x": x, "y": y, **encoding}}
-
-
-def place_labels(ends: Sequence[End], taken: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def place_labels(frame: "Frame", ends: Sequence[End], taken: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Labels beside the last point of their line, at the nearest place free of points and other labels."""
-
-    def pixels(point: Mapping[str, Any]) -> tuple[float, float]:
-        low, high = REWARDS
-        return WIDTH * point["kl"] / MAX_KL, HEIGHT * (high - point["reward"]) / (high - low)
-
-    boxes = [Box(x - 5, y - 5, x + 5, y + 5) for x, y in map(pixels, taken)]
+    boxes = [Box(x - 5, y - 5, x + 5, y + 5) for x, y in map(frame.pixels, taken)]
     found = []
     for name, point, colour in ends:
-        x, y = pixels(point)
+        x, y = frame.pixels(point)
         width = 6.5 * len(name)
         shifts = sorted((0, *range(-64, 65, 8)), key=abs)
         places = [(dx, dy) for dy in shifts for dx in (9, -9 - width)]
@@ -216,6 +196,35 @@ def place_labels(ends: Sequence[End], taken: Sequence[Mapping[str, Any]]) -> lis
         dx, dy = places[chosen]
         found.append({"name": name, "kl": point["kl"], "reward": point["reward"], "dx": dx, "dy": dy, "colour": colour})
     return found
+
+
+class Frame(NamedTuple):
+    """The ranges of the picture: KL from 0 to max_kl, reward from min_reward to MAX_REWARD."""
+
+    max_kl: float
+    min_reward: float
+
+    @classmethod
+    def around(cls, points: Sequence[Mapping[str, Any]]) -> "Frame":
+        """The frame of some points, in steps of half a nat and a fifth of a reward."""
+        max_kl, min_reward = max(point["kl"] for point in points), min(point["reward"] for point in points)
+        return cls(math.ceil(2 * max_kl + 1) / 2, math.floor(5 * min_reward - 0.5) / 5)
+
+    def pixels(self, point: Mapping[str, Any]) -> tuple[float, float]:
+        """A point's distance from the left and from the top."""
+        height = (MAX_REWARD - point["reward"]) / (MAX_REWARD - self.min_reward)
+        return WIDTH * point["kl"] / self.max_kl, HEIGHT * height
+
+    def layer(self, values: Sequence[Mapping[str, Any]], mark: Mapping[str, Any], **encoding: Any) -> dict[str, Any]:
+        """Marks of some values at their KL and reward."""
+        x = {"field": "kl", "scale": {"domain": [0, self.max_kl]}, "title": "KL to the reference [nats per response]"}
+        y = {"field": "reward", "scale": {"domain": [self.min_reward, MAX_REWARD]}, "title": "ground-truth reward"}
+        axes = {"type": "quantitative", "axis": {"format": "~g", "tickCount": 8}}
+        return {
+            "data": {"values": [*values]},
+            "mark": dict(mark),
+            "encoding": {"x": x | axes, "y": y | axes, **encoding},
+        }
 
 
 class Box(NamedTuple):

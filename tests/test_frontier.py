@@ -30,6 +30,7 @@ def test_cells_differ_and_the_first_seed_comes_first() -> None:
     cells = frontier.cells(frontier.METHODS, [0, 1])
     assert len({cell.name for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    assert [cell.name for cell in frontier.cells(["dpo:0.2", "best_of_n"], [3])] == ["dpo-0.2-seed3", "best_of_n-seed3"]
 
 
 def test_a_result_is_kept_for_the_same_request_alone(tmp_path: Path) -> None:
@@ -116,7 +117,8 @@ def test_picture(record: dict[str, Any], tmp_path: Path) -> None:
 
 def test_labels_keep_apart() -> None:
     ends = [(f"method {n}", {"kl": 2 + n / 50, "reward": 0.8}, "#000000") for n in range(8)]
-    labels = frontier_chart.place_labels(ends, [point for _, point, _ in ends])
+    frame = frontier_chart.Frame.around([point for _, point, _ in ends])
+    labels = frontier_chart.place_labels(frame, ends, [point for _, point, _ in ends])
     places = [(label["dx"] > 0, label["dy"]) for label in labels]
     assert len({*places}) == len(ends)
 
