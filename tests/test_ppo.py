@@ -234,6 +234,7 @@ def test_offloaded_models_train_the_same(ppo, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
+        (["loss=reinforce_pp", "loss.baseline=group", "loss.target_kl=6"], "loss.target_kl: needs loss.baseline=batch"),
         (["loss.target_kl=6", "loss.beta=0"], "loss.target_kl: 6 needs loss.beta above 0"),
         (["loss=grpo", "critic.lr=1e-4"], "critic.lr: 0.0001 would change nothing: loss=grpo has no critic"),
         (["rollout.offload=true", "reference_refresh.every=3"], "rollout.offload: true moves the reference away"),

@@ -1,6 +1,5 @@
 """PPO's advantages and losses, the critic's loss, and the moving weight of the KL, against values by hand."""
 
-import math
 from typing import Any
 
 import pytest
@@ -85,4 +84,4 @@ def test_explained_variance_by_hand():
     assert explained_variance(returns, returns) == 1
     assert explained_variance(values(5, 5, 5), returns) == 0
     assert explained_variance(values(3, 2, 1), returns) == pytest.approx(1 - 4)
-    assert math.isnan(explained_variance(returns, values(2, 2, 2)))
+    assert explained_variance(returns, values(2, 2, 2)) is None

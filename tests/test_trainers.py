@@ -386,6 +386,17 @@ def test_tokens_per_second_counts_fed_tokens(program: Program, monkeypatch: pyte
     assert counts["packed"] < counts["padded"] / 2
 
 
+def test_a_batch_may_hold_an_example_twice(program: Program) -> None:
+    """Where an epoch ends inside a batch: both count, and the run ends at its number."""
+    rows = [{"prompt": f"Q{number}?", "chosen": " yes", "rejected": " no"} for number in range(4)]
+    path = program.directory / "four.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ("test_fraction=0", "batch_size=3", "n_examples=24", "n_epochs=null")
+    run = program.ok("loss=dpo", "loss.beta=0.1", f"datasets={path}", *sizes)
+    assert [row["counters/examples"] for row in run.steps] == [*range(3, 25, 3)]
+    assert (run.dir / "LATEST" / "policy.pt").exists()
+
+
 def test_the_reference_is_computed_once_for_all_epochs(program: Program) -> None:
     path = program.directory / "few.jsonl"
     rows = [{"prompt": f"{n}?", "chosen": " a", "rejected": " b"} for n in range(10)]

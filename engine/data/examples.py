@@ -130,9 +130,9 @@ def cut_responses(example: Example, starts: Sequence[int]) -> list[Example]:
 
 
 def join_parts(examples: Iterable[Example]) -> list[Example]:
-    """Examples, with their wholes in place of parts."""
-    wholes = [example if example.part is None else example.part.whole for example in examples]
-    return [*{id(whole): whole for whole in wholes}.values()]
+    """Examples, with a whole in place of its parts. A batch may hold an example twice, where an epoch ends in it."""
+    first_parts = [example for example in examples if example.part is None or example.part.number == 0]
+    return [example if example.part is None else example.part.whole for example in first_parts]
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

@@ -4,7 +4,6 @@ It is a language model with a score head, read at the positions that predict a t
 policy, and has an optimizer of its own.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -153,13 +152,14 @@ def critic_metrics(examples: Sequence[Example]) -> dict[str, float]:
     if not returns:
         return {}
     joined = (torch.from_numpy(np.concatenate(each)).double() for each in (values, returns))
-    return {"val/explained_variance": explained_variance(*joined)}
+    variance = explained_variance(*joined)
+    return {} if variance is None else {"val/explained_variance": variance}
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> float:
+def explained_variance(values: Tensor, returns: Tensor) -> float | None:
     """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one that knows the mean alone.
 
-    NaN for equal returns.
+    None for equal returns.
     """
     variance = returns.var(unbiased=False)
-    return (1 - (returns - values).var(unbiased=False) / variance).item() if variance > 0 else math.nan
+    return (1 - (returns - values).var(unbiased=False) / variance).item() if variance > 0 else None

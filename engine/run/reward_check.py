@@ -29,7 +29,7 @@ def check_rewards(settings: Settings, examples: Iterable[Example], has_ground_tr
     for name in settings.rewards or []:
         options = (settings.reward_options or {}).get(name, {})
         for column in COLUMNS.get(name, ()):
-            lacking = [row for row in rows if column not in row.columns]
+            lacking = [row for row in rows if row.columns.get(column) in (None, "", [])]
             is_dropped = settings.on_bad_reward == "drop" and len(lacking) < len(rows)
             if lacking and options.get(column) is None and not is_dropped:
                 prompt = clipped(printable(lacking[0].text)[-160:], 160)

@@ -422,6 +422,12 @@ def target_has_a_weight_to_move(target: float | None, beta: float) -> Problem:
     return f"{target:g} needs loss.beta above 0: it scales beta" if target is not None and beta == 0 else None
 
 
+@rule("loss.target_kl", "loss.baseline")
+def target_is_of_the_rewards_weight(target: float | None, baseline: str) -> Problem:
+    is_broken = target is not None and baseline == "group"
+    return "needs loss.baseline=batch: with group the KL is in the loss, at a fixed weight" if is_broken else None
+
+
 @rule("rollout.offload", "reference_refresh.every")
 def moving_reference_stays(offload: bool, every: int | None) -> Problem:
     is_broken = offload and every is not None
