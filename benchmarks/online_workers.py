@@ -7,10 +7,9 @@
 """
 
 import json
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,23 +160,24 @@ def grpo_settings(job: dict[str, Any]) -> Any:
     )
 
 
-class EndAtLengths:
-    """Ends each response at its length, as a logits processor.
+def end_at(lengths: list[int]) -> Any:
+    """A processor of logits for one call of generate(). It ends each response at its length."""
+    import torch
+    from transformers import LogitsProcessor
 
-    Args:
-        lengths: of the responses, in the order of the rows.
-    """
+    class EndAtLengths(LogitsProcessor):
+        def __init__(self) -> None:
+            self.step = 0
 
-    def __init__(self, lengths: Sequence[int]):
-        self.lengths, self.step = lengths, 0
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.step += 1
+            scores[:, EOS] = -torch.inf
+            ends = [row for row, length in enumerate(lengths) if length <= self.step]
+            scores[ends] = -torch.inf
+            scores[ends, EOS] = 0
+            return scores
 
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.step += 1
-        scores[:, EOS] = -math.inf
-        ends = [row for row, length in enumerate(self.lengths) if length <= self.step]
-        scores[ends] = -math.inf
-        scores[ends, EOS] = 0
-        return scores
+    return EndAtLengths()
 
 
 def work_trl(job: dict[str, Any]) -> None:
@@ -225,7 +225,7 @@ def work_trl(job: dict[str, Any]) -> None:
     )
     generate = trainer.model.generate
     trainer.model.generate = lambda **kwargs: generate(
-        **kwargs, logits_processor=LogitsProcessorList([EndAtLengths(lengths)])
+        **kwargs, logits_processor=LogitsProcessorList([end_at(lengths)])
     )
     for method, name in (("_generate_single_turn", "generate"), ("_calculate_rewards", "reward")):
         setattr(trainer, method, timers.wrap(getattr(trainer, method), name))

@@ -19,7 +19,7 @@ TYPICAL_ROWS = 8  # the order is chosen for so many; others are as exact
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """Run linear layers of fp32 on a CPU from copies of their weights in a with block.
 
-    The weights must stay as they are inside it. The copies take as much memory as gradients do in training.
+    The weights must stay as they are inside it. Their memory is needed once more, as for gradients in training.
     """
     # A subclass, or a layer with a forward pass of its own, may hold weights of another form.
     layers = [
