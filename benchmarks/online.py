@@ -90,8 +90,9 @@ def run_systems(names: Sequence[str], job: dict[str, Any], arguments: argparse.N
                 steps[name].append(worker.step(False))
                 worker.pause()
                 print(f"iteration {index}, {name}: {steps[name][-1]['seconds']:.2f} s", flush=True)
-            if len({steps[name][-1]["tokens"] for name in names}) > 1:
-                raise SystemExit(f"iteration {index}: the systems sampled different numbers of tokens")
+            tokens = {name: steps[name][-1]["tokens"] for name in names}
+            if len(set(tokens.values())) > 1:
+                raise SystemExit(f"iteration {index}: the systems sampled different numbers of tokens: {tokens}")
     return steps
 
 
