@@ -528,8 +528,8 @@ class BasicTrainer:
             *parts, reward, self.source, self.split_batch, self.say, chat_form, self.critic, offload
         )
         to_fit = examples_to_fit(settings, self.train_examples)
-        critic_bytes = 0 if self.critic is None else self.critic.num_bytes
-        self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, to_fit, critic_bytes)
+        other_bytes = self.evaluator.num_bytes + (0 if self.critic is None else self.critic.num_bytes)
+        self.token_budget, self.num_checkpointed = fit_memory(self.placement, self.runner, to_fit, other_bytes)
         self.runner.reference, self.reference_hash = self.build_reference()
         self.prepare_policy()
         self.optimizer = self.placement.build_optimizer(self.policy)

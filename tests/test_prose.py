@@ -7,7 +7,7 @@ from tests.prose import ROOT, count, per_1000, prose, prose_files, tree_files
 
 MAX_RELATIVE = 15  # which, that, what, who in 1,000 words
 MAX_FILE_LINES = 600
-MORE_FILE_LINES = {"losses.py": 940}  # a catalogue
+MORE_FILE_LINES = {"losses.py": 900}  # a catalogue
 MAX_FUNCTION_LINES = 60
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.data.examples import Example, PromptRow
+from engine.models.sampling_engines import Sampled
 from engine.run.reward_functions import Score
 from engine.run.rollout_metrics import cost_metrics, learned_metrics, sampling_metrics
 from engine.run.sampler import Costs, Response, Sampler
@@ -63,7 +64,9 @@ def test_tokens_and_bad_rewards_are_of_all_ranks(monkeypatch: pytest.MonkeyPatch
     placement: Any = SimpleNamespace(**places, gather_from_data_ranks=lambda value: [value, value])
     sampler = Sampler(make_settings("loss=grpo"), SimpleNamespace(eos_token_id=0), placement, rewards)
     monkeypatch.setattr(
-        sampler, "_sample_tokens", lambda model, prompts, seeds, number: [[None] * number] * len(prompts)
+        sampler,
+        "_sample_tokens",
+        lambda model, prompts, seeds, number: Sampled([[np.zeros(1)] * number] * len(prompts), None),
     )
 
     def score(*arguments: Any) -> list[list[Response]]:

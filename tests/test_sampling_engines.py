@@ -54,7 +54,7 @@ def online(program, monkeypatch):
 
 def make_model(kind="llama"):
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": False}
+    sizes: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 44, "tie_word_embeddings": False}
     if kind != "gpt2":
         sizes["intermediate_size"] = 48
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **ARCHITECTURES[kind])).eval()
@@ -117,7 +117,7 @@ def test_continuous_batching_refuses_models_without_paged_attention(monkeypatch)
 def test_failures_of_continuous_batching_are_errors(monkeypatch):
     model = make_model()
     monkeypatch.setattr(type(model), "generate_batch", lambda *args, **kwargs: {})
-    with pytest.raises(UserError, match=r"9 responses are missing.*use rollout\.engine=loop"):
+    with pytest.raises(UserError, match=r"3 responses are missing.*use rollout\.engine=loop"):
         ContinuousBatching().sample(model, PROMPTS, SEEDS, SAMPLING)
 
 

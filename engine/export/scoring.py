@@ -68,6 +68,11 @@ class Scorer:
         self.statistics = statistics
         self.mean, self.deviation = 0.0, 1.0
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights."""
+        return sum(parameter.nbytes for parameter in self._model.parameters())
+
     def scores(self, rows: Sequence[ParsedRow]) -> list[list[float]]:
         """The score of each response of each row."""
         return [row.scores for row in self.score_rows(rows)]

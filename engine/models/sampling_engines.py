@@ -92,6 +92,9 @@ class Loop:
         return Sampled(sample_groups(model, prompts, uniforms, sampling))
 
 
+Row = tuple[np.ndarray, np.ndarray]  # tokens of a response, and their log-probs
+
+
 class ContinuousBatching:
     """Continuous batching of transformers, with a paged cache.
 
@@ -112,16 +115,36 @@ class ContinuousBatching:
             problem = f"rollout.engine=continuous cannot run {type(model).__name__} on {device}: transformers needs a"
             raise UserError("CONFIG", f"{problem} model with a paged attention, on one device", USE_LOOP)
         limits = token_limits(prompts, sampling)
-        pages_of_row = math.ceil(
-            max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) / PAGE_SIZE
-        )
+        rows: dict[int, list[Row]] = {}  # of each prompt
+        for limit in sorted(set(limits)):  # transformers takes one for all
+            places = [place for place, each in enumerate(limits) if each == limit]
+            one = sampling._replace(max_new_tokens=limit)
+            found = self._sample_rows(
+                model, [prompts[place] for place in places], [seeds[place] for place in places], one
+            )
+            rows |= {
+                place: found[number * sampling.num_samples :][: sampling.num_samples]
+                for number, place in enumerate(places)
+            }
+        return in_groups([row for place in range(len(prompts)) for row in rows[place]], limits, sampling.num_samples)
+
+    def _sample_rows(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[np.ndarray],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+    ) -> list[Row]:
+        """Responses of at most max_new_tokens, those of a prompt one after the other."""
+        device = model.get_input_embeddings().weight.device
+        pages_of_row = math.ceil((max(map(len, prompts)) + sampling.max_new_tokens) / PAGE_SIZE)
         settings = GenerationConfig(
             do_sample=True,
             temperature=sampling.temperature,
             top_k=0,
             top_p=sampling.top_p,
             num_return_sequences=sampling.num_samples,
-            max_new_tokens=max(limits),
+            max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sampling.eos_token_id,
             pad_token_id=sampling.pad_token_id,
         )
@@ -148,11 +171,10 @@ class ContinuousBatching:
         if errors or num_missing:
             reason = errors[0] if errors else f"{num_missing} responses are missing"
             raise UserError("CONFIG", f"rollout.engine=continuous: transformers' batching failed: {reason}", USE_LOOP)
-        rows = [
+        return [
             (np.array(output.generated_tokens, dtype=np.int32), np.array(output.logprobs, dtype=np.float64))
             for output in outputs
         ]
-        return in_groups(rows, limits, sampling.num_samples)
 
 
 def token_limits(prompts: Sequence[np.ndarray], sampling: Sampling) -> list[int]:
@@ -160,7 +182,7 @@ def token_limits(prompts: Sequence[np.ndarray], sampling: Sampling) -> list[int]
     return [min(sampling.max_new_tokens, sampling.max_length - len(prompt)) for prompt in prompts]
 
 
-def in_groups(rows: Sequence[tuple[np.ndarray, np.ndarray]], limits: Sequence[int], num_samples: int) -> Sampled:
+def in_groups(rows: Sequence[Row], limits: Sequence[int], num_samples: int) -> Sampled:
     """Responses and their log-probs by prompt, cut to the limit of each prompt."""
     tokens, logps = (
         [

@@ -15,14 +15,14 @@ from utils import UserError
 
 
 def fit_memory(
-    placement: Placement, runner: MicrobatchRunner, examples: Sequence[Example], critic_bytes: int = 0
+    placement: Placement, runner: MicrobatchRunner, examples: Sequence[Example], other_bytes: float = 0
 ) -> tuple[int, int]:
     """Token budget and number of recomputing layers: as set, or as memory allows.
 
     All ranks call this together, with the same result.
 
     Args:
-        critic_bytes: of a critic with its gradients and optimizer state.
+        other_bytes: of a critic with its gradients and optimizer state, reward models, and another engine of sampling.
     """
     settings, policy = placement.settings, runner.policy
     num_layers = len(find_layers(policy, settings.model.block_name))
@@ -36,7 +36,7 @@ def fit_memory(
     # Beside the weights: gradients, optimizer state, and temporaries of the optimizer or mixed precision.
     adapter = adapter_of(policy)
     has_copy = settings.has_live_reference and not (adapter and adapter.has_own_reference)
-    state = 3 * trained + weights * (1 + has_copy) + critic_bytes
+    state = 3 * trained + weights * (1 + has_copy) + int(other_bytes)
     wanted = max(settings.token_budget or 2048, longest)
     num_devices = len({parameter.device for parameter in policy.parameters()})  # they share the layers
     per_token = placement.bytes_per_token(runner, examples) / num_devices

@@ -60,6 +60,11 @@ class RewardModelReward(BatchReward):
         self._name, self._settings, self._tokenizer = options.path, settings, tokenizer
         self._is_checked = False
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, on the device of training."""
+        return self._scorer.num_bytes
+
     def __call__(self, samples: Sequence[Sample]) -> Iterable[float | Exception | None]:
         by_prompt: dict[int, list[int]] = {}  # a prompt is run once for all its responses
         rows: list[PromptRow] = []

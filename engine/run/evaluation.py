@@ -53,6 +53,11 @@ class Evaluator:
         self.kl = KLMeter(settings, placement, runner, self._prompts, say)
 
     @property
+    def num_bytes(self) -> float:
+        """Memory of the training device that stays taken beside the models of training."""
+        return 0.0
+
+    @property
     def should_sample(self) -> bool:
         """Whether evaluations sample responses."""
         return self._settings.sample_during_eval and bool(self._prompts)

@@ -158,6 +158,11 @@ class RewardFunctions:
         self._clip, self._on_bad_reward = clip, on_bad_reward
         self.num_dropped = 0
 
+    @property
+    def num_bytes(self) -> int:
+        """Of reward models, on the device of training."""
+        return sum(getattr(scoring, "num_bytes", 0) for scoring in self._scorings.values())
+
     def __call__(self, samples: Sequence[PromptSample]) -> list[Score]:
         """The reward of each sample.
 

@@ -41,6 +41,11 @@ class RolloutEvaluator(Evaluator):
         self._rows: Rows = []
         self._reference_groups: list[Group] = []
 
+    @property
+    def num_bytes(self) -> float:
+        is_vllm, (_, memory) = self._settings.rollout.engine == "vllm", self._placement.memory()
+        return self._sampler.rewards.num_bytes + is_vllm * self._settings.rollout.vllm_memory * memory
+
     @torch.no_grad()
     def measure(self, token_budget: int, sync_stop_request: Callable[[], bool]) -> dict[str, float] | None:
         """Mean rewards of sampled and most likely responses, and the KL to the reference; None after a stop request."""

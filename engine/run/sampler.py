@@ -76,7 +76,7 @@ class Sampler:
         placement: Placement,
         rewards: RewardFunctions,
     ):
-        self._settings, self._tokenizer, self._placement, self._rewards = settings, tokenizer, placement, rewards
+        self._settings, self._tokenizer, self._placement, self.rewards = settings, tokenizer, placement, rewards
         self._engine, self._loop = build_engine(settings), Loop()
         self.costs = Costs()
 
@@ -92,7 +92,7 @@ class Sampler:
         local = slice(placement.data_rank, None, placement.num_data_ranks)
         with self.timed("generate"):
             sampled = self._sample_tokens(model, prompts[local], seeds[local], num_samples)
-        num_dropped = self._rewards.num_dropped
+        num_dropped = self.rewards.num_dropped
         with self.timed("reward"):
             # Ranks with the same prompts take the scores of the first: a judge is asked once.
             is_first = placement.rank % (placement.num_ranks // placement.num_data_ranks) == 0
@@ -102,7 +102,7 @@ class Sampler:
                     [replace(response, logps=logps) for response, logps in zip(*pair, strict=True)]
                     for pair in zip(groups, sampled.logps, strict=True)
                 ]
-        by_rank = placement.gather_from_data_ranks((groups, self._rewards.num_dropped - num_dropped))
+        by_rank = placement.gather_from_data_ranks((groups, self.rewards.num_dropped - num_dropped))
         num_ranks, costs = placement.num_data_ranks, self.costs
         costs.num_bad_rewards += sum(num_bad for _, num_bad in by_rank)
         found = [by_rank[index % num_ranks][0][index // num_ranks] for index in range(len(prompts))]
@@ -146,7 +146,7 @@ class Sampler:
             are_truncated = [int(tokens[-1]) != self._tokenizer.eos_token_id for tokens in group]
             drafts.append([*zip(group, texts, are_truncated, strict=True)])
             samples += samples_of(prompt.row, [*zip(texts, are_truncated, strict=True)])
-        scores = iter(self._rewards(samples))
+        scores = iter(self.rewards(samples))
         return [[self._response(*draft, next(scores)) for draft in group] for group in drafts]
 
     def _response(self, tokens: np.ndarray, text: str, is_truncated: bool, score: Score) -> Response:
