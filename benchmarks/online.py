@@ -72,7 +72,8 @@ def run_systems(names: Sequence[str], job: dict[str, Any], arguments: argparse.N
     model = MODELS[arguments.model]
     steps: Steps = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        write_model(model, Path(folder))
+        # Llama's own default is 2. TRL ends responses there too.
+        write_model({**model, "eos_token_id": online_workers.EOS}, Path(folder))
         online_workers.write_tokenizer(model["vocab_size"], Path(folder))
         workers: dict[str, Worker] = {}
         for name in names:
