@@ -80,7 +80,7 @@ def build_scoring(
         return OneByOne(partial(reward, **options), timeout)
     if issubclass(reward, BatchReward):
         return AllAtOnce(reward(**options), timeout)
-    chosen: type[Any] = reward  # its options are checked: see rules.py
+    chosen: type[Any] = reward  # its options are checked: see online_rules.py
     return engine_reward(chosen(**options))
 
 
