@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.data.films import is_well_formed
+from engine.run import sampler
 from engine.run.rollouts import Rollouts
 from engine.run.tensorboard_logger import as_markdown
 from engine.run.wandb_logger import Wandb
@@ -570,6 +571,26 @@ def test_rewards_are_needed(online, tmp_path, monkeypatch):
     assert run.status == 2
     assert "rewards: null is the ground truth of the data set" in run.err
     assert online("rewards=null", "n_examples=4").status == 0  # films has one
+
+
+def test_responses_to_learn_are_of_the_model_in_training(online, monkeypatch):
+    """In mixed precision its layers run in bf16; evaluations run the weights as they are."""
+    dtypes: dict[int, set[torch.dtype]] = {}
+    original = sampler.Sampler._sample_tokens
+
+    def recorded(self, model, prompts, seeds, num_samples):
+        layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+        hook = layer.register_forward_pre_hook(lambda module, _: dtypes[seeds[0][0]].add(module.weight.dtype))
+        dtypes.setdefault(seeds[0][0], set())
+        found = original(self, model, prompts, seeds, num_samples)
+        hook.remove()
+        return found
+
+    monkeypatch.setattr(sampler.Sampler, "_sample_tokens", recorded)
+    run = online("mixed_precision=bfloat16", "n_examples=4")
+    assert run.status == 0, run.err
+    assert dtypes[sampler.TRAINING] == {torch.bfloat16}
+    assert dtypes[sampler.EVALUATION] == {torch.float32}
 
 
 def test_adapters_train(online):

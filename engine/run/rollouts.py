@@ -61,6 +61,10 @@ class Rollouts:
         Args:
             first_prompt: the number of prompts of the run before these.
         """
+        with self._offload.using("policy"):  # the optimizers stay away until the responses are learned
+            return self._make(first_prompt, prompts)
+
+    def _make(self, first_prompt: int, prompts: Sequence[Example]) -> list[Example]:
         sampler = self._sampler
         sampler.costs = Costs()
         in_use: list[Part] = ["policy", "reference"] if self._loss.samples_reference else ["policy"]

@@ -126,8 +126,9 @@ class Sampler:
         )
         # Evaluations and baselines have the same random numbers with each engine.
         engine = self._engine if all(seed[0] == TRAINING for seed in seeds) else self._loop
-        # As in evaluations: full models sample in their own dtype.
-        dtype = placement.compute_dtype if adapter_of(model) else None
+        # Responses to learn are of the model that training runs. Evaluations run full models in the weights' own dtype.
+        is_learned = all(seed[0] in (TRAINING, REFERENCE) for seed in seeds)
+        dtype = placement.compute_dtype if is_learned or adapter_of(model) else None
         with run_in_dtype(model, dtype), placement.gathered(model):
             return engine.sample(
                 model,
