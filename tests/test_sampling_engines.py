@@ -121,12 +121,13 @@ def test_failures_of_continuous_batching_are_errors(monkeypatch):
         ContinuousBatching().sample(model, PROMPTS, SEEDS, SAMPLING)
 
 
-def test_run_of_continuous_batching(online):
+@pytest.mark.parametrize(("precision", "mismatch"), [("null", 1e-6), ("bfloat16", 1e-2)])
+def test_run_of_continuous_batching(precision, mismatch, online):
     """The ratio of the first pass is 1 to the bit, whatever sampled."""
-    run = online("rollout.engine=continuous", "peft=lora", "n_examples=8")
+    run = online("rollout.engine=continuous", "peft=lora", "n_examples=8", f"mixed_precision={precision}")
     assert run.status == 0, run.err
     assert all(row["policy/ratio_max"] == 1 and row["policy/approxkl"] == 0 for row in run.steps)
-    assert all(0 <= row["rollout/mismatch_k3"] < 1e-6 for row in run.steps)
+    assert all(0 <= row["rollout/mismatch_k3"] < mismatch for row in run.steps)
 
 
 # ---- vLLM, by a stand-in with the same interface ----
