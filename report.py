@@ -1,5 +1,6 @@
 """Report of runs as a web page: python report.py RUN [RUN ...] (see docs/report.md)."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +34,16 @@ def report(options: ReportOptions, runs: Sequence[str]) -> None:
     print(f"report: {page}")
 
 
+def is_run(argument: str) -> bool:
+    """Whether an argument is a run, not an option. Directories may have names such as lr=0.1."""
+    key, is_option, _ = argument.removeprefix("--").partition("=")
+    if is_option and key in ReportOptions.model_fields:
+        return False
+    return os.path.isdir(argument) or not (is_option or argument.startswith("-"))
+
+
 def main() -> int:
-    runs = [argument for argument in sys.argv[1:] if "=" not in argument and not argument.startswith("-")]
+    runs = [argument for argument in sys.argv[1:] if is_run(argument)]
     options = [argument for argument in sys.argv[1:] if argument not in runs]
     usage = "python report.py RUN [RUN ...] [key=value ...]: a page about a run, or about several beside each other"
     return run_command(lambda parsed: report(parsed, runs), usage, ReportOptions, options)

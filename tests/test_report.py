@@ -100,7 +100,7 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
     assert page.settings.rows == [["loss.beta", "0.05", "0.1", "0.3"]]
     assert page.metrics.rows[1] == ["kl_eval", "20", "10", "3.333"]
     frontier = page.charts[0]
-    assert frontier.key == "frontier" and frontier.title == "True reward of samples against kl_eval, at the end"
+    assert frontier.key == "frontier" and frontier.title == "True reward of samples against kl_eval, last evaluation"
     points = frontier.spec["data"]["values"]
     assert [(point["kl"], point["reward"], point["label"]) for point in points] == [
         (20.0, 0.5, "beta=0.05"),
@@ -113,6 +113,56 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
     }
     assert dashes == {(f"beta={beta}", split) for beta in betas for split in ("train", "eval")}
     assert "beta=0.05: 160 examples" in format_report(page)
+
+
+def test_a_run_has_one_colour_in_all_panels(tmp_path: Path) -> None:
+    """Also where only some runs have the metric; and it is named there."""
+    first, second = (read_run_log(write_run(tmp_path / name, loss={"name": name})) for name in ("sft", "dpo"))
+    for row in first.rows:
+        row.pop("kl_eval", None)
+    page = make_report([first, second])
+    for chart in page.charts:
+        colours = [layer["encoding"]["color"] for layer in chart.spec["layer"]]
+        assert {tuple(colour["scale"]["domain"]) for colour in colours} == {("name=sft", "name=dpo")}
+        assert all(colour["legend"] is not None for colour in colours)
+    (kl,) = (chart for chart in page.charts if chart.key == "kl")
+    assert {layer["encoding"]["color"]["datum"] for layer in kl.spec["layer"]} == {"name=dpo"}
+
+
+def test_a_run_that_has_not_trained_is_not_on_the_frontier(tmp_path: Path) -> None:
+    runs = [
+        read_run_log(write_run(tmp_path / name, loss={"beta": beta})) for name, beta in (("a", 1), ("b", 2), ("c", 3))
+    ]
+    runs[2].rows[:] = [row | {"counters/examples": 0} for row in runs[2].rows[-1:]]
+    assert [point["label"] for point in make_report(runs).charts[0].spec["data"]["values"]] == ["beta=1", "beta=2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", '{"counters/examples": "x", "loss/train": 1}'),
+        ("metrics.jsonl", '{"counters/examples": NaN, "loss/train": 1}'),
+        ("metrics.jsonl", '{"counters/examples": 1' + "0" * 400 + "}"),
+        ("metrics.jsonl", "[" * 100_000),
+        ("samples.jsonl", '{"examples": null, "prompt": "a"}'),
+        ("histograms.jsonl", '{"rewards_eval/chosen": {}}'),
+        ("warnings.jsonl", "{}"),
+    ],
+)
+def test_damaged_rows_are_left_out(tmp_path: Path, name: str, line: str) -> None:
+    run = write_run(tmp_path / "run")
+    expected = format_report(make_report([read_run_log(run)]))
+    with open(run / name, "a") as file:
+        file.write(line + "\n")
+    assert format_report(make_report([read_run_log(run)])) == expected
+
+
+@pytest.mark.parametrize("text", ["[]", '{"data": null, "command": 3}', '{"command"', ""])
+def test_a_damaged_record_is_left_out(tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "run.json").write_text(text)
+    html = format_report(make_report([read_run_log(run)]))
+    assert "Run it again" not in html and "<h2>Data" not in html
 
 
 def test_runs_without_kl_have_no_frontier_and_equal_ones_are_numbered(tmp_path: Path) -> None:
@@ -139,7 +189,7 @@ def test_torn_rows_and_missing_logs_are_left_out(tmp_path: Path) -> None:
 def test_many_responses_are_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run")
     write_log(run / "samples.jsonl", [{"examples": 0, "prompt": f"Q{n}", "policy": "A" * 50} for n in range(30)])
-    monkeypatch.setattr("engine.report.page.MAX_SAMPLE_TEXT", 530)
+    monkeypatch.setattr("engine.report.page.MAX_SAMPLE_BYTES", 530)
     page = make_report([read_run_log(run)])
     assert [sample.prompt for sample in page.samples] == [f"Q{n}" for n in range(10)]
     assert page.samples_note == "10 prompts of 30; samples.jsonl has all"
@@ -178,6 +228,15 @@ def test_the_command_writes_pages_and_pictures(
     assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
     assert (run / "charts" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (run / "charts" / "loss.svg").read_text().startswith("<svg")
+
+
+def test_directories_of_sweeps_have_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lr=0.1", "-x", "to=there"):
+        write_run(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "lr=0.1", "-x", "./to=there", "to=page.html"])
+    assert report.main() == 0
+    assert "lr=0.1" in Path("page.html").read_text() and "to=there" in Path("page.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from engine.pages.drawing import COMMON, STYLE
 from engine.report.panels import Panel, Points, smooth, thin
-from engine.report.run_log import RunLog
+from engine.report.run_log import RunLog, histograms_of
 
 SIZE = {"width": 235, "height": 140}  # fits a phone unscaled
 # Readable on white and on black. More runs repeat them.
@@ -19,7 +19,10 @@ LEGEND = {
     "symbolStrokeWidth": 2.5,
     "symbolOpacity": 1,
     "title": None,
+    "layout": {"bottom": {"direction": "vertical", "anchor": "start"}},
 }
+MANY_EXAMPLES = 10_000  # to write 12k
+SMALL = 1e-3
 MAX_MARKED = 30  # points of a line, to mark each
 FAINT = 0.3  # opacity of a noisy line below its mean
 
@@ -36,8 +39,11 @@ def curves(panel: Panel, runs: Sequence[RunLog], labels: Sequence[str]) -> dict[
         for metric in panel.metrics
         if (points := run.series(metric.name))
     ]
-    colours = list(dict.fromkeys(line.colour for line in lines))
+    shown = list(dict.fromkeys(line.colour for line in lines))
+    colours = [*labels] if len(runs) > 1 else shown  # a run has one colour in all panels
     dashes = list(dict.fromkeys(line.dash for line in lines)) if len(runs) > 1 else []
+    largest = max(abs(value) for line in lines for _, value in line.points)
+    last = max(examples for line in lines for examples, _ in line.points)
     ends = ", ".join(
         f"{' '.join(dict.fromkeys((line.colour, line.dash)))} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}"
         for line in lines
@@ -47,7 +53,7 @@ def curves(panel: Panel, runs: Sequence[RunLog], labels: Sequence[str]) -> dict[
         **SIZE,
         "description": f"{panel.title}: {ends}",
         "layer": [
-            layer | {"encoding": layer["encoding"] | _by(line, colours, dashes)}
+            layer | {"encoding": layer["encoding"] | _axes(layer, largest, last) | _by(line, colours, shown, dashes)}
             for line in lines
             for layer in _layers(line)
         ],
@@ -78,7 +84,7 @@ def _layers(line: Line) -> list[dict[str, Any]]:
         layers.append(_stroke(mean, 1.0, has_points=False))
     if line.errors:
         values = [{"x": x, "low": low, "high": high} for x, low, high in line.errors]
-        encoding = {"x": _axis("x", "examples"), "y": _axis("low"), "y2": {"field": "high"}}
+        encoding = {"y": {"field": "low"}, "y2": {"field": "high"}}
         layers.append({"data": {"values": values}, "mark": {"type": "rule", "opacity": 0.5}, "encoding": encoding})
     return layers
 
@@ -90,37 +96,47 @@ def _stroke(points: Points, opacity: float, *, has_points: bool) -> dict[str, An
     return {
         "data": {"values": [{"x": x, "y": y} for x, y in points]},
         "mark": mark,
-        "encoding": {"x": _axis("x", "examples"), "y": _axis("y", largest=max(abs(y) for _, y in points))},
+        "encoding": {"y": {"field": "y"}},
     }
 
 
-def _axis(field: str, title: str | None = None, largest: float = 1.0) -> dict[str, Any]:
-    axis: dict[str, Any] = {"tickCount": 4, "labelSeparation": 8}
-    if field == "x":
-        axis |= {"grid": False, "format": "~s"}
-    elif 0 < largest < 1e-3:  # its zeros would not fit
-        axis["format"] = "~e"
+def _axes(layer: Mapping[str, Any], largest: float, last: float) -> dict[str, Any]:
+    """The axes of a layer, the same for all of a panel.
+
+    Args:
+        largest: absolute value of the panel.
+        last: number of examples.
+    """
+    x, y = _axis("x", "examples"), _axis(layer["encoding"]["y"]["field"])
+    x["axis"] |= {"grid": False, "format": "~s" if last >= MANY_EXAMPLES else ",.0f"}
+    if 0 < largest < SMALL:  # its zeros would not fit
+        y["axis"]["format"] = "~e"
+    return {"x": x, "y": y}
+
+
+def _axis(field: str, title: str | None = None) -> dict[str, Any]:
+    axis = {"tickCount": 4, "labelSeparation": 8}
     return {"field": field, "type": "quantitative", "title": title, "axis": axis, "scale": {"zero": False}}
 
 
-def _by(line: Line, colours: Sequence[str], dashes: Sequence[str]) -> dict[str, Any]:
-    """Colour and dash of a line. What all lines share needs no legend."""
-    found = {"color": _colour(colours, line.colour)}
+def _by(line: Line, colours: Sequence[str], shown: Sequence[str], dashes: Sequence[str]) -> dict[str, Any]:
+    """Colour and dash of a line. A single metric of a single run needs no legend."""
+    found = {"color": _colour(colours, line.colour, shown)}
     if len(dashes) > 1:
         scale = {"domain": [*dashes], "range": DASHES[: len(dashes)]}
         found["strokeDash"] = {"datum": line.dash, "scale": scale, "title": None, "legend": {"symbolType": "stroke"}}
     return found
 
 
-def _colour(labels: Sequence[str], label: str, symbol: str = "stroke") -> dict[str, Any]:
+def _colour(labels: Sequence[str], label: str, shown: Sequence[str], symbol: str = "stroke") -> dict[str, Any]:
     scale = {"domain": [*labels], "range": [COLOURS[number % len(COLOURS)] for number in range(len(labels))]}
-    legend = None if len(labels) == 1 else {"symbolType": symbol}
+    legend = None if len(labels) == 1 else {"symbolType": symbol, "values": [*shown]}
     return {"datum": label, "scale": scale, "legend": legend, "title": None}
 
 
 def histogram(row: Mapping[str, Any]) -> dict[str, Any]:
     """Histograms over each other, of a row of histograms.jsonl."""
-    found = {name.rpartition("/")[2]: values for name, values in row.items() if isinstance(values, dict)}
+    found = histograms_of(row)
     layers = []
     for label, values in found.items():
         width = (values["high"] - values["low"]) / len(values["counts"])
@@ -136,7 +152,7 @@ def histogram(row: Mapping[str, Any]) -> dict[str, Any]:
                     "x": _axis("from") | {"bin": {"binned": True}},
                     "x2": {"field": "to"},
                     "y": _axis("number") | {"scale": {"zero": True}},
-                    "color": _colour([*found], label, symbol="square"),
+                    "color": _colour([*found], label, [*found], symbol="square"),
                 },
             }
         )
@@ -149,15 +165,20 @@ def histogram(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def frontier(points: Sequence[Mapping[str, Any]], reward: str) -> dict[str, Any]:
+def frontier(points: Sequence[Mapping[str, Any]], reward: str, is_sweep: bool) -> dict[str, Any]:
     """Reward against KL, a point with its label for each run.
 
     Args:
         points: kl, reward, label, and kl_error (0 if unknown).
         reward: the name of the vertical axis.
+        is_sweep: of one setting, so a line joins the points.
     """
     x = {**_axis("kl", "KL from the reference, nats per response"), "scale": {"zero": True}}
     y = _axis("reward", reward)
+    joined = {
+        "mark": {"type": "line", "opacity": 0.35},
+        "encoding": {"x": x, "y": y, "order": {"field": "kl"}, "color": {"value": COLOURS[0]}},
+    }
     text = {"align": "left", "dx": 7, "dy": -6, "fontSize": 11}
     colour = {"color": {"value": COLOURS[0]}}
     return {
@@ -174,10 +195,7 @@ def frontier(points: Sequence[Mapping[str, Any]], reward: str) -> dict[str, Any]
             ]
         },
         "layer": [
-            {
-                "mark": {"type": "line", "opacity": 0.35},
-                "encoding": {"x": x, "y": y, "order": {"field": "kl"}, **colour},
-            },
+            *([joined] if is_sweep else []),
             {
                 "mark": {"type": "rule", "opacity": 0.5},
                 "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": y, **colour},

@@ -4,18 +4,20 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from engine.pages.drawing import draw
 from engine.pages.templates import as_markup, render
-from engine.report.charts import curves, frontier, histogram
+from engine.report.charts import COLOURS, curves, frontier, histogram
 from engine.report.panels import panels_of
-from engine.report.run_log import EXAMPLES, Row, RunLog
+from engine.report.run_log import EXAMPLES, Row, RunLog, is_number
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SCRIPT = Path(__file__).with_name("search.js")
-MAX_SAMPLE_TEXT = 1_000_000  # characters of responses on a page
+MAX_SAMPLE_BYTES = 1_500_000  # of prompts and responses on a page
+MAX_TEXT = 20_000  # characters of a response
 MAX_EVALUATIONS = 4  # shown of a prompt
 # Settings that say where a run is, not what it does.
 PLACES = {"exp_name", "local_dirs", "local_run_dir", "cache_dir", "resume", "resume_allow"}
@@ -100,7 +102,7 @@ def make_report(runs: Sequence[RunLog]) -> Report:
             charts.insert(0, chart)
         report = Report(
             title=f"{len(runs)} runs",
-            notes=[f"{label}: {progress_of(run)}, {run.directory}" for run, label in zip(runs, labels, strict=True)],
+            notes=notes_of(runs, labels),
             charts=charts,
             metrics=final_metrics(runs, labels),
             settings=differing_settings(runs, labels),
@@ -139,6 +141,14 @@ def format_report(report: Report) -> str:
 # ---- Parts ----
 
 
+def notes_of(runs: Sequence[RunLog], labels: Sequence[str]) -> list[str]:
+    """What runs are compared."""
+    notes = [f"{label}: {progress_of(run)}, {run.directory}" for run, label in zip(runs, labels, strict=True)]
+    if len(runs) > len(COLOURS):
+        notes.append(f"There are {len(COLOURS)} colours: they repeat. Compare fewer runs to tell lines apart.")
+    return notes
+
+
 def progress_of(run: RunLog) -> str:
     """How far a run is."""
     if not run.rows:
@@ -154,7 +164,7 @@ def metrics_of(run: RunLog) -> Table:
     names = list(dict.fromkeys(name for row in run.evaluations for name in row if not name.startswith("counters/")))
     rows = []
     for name in names:
-        values = [row[name] for row in run.evaluations if isinstance(row.get(name), int | float)]
+        values = [row[name] for row in run.evaluations if is_number(row.get(name))]
         if values and not name.endswith("standard_error"):
             error = run.evaluations[-1].get(f"{name}/standard_error")
             last = number(values[-1]) + (f" ± {number(error)}" if error is not None else "")
@@ -198,20 +208,29 @@ def labels_of(runs: Sequence[RunLog]) -> list[str]:
 
 
 def frontier_of(runs: Sequence[RunLog], labels: Sequence[str]) -> Chart | None:
-    """Reward against KL of runs that have both."""
+    """Reward against KL at the last evaluation, of the runs that have trained; None unless two have both."""
+    trained = [
+        (row, label)
+        for run, label in zip(runs, labels, strict=True)
+        for row in run.evaluations[-1:]
+        if row[EXAMPLES] > 0
+    ]
+    is_sweep = len(differing_settings(runs, labels).rows) == 1
     for kl in ("kl_eval", "forward_kl_eval"):
         for reward, title in REWARDS:
             points = [
                 {
-                    "kl": run.last(kl),
-                    "kl_error": run.last(f"{kl}/standard_error") or 0.0,
-                    "reward": run.last(reward),
+                    "kl": row[kl],
+                    "kl_error": row.get(f"{kl}/standard_error", 0.0),
+                    "reward": row[reward],
                     "label": label,
                 }
-                for run, label in zip(runs, labels, strict=True)
+                for row, label in trained
+                if is_number(row.get(kl)) and is_number(row.get(reward))
             ]
-            if all(point["kl"] is not None and point["reward"] is not None for point in points):
-                return Chart("frontier", f"{title} against {kl}, at the end", frontier(points, title), is_wide=True)
+            if len(points) > 1 and len(points) == len(trained):
+                spec = frontier(points, title, is_sweep)
+                return Chart("frontier", f"{title} against {kl}, last evaluation", spec, is_wide=True)
     return None
 
 
@@ -241,9 +260,10 @@ def samples_of(run: RunLog) -> tuple[list[Sample], str]:
     samples: list[Sample] = []
     size = 0
     for prompt in prompts:
-        sample = Sample(prompt, _responses(by_prompt[prompt]))
-        size += len(prompt) + sum(len(text) for _, text, _ in sample.responses)
-        if size > MAX_SAMPLE_TEXT:
+        sample = Sample(prompt[-MAX_TEXT:], _responses(by_prompt[prompt]))
+        size += sum(len(escape(text).encode("utf-8", "replace")) for _, *texts in sample.responses for text in texts)
+        size += len(escape(prompt).encode("utf-8", "replace"))
+        if size > MAX_SAMPLE_BYTES:
             break
         samples.append(sample)
     note = f"{len(samples):,} prompts"
@@ -261,7 +281,8 @@ def _responses(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         for name, text in row.items():
             if not isinstance(text, str) or name == "prompt":
                 continue
-            values = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "examples"}
+            values = {key: value for key, value in row.items() if is_number(value) and key != "examples"}
+            text = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} …"
             own = {key: value for key, value in values.items() if not any(key == f"{other}_reward" for other in row)}
             if f"{name}_reward" in values:
                 own = {"reward": values[f"{name}_reward"]}

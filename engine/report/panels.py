@@ -70,7 +70,7 @@ PANELS = (
         (
             Metric("kl_eval", "policy to reference"),
             Metric("forward_kl_eval", "reference to policy"),
-            Metric("objective/kl", "policy to reference, training"),
+            Metric("objective/kl", "in training"),
         ),
     ),
     Panel("calibration", "Calibration error, held out", (Metric("calibration_error/eval", "eval"),)),

@@ -1,6 +1,7 @@
 """Read what a run left in its directory. Logs of a run in progress may end in a torn row."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ Row = dict[str, Any]
 
 RECORD_FILE = "run.json"  # see engine/run/run_record.py
 EXAMPLES = "counters/examples"
+WARNING_PARTS = ("warning", "found", "meaning", "help")
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,7 @@ class RunLog:
     def series(self, metric: str) -> list[tuple[float, float]]:
         """Examples and values of a metric, in the order of the log."""
         # Six digits: smaller changes are noise of floats, and would fill a chart of a constant.
-        return [
-            (row[EXAMPLES], float(f"{row[metric]:.6g}"))
-            for row in self.rows
-            if isinstance(row.get(metric), int | float)
-        ]
+        return [(row[EXAMPLES], float(f"{row[metric]:.6g}")) for row in self.rows if is_number(row.get(metric))]
 
     def errors(self, metric: str) -> list[tuple[float, float, float]]:
         """Examples, and the metric less and plus its standard error, where it has one."""
@@ -71,12 +69,12 @@ class RunLog:
         return [
             (row[EXAMPLES], row[metric] - row[name], row[metric] + row[name])
             for row in self.evaluations
-            if metric in row and name in row
+            if is_number(row.get(metric)) and is_number(row.get(name))
         ]
 
     def last(self, metric: str) -> float | None:
         """The last value of a metric."""
-        return next((row[metric] for row in reversed(self.rows) if isinstance(row.get(metric), int | float)), None)
+        return next((row[metric] for row in reversed(self.rows) if is_number(row.get(metric))), None)
 
 
 def read_run_log(directory: Path) -> RunLog:
@@ -89,21 +87,46 @@ def read_run_log(directory: Path) -> RunLog:
     if not config.is_file():
         problem = f"{directory} is not a run: it has no config.yaml"
         raise UserError("CONFIG", problem, "give the directory that train.py printed as run_dir")
-    record = directory / RECORD_FILE
     try:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-        facts = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError("CONFIG", f"{directory}: its settings cannot be read ({error})", "give another run") from error
+    logs = {name: [*_rows(directory / f"{name}.jsonl")] for name in ("metrics", "samples", "histograms", "warnings")}
     return RunLog(
         directory=directory.resolve(),
         settings=dict(_leaves(settings)) if isinstance(settings, dict) else {},
-        record=facts,
-        rows=[row for row in _rows(directory / "metrics.jsonl") if EXAMPLES in row],
-        samples=[row for row in _rows(directory / "samples.jsonl") if "examples" in row],
-        histograms=[*_rows(directory / "histograms.jsonl")],
-        warnings=[*_rows(directory / "warnings.jsonl")],
+        record=_record(directory / RECORD_FILE),
+        rows=[row for row in logs["metrics"] if is_number(row.get(EXAMPLES))],
+        samples=[row for row in logs["samples"] if is_number(row.get("examples"))],
+        histograms=[row for row in logs["histograms"] if is_number(row.get(EXAMPLES)) and histograms_of(row)],
+        warnings=[row for row in logs["warnings"] if {*WARNING_PARTS} <= row.keys() and is_number(row.get(EXAMPLES))],
     )
+
+
+def histograms_of(row: Row) -> dict[str, Any]:
+    """The histograms of a row, by role."""
+    return {
+        name.rpartition("/")[2]: values
+        for name, values in row.items()
+        if isinstance(values, dict) and {"low", "high", "counts"} <= values.keys() and values["counts"]
+    }
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a log can be drawn. JSON has no NaN, but Python reads it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < sys.float_info.max
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What run.json holds; nothing if it is missing or damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict):
+        return {}
+    types = {"command": str, "data": dict}
+    return {key: record[key] for key, kind in types.items() if isinstance(record.get(key), kind)}
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -123,7 +146,7 @@ def _rows(path: Path) -> Iterator[Row]:
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:  # torn
+            except (ValueError, RecursionError):  # torn or damaged
                 continue
             if isinstance(row, dict):
                 yield row

@@ -32,7 +32,7 @@ class ReportWriter:
     ):
         self._write, self._clock = write, clock
         has_pictures = str(settings.report == "png").lower()
-        self._command = [sys.executable, str(COMMAND), str(run_dir), f"png={has_pictures}"]
+        self._command = [sys.executable, str(COMMAND), str(run_dir.absolute()), f"png={has_pictures}"]
         self._child: subprocess.Popen[str] | None = None
         self._started, self._next = 0.0, -float("inf")  # times
         self._has_failed = False
