@@ -146,6 +146,7 @@ def test_a_run_that_has_not_trained_is_not_on_the_frontier(tmp_path: Path) -> No
         ("metrics.jsonl", "[" * 100_000),
         ("samples.jsonl", '{"examples": null, "prompt": "a"}'),
         ("histograms.jsonl", '{"rewards_eval/chosen": {}}'),
+        ("histograms.jsonl", '{"counters/examples": 8, "rewards_eval/chosen": {"low": 0, "high": 1, "counts": []}}'),
         ("warnings.jsonl", "{}"),
     ],
 )

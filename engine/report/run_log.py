@@ -103,7 +103,7 @@ def read_run_log(directory: Path) -> RunLog:
     )
 
 
-def histograms_of(row: Row) -> dict[str, Any]:
+def histograms_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """The histograms of a row, by role."""
     return {
         name.rpartition("/")[2]: values
