@@ -21,7 +21,7 @@ NAMES = {name: (method.label, method.family) for name, method in frontier.METHOD
 @pytest.mark.parametrize("cell", frontier.cells(frontier.METHODS, [0]), ids=lambda cell: cell.name)
 def test_every_cell_is_a_command(cell: frontier.Cell, tmp_path: Path) -> None:
     frontier.write_preferred(tmp_path / "preferred.jsonl")
-    settings = compose_settings(*frontier.COMMON, *cell.overrides(tmp_path))
+    settings = compose_settings(*frontier.COMMON, *cell.command(tmp_path))
     assert settings.seed == 0 and settings.do_first_eval is False
     assert getattr(settings.loss, "beta", cell.beta) == cell.beta
 
