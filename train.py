@@ -63,7 +63,7 @@ def run(config: DictConfig, varied: Sequence[str] = ()) -> int:
         name = sweep_name(derive_names(settings)["exp_name"], HydraConfig.get().overrides.task, varied)
         settings = settings.model_copy(update={"exp_name": name})
     if HydraConfig.initialized():
-        settings = settings.with_command(shlex.join(["python", "train.py", *HydraConfig.get().overrides.task]))
+        settings = settings.with_command(command_of(HydraConfig.get().overrides.task))
     has_experiment = HydraConfig.initialized() and "experiment" in HydraConfig.get().runtime.choices
     for warning in check_unused(settings, DATASETS, has_experiment):
         print(redact(warning, config), flush=True)
@@ -84,6 +84,13 @@ def run(config: DictConfig, varied: Sequence[str] = ()) -> int:
     if status in STOPPED:
         sys.exit(status)  # skips the next jobs of a sweep
     return status
+
+
+def command_of(overrides: Sequence[str]) -> str:
+    """The command that runs the same again, in a new directory."""
+    places = ("resume", "resume_allow", "local_run_dir")
+    kept = [override for override in overrides if override.partition("=")[0].lstrip("+") not in places]
+    return shlex.join(["python", "train.py", *kept])
 
 
 def run_here(settings: Settings) -> int:

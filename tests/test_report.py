@@ -3,9 +3,13 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -334,17 +338,36 @@ def test_reports_take_a_small_share_of_a_run(monkeypatch: pytest.MonkeyPatch, tm
     now[0] = 154.0
     writer.evaluated()
     assert children.number == 2
-    writer.close()
+    tmp_path.joinpath("metrics.jsonl").touch()
+    writer.close(is_done=True)
     assert children.number == 3 and not children.is_running
+
+
+def test_a_run_without_a_step_leaves_no_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    children = Children()
+    monkeypatch.setattr(report_writer.subprocess, "Popen", children)
+    ReportWriter(make_settings(), tmp_path, pytest.fail).close(is_done=False)
+    assert children.number == 0
+
+
+def test_a_signal_ends_the_last_report_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The run has saved, and must say how to resume."""
+    tmp_path.joinpath("metrics.jsonl").touch()
+    tmp_path.joinpath("slow.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(report_writer, "COMMAND", tmp_path / "slow.py")
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    ReportWriter(make_settings(), tmp_path, pytest.fail).close(is_done=True)
+    assert time.monotonic() - start < 30
 
 
 def test_a_failing_report_ends_reports_with_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     children, lines = Children(6, "traceback\nerror[STORAGE] no space\n"), list[str]()
     monkeypatch.setattr(report_writer.subprocess, "Popen", children)
     writer = ReportWriter(make_settings(), tmp_path, lines.append)
+    tmp_path.joinpath("metrics.jsonl").touch()
     writer.evaluated()
-    writer.close()
-    writer.close()
+    writer.close(is_done=True)
     assert children.number == 1
     assert lines == ["report: not written, the run continues (error[STORAGE] no space)"]
 

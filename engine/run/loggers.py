@@ -186,7 +186,7 @@ class Loggers:
             logger.close(is_done)
         self._bar.close()
         if self._report is not None:
-            self._report.close()
+            self._report.close(is_done)
 
 
 def fit_line(start: str, metrics: Metrics) -> str:

@@ -1,18 +1,22 @@
 """Write the report of a running run, in a child process that reads its logs."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from engine.run.run_warnings import METRICS_FILE
 from engine.settings.schema import Settings
+from utils import StopRequest
 
 COMMAND = Path(__file__).parent.parent.parent / "report.py"
 MIN_INTERVAL = 60.0  # seconds between reports
 MAX_SHARE = 0.02  # of a run's time, for reports before the last
-LAST_SECONDS = 60.0  # the time for the last one
+LAST_SECONDS, STOPPED_SECONDS = 60.0, 10.0  # the time for the last one: of a complete run, of a stopped one
 
 
 class ReportWriter:
@@ -31,6 +35,7 @@ class ReportWriter:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._write, self._clock = write, clock
+        self._log = run_dir / METRICS_FILE
         has_pictures = str(settings.report == "png").lower()
         self._command = [sys.executable, str(COMMAND), str(run_dir.absolute()), f"png={has_pictures}"]
         self._child: subprocess.Popen[str] | None = None
@@ -44,12 +49,25 @@ class ReportWriter:
         if self._child is None and self._clock() >= self._next:
             self._start()
 
-    def close(self) -> None:
-        """Write the last report, and wait for it."""
-        deadline = self._clock() + LAST_SECONDS
-        self._finish(LAST_SECONDS)
-        self._start()
-        self._finish(deadline - self._clock())
+    def close(self, is_done: bool) -> None:
+        """Write the last report, and wait for it. A signal ends the wait and the report.
+
+        Args:
+            is_done: the run is complete; a stopped one waits less.
+        """
+        if not self._log.exists():  # the run failed before its first step
+            return
+        seconds = LAST_SECONDS if is_done else STOPPED_SECONDS
+        deadline = self._clock() + seconds
+        with StopRequest(first=self._abandon, second=self._abandon):
+            self._finish(seconds)
+            self._start()
+            self._finish(deadline - self._clock())
+
+    def _abandon(self, number: int) -> None:
+        self._has_failed = True
+        if self._child is not None:
+            self._kill(self._child)
 
     def _start(self) -> None:
         if self._has_failed:
@@ -71,20 +89,27 @@ class ReportWriter:
 
     def _finish(self, seconds: float) -> None:
         """Wait for a running report."""
-        child, self._child = self._child, None
+        child = self._child
         if child is None:
             return
         try:
             _, errors = child.communicate(timeout=max(seconds, 0.0))
         except subprocess.TimeoutExpired:
-            child.kill()
+            self._kill(child)
             child.communicate()
-            self._fail(f"not finished in {LAST_SECONDS:g} s")
+            self._fail(f"not finished in {seconds:.0f} s")
             return
+        finally:
+            self._child = None
         now = self._clock()
         self._next = max(self._started + MIN_INTERVAL, now + (now - self._started) / MAX_SHARE)
-        if child.returncode:
+        if child.returncode and not self._has_failed:
             self._fail((errors.strip().splitlines() or [f"status {child.returncode}"])[-1])
+
+    def _kill(self, child: "subprocess.Popen[str]") -> None:
+        """End a report, and the process that draws for it."""
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
     def _fail(self, reason: str) -> None:
         self._has_failed = True
