@@ -30,6 +30,7 @@ ONLINE = (
     *("n_epochs=null", "n_examples=960", "save_every=960", "lr=5e-4"),  # 60 steps of 16 prompts
     *("rollout.num_responses=8", "rollout.max_new_tokens=40", "n_eval_model_samples=2"),
 )
+LONGER = (*ONLINE, "n_examples=1600", "save_every=800", "rollout.num_responses=16")  # as in make online
 PPO = (*ONLINE, "loss=ppo", "rollout.epochs=2", "critic.lr=1e-3")
 LEARNED = (*PPO, "rewards=[reward_model]", "reward_options.reward_model.path={reward}", "critic.archive={reward}")
 # Longer and faster, to go beyond the best of the true reward.
@@ -60,11 +61,12 @@ METHODS = {
     "dpo_sft": Method("DPO + SFT", "pairs", (*OFFLINE, "loss=dpo", "loss.sft_weight=0.5", "lr=5e-4"), (0.1, 0.3)),
     "preferred": Method("SFT on preferred", "pairs", (*OFFLINE, "loss=sft", "datasets={preferred}")),
     "grpo": Method("GRPO", "truth", (*ONLINE, "loss=grpo"), (0.02, 0.07, 0.2)),
+    "grpo_longer": Method("GRPO, longer", "truth", (*LONGER, "loss=grpo"), (0.02, 0.07, 0.2)),
     "rloo": Method("RLOO", "truth", (*ONLINE, "loss=rloo"), (0.1, 0.2, 0.4)),
     "online_dpo": Method("Online DPO", "truth", (*ONLINE, "loss=online_dpo"), (0.1, 0.3)),
     "ppo": Method("PPO", "truth", PPO, (0.05, 0.12)),
     "ppo_learned": Method("PPO on a reward model", "learned", LEARNED, (0.1, 0.3)),
-    "ppo_free": Method("without KL penalty", "learned", FREE, (0.0,)),
+    "ppo_free": Method("the same without KL penalty", "learned", FREE, (0.0,)),
     "best_of_n": Method("Best of 8, learned", "truth", (*ONLINE, "loss=best_of_n")),
 }
 

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 WIDTH, HEIGHT = 760, 500
-MAX_KL = 12.0  # of the picture; the table has all
+MAX_KL = 100.0  # of the picture; the table has all
 MAX_REWARD = 1.05
 # Of the picture in the light, and in the dark.
 INK, PAPER, GRID, FAINT = ("#1f2328", "#e6edf3"), ("#ffffff", "#0d1117"), ("#e5e7eb", "#2a3038"), ("#59636e", "#9198a1")
@@ -24,6 +24,8 @@ FAMILY_SCALE = {
 }
 LEGEND = {"orient": "top", "direction": "horizontal", "symbolOpacity": 1, "symbolType": "circle"}
 AXIS_TITLE = {"titleColor": INK[0], "titleFontWeight": "normal", "titleFontSize": 13, "labelFontSize": 12}
+TICKS = (0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 10, 20, 40, 60, 100)
+X_TITLE = "KL to the reference [nats per response], on a scale of log(1 + KL)"
 CONFIG = {
     "view": {"stroke": None},
     "font": "Helvetica, Arial, sans-serif",
@@ -190,12 +192,17 @@ def place_labels(frame: "Frame", ends: Sequence[End], taken: Sequence[Mapping[st
         shifts = sorted((0, *range(-64, 65, 8)), key=abs)
         places = [(dx, dy) for dy in shifts for dx in (9, -9 - width)]
         tried = [Box(x + dx, y + dy - 8, x + dx + width, y + dy + 8) for dx, dy in places]
-        free = [number for number, box in enumerate(tried) if not any(box.overlaps(other) for other in boxes)]
+        free = [number for number, box in enumerate(tried) if is_inside(box) and not any(map(box.overlaps, boxes))]
         chosen = free[0] if free else 0
         boxes.append(tried[chosen])
         dx, dy = places[chosen]
         found.append({"name": name, "kl": point["kl"], "reward": point["reward"], "dx": dx, "dy": dy, "colour": colour})
     return found
+
+
+def is_inside(box: "Box") -> bool:
+    """Whether a label ends near the right border at most."""
+    return box.left >= 0 and box.right <= WIDTH + 20
 
 
 class Frame(NamedTuple):
@@ -213,17 +220,18 @@ class Frame(NamedTuple):
     def pixels(self, point: Mapping[str, Any]) -> tuple[float, float]:
         """A point's distance from the left and from the top."""
         height = (MAX_REWARD - point["reward"]) / (MAX_REWARD - self.min_reward)
-        return WIDTH * point["kl"] / self.max_kl, HEIGHT * height
+        return WIDTH * math.log1p(max(point["kl"], 0)) / math.log1p(self.max_kl), HEIGHT * height
 
     def layer(self, values: Sequence[Mapping[str, Any]], mark: Mapping[str, Any], **encoding: Any) -> dict[str, Any]:
         """Marks of some values at their KL and reward."""
-        x = {"field": "kl", "scale": {"domain": [0, self.max_kl]}, "title": "KL to the reference [nats per response]"}
+        x = {"field": "kl", "scale": {"type": "symlog", "domain": [0, self.max_kl]}, "title": X_TITLE}
         y = {"field": "reward", "scale": {"domain": [self.min_reward, MAX_REWARD]}, "title": "ground-truth reward"}
-        axes = {"type": "quantitative", "axis": {"format": "~g", "tickCount": 8}}
+        axes = {"type": "quantitative", "axis": {"format": "~g"}}
+        ticks = {"values": [value for value in TICKS if value <= self.max_kl], "format": "~g"}
         return {
             "data": {"values": [*values]},
             "mark": dict(mark),
-            "encoding": {"x": x | axes, "y": y | axes, **encoding},
+            "encoding": {"x": x | axes | {"axis": ticks}, "y": y | axes, **encoding},
         }
 
 
