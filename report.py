@@ -17,6 +17,9 @@ class ReportOptions(Options):
     png: bool = Field(False, description="also write PNG and SVG of each chart, into a directory charts beside it")
 
 
+KEYS = {*ReportOptions.model_fields}
+
+
 def report(options: ReportOptions, runs: Sequence[str]) -> None:
     """Write the report of one run, or compare several."""
     from engine.report.writing import PAGE, write_report
@@ -37,14 +40,17 @@ def report(options: ReportOptions, runs: Sequence[str]) -> None:
 def is_run(argument: str) -> bool:
     """Whether an argument is a run, not an option. Directories may have names such as lr=0.1."""
     key, is_option, _ = argument.removeprefix("--").partition("=")
-    if is_option and key in ReportOptions.model_fields:
+    if key in KEYS and (is_option or argument.startswith("--")):
         return False
     return os.path.isdir(argument) or not (is_option or argument.startswith("-"))
 
 
 def main() -> int:
-    runs = [argument for argument in sys.argv[1:] if is_run(argument)]
-    options = [argument for argument in sys.argv[1:] if argument not in runs]
+    arguments = sys.argv[1:]
+    # An option may be written --to FILE, as for the other commands.
+    values = {place + 1 for place, argument in enumerate(arguments) if argument in {f"--{key}" for key in KEYS}}
+    runs = [argument for place, argument in enumerate(arguments) if place not in values and is_run(argument)]
+    options = [argument for place, argument in enumerate(arguments) if place in values or not is_run(argument)]
     usage = "python report.py RUN [RUN ...] [key=value ...]: a page about a run, or about several beside each other"
     return run_command(lambda parsed: report(parsed, runs), usage, ReportOptions, options)
 

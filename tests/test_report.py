@@ -239,7 +239,7 @@ def test_directories_of_sweeps_have_odd_names(tmp_path: Path, monkeypatch: pytes
     for name in ("lr=0.1", "-x", "to=there"):
         write_run(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["report.py", "lr=0.1", "-x", "./to=there", "to=page.html"])
+    monkeypatch.setattr(sys, "argv", ["report.py", "lr=0.1", "-x", "./to=there", "--to", "page.html"])
     assert report.main() == 0
     assert "lr=0.1" in Path("page.html").read_text() and "to=there" in Path("page.html").read_text()
 

@@ -45,7 +45,7 @@ def draw(specs: Sequence[Mapping[str, Any]], with_png: bool = False) -> list[Dra
         done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=MAX_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
-        fix = "pip install -r requirements.txt, or make no page"
+        fix = "pip install -r requirements.txt, or make no page (report=null, or without page=)"
         raise UserError("CONFIG", f"page: its charts cannot be drawn ({reason})", fix) from error
     return [
         Drawing(drawing["svg"], base64.b64decode(drawing["png"]) if with_png else None)

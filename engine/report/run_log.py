@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from utils import UserError
+from utils import UserError, printable
 
 Row = dict[str, Any]
 
@@ -41,7 +41,7 @@ class RunLog:
 
     @property
     def name(self) -> str:
-        return self.directory.name
+        return printable(self.directory.name)
 
     @cached_property
     def steps(self) -> list[Row]:
