@@ -171,13 +171,13 @@ def frontier(points: Sequence[Mapping[str, Any]], reward: str, is_sweep: bool) -
     Args:
         points: kl, reward, label, and kl_error (0 if unknown).
         reward: the name of the vertical axis.
-        is_sweep: of one setting, so a line joins the points.
+        is_sweep: of one setting, so a line joins the points in their order.
     """
     x = {**_axis("kl", "KL from the reference, nats per response"), "scale": {"zero": True}}
     y = _axis("reward", reward)
     joined = {
         "mark": {"type": "line", "opacity": 0.35},
-        "encoding": {"x": x, "y": y, "order": {"field": "kl"}, "color": {"value": COLOURS[0]}},
+        "encoding": {"x": x, "y": y, "order": {"field": "number"}, "color": {"value": COLOURS[0]}},
     }
     text = {"align": "left", "dx": 7, "dy": -6, "fontSize": 11}
     colour = {"color": {"value": COLOURS[0]}}
@@ -190,8 +190,13 @@ def frontier(points: Sequence[Mapping[str, Any]], reward: str, is_sweep: bool) -
         + ", ".join(f"{p['label']} {p['reward']:.3g} at {p['kl']:.3g}" for p in points),
         "data": {
             "values": [
-                {**point, "low": point["kl"] - point["kl_error"], "high": point["kl"] + point["kl_error"]}
-                for point in points
+                {
+                    **point,
+                    "low": point["kl"] - point["kl_error"],
+                    "high": point["kl"] + point["kl_error"],
+                    "number": number,
+                }
+                for number, point in enumerate(points)
             ]
         },
         "layer": [
