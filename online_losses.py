@@ -261,13 +261,13 @@ def next_beta(
 
     Args:
         kl: mean of the iteration, in nats per response.
-        num_responses: of the iteration. kl_horizon responses change beta by a fifth at most.
+        num_responses: of the iteration. kl_horizon responses or more change beta by a fifth at most.
         target_kl: None for a fixed weight.
     """
     if target_kl is None:
         return beta
     error = min(max(kl / target_kl - 1, -0.2), 0.2)
-    return beta * (1 + error * num_responses / kl_horizon)
+    return beta * (1 + error * min(num_responses / kl_horizon, 1))  # a large iteration would make it negative
 
 
 def rloo_loss(
@@ -408,7 +408,7 @@ def sampler_ratios(logps: Tensor, sampler_logps: Tensor, lengths: Tensor, of: Li
     """min(policy / sampler, 2) of each token, or of its response, [tokens].
 
     Truncated importance sampling, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    Training". Advantages times these scale the loss of rewards, and leave the KL as it is.
+    Training". Advantages times these scale the loss of rewards, and the KL only if it is a part of the advantages.
 
     Args:
         logps: under the policy as the trainer computes them, [tokens].

@@ -77,6 +77,7 @@ def test_the_weight_of_the_kl_moves_to_its_target():
     assert next_beta(0.1, 40.0, 100, **keywords) == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # clipped
     assert next_beta(0.1, -3.0, 100, **keywords) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
     assert next_beta(0.1, 40.0, 100) == 0.1  # fixed
+    assert next_beta(0.05, 0.0, 128, target_kl=4.0, kl_horizon=20) == pytest.approx(0.04)  # never negative
 
 
 def test_explained_variance_by_hand():
