@@ -228,6 +228,20 @@ def test_a_batched_reward_that_fails_as_a_whole(monkeypatch, is_slow):
     assert dropping.num_dropped == 2 + is_slow
 
 
+def test_a_batched_reward_of_too_many_values(monkeypatch):
+    class Long(Share):
+        def __call__(self, samples: Sequence[Sample]) -> list[float | Exception | None]:
+            return [1.0] * (len(samples) + 2)
+
+    monkeypatch.setitem(REWARDS, "long", Long)
+    samples = samples_of(ROW, [("a", False)] * 3)
+    with pytest.raises(UserError, match=r"long failed with ValueError \(it returned 5 rewards for 3 responses\)"):
+        scorer("long")(samples)
+    dropping = scorer("long", on_bad_reward="drop")
+    assert [each.total for each in dropping(samples)] == [None] * 3
+    assert dropping.num_dropped == 3
+
+
 @pytest.mark.parametrize(
     ("name", "options", "problem"),
     [

@@ -114,7 +114,10 @@ class AllAtOnce:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Exception | None]:
         with time_limit(self.timeout and self.timeout * len(samples)):
-            return [*self.reward(samples)]
+            found = [*self.reward(samples)]
+        if len(found) > len(samples):  # nobody knows whose they are
+            raise ValueError(f"it returned {len(found):,} rewards for {len(samples):,} responses")
+        return found
 
 
 @dataclass(frozen=True)
