@@ -183,6 +183,13 @@ def test_replies_are_kept_by_content(server, tmp_path):
     assert [reply.is_cached for reply in ask(client(server, tmp_path), "b")] == [False]
 
 
+def test_an_empty_reply_is_not_kept(server, tmp_path):
+    server.reply = lambda text: None
+    assert [reply.text for reply in ask(client(server, tmp_path), "a")] == [""]
+    server.reply = lambda text: "8"
+    assert [(reply.text, reply.is_cached) for reply in ask(client(server, tmp_path), "a")] == [("8", False)]
+
+
 def test_requests_run_at_the_same_time(server, tmp_path):
     def slowly(text: str) -> str:
         time.sleep(0.1)

@@ -160,7 +160,8 @@ class JudgeClient:
                 wait = min(self._server.first_wait * 2**attempt, LONGEST_WAIT) * random.Random().uniform(0.5, 1)
                 self._stop.wait(max(wait, min(error.wait, LONGEST_WAIT)))
             else:
-                write_atomically(path, json.dumps({"reply": text}).encode())
+                if text:  # an empty one may be a limit of tokens or a fault: ask again next time
+                    write_atomically(path, json.dumps({"reply": text}).encode())
                 return Reply(text, None, attempt + 1)
         return Reply("", JudgeError(f"{self._server.url}: {reason}, after {attempt + 1} requests"), attempt + 1)
 
