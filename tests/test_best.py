@@ -94,6 +94,8 @@ ONLINE = ("loss=grpo", "keep_best=rewards_eval/sampled", "rewards=[length]")
         ("max_prompt_length=7", True),
         ("loss.beta=0.5", False),
         ("rollout.num_responses=3", False),
+        ("rollout.engine=continuous", False),
+        ("rollout.offload=true", False),
         ("n_eval_model_samples=3", False),
     ],
 )

@@ -15,7 +15,10 @@ SAMPLING = ("n_eval_model_samples", "max_length", "max_prompt_length")
 REWARDS = ("rewards", "reward_weights", "reward_clip", "reward_options", "on_bad_reward")
 OF_REWARDS = ("rewards_eval/sampled", "rewards_eval/greedy")
 # Keys of rollout that evaluations do not read.
-OF_TRAINING = {"num_responses", "prompts", "epochs", "max_rows", "truncated", "max_resamples"}
+OF_TRAINING = {
+    *("num_responses", "prompts", "epochs", "max_rows", "truncated", "max_resamples"),
+    *("top_p", "engine", "vllm_memory", "offload"),
+}
 
 
 def check_best(settings: Settings, num_eval_examples: int, has_ground_truth: bool) -> None:
