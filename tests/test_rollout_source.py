@@ -21,7 +21,7 @@ class FakeResponses:
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
 
-    def make(self, first_prompt: int, prompts: Sequence[Example]) -> list[Example]:
+    def make(self, first_prompt: int, prompts: Sequence[Example], *, again: bool = False) -> list[Example]:
         response, zero = np.array([first_prompt], dtype=np.int32), np.zeros(1)
         rollout = Rollout((), (zero,), None, (zero,))
         return [replace(prompt, responses=(response,), rollout=rollout) for prompt in prompts]

@@ -54,15 +54,26 @@ class Rollouts:
         self._loss = LOSSES[settings.loss.name]
         self.metrics: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
+        self._start: tuple[int, float] | None = None  # of the last iteration: its first prompt, and beta before it
 
-    def make(self, first_prompt: int, prompts: Sequence[Example]) -> list[Example]:
+    def make(self, first_prompt: int, prompts: Sequence[Example], *, again: bool = False) -> list[Example]:
         """The prompts with sampled responses. All ranks call this together.
 
         Args:
             first_prompt: the number of prompts of the run before these.
+            again: the run has made this iteration before, and has gone back to a checkpoint.
         """
+        # A checkpoint inside the iteration has the beta that the iteration has moved already.
+        is_known = again and self._start is not None and self._start[0] == first_prompt
+        if is_known and self._start is not None:
+            self._set_beta(self._start[1])
+        before = self._beta()
+        self._start = first_prompt, before
         with self._offload.using("policy"):  # the optimizers stay away until the responses are learned
-            return self._make(first_prompt, prompts)
+            examples = self._make(first_prompt, prompts)
+        if again and not is_known:  # made before a resume, so the checkpoint is inside the iteration
+            self._set_beta(before)
+        return examples
 
     def _make(self, first_prompt: int, prompts: Sequence[Example]) -> list[Example]:
         sampler = self._sampler
@@ -296,7 +307,12 @@ class Rollouts:
         keywords = {name: self._settings.loss.keywords[name] for name in keyword_names(function)}
         num_responses = len(scored.rewards)
         beta = function(self._beta(), scored.k1.sum().item() / num_responses, num_responses, **keywords)
-        state["beta"] = torch.full_like(state["beta"], beta)
+        self._set_beta(beta)
+
+    def _set_beta(self, beta: float) -> None:
+        state = self._runner.objective.state
+        if "beta" in state:
+            state["beta"] = torch.full_like(state["beta"], beta)
 
     def _sampler_ratios(self, responses: Sequence[Response], old_logps: Sequence[Tensor]) -> Tensor | float:
         """The weights of another engine's tokens, for losses of ratios of policies; else 1."""

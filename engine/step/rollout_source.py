@@ -56,11 +56,12 @@ class RollOut(Protocol):
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
 
-    def make(self, first_prompt: int, prompts: Sequence[Example]) -> list[Example]:
+    def make(self, first_prompt: int, prompts: Sequence[Example], *, again: bool = False) -> list[Example]:
         """The prompts with responses. Weights of the tokens are still empty.
 
         Args:
             first_prompt: the number of prompts of the run before these.
+            again: the run has made this iteration before, and has gone back to a checkpoint.
         """
         ...
 
@@ -160,7 +161,8 @@ class SampledResponses:
         iteration = self._iteration
         if iteration is None or self.state(num_examples) is None:
             return
-        examples = self.roll_out.make(iteration.first_prompt, [self.examples[index] for index in iteration.indices])
+        prompts = [self.examples[index] for index in iteration.indices]
+        examples = self.roll_out.make(iteration.first_prompt, prompts, again=True)
         self._iteration = replace(iteration, examples=examples)
         self.roll_out.rows = []  # the log has the first ones
 

@@ -1,0 +1,35 @@
+"""Iterations of online training that go wrong, or whose responses are masked."""
+
+from typing import Any
+
+import pytest
+from rewards import REWARDS
+from tests.runs import QUICK, SMALL
+from tests.test_online import ONLINE, vowels
+
+
+@pytest.fixture
+def online(program, monkeypatch):
+    monkeypatch.setitem(REWARDS, "vowels", vowels)
+    return lambda *settings: program(*settings, defaults=(*SMALL, *QUICK, *ONLINE))
+
+
+def test_a_rollback_inside_an_iteration_moves_the_weight_of_the_kl_once(online, monkeypatch):
+    num_scored = 0
+
+    def overflows_once(prompt: str, response: str, row: Any) -> float:
+        nonlocal num_scored
+        num_scored += 1
+        return 1e200 if num_scored == 55 else vowels(prompt, response, row)  # in the second batch of iteration 2
+
+    monkeypatch.setitem(REWARDS, "vowels", overflows_once)
+    run = online(
+        *("loss=rloo", "rollout.prompts=12", "n_examples=36", "save_every=16", "do_first_eval=false"),
+        *("on_nonfinite=rollback", "max_nonfinite=2", "max_grad_norm=1000"),
+        *("loss.target_kl=100", "loss.kl_horizon=36", "loss.beta=0.1"),
+    )
+    assert run.status == 0, run.err
+    assert "rolled back to step-16" in run.out
+    assert [row["counters/examples"] for row in run.steps] == [4, 8, 12, 16, 24, 28, 32, 36]
+    moved = [row["objective/kl_coef"] for row in run.steps if "objective/kl_coef" in row]
+    assert moved == pytest.approx([0.1, 0.08, 0.064])  # a fifth below the iteration before
