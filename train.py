@@ -87,9 +87,9 @@ def run(config: DictConfig, varied: Sequence[str] = ()) -> int:
 
 
 def command_of(overrides: Sequence[str]) -> str:
-    """The command that runs the same again, in a new directory."""
-    places = ("resume", "resume_allow", "local_run_dir")
-    kept = [override for override in overrides if override.partition("=")[0].lstrip("+") not in places]
+    """The command that runs the same again, in a new directory. A branch starts from its checkpoint again."""
+    is_left_out = ("resume=auto", "resume_allow=", "local_run_dir=")
+    kept = [override for override in overrides if not override.lstrip("+").startswith(is_left_out)]
     return shlex.join(["python", "train.py", *kept])
 
 

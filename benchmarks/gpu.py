@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -261,6 +261,8 @@ class Recorder:
 
     def train(self, metrics: dict[str, float]) -> None:
         self.steps.append(metrics)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], *, is_shown: bool = True) -> None: ...
 
     def print(self, line: str) -> None:
         print(line, flush=True)

@@ -81,7 +81,7 @@ def work_ours(job: dict[str, Any]) -> None:
 
     answer(READY)
     with (
-        patch("engine.run.sampler.seeded_uniforms", numbers_with_an_end),
+        patch("engine.models.sampling_engines.seeded_uniforms", numbers_with_an_end),
         patch("engine.run.sampler.time", SimpleNamespace(monotonic=clock)),
     ):
         batches = trainer.train_batches()

@@ -76,7 +76,7 @@ def test_preset_composes_and_validates(preset):
         written = OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
         assert isinstance(written, DictConfig)
         for key, value in written.items():
-            if key not in ("defaults", "model", "loss", "peft", "wandb", "rollout"):  # groups
+            if key not in ("defaults", "model", "loss", "peft", "wandb", "rollout", "critic"):  # groups
                 assert value_of(settings, str(key)) in (value, [value])  # datasets: hh is a list of one
     else:
         expected = {"model": "name_or_path"}.get(group, "name")
@@ -253,7 +253,7 @@ def test_accepted(overrides):
         ("+qqq.x.y=1", "qqq.x.y: unknown key;"),
         ("+peft.rank=8", "peft.rank: not a key of the chosen peft, only of peft=lora"),
         # Losses.
-        ("loss.name=ppo", "loss.name: must be sft, dpo, cdpo"),
+        ("loss.name=trpo", "loss.name: must be sft, dpo, cdpo"),
         ("loss=dpo loss.beta=0", "loss.beta: must be a number above 0"),
         ("loss=cdpo loss.beta=-0.1", "loss.beta: must be a number above 0"),
         ("loss=ipo loss.beta=0", "loss.beta: must be a number above 0"),
@@ -390,7 +390,7 @@ def test_a_new_loss_is_checked_by_its_signature(monkeypatch):
         (["loss=ipo", "loss.label_smoothing=0.1"], "only of loss=cdpo, loss=dpo"),
         (["~lrr"], "lrr: unknown key (did you mean lr?)"),
         (["hydra.rum.dir=x"], "hydra.rum.dir: unknown key"),
-        (["loss=ippo"], "loss=ippo: no such preset (did you mean ipo?); fix: choose one of "),
+        (["loss=ippo"], "loss=ippo: no such preset (did you mean ppo?); fix: choose one of "),
         (["model=pythia27"], "model=pythia27: no such preset (did you mean pythia28?)"),
         (["peft=zzz"], "peft=zzz: no such preset"),
         (["experiment=demo_sft"], "experiment: has no default to override; fix: add one: +experiment=NAME"),

@@ -169,13 +169,15 @@ def test_a_run_leaves_room_for_gradients_optimizer_and_reference(
     budgets = []
     fit_memory = trainers.fit_memory
 
-    def fit(placement: Placement, runner: MicrobatchRunner, examples: Sequence[Example]) -> tuple[int, int]:
+    def fit(
+        placement: Placement, runner: MicrobatchRunner, examples: Sequence[Example], other_bytes: float
+    ) -> tuple[int, int]:
         weights = sum(parameter.nbytes for parameter in runner.policy.parameters())
         per_token = weights / 1000
         monkeypatch.setattr(placement, "bytes_per_token", lambda *arguments: per_token)
         total = copies * weights + 1000.5 * per_token / SHARE
         monkeypatch.setattr(placement, "memory", lambda: (False, int(total)))
-        budgets.append(fit_memory(placement, runner, examples))
+        budgets.append(fit_memory(placement, runner, examples, other_bytes))
         return budgets[-1]
 
     monkeypatch.setattr(trainers, "fit_memory", fit)

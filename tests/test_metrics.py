@@ -192,7 +192,7 @@ def test_printed_lines_respect_their_interval(program: Program) -> None:
 def test_printed_lines_say_how_far_and_are_short(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     seconds = iter([10, 30, 40, 130])
-    settings = make_settings("wandb.enabled=false", "minimum_log_interval_secs=0")
+    settings = make_settings("wandb.enabled=false", "report=null", "minimum_log_interval_secs=0")
     loggers = Loggers(settings, tmp_path, 2000, 500, 500, clock=lambda: next(seconds))
     long = {f"rewards_train/{name}": -123456.789 for name in ("chosen", "rejected", "margins", "accuracies")}
     long |= {f"logps_train/{name}": 1e-9 for name in ("chosen", "rejected")} | {f"other_{i}/train": i for i in range(9)}
@@ -212,7 +212,7 @@ def test_printed_lines_say_how_far_and_are_short(tmp_path, capsys, monkeypatch) 
 
 
 def test_rows_with_any_text_are_json(tmp_path) -> None:
-    loggers = Loggers(make_settings("wandb.enabled=false"), tmp_path, 4, 1)
+    loggers = Loggers(make_settings("wandb.enabled=false", "report=null"), tmp_path, 4, 1)
     loggers.samples([{"examples": 0, "prompt": 'a "b"\n\u2028\ud7ff'}])
     loggers.close()
     (line,) = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from rewards import REWARDS
 from tests.runs import QUICK, SMALL
 from tests.test_online import ONLINE, vowels

@@ -190,13 +190,8 @@ def frontier(points: Sequence[Mapping[str, Any]], reward: str, is_sweep: bool) -
         + ", ".join(f"{p['label']} {p['reward']:.3g} at {p['kl']:.3g}" for p in points),
         "data": {
             "values": [
-                {
-                    **point,
-                    "low": point["kl"] - point["kl_error"],
-                    "high": point["kl"] + point["kl_error"],
-                    "number": number,
-                }
-                for number, point in enumerate(points)
+                {**point, "number": number, "low": point["kl"] - error, "high": point["kl"] + error}
+                for number, (point, error) in enumerate((point, point["kl_error"]) for point in points)
             ]
         },
         "layer": [

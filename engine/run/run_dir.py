@@ -12,6 +12,7 @@ from engine.models.archives import checkpoints, find_checkpoint, is_checkpoint, 
 from engine.run.model_pins import take_models
 from engine.run.resume_check import check_settings
 from engine.run.run_files import locked, remove_temporaries, restore_links, rewind, unwritable, update_link
+from engine.run.run_record import RECORD_FILE
 from engine.settings.schema import Names, Settings
 from engine.settings.secrets import public
 from utils import UserError, local_dir, write_atomically
@@ -222,6 +223,7 @@ def prepare_to_start(run_dir: Path) -> None:
     """Remove leftovers of an earlier start."""
     remove_temporaries(run_dir)
     rewind(run_dir, {}, 0)
+    (run_dir / RECORD_FILE).unlink(missing_ok=True)
     shutil.rmtree(run_dir / "base", ignore_errors=True)  # the earlier start may have had another model
 
 
