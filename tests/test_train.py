@@ -41,13 +41,8 @@ def test_a_run_in_a_separate_process(tmp_path) -> None:
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
     assert re.fullmatch(rf"run_dir: {tmp_path}/\w+/films_tiny_sft_[\d_-]+", last)
-    assert {path.name for path in Path(last[9:]).iterdir()} == {
-        "config.yaml",
-        "run.json",
-        "metrics.jsonl",
-        "step-4",
-        "LATEST",
-    }
+    names = {path.name for path in Path(last[9:]).iterdir()}
+    assert names == {"config.yaml", "run.json", "metrics.jsonl", "step-4", "LATEST"}
     assert "training on 4 examples in 1 step of 4 (875 an epoch), evaluating on 8" in result.stdout
     assert result.stderr == ""
     assert [path.name for path in tmp_path.iterdir()] == [Path(last[9:]).parent.name]  # no files of Hydra

@@ -37,7 +37,7 @@ class LongestResponses:
         self.metrics: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
 
-    def make(self, first_prompt: int, prompts: Sequence[Example]) -> list[Example]:
+    def make(self, first_prompt: int, prompts: Sequence[Example], *, again: bool = False) -> list[Example]:
         return [longest_responses(self._settings, prompt, self._settings.rollout.num_responses) for prompt in prompts]
 
 
