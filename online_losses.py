@@ -31,6 +31,7 @@ class Scored(NamedTuple):
         k1: log(old policy / reference), [tokens]; 0 without a reference.
         values: of the critic where it predicts the token, [tokens]; for PPO.
         greedy_rewards: of the most likely response to each prompt, [prompts]; for ReMax.
+        is_learned: bool [responses]; the others count in baselines alone. None for all.
     """
 
     rewards: Tensor
@@ -39,6 +40,7 @@ class Scored(NamedTuple):
     k1: Tensor
     greedy_rewards: Tensor | None = None
     values: Tensor | None = None
+    is_learned: Tensor | None = None
 
 
 class SampledPairs(NamedTuple):
@@ -103,7 +105,7 @@ def reinforce_pp_advantages(scored: Scored, *, beta: Beta, baseline: Literal["ba
         ends = sums[scored.lengths.cumsum(0) - 1]  # [responses]
         to_come = _of_tokens(ends, scored) - sums + scored.k1
         advantages = _of_tokens(scored.rewards, scored) - beta * to_come
-    return whitened(advantages)
+    return whitened(advantages, _learned_tokens(scored))
 
 
 def remax_advantages(scored: Scored, *, beta: Beta) -> Tensor:
@@ -131,7 +133,7 @@ def ppo_advantages(
     rewards = -beta * scored.k1
     rewards[scored.lengths.cumsum(0) - 1] += scored.rewards
     advantages = gae(rewards, scored.values, scored.lengths, gamma=gamma, gae_lambda=gae_lambda)
-    return whitened(advantages), advantages + scored.values
+    return whitened(advantages, _learned_tokens(scored)), advantages + scored.values
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, gae_lambda: float) -> Tensor:
@@ -175,10 +177,20 @@ def best_and_worst(scored: Scored) -> Tensor:
     return _of_tokens(signs, scored)
 
 
-def whitened(values: Tensor) -> Tensor:
-    """Values with mean 0 and variance 1, over all of them. Equal values become 0."""
-    centered = values - values.mean()
-    return centered * centered.square().mean().clamp(min=1e-8).rsqrt()
+def whitened(values: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Values with mean 0 and variance 1, over the counted ones. Equal values become 0.
+
+    Args:
+        counted: bool, like values; None for all.
+    """
+    counts = counted is not None and bool(counted.any())
+    centered = values - (values[counted] if counts else values).mean()
+    return centered * (centered[counted] if counts else centered).square().mean().clamp(min=1e-8).rsqrt()
+
+
+def _learned_tokens(scored: Scored) -> Tensor | None:
+    """Which tokens are of learned responses, bool [tokens]; None for all."""
+    return None if scored.is_learned is None else _of_tokens(scored.is_learned, scored)
 
 
 # ---- Losses: [tokens] each -> [tokens] ----

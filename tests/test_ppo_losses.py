@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from engine.run.critic import explained_variance
-from online_losses import Scored, gae, next_beta, ppo_advantages, ppo_loss, value_loss, whitened
+from online_losses import (
+    Scored,
+    gae,
+    next_beta,
+    ppo_advantages,
+    ppo_loss,
+    reinforce_pp_advantages,
+    value_loss,
+    whitened,
+)
 
 
 def values(*numbers: float) -> Tensor:
@@ -45,6 +54,28 @@ def test_ppo_advantages_by_hand():
     assert advantages.mean().item() == pytest.approx(0, abs=1e-15)
     assert advantages.square().mean().item() == pytest.approx(1)
     assert scored.k1.tolist() == [0.5, -0.25, 1]
+
+
+def test_masked_responses_stay_out_of_whitening():
+    scored = Scored(
+        rewards=values(1, -1, 50),
+        group_sizes=torch.tensor([1, 1, 1]),
+        lengths=torch.tensor([2, 1, 1]),
+        k1=values(0.5, -0.25, 1, 7),
+        values=values(0.1, 0.2, 0.3, 0.4),
+    )
+    learned = scored._replace(is_learned=torch.tensor([True, True, False]))
+    keywords: dict[str, float] = {"beta": 0.2, "gamma": 1.0, "gae_lambda": 0.95}
+    without = scored._replace(
+        **{name: getattr(scored, name)[:-1] for name in ("rewards", "group_sizes", "lengths", "k1", "values")}
+    )
+    found, expected = (
+        [ppo_advantages(each, **keywords)[0], reinforce_pp_advantages(each, beta=0.2)] for each in (learned, without)
+    )
+    for advantages, alone in zip(found, expected, strict=True):
+        assert torch.equal(advantages[:3], alone)
+    nothing = scored._replace(is_learned=torch.zeros(3, dtype=torch.bool))
+    assert ppo_advantages(nothing, **keywords)[0].isfinite().all()
 
 
 def test_the_loss_by_hand():

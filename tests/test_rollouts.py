@@ -34,3 +34,13 @@ def test_a_rollback_inside_an_iteration_moves_the_weight_of_the_kl_once(online, 
     assert [row["counters/examples"] for row in run.steps] == [4, 8, 12, 16, 24, 28, 32, 36]
     moved = [row["objective/kl_coef"] for row in run.steps if "objective/kl_coef" in row]
     assert moved == pytest.approx([0.1, 0.08, 0.064])  # a fifth below the iteration before
+
+
+@pytest.mark.parametrize("loss", ["grpo", "ppo"])
+def test_a_run_whose_responses_are_all_masked_says_so(online, loss):
+    run = online(f"loss={loss}", "rollout.truncated=mask", "n_examples=16", "rollout.max_new_tokens=1")
+    assert run.status == 0, run.err
+    assert {row["rollout/truncated"] for row in run.steps if "rollout/truncated" in row} == {1}
+    assert run.out.count("responses of an iteration are truncated, and rollout.truncated=mask") == 1
+    kept = online(f"loss={loss}", "n_examples=4", "rollout.max_new_tokens=1")
+    assert "responses of an iteration are truncated" not in kept.out

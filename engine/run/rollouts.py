@@ -54,6 +54,7 @@ class Rollouts:
         self._loss = LOSSES[settings.loss.name]
         self.metrics: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
+        self._has_warned = False
         self._start: tuple[int, float] | None = None  # of the last iteration: its first prompt, and beta before it
 
     def make(self, first_prompt: int, prompts: Sequence[Example], *, again: bool = False) -> list[Example]:
@@ -94,6 +95,7 @@ class Rollouts:
         examples, scored = self._with_advantages(examples, kept, logps, greedy, values)
         self._move_beta(scored)
         learned = [self._without_unlearned(*pair) for pair in zip(examples, kept, strict=True)]
+        self._warn_of_masks(kept)
         learned = self._with_new_logps(examples, learned)
         metrics = sampling_metrics(first)
         metrics["rollout/left_out"] = float(sum(map(len, groups)) - sum(map(len, kept)))
@@ -101,7 +103,7 @@ class Rollouts:
             metrics["rollout/resampled_groups"] = float(num_resampled)
         metrics |= mismatch_metrics(kept, logps)
         metrics |= learned_metrics(self._settings, beta, kept, scored, logps, metrics.get("objective/scores"))
-        metrics |= critic_metrics(examples)
+        metrics |= critic_metrics(learned)
         seconds = self._placement.gather_from_data_ranks(sampler.costs.seconds)
         self.metrics = metrics | cost_metrics(sampler.costs, seconds)
         self.rows = [
@@ -256,6 +258,8 @@ class Rollouts:
             k1 = torch.cat(old) - torch.cat(reference)
         rewards = [response.reward for place in places for response in kept[place]]
         greedy_rewards = [greedy[place].reward for place in places] if greedy else None
+        masks = self._settings.rollout.truncated == "mask"
+        is_learned = [not response.is_truncated for place in places for response in kept[place]]
         scored = Scored(
             rewards=torch.tensor(rewards, dtype=torch.float64),
             group_sizes=torch.tensor([len(kept[place]) for place in places]),
@@ -263,6 +267,7 @@ class Rollouts:
             k1=k1,
             greedy_rewards=None if greedy_rewards is None else torch.tensor(greedy_rewards, dtype=torch.float64),
             values=None if values is None else _joined(values[place] for place in places),
+            is_learned=torch.tensor(is_learned) if masks else None,
         )
         advantages, returns = self._advantages(scored)
         responses = [response for place in places for response in kept[place]]
@@ -342,6 +347,21 @@ class Rollouts:
         changes: dict[str, Any] = {name: None if each is None else of_numbers(each) for name, each in columns.items()}
         learned = replace(rollout, **changes)
         return replace(example, responses=of_numbers(example.responses), rollout=learned if numbers else None)
+
+    def _warn_of_masks(self, kept: Sequence[Group]) -> None:
+        """Say once that an iteration has truncated responses alone, which are masked."""
+        responses = [response for group in kept for response in group]
+        masks = self._settings.rollout.truncated == "mask"
+        if self._has_warned or not masks or not all(response.is_truncated for response in responses) or not responses:
+            return
+        self._has_warned = True
+        if self._placement.rank == 0:
+            print(
+                f"warning: all {len(responses):,} responses of an iteration are truncated, and rollout.truncated=mask"
+                " leaves them out: the policy learns nothing from it. What helps: raise rollout.max_new_tokens, or"
+                " rollout.truncated=keep with rollout.missing_eos_penalty",
+                flush=True,
+            )
 
     def _with_new_logps(self, before: Sequence[Example], after: Sequence[Example]) -> list[Example]:
         """Examples with log-probs as training computes them, after some responses have left their microbatches."""
