@@ -143,6 +143,15 @@ def test_a_reward_model_starts_the_critic(ppo, program, tmp_path):
     assert len(pins) == 1  # the run needs it to resume
 
 
+def test_a_model_of_text_is_no_archive_of_a_critic(ppo, program, tmp_path):
+    program.ok("n_examples=8", f"local_run_dir={tmp_path / 'sft'}", *LENGTHS)
+    step = tmp_path / "sft" / "step-8"
+    for archive, found in ((tmp_path / "sft", step), (step / "policy.pt", step / "policy.pt")):
+        run = ppo(f"critic.archive={archive}", "n_examples=8")
+        assert run.status == 2, run.err
+        assert f"critic.archive: {found} is a model of text, not a reward model" in run.err
+
+
 def test_a_policy_starts_the_critic(ppo, program, tmp_path):
     """Its layers, and a small new head."""
     program.ok("n_examples=8", f"local_run_dir={tmp_path / 'sft'}", *LENGTHS)

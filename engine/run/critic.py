@@ -4,6 +4,7 @@ It is a language model with a score head, read at the positions that predict a t
 policy, and has an optimizer of its own.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.examples import Example
+from engine.models.adapter_files import read_adapter_config
 from engine.models.adapters import adapter_of
 from engine.models.archives import CRITIC, CRITIC_OPTIMIZER
 from engine.models.layers import recompute_activations
@@ -44,6 +46,21 @@ def critic_settings(settings: Settings) -> Settings:
     return settings.model_copy(update=changes)
 
 
+def check_has_scores(archive: Path) -> None:
+    """Raise a UserError if critic.archive is of a model of text. What cannot be read is left to loading."""
+    directory = archive.parent if archive.is_file() else archive  # of a run: its checkpoint, as model_pins.py names it
+    if (directory / "adapter_config.json").exists():
+        has_scores = read_adapter_config(directory).get("task_type") == "SEQ_CLS"
+    elif (directory / "config.json").exists():
+        stored = json.loads((directory / "config.json").read_bytes())
+        has_scores = any(str(name).endswith("ForSequenceClassification") for name in stored.get("architectures") or [])
+    else:
+        return
+    if not has_scores:
+        problem = f"critic.archive: {archive} is a model of text, not a reward model"
+        raise UserError("CONFIG", problem, "give a run of loss=reward, or leave it out for a new head on the policy")
+
+
 class Critic:
     """A value model with its optimizer.
 
@@ -56,6 +73,8 @@ class Critic:
     """
 
     def __init__(self, settings: Settings, placement: Placement, tokenizer: PreTrainedTokenizerBase):
+        if settings.critic.archive is not None:
+            check_has_scores(Path(settings.critic.archive))
         self._settings = critic_settings(settings)
         self._placement = placement.for_settings(self._settings)
         self.model: PreTrainedModel = self._placement.place_model(getattr(torch, settings.model.policy_dtype))
