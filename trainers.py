@@ -203,12 +203,13 @@ class BasicTrainer:
             critic_metrics = self.critic.clip_gradients(self.counters["updates"], self.num_updates)
             for name in CRITIC_CHECKED:
                 is_finite &= critic_metrics[name].isfinite().to(self.device)
-        if not any(example.responses for example in batch.examples):  # all are left out: even weight decay waits
-            is_finite = torch.zeros_like(is_finite)
+        has_responses = any(example.responses for example in batch.examples)
+        learns = is_finite if has_responses else torch.zeros_like(is_finite)  # all left out: even weight decay waits
         for optimizer in self.optimizers:
-            self.update(optimizer, is_finite)
+            learns_stored = self.ptx is not None and optimizer is self.optimizer
+            self.update(optimizer, is_finite if learns_stored else learns)
             optimizer.zero_grad(set_to_none=True)
-        self.runner.move_state(is_finite)
+        self.runner.move_state(learns)
         self.counters["examples"] += len(batch.examples)
         self.counters["updates"] += 1
         self.refresh_reference()

@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rewards import REWARDS
 from tests.runs import QUICK, SMALL
@@ -44,3 +46,17 @@ def test_a_run_whose_responses_are_all_masked_says_so(online, loss):
     assert run.out.count("responses of an iteration are truncated, and rollout.truncated=mask") == 1
     kept = online(f"loss={loss}", "n_examples=4", "rollout.max_new_tokens=1")
     assert "responses of an iteration are truncated" not in kept.out
+
+
+def test_stored_responses_are_learned_where_all_sampled_ones_are_left_out(online):
+    """The critic, which has nothing to learn, stays as it is."""
+    run = online(
+        *("loss=ppo", "rollout.truncated=mask", "rollout.max_new_tokens=1", "n_examples=8", "do_first_eval=false"),
+        *("save_every=4", "keep_checkpoints=null", "ptx.datasets=[films]", "optimizer=AdamW"),
+    )
+    assert run.status == 0, run.err
+    policies, critics = (
+        [load_file(run.dir / f"step-{step}" / f"{kind}.safetensors") for step in (4, 8)] for kind in ("model", "critic")
+    )
+    assert any(not torch.equal(policies[1][name], value) for name, value in policies[0].items())
+    assert all(torch.equal(critics[1][name], value) for name, value in critics[0].items())
