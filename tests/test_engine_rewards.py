@@ -110,6 +110,13 @@ def test_a_reward_model_reads_text_by_its_own_tokenizer(reward_run):
     )
 
 
+def test_a_reward_model_of_a_shorter_context_than_the_policy(reward_run):
+    samples = samples_of(FILMS, [(" What a charming film!", False), (" It was", False)])
+    model = RewardModel(path=str(reward_run))
+    longer = reward_model(model, "max_length=10000000", "max_prompt_length=9000000")
+    assert [*longer(samples)] == pytest.approx([*reward_model(model)(samples)], abs=1e-5)
+
+
 def test_prompts_by_another_template_are_refused(reward_run, program, tmp_path):
     from_template = FILMS._replace(text="<|im_start|>user\nGood?<|im_end|>\n", from_template=True)
     samples = samples_of(from_template, [("Yes.", False)])

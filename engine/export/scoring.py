@@ -148,6 +148,7 @@ def open_reward_model(
     base: str | None = None,
     show_progress: bool = True,
     device: torch.device | None = None,
+    shortens: bool = False,
 ) -> Scorer:
     """Load a reward model, to give raw scores.
 
@@ -158,6 +159,7 @@ def open_reward_model(
         max_length, max_prompt_length: None for the run's, else by the model.
         dtype, base, show_progress: as of load_saved().
         device: None for a GPU, else the CPU.
+        shortens: lengths above the positions of the model are lowered, not refused.
     """
     saved = load_saved(name, dtype=dtype, base=base, show_progress=show_progress)
     if not has_score_head(saved.model):
@@ -166,6 +168,9 @@ def open_reward_model(
     check_finite(saved.model, "give another checkpoint", show_progress=show_progress)
     model: Any = saved.model
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    if shortens and max_length and max_prompt_length:
+        max_length = min(max_length, _positions(model.config))
+        max_prompt_length = max_prompt_length if max_prompt_length < max_length else max_length // 2
     max_length, max_prompt_length = _lengths(model.config, record, max_length, max_prompt_length)
     if layout == "packed":
         use_packed_attention(model)
@@ -175,7 +180,7 @@ def open_reward_model(
 
 def _lengths(config: Any, record: RunRecord, max_length: int | None, max_prompt_length: int | None) -> tuple[int, int]:
     """max_length and max_prompt_length, as asked, else of the run, else by the model."""
-    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    context = _positions(config)
     of_run = {name: record.config.get(name) for name in ("max_length", "max_prompt_length")}
     for name, value in of_run.items():
         if value is not None and not isinstance(value, int):
@@ -190,6 +195,10 @@ def _lengths(config: Any, record: RunRecord, max_length: int | None, max_prompt_
         problem = f"max_prompt_length: {max_prompt_length} is not below max_length ({max_length})"
         raise UserError("CONFIG", problem, "lower it, to leave room for a response")
     return max_length, max_prompt_length
+
+
+def _positions(config: Any) -> int:
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def _statistics(model: PreTrainedModel, record: RunRecord) -> tuple[float, float] | None:

@@ -51,6 +51,7 @@ class RewardModelReward(BatchReward):
             # No response loses its end, where the reward model has positions for it.
             max_length=_larger(of_run.get("max_length"), settings.max_length),
             max_prompt_length=_larger(of_run.get("max_prompt_length"), settings.max_prompt_length),
+            shortens=True,
             show_progress=False,
             device=device,
         )
