@@ -200,6 +200,16 @@ def test_many_responses_are_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert page.samples_note == "10 prompts of 30; samples.jsonl has all"
 
 
+def test_evaluations_come_before_responses_of_training(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    rows = [{"examples": 0, "prompt": "held out", "policy": "a", "reference": "b"}]
+    rows += [{"examples": n, "prompt": f"Q{n}", "response": "A", "reward": 1.0} for n in range(2)]
+    write_log(run / "samples.jsonl", rows)
+    page = make_report([read_run_log(run)])
+    assert [sample.prompt for sample in page.samples] == ["held out", "Q1", "Q0"]
+    assert page.samples[1].responses == [("response, after 1 examples", "A", "reward 1")]
+
+
 def test_thin_keeps_ends_and_extremes() -> None:
     points = [(float(x), float(x % 97)) for x in range(30_000)]
     points[12_345] = (12_345.0, 1e6)

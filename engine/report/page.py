@@ -254,9 +254,11 @@ def samples_of(run: RunLog) -> tuple[list[Sample], str]:
     by_prompt: dict[str, list[Row]] = {}
     for row in reversed(run.samples):
         by_prompt.setdefault(str(row.get("prompt", "")), []).append(row)
-    # The newest evaluation's prompts, in their order.
-    newest = {str(row.get("prompt", "")): None for row in run.samples if row["examples"] == run.samples[-1]["examples"]}
-    prompts = [*newest, *(prompt for prompt in by_prompt if prompt not in newest)]
+    # The newest evaluation's prompts in their order, then earlier ones; then responses sampled in training.
+    evaluated = [row for row in run.samples if "policy" in row]
+    newest = {str(row.get("prompt", "")) for row in evaluated if row["examples"] == evaluated[-1]["examples"]}
+    in_order = dict.fromkeys(str(row.get("prompt", "")) for row in [*evaluated, *reversed(run.samples)])
+    prompts = sorted(in_order, key=lambda prompt: prompt not in newest)
     samples: list[Sample] = []
     size = 0
     for prompt in prompts:

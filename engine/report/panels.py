@@ -85,6 +85,13 @@ PANELS = (
         (Metric("samples_eval/unfinished", "held out"), Metric("rollout/truncated", "training")),
     ),
     Panel("equal_groups", "Share of groups with equal rewards", (Metric("rollout/zero_std_groups", "training"),)),
+    Panel("entropy", "Entropy of sampled responses in nats", (Metric("objective/entropy", "training"),)),
+    Panel(
+        "clipped",
+        "Share outside of the clip",
+        (Metric("policy/clipfrac", "ratios of policies"), Metric("val/clipfrac", "values")),
+    ),
+    Panel("value_loss", "Loss of the critic", (Metric("loss/value", "train"),)),
     Panel("ratio", "Largest ratio of policies", (Metric("policy/ratio_max", "training"),)),
     Panel("value", "Value: explained variance", (Metric("val/explained_variance", "training"),)),
     Panel("grad_norm", "Gradient norm before clipping", (Metric("grad_norm", "train"),)),
