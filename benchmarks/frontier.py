@@ -32,7 +32,7 @@ ONLINE = (
 )
 LONGER = (*ONLINE, "n_examples=1600", "save_every=800", "rollout.num_responses=16")  # as in make online
 PPO = (*ONLINE, "loss=ppo", "rollout.epochs=2", "critic.lr=1e-3")
-LEARNED = (*PPO, "rewards=[reward_model]", "reward_options.reward_model.path={reward}", "critic.archive={reward}")
+LEARNED = (*PPO, "rewards=[reward_model]", "++reward_options.reward_model.path={reward}", "critic.archive={reward}")
 # Longer and faster, to go beyond the best of the true reward.
 FREE = (*LEARNED, "n_examples=1920", "save_every=480", "lr=1e-3")
 

@@ -74,7 +74,7 @@ def test_a_language_model_does_not_start_from_a_reward_model(program: Program, h
             (f"{starts[0][0]}/LATEST/policy.pt",),
         ]
     for start in starts:
-        quick = ("wandb.enabled=false", "sample_during_eval=false", "n_examples=4")
+        quick = ("wandb.enabled=false", "report=null", "sample_during_eval=false", "n_examples=4")
         own = () if start[0] == "model=blank_model" else (*SMALL, *common)
         run = program("loss=dpo", "loss.beta=0.1", *start, *own, defaults=quick)
         assert run.status == 4
@@ -84,7 +84,9 @@ def test_a_language_model_does_not_start_from_a_reward_model(program: Program, h
         common = (*REWARD, "lr=0", "model=blank_model")
         _, again = (
             program.ok(
-                *common, f"model.name_or_path={run.dir}/LATEST", defaults=("wandb.enabled=false", "n_examples=4")
+                *common,
+                f"model.name_or_path={run.dir}/LATEST",
+                defaults=("wandb.enabled=false", "report=null", "n_examples=4"),
             )
             for run in (sft, reward)
         )
@@ -100,7 +102,9 @@ def test_a_model_without_some_of_its_weights_is_refused(program: Program) -> Non
         kept = {key: value for key, value in load_file(file).items() if key != name}
         save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
         start = ("model=blank_model", f"model.name_or_path={directory}")
-        run = program(*loss, *start, defaults=("wandb.enabled=false", "sample_during_eval=false", "n_examples=4"))
+        run = program(
+            *loss, *start, defaults=("wandb.enabled=false", "report=null", "sample_during_eval=false", "n_examples=4")
+        )
         assert run.status == 4 and f"1 weights of the model are not in {directory}, such as {name}" in run.err
 
 
@@ -114,7 +118,7 @@ def test_a_reward_model_in_16_bits_starts_with_its_head_in_fp32(program: Program
         (*SMALL, f"model.archive={first.dir}/LATEST/policy.pt"),
         ("model=blank_model", f"model.name_or_path={first.dir}/LATEST"),
     ):
-        second = weights(program.ok(*common, *start, defaults=("wandb.enabled=false",)))
+        second = weights(program.ok(*common, *start, defaults=("wandb.enabled=false", "report=null")))
         assert second["model.norm.weight"].dtype == torch.bfloat16
         assert torch.equal(second[SCORE], head)
     saved = load_saved(str(first.dir), dtype=torch.float16).model
@@ -136,7 +140,9 @@ def test_the_new_head_is_seeded_and_has_a_known_size(program: Program) -> None:
 def test_a_family_without_a_score_head_is_refused(program: Program) -> None:
     architecture = "{model_type: codegen, n_embd: 32, n_layer: 2, n_head: 4, rotary_dim: 8}"
     model = ("model=blank_model", "model.name_or_path=mine", "model.tokenizer_name_or_path=films")
-    run = program(*REWARD, *model, f"model.architecture={architecture}", defaults=("wandb.enabled=false",))
+    run = program(
+        *REWARD, *model, f"model.architecture={architecture}", defaults=("wandb.enabled=false", "report=null")
+    )
     assert run.status == 2
     assert "transformers has no score head for codegen" in run.err
     assert all(f" {family}," in run.err for family in FAMILIES)
@@ -359,7 +365,7 @@ def test_the_world_size_changes_no_bit_of_a_deterministic_run(tmp_path: Path) ->
 @pytest.mark.slow
 def test_the_embedded_example_finds_the_true_reward(program: Program) -> None:
     """On 512 held-out pairs: at least 95 % in order, and a rank correlation of 0.9."""
-    run = program.ok("+experiment=demo_reward", defaults=("wandb.enabled=false",))
+    run = program.ok("+experiment=demo_reward", defaults=("wandb.enabled=false", "report=null"))
     saved = load_saved(str(run.dir))
     use_packed_attention(saved.model.eval())
     scorer = Scorer(saved.model, saved.tokenizer, layout="packed", max_length=512, max_prompt_length=256)

@@ -78,7 +78,14 @@ def their_scores(name: Path | str, side: str) -> Tensor:
 
 def small_run(program: Program, architecture: str, *overrides: str) -> Run:
     model = ("model=blank_model", "model.name_or_path=mine", "model.tokenizer_name_or_path=films")
-    quick = ("wandb.enabled=false", "n_examples=16", "n_eval_examples=8", "warmup_steps=2", "batch_size=4")
+    quick = (
+        "wandb.enabled=false",
+        "report=null",
+        "n_examples=16",
+        "n_eval_examples=8",
+        "warmup_steps=2",
+        "batch_size=4",
+    )
     return program.ok(*REWARD, *model, f"model.architecture={ARCHITECTURES[architecture]}", *overrides, defaults=quick)
 
 
@@ -103,7 +110,7 @@ def test_an_export_gives_our_scores(program: Program, run_export: RunExport, arc
 def test_a_padding_token_takes_a_free_row_of_the_embeddings(program: Program) -> None:
     architecture = ARCHITECTURES["llama"].replace("}", ", vocab_size: 840}")
     model = ("model=blank_model", "model.name_or_path=mine", "model.tokenizer_name_or_path=films")
-    quick = ("wandb.enabled=false", "n_examples=8")
+    quick = ("wandb.enabled=false", "report=null", "n_examples=8")
     run = program.ok(*REWARD, *model, f"model.architecture={architecture}", defaults=quick)
     assert len(load_file(run.dir / "LATEST" / "model.safetensors")["model.embed_tokens.weight"]) == 840
     for side in ("right", "left"):

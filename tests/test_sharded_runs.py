@@ -41,6 +41,7 @@ DPO = ("loss=dpo", "loss.beta=0.1")
 # several batches for them.
 COMMON = (
     "model=blank_model", "model.name_or_path=tiny", "model.tokenizer_name_or_path=films", "wandb.enabled=false",
+    "report=null",
     "optimizer=AdamW", "lr=1e-3", "warmup_steps=2", "max_grad_norm=1.0", "batch_size=4",
     "gradient_accumulation_steps=2", "token_budget=300", "max_length=112", "max_prompt_length=80", "n_examples=21",
     "collective_timeout=20", "n_eval_examples=5", "eval_batch_size=2", "n_eval_model_samples=5", "eval_every=8",

@@ -39,7 +39,7 @@ TIMINGS = ("examples_per_second", "tokens_per_second", "peak_memory_gb")
 DPO = ("loss=dpo", "loss.beta=0.1")
 # Fifteen steps, a checkpoint after each, and an evaluation with samples after every fourth.
 COMMON = (
-    *SMALL, *DPO, "wandb.enabled=false", "optimizer=AdamW", "lr=1e-3", "warmup_steps=2", "n_examples=60",
+    *SMALL, *DPO, "wandb.enabled=false", "report=null", "optimizer=AdamW", "lr=1e-3", "warmup_steps=2", "n_examples=60",
     "batch_size=4", "save_every=4", "eval_every=16", "n_eval_examples=4", "eval_batch_size=4", "n_eval_model_samples=1",
     "max_length=104", "max_prompt_length=96", "token_budget=400", "minimum_log_interval_secs=0",
 )  # fmt: skip

@@ -78,9 +78,9 @@ def test_libraries_on_a_full_disk(tmp_path: Path) -> None:
         raise KeyError("name")
 
 
-@pytest.mark.parametrize("num_pages", [0, 1])
+@pytest.mark.parametrize("num_pages", [0, 2])
 def test_a_full_disk_before_the_first_step(inputs: Path, tmp_path: Path, num_pages: int) -> None:
-    """No room for config.yaml; or one page, enough for config.yaml alone."""
+    """No room for config.yaml; or two pages, enough for config.yaml and run.json alone."""
     with small_disk(tmp_path / "disk", 2**20) as disk:
         (disk / "run").mkdir()
         (disk / "ballast").write_bytes(bytes(2**20 - num_pages * 4096))
