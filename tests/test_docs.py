@@ -113,7 +113,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 def make_places(archive: Path) -> None:
     """The files that commands name, in this directory: runs, rows and prompts."""
-    for name in ("RUN", "OTHER", "SFT_RUN", "REWARD_RUN"):
+    for name in ("RUN", "OTHER", "SFT_RUN"):
         Path(name).symlink_to(archive)
     Path("prompts.txt").write_text("Is it any good?\n")
     rows = [{"prompt": f"Q{n}?", "chosen": f" yes, {n}.", "rejected": f" no, not {n}."} for n in range(12)]
@@ -137,6 +137,8 @@ def test_every_command_runs(block: list[str], program: Program, archive: Path, m
     monkeypatch.chdir(program.directory)
     monkeypatch.setattr(JudgeClient, "_request", lambda self, body: "Score: 5")  # in place of a server
     make_places(archive)
+    if any("REWARD_RUN" in line for line in block):
+        program.ok("loss=reward", "n_examples=4", "local_run_dir=REWARD_RUN", defaults=SMALL + QUICKER)
     for line in block:
         words = shlex.split(nearest_form(line).partition(" < ")[0])
         if words[0] == "train.py":
