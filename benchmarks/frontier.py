@@ -30,7 +30,7 @@ ONLINE = (
     *("n_epochs=null", "n_examples=960", "save_every=960", "lr=5e-4"),  # 60 steps of 16 prompts
     *("rollout.num_responses=8", "rollout.max_new_tokens=40", "n_eval_model_samples=2"),
 )
-LONGER = (*ONLINE, "n_examples=1600", "save_every=800", "rollout.num_responses=16")  # as in make online
+LONGER = (*ONLINE, "n_examples=1600", "save_every=800", "rollout.num_responses=16")
 PPO = (*ONLINE, "loss=ppo", "rollout.epochs=2", "critic.lr=1e-3")
 LEARNED = (*PPO, "rewards=[reward_model]", "++reward_options.reward_model.path={reward}", "critic.archive={reward}")
 # Longer and faster, to go beyond the best of the true reward.
