@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from engine.pages.drawing import draw
+from engine.pages.drawing import Drawing, draw
 from engine.pages.templates import as_markup, render
 from engine.report.charts import COLOURS, curves, frontier, histogram
 from engine.report.panels import panels_of
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("search.js")
 MAX_SAMPLE_BYTES = 1_500_000  # of prompts and responses on a page
 MAX_TEXT = 20_000  # characters of a response
 MAX_EVALUATIONS = 4  # shown of a prompt
-# Settings that say where a run is, not what it does.
+# Where a run is, not its work.
 PLACES = {"exp_name", "local_dirs", "local_run_dir", "cache_dir", "resume", "resume_allow"}
 # What rewards a run by, for the frontier: the first that all runs have.
 REWARDS = (
@@ -125,13 +125,18 @@ def make_report(runs: Sequence[RunLog]) -> Report:
     return report
 
 
-def format_report(report: Report) -> str:
+def format_report(report: Report, drawings: Sequence[Drawing] | None = None) -> str:
     """The HTML of a report.
+
+    Args:
+        drawings: of its charts; drawn here if None.
 
     Raises:
         UserError: if the charts cannot be drawn.
     """
-    svgs = as_markup([drawing.svg for drawing in draw([chart.spec for chart in report.charts])])
+    if drawings is None:
+        drawings = draw([chart.spec for chart in report.charts])
+    svgs = as_markup([drawing.svg for drawing in drawings])
     script = SCRIPT.read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     charts = [*zip(report.charts, svgs, strict=True)]

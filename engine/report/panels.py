@@ -102,7 +102,7 @@ PANELS = (
 
 
 def panels_of(runs: Sequence[RunLog]) -> list[Panel]:
-    """The panels that have values in a run, with the metrics that have."""
+    """The panels with values in a run, without metrics that no run has."""
     found = []
     for panel in PANELS:
         metrics = tuple(

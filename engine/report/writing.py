@@ -25,11 +25,11 @@ def write_report(runs: Sequence[Path], page: Path, with_pictures: bool = False) 
         UserError: a directory is no run, or the charts cannot be drawn.
     """
     report = make_report([read_run_log(run) for run in runs])
-    write_html(page, format_report(report))
+    drawings = draw([chart.spec for chart in report.charts], with_pictures)
+    write_html(page, format_report(report, drawings))
     if with_pictures:
         directory = page.parent / PICTURES
         directory.mkdir(exist_ok=True)
-        drawings = draw([chart.spec for chart in report.charts], with_png=True)
         for chart, drawing in zip(report.charts, drawings, strict=True):
             write_atomically(directory / f"{chart.key}.svg", drawing.svg.encode())
             write_atomically(directory / f"{chart.key}.png", drawing.png or b"")

@@ -349,7 +349,7 @@ class Rollouts:
         return replace(example, responses=of_numbers(example.responses), rollout=learned if numbers else None)
 
     def _warn_of_masks(self, kept: Sequence[Group]) -> None:
-        """Say once that an iteration has truncated responses alone, which are masked."""
+        """Warn once of an iteration without a response to learn: all are truncated, and masked."""
         responses = [response for group in kept for response in group]
         masks = self._settings.rollout.truncated == "mask"
         if self._has_warned or not masks or not all(response.is_truncated for response in responses) or not responses:

@@ -55,7 +55,7 @@ class MetricAccumulator:
             self._selected.setdefault(name, []).append(selected)
 
     def values_of(self, prefix: str) -> dict[str, Tensor]:
-        """The values so far of metrics whose names start with prefix, [examples that count] each, on the CPU."""
+        """The values so far by name, for names with a prefix, [selected examples] each, on the CPU."""
         found = {}
         for name, parts in self._values.items():
             if name.startswith(prefix):
