@@ -44,11 +44,6 @@ class RunLog:
         return printable(self.directory.name)
 
     @cached_property
-    def steps(self) -> list[Row]:
-        """Rows of training steps."""
-        return [row for row in self.rows if "learning_rate" in row]
-
-    @cached_property
     def evaluations(self) -> list[Row]:
         """Rows of evaluations."""
         return [row for row in self.rows if "learning_rate" not in row]
@@ -71,10 +66,6 @@ class RunLog:
             for row in self.evaluations
             if is_number(row.get(metric)) and is_number(row.get(name))
         ]
-
-    def last(self, metric: str) -> float | None:
-        """The last value of a metric."""
-        return next((row[metric] for row in reversed(self.rows) if is_number(row.get(metric))), None)
 
 
 def read_run_log(directory: Path) -> RunLog:
