@@ -108,7 +108,7 @@ def test_compiled_layers_of_several_processes_train_as_plain_ones(trainer: str, 
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for name, weight in plain[2].items():
         torch.testing.assert_close(compiled[2][name], weight, rtol=0, atol=1e-5)
-    assert 0 < num_graphs <= 8  # shared by all layers
+    assert 0 < num_graphs <= 4  # shared by all layers, and by the reference
 
 
 def test_ordered_sums_are_bitwise_equal(results) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.examples import Example, join_parts
+from engine.models.compiled_layers import compile_layers
 from engine.models.layers import find_layers
 from engine.models.optimizers import build_optimizer, load_optimizer_state
 from engine.models.parameters import named_aliases, named_state
@@ -159,9 +160,7 @@ class Placement:
             is_packed = model.config._attn_implementation == "packed"
             if is_packed and flash_serves(model, self.mixed_precision or model.dtype, self.device):
                 model.set_attn_implementation("packed_compiled")
-            for layer in find_layers(model, self.settings.model.block_name):
-                # Round wherever the plain layer rounds. Else the reference, without gradients, would differ.
-                layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+            compile_layers(find_layers(model, self.settings.model.block_name), model.get_input_embeddings())
         return model
 
     def gathered(self, model: PreTrainedModel) -> AbstractContextManager[None]:

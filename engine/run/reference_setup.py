@@ -74,7 +74,7 @@ def place_reference(settings: Settings, placement: Placement, runner: Microbatch
         model = placement.place_model(getattr(torch, settings.model.reference_dtype))
     elif settings.has_live_reference and not (adapter and adapter.has_own_reference):
         model = placement.copy_policy(policy)
-    if model is not policy:
+    if model is not policy and not settings.compile:  # compiled layers run the graph of training
         model.requires_grad_(False)
     is_policy = settings.has_live_reference and model is policy
     return (AdapterReference if is_policy else LiveReference)(model, placement.compute_dtype)

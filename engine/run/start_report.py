@@ -119,8 +119,4 @@ def warn_of_first_margin(settings: Settings, metrics: Mapping[str, float]) -> st
     has_dropout = isinstance(settings.peft, LoraSettings) and settings.peft.dropout > 0
     if metrics["counters/updates"] != 1 or has_other_dtype or has_dropout or abs(margin) < FIRST_MARGIN:
         return None
-    cause = "; compiled layers round differently without gradients" if settings.compile else ""
-    return (
-        f"warning: the {kind} before the first update is {margin:.3g}, not 0{cause}."
-        f" All {kind}s are off by about as much"
-    )
+    return f"warning: the {kind} before the first update is {margin:.3g}, not 0. All {kind}s are off by about as much"
