@@ -29,7 +29,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from engine.models.group_sampling import Sampling
-    from engine.models.sampling_engines import ContinuousBatching, Loop
+    from engine.models.sampling_engines import ContinuousBatching, Loop, SamplingEngine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     values = dict(MODELS[arguments.model])
@@ -50,7 +50,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         pad_token_id=EOS,
         max_rows=arguments.rows,
     )
-    engines = {"loop": Loop(), "continuous": ContinuousBatching()}
+    engines: dict[str, SamplingEngine] = {"loop": Loop(), "continuous": ContinuousBatching()}
     found: dict[str, Any] = {name: [] for name in engines}
     for repeat in range(arguments.repeats + 1):  # the first warms up
         for name, engine in engines.items():

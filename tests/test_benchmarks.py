@@ -22,6 +22,7 @@ from benchmarks import (
     losses,
     memory,
     online,
+    sampling,
     scaling,
     sentiment,
     soak,
@@ -197,6 +198,20 @@ def test_online(systems, tmp_path):
         assert iteration["tokens"] == sum(map(sum, lengths[2:]))
     assert rows["ours"]["times"] == 1
     assert f"| ours | {rows['ours']['generate']:.4g} |" in (tmp_path / f"online-tiny-2x3-{date.today()}.md").read_text()
+
+
+# ---- sampling.py ----
+
+
+def test_sampling(tmp_path):
+    sampling.main(
+        [
+            *("--model", "tiny", "--prompts", "2", "--responses", "2", "--max-new-tokens", "3", "--repeats", "1"),
+            *("--dtype", "float32", "--results", str(tmp_path)),
+        ]
+    )
+    found = result(tmp_path, "sampling-tiny")["tokens_per_second"]
+    assert [*found] == ["loop", "continuous"] and all(speed > 0 for speed in found.values())
 
 
 # ---- The others ----
