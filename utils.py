@@ -52,6 +52,9 @@ class UserError(ValueError):
         self.code, self.what, self.fix = code, what, fix
         super().__init__(printable(f"error[{code}] {what}; fix: {fix}"))
 
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str]]:
+        return type(self), (self.code, self.what, self.fix)  # to pass between processes
+
     @property
     def exit_status(self) -> int:
         return EXIT_STATUS[self.code]

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 BF16 = "mixed_precision=bfloat16"
 ADAMW = (BF16, "optimizer=AdamW")
 QLORA = ("peft=qlora", BF16)
+SAVING = (*QLORA, "activation_checkpointing=auto")
 SPLIT_EVENLY, LONG = (256, 256, 256), (2048, 2048, 2048)  # tokens of prompt, chosen and rejected
 
 
@@ -157,9 +158,9 @@ CASES = (
     Case("pythia-70m-hh-plain", "pythia-70m", without=tuple(FAST_PATHS), lengths=None, num_steps=20),
     Case("gpt2-hh", "gpt2-124m", lengths=None, num_steps=20),
     Case("gpt2-hh-plain", "gpt2-124m", without=tuple(FAST_PATHS), lengths=None, num_steps=20),
-    Case("llama-7b-qlora-512-in-12gb", "llama-7b", QLORA, num_pairs=16, num_steps=2, memory_gb=12),
-    Case("llama-7b-qlora-4096-in-24gb", "llama-7b", QLORA, lengths=LONG, num_pairs=4, num_steps=2, memory_gb=24),
-    Case("pythia-2.8b-compiled", PYTHIA, (*ADAMW, "compile=true")),
+    Case("llama-7b-qlora-512-in-12gb", "llama-7b", SAVING, num_pairs=16, num_steps=2, memory_gb=12),
+    Case("llama-7b-qlora-4096-in-24gb", "llama-7b", SAVING, lengths=LONG, num_pairs=4, num_steps=2, memory_gb=24),
+    Case("pythia-2.8b-compiled", PYTHIA, (*ADAMW, "compile=true"), with_profile=True),
     Case("pythia-2.8b-rmsprop", PYTHIA, RMSPROP),
     Case("pythia-2.8b-rmsprop-without-fused-optimizer", PYTHIA, RMSPROP, without=("fused-optimizer",)),
     *(Case(f"pythia-2.8b-without-{name}", PYTHIA, without=(name,)) for name in list(FAST_PATHS)[:3]),
@@ -279,11 +280,11 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         for name in case.without:
             stack.enter_context(FAST_PATHS[name]())
-        if case.memory_gb:
-            stack.enter_context(memory_limited(case.memory_gb * 1e9, on_gpu))
         if "trainer=FSDPTrainer" in case.overrides:
             stack.enter_context(process_group.joined(60))
         stack.enter_context(models_made_on(arguments.device))
+        if case.memory_gb:
+            stack.enter_context(memory_limited(case.memory_gb * 1e9, on_gpu))
         stack.enter_context(timed_method(BasicTrainer, "build_reference", seconds))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         start = time.perf_counter()
@@ -303,15 +304,29 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def memory_limited(limit: float, on_gpu: bool) -> Iterator[None]:
-    """Limit this process to some bytes of GPU memory in a with block; the trainer believes in a card of that size."""
+    """Limit this process to some bytes of GPU memory in a with block; the trainer believes in a card of that size.
+
+    The limit holds once the policy is there: random weights are made on the GPU before they are quantised. A user's are
+    quantised layer by layer.
+    """
     import torch
 
     from engine.placement import placement
     from engine.placement.memory import total_memory
 
-    with patch.object(placement, "total_memory", lambda device: int(limit)):
+    load_policy = placement.load_policy
+
+    def then_limited(*arguments: Any) -> Any:
+        policy = load_policy(*arguments)
         if on_gpu:
+            torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(limit / total_memory(torch.device("cuda")))
+        return policy
+
+    with (
+        patch.object(placement, "load_policy", then_limited),
+        patch.object(placement, "total_memory", lambda device: int(limit)),
+    ):
         try:
             yield
         finally:

@@ -37,7 +37,8 @@ def losses_of(run: Run) -> list[float]:
 @pytest.mark.parametrize("loss", ["grpo", "rloo", "online_dpo", "xpo", "ppo"])
 @pytest.mark.parametrize("overrides", [(), (BF16,), (BF16, "peft=lora"), (BF16, "peft=qlora")], ids=" ".join)
 def test_the_first_pass_has_the_policy_that_sampled(loss: str, overrides: tuple[str, ...], online: Online) -> None:
-    run = online(f"loss={loss}", *overrides)
+    num_responses = 2 if loss == "xpo" else 4
+    run = online(f"loss={loss}", "rollout.epochs=1", f"rollout.num_responses={num_responses}", *overrides)
     assert len(run.steps) == 4
     for row in run.steps:
         assert row.get("policy/ratio_max", 1) == 1 and row.get("policy/approxkl", 0) == 0
@@ -53,7 +54,7 @@ def test_continuous_batching_samples_the_policy(overrides: tuple[str, ...], onli
 
 @pytest.mark.parametrize("loss", ["grpo", "ppo"])
 def test_a_resumed_run_is_bitwise_the_same(loss: str, online: Online, tmp_path: Any) -> None:
-    common = (f"loss={loss}", BF16, "deterministic=true", "save_every=8", "optimizer=AdamW")
+    common = (f"loss={loss}", "rollout.epochs=1", BF16, "deterministic=true", "save_every=8", "optimizer=AdamW")
     whole = online(*common, f"local_run_dir={tmp_path / 'whole'}")
     directory = f"local_run_dir={tmp_path / 'stopped'}"
     online(*common, "n_examples=8", directory)

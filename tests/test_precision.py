@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedModel
 
 import engine.models.precision
 from engine.models.precision import parameters_in, run_in_dtype
-from engine.models.rounding import RoundedCopy, embedding_thresholds, round_by, weight_thresholds
+from engine.models.rounding import RoundedCopy, Thresholds, embedding_thresholds, round_by, weight_thresholds
 from engine.models.shards import full_tensor
 from engine.step.heads import response_logps, run_head
 from engine.step.layout import lay_out
@@ -230,19 +231,32 @@ def test_values_of_bf16_infinity_and_nan_stay(threshold: int) -> None:
     values = torch.cat(
         [torch.tensor([0.0, -0.0, 1.0, -3e38, 1e-39, math.inf, -math.inf]).bfloat16().float(), bits.view(torch.float32)]
     )
-    rounded = round_by(values, torch.full(values.shape, threshold, dtype=torch.int32))
+    thresholds = Thresholds(torch.tensor([threshold], dtype=torch.int32), torch.zeros(len(values), dtype=torch.int32))
+    rounded = round_by(values, thresholds)
     torch.testing.assert_close(rounded, values.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_thresholds_are_of_the_name_and_repeat() -> None:
     weight = nn.Parameter(torch.randn(40, 30))
-    first, again, other = (weight_thresholds(name, weight) for name in ("a", "a", "b"))
+    first, again, other = (of_values(weight_thresholds(name, weight)) for name in ("a", "a", "b"))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.shape == weight.shape and first.min() >= 0 and first.max() < 1 << 16
     tokens = torch.tensor([[3, 5], [5, 0]])
-    of_tokens = embedding_thresholds(tokens, 7, torch.zeros(2, 2, 30))
-    assert of_tokens.shape == (2, 2, 30) and torch.equal(of_tokens[0, 1], of_tokens[1, 0])
-    assert not torch.equal(of_tokens[0, 1], of_tokens[0, 0])
+    of_tokens = of_values(embedding_thresholds(tokens, 7, torch.zeros(2, 2, 30))).view(2, 2, 30)
+    assert torch.equal(of_tokens[0, 1], of_tokens[1, 0]) and not torch.equal(of_tokens[0, 1], of_tokens[0, 0])
+
+
+def of_values(thresholds: Thresholds) -> Tensor:
+    return thresholds.rows[:, None] ^ thresholds.columns
+
+
+def test_simulations_leave_no_thresholds() -> None:
+    weight = torch.zeros(3, 5)
+    with FakeTensorMode():
+        assert weight_thresholds("simulated", torch.zeros(3, 5)).rows.shape == (3,)
+    assert type(weight_thresholds("simulated", weight).rows) is Tensor
+    with FakeTensorMode():
+        assert type(weight_thresholds("simulated", torch.zeros(3, 5)).rows) is not Tensor
 
 
 def test_gradients_pass_a_rounded_copy() -> None:

@@ -1,6 +1,7 @@
 """Helpers: prefetching, reachable addresses, and standard streams."""
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -11,6 +12,12 @@ import pytest
 
 from engine.settings.options import Options, run_command
 from utils import BestEffortStream, Progress, is_reachable, prefetch
+
+
+def test_user_errors_pass_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(UserError("DATA", "a row", "mend it")))
+    assert (error.code, error.what, error.fix, error.exit_status) == ("DATA", "a row", "mend it", 3)
+    assert str(error) == "error[DATA] a row; fix: mend it"
 
 
 def test_prefetch_keeps_items_and_order() -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
+from inspect import signature
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from utils import UserError
 
 # Forks of a prompt share full pages alone: small pages, little to copy.
 PAGE_SIZE = 16
+PAGE_KEY = "page_size" if "page_size" in signature(ContinuousBatchingConfig).parameters else "block_size"  # 5.17
 MAX_BATCH_TOKENS = 512  # of a pass of continuous batching; longer prompts are split
 USE_LOOP = "use rollout.engine=loop"
 
@@ -149,7 +151,7 @@ class ContinuousBatching:
             pad_token_id=sampling.pad_token_id,
         )
         paging = ContinuousBatchingConfig(
-            page_size=PAGE_SIZE,
+            **{PAGE_KEY: PAGE_SIZE},
             num_blocks=sampling.max_rows * (pages_of_row + 1),
             max_batch_tokens=max(sampling.max_rows, MAX_BATCH_TOKENS),
             max_requests_per_batch=sampling.max_rows,
