@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.settings.options import Options, run_command
-from utils import BestEffortStream, Progress, is_reachable, prefetch
+from utils import BestEffortStream, Progress, UserError, is_reachable, prefetch
 
 
 def test_user_errors_pass_between_processes() -> None:
