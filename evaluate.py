@@ -1,232 +1,68 @@
-"""Score a file with a reward model: python evaluate.py model=RUN data=FILE to=SCORES.jsonl; see docs/reward.md."""
+"""Evaluate models: score a file with a reward model, see docs/reward.md. Each mode has options of its own.
 
-import math
-import os
-import signal
+python evaluate.py model=RUN data=FILE to=SCORES.jsonl
+"""
+
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
-from itertools import islice
-from pathlib import Path
-from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import Field
-
-from engine.models.hub import settle_network
-from engine.settings.choices import RowForm
-from engine.settings.options import Options, run_command
-from engine.settings.value_types import ChatTemplate, Count, PossiblePath
-from utils import Progress, StopRequest, UserError, content_hash
-
-if TYPE_CHECKING:  # it takes seconds to import
-    from engine.data.chat import Chat
-    from engine.export.rows_to_score import RowReader, RowSurvey
-    from engine.export.run_record import RunRecord
-    from engine.export.score_file import ScoreFile
-    from engine.export.scoring import Scorer
-
-ROWS_PER_BATCH = 64
+from engine.export.score_command import ScoreOptions, score_file
+from engine.settings.options import Options, help_text, run_command
 
 
-class EvaluateOptions(Options):
-    model: PossiblePath = Field(description="a run, checkpoint, adapter, exported directory, or a name on the hub")
-    data: PossiblePath = Field(description="rows of any form: .json, .jsonl or .csv, also .gz, .parquet or .arrow")
-    to: PossiblePath = Field(description="the JSON lines to write, one a row; a stopped command continues")
-    format: RowForm | None = Field(
-        None,
-        description="the form of the rows; messages writes plain text by the chat template, strings leaves it as it "
-        "is; null: inferred, and messages for RewardBench",
-    )
-    chat_template: ChatTemplate | None = Field(
-        None, description="hh, llama2, chatml or a Jinja file; null: the run's, else the tokenizer's own"
-    )
-    on_bad_row: Literal["error", "drop"] = Field(
-        "error", description="a malformed row ends the command before scoring (error), or is dropped and counted (drop)"
-    )
-    normalize: bool = Field(False, description="subtract reward_mean of config.json, and divide by reward_std")
-    max_length: Count | None = Field(None, description="tokens of prompt and response; null: the run's")
-    max_prompt_length: Count | None = Field(
-        None, description="tokens kept of a prompt that is too long; null: the run's"
-    )
-    batching: Literal["packed", "padded"] = Field("packed", description="padded is for models that packed refuses")
-    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="of the weights; null: as stored")
-    base: PossiblePath | None = Field(None, description="a base model, in place of the one in the adapter's config")
+@dataclass(frozen=True)
+class Mode:
+    """A use of this command.
 
-
-def evaluate(options: EvaluateOptions) -> None:
-    """Score all rows, and print the results."""
-    target, data = Path(options.to).expanduser(), Path(options.data).expanduser()
-    if target.exists():
-        raise UserError("CONFIG", f"to: {target} exists", "give another file, or remove it")
-    if not data.is_file():
-        raise UserError("DATA", f"data: {data} is not a file", "give a file of rows")
-    settle_network([options.model, options.base])
-
-    from engine.export.rows_to_score import RowReader
-    from engine.export.run_record import RunRecord, read_run
-    from engine.export.saved_models import find_saved
-    from engine.export.score_file import ScoreFile
-    from preference_datasets import chat_form
-
-    directory = find_saved(options.model)
-    record = RunRecord() if directory is None else read_run(directory, chat_form)
-    identity = identity_of(options, data, directory, record)
-    with StopRequest(first=stop), ScoreFile(target, identity, ROWS_PER_BATCH) as file:
-        scorer, chat = load(options, record)
-        reader = RowReader(data, options.format, chat, options.on_bad_row)
-        survey = reader.survey()
-        check_rows(survey, data)
-        print_notes(survey, reader, data)
-        score_rows(reader, survey, scorer, file)
-        file.finish()
-    print_results(file.lines, survey, scorer.max_length, target)
-
-
-def stop(number: int) -> NoReturn:
-    """End the command by a signal. Scored batches are in the partial file."""
-    with suppress(OSError):  # the terminal may be gone
-        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
-    raise SystemExit(128 + number)
-
-
-def identity_of(options: EvaluateOptions, data: Path, directory: Path | None, record: "RunRecord") -> str:
-    """A hash of what decides the scores: data, options, chat template, and files of the model and of its base."""
-    from engine.data.chat_templates import template_to_record
-    from engine.models.archives import ADAPTER_CONFIG, find_base_model
-    from engine.models.records import AdapterConfig, read_record
-
-    folders = [] if directory is None else [directory]
-    if directory is not None and (directory / ADAPTER_CONFIG).is_file():
-        config = read_record(AdapterConfig, directory / ADAPTER_CONFIG, "adapter", "give another adapter")
-        name = options.base or config.get("base_model_name_or_path")
-        base = find_base_model(directory, name) if name else None  # load_saved() explains a missing name
-        folders += [] if base is None else [base]
-    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-    options_text = options.model_dump_json() + (template_to_record(options.chat_template) or "")
-    return content_hash([options_text, repr(record), *map(file_facts, [data, *files])])
-
-
-def file_facts(path: Path) -> tuple[str, int, int]:
-    """Path, size and time of a file, to notice a change."""
-    facts = path.stat()
-    return str(path.resolve()), facts.st_size, facts.st_mtime_ns
-
-
-def load(options: EvaluateOptions, record: "RunRecord") -> "tuple[Scorer, Chat]":
-    """Load the model; returns a scorer, and the writer of messages."""
-    import torch
-    import transformers
-
-    from engine.export.dialogues import chat_of
-    from engine.export.scoring import open_reward_model
-
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    scorer = open_reward_model(
-        options.model,
-        record,
-        layout=options.batching,
-        max_length=options.max_length,
-        max_prompt_length=options.max_prompt_length,
-        dtype=options.dtype and getattr(torch, options.dtype),
-        base=options.base,
-    )
-    if options.normalize:
-        fix = "give a checkpoint saved after an evaluation, such as the last of a run, or leave normalize out"
-        scorer.normalize("normalize", options.model, fix)
-    return scorer, chat_of(scorer.tokenizer, record, options.chat_template, sft_turns="last")
-
-
-def check_rows(survey: "RowSurvey", data: Path) -> None:
-    """Refuse a file without a row to score."""
-    if not survey.num_rows:
-        raise UserError("DATA", f"data: {data} has no rows", "give a file of rows")
-    if survey.dropped.total() == survey.num_rows:
-        problem = f"data: no row of {data} can be scored ({describe_dropped(survey)})"
-        raise UserError("DATA", problem, "correct the rows")
-
-
-def score_rows(reader: "RowReader", survey: "RowSurvey", scorer: "Scorer", file: "ScoreFile") -> None:
-    """Score the rows that the file lacks, a batch at a time.
-
-    Raises:
-        UserError: NONFINITE for a score that is NaN or Inf.
+    Args:
+        key: chooses the mode: the first mode of MODES with its key on the command line.
+        usage: first line of its help.
+        options: of the mode.
+        function: runs it.
     """
-    from engine.export.scoring import scored_row
 
-    rows = iter(reader)
-    with Progress("scoring", total=survey.num_rows, unit="rows") as progress:
-        progress.update(sum(1 for _ in islice(rows, len(file.lines))))
-        while batch := list(islice(rows, ROWS_PER_BATCH)):
-            scores = iter(scorer.score_rows([row.parsed for row in batch if not isinstance(row.parsed, str)]))
-            lines = [scored_row(row, None if isinstance(row.parsed, str) else next(scores)) for row in batch]
-            for line in lines:
-                if not all(map(math.isfinite, line.get("scores", []))):
-                    problem = f"model: a score of row {line['row']} is NaN or Inf"
-                    raise UserError("NONFINITE", problem, "dtype=float32 has a wider range; else give another model")
-            file.add(lines)
-            progress.update(len(batch))
+    key: str
+    usage: str
+    options: type[Options]
+    function: Callable[[Any], None]
 
 
-# ---- Printing ----
+def score(options: ScoreOptions) -> None:
+    from preference_datasets import chat_form  # takes seconds
+
+    score_file(options, chat_form)
 
 
-def print_notes(survey: "RowSurvey", reader: "RowReader", data: Path) -> None:
-    """Tell which rows the chat template writes, where users may expect otherwise."""
-    if survey.num_benchmark_messages:
-        rows = f"rows of RewardBench ({survey.num_benchmark_messages:,}) are"
-        print(f"note: {rows} written by the chat template (format=strings scores their text as it is)", flush=True)
-    if reader.has_template and survey.num_plain_text:
-        rows = f"{survey.num_plain_text:,} of {survey.num_rows:,} rows of {data} are plain text"
-        advice = "(format=messages applies it to prompt with chosen and rejected, or completion)"
-        print(f"note: {rows}, scored as they are, without the chat template {advice}", flush=True)
-    elif survey.num_benchmark_plain:
-        rows = f"rows of RewardBench ({survey.num_benchmark_plain:,}) are"
-        problem = "scored as plain text, as the tokenizer has no chat template"
-        print(f"note: {rows} {problem} (chat_template=chatml, llama2, hh or a Jinja file writes them)", flush=True)
+# The last one is that of a command line without any of the keys.
+MODES = (
+    Mode(
+        "data",
+        "python evaluate.py model=RUN data=FILE to=SCORES.jsonl [key=value ...]: score responses",
+        ScoreOptions,
+        score,
+    ),
+)
 
 
-def describe_dropped(survey: "RowSurvey") -> str:
-    reasons = ", ".join(f"{number:,} {reason}" for reason, number in survey.dropped.items())
-    first = survey.first_bad_row and f"; the first malformed row: {survey.first_bad_row}"
-    return f"dropped: {reasons}{first}"
+def choose_mode(arguments: Sequence[str]) -> Mode:
+    """The mode of a command line."""
+    keys = keys_in(arguments)
+    return next((mode for mode in MODES if mode.key in keys), MODES[-1])
 
 
-def print_results(lines: list[dict[str, Any]], survey: "RowSurvey", max_length: int, target: Path) -> None:
-    """Print numbers of rows, then results by subset, section and benchmark."""
-    from engine.export.reward_bench import results_of
-
-    num_dropped = survey.dropped.total()
-    print(f"{survey.num_rows - num_dropped:,} rows scored, {num_dropped:,} dropped: {target}")
-    if num_dropped:
-        print(f"  {describe_dropped(survey)}")
-    num_prompts = sum("prompt_is_truncated" in line for line in lines)
-    num_responses = sum(len(line.get("truncated_responses", [])) for line in lines)
-    if num_prompts or num_responses:
-        print(f"  truncated to max_length={max_length}: {num_prompts:,} prompts, {num_responses:,} responses")
-    if num_responses:
-        print("  a truncated response is scored before its end")
-    scores = [score for line in lines for score in line.get("scores", [])]
-    print(f"  scores of {len(scores):,} responses: mean {fmean(scores):.4f}, standard deviation {pstdev(scores):.4f}")
-    results = results_of(lines)
-    if not results:
-        print("  no row has a preference, so there is no accuracy")
-    for line in result_lines(results):
-        print(line)
-
-
-def result_lines(results: dict[str, list[Any]]) -> Iterator[str]:
-    """A table of results."""
-    for heading, of_heading in results.items():
-        yield f"{heading:<36}  {'rows':>7}  accuracy"
-        yield from (f"  {name:<34}  {num_rows:>7,}  {score:.4f}" for name, score, num_rows in of_heading)
+def keys_in(arguments: Sequence[str]) -> list[str]:
+    return [argument.removeprefix("--").partition("=")[0] for argument in arguments]
 
 
 def main() -> int:
-    usage = "python evaluate.py model=RUN data=FILE to=SCORES.jsonl [key=value ...]: score responses"
-    return run_command(evaluate, usage, EvaluateOptions, sys.argv[1:])
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print("\n\n".join(help_text(mode.usage, mode.options) for mode in MODES))
+        return 0
+    mode = choose_mode(arguments)
+    return run_command(mode.function, mode.usage, mode.options, arguments)
 
 
 if __name__ == "__main__":

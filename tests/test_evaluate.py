@@ -25,7 +25,7 @@ from engine.data.chat import Chat
 from engine.data.examples import tokenize
 from engine.data.files import load_file
 from engine.data.rows import RowCounts
-from engine.export import scoring
+from engine.export import score_command, scoring
 from engine.export.reward_bench import SECTION_WEIGHTS, ties_score
 from engine.export.rows_to_score import RowReader
 from engine.export.saved_models import load_saved
@@ -142,7 +142,7 @@ class Stopped:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, batch_size: int = 2):
         self.num_rows, self.num_left, self.end = 0, -1, lambda: None
         self._plain = Scorer.score_rows
-        monkeypatch.setattr(evaluate, "ROWS_PER_BATCH", batch_size)
+        monkeypatch.setattr(score_command, "ROWS_PER_BATCH", batch_size)
         monkeypatch.setattr(Scorer, "score_rows", lambda scorer, rows: self._score(scorer, rows))
 
     def after(self, num_batches: int, end: Callable[[], None]) -> None:
@@ -269,7 +269,7 @@ def test_progress_is_printed(
     run_evaluate: Evaluate, reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write(tmp_path / "rows.jsonl", PAIRS)
-    monkeypatch.setattr(evaluate, "ROWS_PER_BATCH", 4)
+    monkeypatch.setattr(score_command, "ROWS_PER_BATCH", 4)
     monkeypatch.setattr(Progress, "INTERVAL", 0.0)
     out = run_evaluate(f"model={reward_run}", f"data={data}", f"to={tmp_path}/lines")[1]
     assert "scoring: 4 of 9 rows, " in out and "scoring: 9 of 9 rows, 0 s left" in out
@@ -286,7 +286,7 @@ def test_scores_are_independent_of_the_batch(
     )
     found = []
     for batch_size, budget in ((64, 4096), (1, 4096), (4, 200), (9, 1)):
-        monkeypatch.setattr(evaluate, "ROWS_PER_BATCH", batch_size)
+        monkeypatch.setattr(score_command, "ROWS_PER_BATCH", batch_size)
         monkeypatch.setitem(scoring.TOKEN_BUDGET, "cpu", budget)
         target = tmp_path / f"{batch_size}.jsonl"
         assert run_evaluate(f"model={reward_run}", f"data={data}", f"to={target}")[0] == 0
