@@ -1,15 +1,24 @@
-"""Evaluate models: score a file with a reward model, see docs/reward.md. Each mode has options of its own.
+"""Evaluate models. Each mode has options of its own; see docs/evaluate.md.
 
+python evaluate.py model=RUN against=OTHER judge=JUDGE
 python evaluate.py model=RUN data=FILE to=SCORES.jsonl
 """
 
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.export.score_command import ScoreOptions, score_file
+from engine.rewards.judge_command import JudgeOptions, Project, judge_models
 from engine.settings.options import Options, help_text, run_command
+from utils import UserError
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from transformers import PreTrainedTokenizerBase
+
+    from engine.data.examples import Example
+    from engine.settings.schema import Settings
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,52 @@ def score(options: ScoreOptions) -> None:
     score_file(options, chat_form)
 
 
+def judge(options: JudgeOptions) -> None:
+    from preference_datasets import DATASETS, chat_form, ground_truth_reward
+
+    judge_models(options, Project(settings_of, load_prompts, ground_truth_reward, chat_form, [*DATASETS]))
+
+
+def settings_of(keys: dict[str, Any]) -> "Settings":
+    """The settings of train.py with other values of some keys, and derived names.
+
+    Raises:
+        UserError: CONFIG, with every problem.
+    """
+    from omegaconf import OmegaConf
+
+    from engine.run.run_dir import derive_names
+    from engine.settings.composing import compose_overrides
+    from engine.settings.reading import read_settings
+    from preference_datasets import DATASETS
+
+    config = compose_overrides(["loss=grpo"])  # it reads prompts from every form of rows
+    for key, value in keys.items():
+        OmegaConf.update(config, key, value)
+    try:
+        settings = read_settings(config, DATASETS)
+    except UserError as error:
+        raise UserError(error.code, error.what, "correct it here, or in the config.yaml of the run") from error
+    return settings.named(**derive_names(settings))
+
+
+def load_prompts(
+    settings: "Settings", tokenizer: "PreTrainedTokenizerBase", split: Literal["train", "test"]
+) -> "Sequence[Example]":
+    """The prompts of a split."""
+    from preference_datasets import load_split
+
+    return load_split(settings, tokenizer, split, "rollout").examples
+
+
 # The last one is that of a command line without any of the keys.
 MODES = (
+    Mode(
+        "against",
+        "python evaluate.py model=RUN against=OTHER judge=JUDGE [key=value ...]: judge the responses of two models",
+        JudgeOptions,
+        judge,
+    ),
     Mode(
         "data",
         "python evaluate.py model=RUN data=FILE to=SCORES.jsonl [key=value ...]: score responses",

@@ -1,12 +1,12 @@
 """Scores of a judge: a model on an OpenAI-compatible server."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engine.judges.client import JudgeClient, Server
+from engine.judges.texts import append_line, fill
 from rewards import BatchReward, Judge, Sample
 from utils import UserError
 
@@ -46,7 +46,9 @@ class JudgeReward(BatchReward):
         self._client, self._options, self._transcript = JudgeClient(server, cache), options, transcript
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[float | Exception | None]:
-        prompts = [fill(self._options.prompt, sample) for sample in samples]
+        template = self._options.prompt
+        values = [{**each.row, "prompt": each.prompt, "response": each.response} for each in samples]
+        prompts = [fill(template, of_sample) for of_sample in values]
         replies = self._client.replies([[{"role": "user", "content": prompt}] for prompt in prompts])
         for prompt, reply in zip(prompts, replies, strict=True):
             score = self.score_in(reply.text) if reply.error is None else None
@@ -70,18 +72,3 @@ class JudgeReward(BatchReward):
         except (IndexError, TypeError, ValueError):
             return None
         return score if self._options.least <= score <= self._options.most else None
-
-
-def fill(template: str, sample: Sample) -> str:
-    """The prompt of the judge. Braces around other words, and those in the replaced texts, stay."""
-    values = {**sample.row, "prompt": sample.prompt, "response": sample.response}
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match.group(1), match.group(0))), template)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line in one write: other ranks append to the same file."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(file, line.encode(errors="backslashreplace") + b"\n")
-    finally:
-        os.close(file)

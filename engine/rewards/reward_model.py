@@ -18,7 +18,7 @@ from engine.settings.schema import Settings
 from rewards import BatchReward, RewardModel, Sample
 from utils import UserError
 
-KEY = "reward_options.reward_model"
+KEY = "reward_options.reward_model.path"
 
 
 class RewardModelReward(BatchReward):
@@ -27,6 +27,7 @@ class RewardModelReward(BatchReward):
     Args:
         tokenizer: of the policy. The reward model reads the text by its own.
         chat_form: names of data sets -> their common chat template.
+        key: the option with the path, for errors.
 
     Raises:
         UserError: CONFIG, CHECKPOINT or NONFINITE if it cannot score these responses.
@@ -39,6 +40,7 @@ class RewardModelReward(BatchReward):
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
         chat_form: Callable[[Sequence[str]], str | None],
+        key: str = KEY,
     ):
         directory = find_saved(options.path)
         self._record = RunRecord() if directory is None else read_run(directory, chat_form)
@@ -46,7 +48,7 @@ class RewardModelReward(BatchReward):
         self._scorer = open_reward_model(
             options.path,
             self._record,
-            key=f"{KEY}.path",
+            key=key,
             layout=options.batching,
             # No response loses its end, where the reward model has positions for it.
             max_length=_larger(of_run.get("max_length"), settings.max_length),
@@ -56,9 +58,11 @@ class RewardModelReward(BatchReward):
             device=device,
         )
         if options.normalize:
-            fix = f"give a checkpoint saved after an evaluation, or {KEY}.normalize=false"
-            self._scorer.normalize(f"{KEY}.normalize", options.path, fix)
-        self._name, self._settings, self._tokenizer = options.path, settings, tokenizer
+            normalize = key.replace(".path", ".normalize")
+            fix = f"give a checkpoint saved after an evaluation, or {normalize}=false"
+            self._scorer.normalize(normalize, options.path, fix)
+        self._key, self._name = key, options.path
+        self._settings, self._tokenizer = settings, tokenizer
         self._is_checked = False
 
     @property
@@ -115,7 +119,7 @@ class RewardModelReward(BatchReward):
         differing = [name for name in special if getattr(self._tokenizer, name) != getattr(tokenizer, name)]
         if template != trained or differing:
             reason = f"its {differing[0]} is another" if template == trained else "it was trained with another"
-            problem = f"{KEY}.path: {self._name} does not read prompts by this chat template ({reason})"
+            problem = f"{self._key}: {self._name} does not read prompts by this chat template ({reason})"
             raise UserError("CONFIG", problem, "set chat_template to that of the reward model, or give another one")
         self._is_checked = True
 

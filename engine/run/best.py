@@ -13,7 +13,9 @@ from utils import UserError
 
 SAMPLING = ("n_eval_model_samples", "max_length", "max_prompt_length")
 REWARDS = ("rewards", "reward_weights", "reward_clip", "reward_options", "on_bad_reward")
+# Absent from an evaluation without rewards or verdicts.
 OF_REWARDS = ("rewards_eval/sampled", "rewards_eval/greedy")
+WIN_RATE = "win_rate_eval"
 # Keys of rollout that evaluations do not read.
 OF_TRAINING = {
     *("num_responses", "prompts", "epochs", "max_rows", "truncated", "max_resamples"),
@@ -32,20 +34,27 @@ def check_best(settings: Settings, num_eval_examples: int, has_ground_truth: boo
         problem = f"{best} is a distance to the reference, and loss={settings.loss.name} has none here"
     elif best.startswith("ground_truth") and not has_ground_truth:
         problem = f"{best} needs a data set with a ground truth, and {','.join(settings.datasets)} has none"
+    elif best == WIN_RATE and not settings.measures_win_rates(has_ground_truth):
+        problem = f"{best} needs a judge of samples of the policy and of a reference, and there is none"
     if problem:
         raise UserError("CONFIG", f"keep_best: {problem}", "choose another metric, or leave it out")
 
 
 def settings_of_metric(settings: Settings) -> dict[str, Any]:
     """The settings that keep_best's metric is measured with, by dotted key."""
+    of_win_rate: dict[str, Any] = {}
+    if settings.keep_best == WIN_RATE:
+        of_win_rate = {f"win_rate.{key}": value for key, value in settings.win_rate.model_dump().items()}
     if settings.loss.is_online:
-        names = [] if settings.keep_best == "kl_eval" else REWARDS
+        names = [] if settings.keep_best in ("kl_eval", WIN_RATE) else REWARDS
         rollout = settings.rollout.model_dump(exclude=OF_TRAINING) | {"max_new_tokens": settings.max_new_tokens}
-        return {f"rollout.{key}": value for key, value in rollout.items()} | {
-            key: getattr(settings, key) for key in ("max_length", *names)
-        }
-    if settings.keep_best and settings.keep_best.startswith(("ground_truth", "kl")):  # of sampled responses
-        return {key: getattr(settings, key) for key in SAMPLING}
+        return (
+            {f"rollout.{key}": value for key, value in rollout.items()}
+            | {key: getattr(settings, key) for key in ("max_length", *names)}
+            | of_win_rate
+        )
+    if settings.keep_best and settings.keep_best.startswith(("ground_truth", "kl", WIN_RATE)):  # of sampled responses
+        return {key: getattr(settings, key) for key in SAMPLING} | of_win_rate
     measured_with = {key: value for key, value in settings_of(settings).items() if key.startswith("loss.")}
     if {"kl", "whole batch"} & settings.loss.needs:  # the loss of an example depends on those beside it
         measured_with["eval_batch_size"] = settings.eval_batch_size
@@ -100,8 +109,9 @@ class BestCheckpoint:
         """Record checkpoint if its evaluation beats all earlier ones; returns whether it does."""
         if self._metric is None:
             return False
-        if self._metric not in metrics and self._metric in OF_REWARDS:
-            print(f"keep_best: this evaluation has no {self._metric}, as no response has a reward", flush=True)
+        if self._metric not in metrics and self._metric in (*OF_REWARDS, WIN_RATE):
+            missing = "pair has a verdict" if self._metric == WIN_RATE else "response has a reward"
+            print(f"keep_best: this evaluation has no {self._metric}, as no {missing}", flush=True)
             return False
         if self._metric not in metrics:
             found = ", ".join(sorted(metrics))

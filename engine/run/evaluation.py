@@ -16,6 +16,7 @@ from engine.models.precision import run_in_dtype
 from engine.placement.placement import Placement
 from engine.run.histograms import reward_histograms
 from engine.run.kl import KLMeter, mean_and_error
+from engine.run.win_rates import WinRates
 from engine.settings.schema import Settings
 from engine.step.metrics import MetricAccumulator, prefix_metrics, to_floats
 from engine.step.microbatches import MicrobatchRunner
@@ -32,6 +33,7 @@ class Evaluator:
         examples: to evaluate on; may be empty.
         reward: the ground-truth reward of a response; None for data sets without one.
         say: prints a notice.
+        win_rates: of the policy over the reference; None for no such metrics.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Evaluator:
         examples: Sequence[Example],
         reward: Callable[[str], float] | None,
         say: Callable[[str], None],
+        win_rates: WinRates | None = None,
     ):
         self.examples = examples
         self._settings, self._tokenizer = settings, tokenizer
@@ -50,12 +53,13 @@ class Evaluator:
         prompts = {example.prompt.tobytes(): example.prompt for example in examples}
         self._prompts = list(prompts.values())[: settings.n_eval_model_samples]
         self.histograms: dict[str, Any] = {}  # of the last evaluation
+        self.win_rates = win_rates
         self.kl = KLMeter(settings, placement, runner, self._prompts, say)
 
     @property
     def num_bytes(self) -> float:
         """Memory of the training device that stays taken beside the models of training."""
-        return 0.0
+        return float(self.win_rates.num_bytes) if self.win_rates else 0.0
 
     @property
     def should_sample(self) -> bool:
@@ -121,7 +125,7 @@ class Evaluator:
             is_last: this evaluation is the last of the run.
 
         Returns:
-            rows with the texts, and metrics: the ground-truth reward, if any, and KL divergences.
+            rows with the texts, and metrics: the ground-truth reward, if any, KL divergences and win rates.
         """
         policy = self.sample(self._runner.policy, num_examples)
         samples = {"policy": policy} | ({"reference": self.kl.reference_samples} if self.kl.reference_samples else {})
@@ -132,7 +136,16 @@ class Evaluator:
             for row, text in zip(rows, texts[model], strict=True):
                 row[model] = text
         metrics = self._add_rewards(rows, list(texts)) | self._lengths(policy)
-        return rows, metrics | self.kl.measure(policy, token_budget, is_last)
+        metrics |= self.kl.measure(policy, token_budget, is_last)
+        return rows, metrics | self.compare(policy, num_examples)
+
+    def compare(self, samples: Sequence[np.ndarray], num_examples: int) -> dict[str, float]:
+        """Win rates over the reference, if they are measured.
+
+        Args:
+            samples: of the policy, for the first prompts.
+        """
+        return self.win_rates.measure(self._runner.policy, samples, num_examples) if self.win_rates else {}
 
     def _lengths(self, samples: Sequence[np.ndarray]) -> dict[str, float]:
         """Means of lengths in tokens and of responses without end of text; and their change from the reference."""

@@ -17,6 +17,7 @@ from engine.run.reward_functions import build_rewards
 from engine.run.rollout_evaluation import RolloutEvaluator
 from engine.run.rollouts import Rollouts
 from engine.run.sampler import Sampler
+from engine.run.win_rates import WinRates, build_judge
 from engine.settings.schema import Settings
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.mixing import choose_mixture
@@ -81,12 +82,16 @@ def build_evaluator(
         critic: gives the values of sampled responses.
         offload: of models that are not in use.
     """
-    if not isinstance(source, SampledResponses) or settings.plan:  # a plan samples nothing
+    if settings.plan:  # it samples nothing
         return Evaluator(settings, tokenizer, placement, runner, examples, ground_truth, say)
+    judge = build_judge(settings, tokenizer, placement, ground_truth, chat_form) if examples else None
+    win_rates = WinRates(judge, settings, tokenizer, placement, examples, say) if judge else None
+    if not isinstance(source, SampledResponses):
+        return Evaluator(settings, tokenizer, placement, runner, examples, ground_truth, say, win_rates)
     rewards = build_rewards(settings, tokenizer, placement.device, ground_truth, chat_form)
     sampler = Sampler(settings, tokenizer, placement, rewards)
     source.roll_out = Rollouts(settings, sampler, placement, runner, split_batch, critic, offload)
-    return RolloutEvaluator(settings, tokenizer, placement, runner, examples, sampler, say, offload)
+    return RolloutEvaluator(settings, tokenizer, placement, runner, examples, sampler, say, offload, win_rates)
 
 
 def examples_to_fit(settings: Settings, examples: Sequence[Example]) -> Sequence[Example]:

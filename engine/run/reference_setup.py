@@ -11,7 +11,8 @@ from engine.models.adapters import adapter_of
 from engine.models.hashing import reference_hash_spec, weights_hash
 from engine.placement.placement import Placement
 from engine.run.evaluation import Evaluator
-from engine.run.reference_samples import read_or_draw, samples_path
+from engine.run.reference_samples import Samples, read_or_draw, samples_path
+from engine.run.win_rates import REFERENCE, WinRates
 from engine.settings.schema import Settings
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.reference import AdapterReference, LiveReference, Reference, fill_cache, reference_key
@@ -47,6 +48,8 @@ def build_reference(
         if adapter and adapter.has_own_reference and live.model is runner.policy:
             evaluator.kl.adapters_off = AdapterReference(live.model, placement.compute_dtype)
         samples = evaluator.kl.microbatches(evaluator.kl.reference_samples, token_budget)
+        if evaluator.win_rates is not None:
+            sample_for_win_rates(live, path, settings, placement, evaluator.win_rates, evaluator.kl.reference_samples)
     if settings.has_live_reference:
         return live, reference_hash
     return cache_reference(live, path, placement, runner, batches, samples), reference_hash
@@ -107,6 +110,33 @@ def sample_reference(
     if settings.has_live_reference:
         return draw()
     return read_or_draw(samples_path(path, placement, evaluator.kl.prompts), placement, draw)
+
+
+def sample_for_win_rates(
+    live: LiveReference,
+    path: Path,
+    settings: Settings,
+    placement: Placement,
+    win_rates: WinRates,
+    samples: Samples,
+) -> None:
+    """Complete the reference's samples for win rates, as in sample_reference().
+
+    Args:
+        samples: for the first prompts.
+    """
+    # In online training these have the random numbers of the policy's: equal models would give equal responses.
+    known = [] if settings.loss.is_online else samples[: len(win_rates.prompts)]
+
+    def draw() -> Samples:
+        return win_rates.sample(live.model, len(known), REFERENCE)
+
+    more_prompts = win_rates.prompts[len(known) :]
+    if not more_prompts or settings.has_live_reference:
+        more = draw() if more_prompts else []
+    else:
+        more = read_or_draw(samples_path(path, placement, more_prompts), placement, draw)
+    win_rates.reference_samples = [*known, *more]
 
 
 def cache_reference(

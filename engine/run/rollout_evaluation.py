@@ -14,6 +14,7 @@ from engine.run.evaluation import Evaluator, Rows
 from engine.run.kl import mean_and_error
 from engine.run.offload import Offload
 from engine.run.sampler import EVALUATION, GREEDY, Group, Sampler, reward_metrics
+from engine.run.win_rates import WinRates
 from engine.settings.schema import Settings
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.reference import LiveReference
@@ -32,8 +33,9 @@ class RolloutEvaluator(Evaluator):
         sampler: Sampler,
         say: Callable[[str], None],
         offload: Offload,
+        win_rates: WinRates | None = None,
     ):
-        super().__init__(settings, tokenizer, placement, runner, examples, None, say)
+        super().__init__(settings, tokenizer, placement, runner, examples, None, say, win_rates)
         self._sampler, self._offload = sampler, offload
         first = {example.prompt.tobytes(): index for index, example in reversed([*enumerate(examples)])}
         self._logged = sorted(first.values())[: settings.n_eval_model_samples]  # indices of the prompts of self.kl
@@ -44,7 +46,9 @@ class RolloutEvaluator(Evaluator):
     @property
     def num_bytes(self) -> float:
         is_vllm, (_, memory) = self._settings.rollout.engine == "vllm", self._placement.memory()
-        return self._sampler.rewards.num_bytes + is_vllm * self._settings.rollout.vllm_memory * memory
+        return (
+            super().num_bytes + self._sampler.rewards.num_bytes + is_vllm * self._settings.rollout.vllm_memory * memory
+        )
 
     @torch.no_grad()
     def measure(self, token_budget: int, sync_stop_request: Callable[[], bool]) -> dict[str, float] | None:
@@ -78,9 +82,11 @@ class RolloutEvaluator(Evaluator):
         return [group[0].tokens for group in self._reference_groups]
 
     def sample_policy(self, num_examples: int, token_budget: int, is_last: bool) -> tuple[Rows, dict[str, float]]:
-        """The logged responses of the last measure(), as rows, and their lengths."""
+        """The logged responses of the last measure(), as rows, with their lengths, and win rates of all."""
         rows = [{"examples": num_examples, **row} for row in self._rows]
-        return rows, self._lengths([self._sampled[index][0].tokens for index in self._logged])
+        metrics = self._lengths([self._sampled[index][0].tokens for index in self._logged])
+        compared = self.win_rates.indices if self.win_rates else []
+        return rows, metrics | self.compare([self._sampled[index][0].tokens for index in compared], num_examples)
 
     def _sample(self, model: PreTrainedModel, stream: int, indices: Sequence[int]) -> list[Group]:
         """A response to each of some prompts, with the random numbers of its index."""

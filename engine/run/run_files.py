@@ -19,7 +19,7 @@ from utils import UserError, fsync
 TEMPORARY = re.compile(
     rf"\.(step-\d+|LATEST|BEST|base|(config\.yaml|{re.escape(RECORD)}|run\.json|report\.html|nonfinite-\d+\.json)\.\d+)\.tmp"
 )
-LOG_FILES = ("metrics.jsonl", "samples.jsonl", "histograms.jsonl", "warnings.jsonl")
+LOG_FILES = ("metrics.jsonl", "samples.jsonl", "histograms.jsonl", "warnings.jsonl", "win_rates.jsonl")
 EARLY_FILES = ("config.yaml", RECORD, RECORD_FILE, "base")  # of a run that has not begun to train
 
 

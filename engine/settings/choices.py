@@ -21,7 +21,7 @@ SamplingEngineName = Literal["auto", "loop", "continuous", "vllm"]
 LowerIsBetter = Literal["loss/eval", "kl_eval"]
 HigherIsBetter = Literal[
     "rewards_eval/accuracies", "rewards_eval/margins", "rewards_eval/chosen", "logps_eval/chosen",
-    "ground_truth/policy", "ground_truth/win_rate", "rewards_eval/sampled", "rewards_eval/greedy",
+    "ground_truth/policy", "ground_truth/win_rate", "win_rate_eval", "rewards_eval/sampled", "rewards_eval/greedy",
 ]  # fmt: skip
 BestMetric = LowerIsBetter | HigherIsBetter
 

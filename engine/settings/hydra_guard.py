@@ -31,7 +31,7 @@ HYDRA_TARGETS = {
     "hydra.launcher._target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra.sweeper._target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
 }
-OPEN = ("reward_options.",)
+OPEN = ("reward_options.", "win_rate.endpoint.")
 SWEEP_DIR = "${sweep_dir:}"  # as in config.yaml
 
 

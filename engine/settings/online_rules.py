@@ -218,7 +218,7 @@ def pairs_stay_whole(truncated: str, loss: str) -> Problem:
 @rule("keep_best", "loss.name")
 def best_is_a_metric_of_rollouts(best: str | None, loss: str) -> Problem:
     names = ("rewards_eval/sampled", "rewards_eval/greedy")
-    if best is None or is_online(loss) == (best in names) or (is_online(loss) and best == "kl_eval"):
+    if best is None or is_online(loss) == (best in names) or (is_online(loss) and best in ("kl_eval", "win_rate_eval")):
         return None
     return f"{best} is not measured with loss={loss}" + (f", only {', '.join(names)} are" if is_online(loss) else "")
 

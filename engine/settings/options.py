@@ -4,14 +4,14 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import process_start
-from engine.settings.annotations import STRICT, WrongValue, checked, field_type, is_text_type
+from engine.settings.annotations import STRICT, WrongValue, checked, field_type, is_text_type, split, without_null
 from engine.settings.messages import bracketed, did_you_mean, nearest
 from utils import UserError, is_out_of_memory
 
@@ -33,6 +33,8 @@ def keys_of(options: type[Options]) -> dict[str, FieldInfo]:
 def parse_arguments(options: type[O], arguments: Sequence[str]) -> O:
     """The options of a command line; `--key=value` and `--key value` are read as `key=value`.
 
+    Mappings are given by `key.name=value`.
+
     Raises:
         UserError: CONFIG, with every problem.
     """
@@ -45,8 +47,11 @@ def parse_arguments(options: type[O], arguments: Sequence[str]) -> O:
         if not is_given and argument.startswith("--") and key in fields:
             value = next(rest, "")
             is_given = value
+        group, _, name = key.partition(".")
         if not is_given:
             problems.append(f"{argument}: not of the form key=value")
+        elif name and group in fields and is_mapping(field_type(fields[group])):
+            values.setdefault(group, {})[name] = parse_value(Any, value)
         elif key not in fields:
             problems.append(f"{key}: unknown key{bracketed(did_you_mean(nearest(key, fields)))}")
         else:
@@ -64,6 +69,11 @@ def parse_arguments(options: type[O], arguments: Sequence[str]) -> O:
     return options.model_validate(values)
 
 
+def is_mapping(annotation: Any) -> bool:
+    bare, _ = split(without_null(annotation))
+    return get_origin(bare) is dict
+
+
 def parse_value(annotation: Any, text: str) -> Any:
     """An argument as text or, for numbers, as YAML; null is None."""
     if text == "null":
@@ -78,10 +88,11 @@ def parse_value(annotation: Any, text: str) -> Any:
 
 def help_text(usage: str, options: type[Options]) -> str:
     lines = [usage, ""]
-    width = max(len(key) for key in keys_of(options)) + 2
+    names = {key: f"{key}.NAME" if is_mapping(field_type(field)) else key for key, field in keys_of(options).items()}
+    width = max(map(len, names.values())) + 2
     for key, field in keys_of(options).items():
         default = "required" if field.is_required() else yaml.safe_dump(field.default).split("\n")[0]
-        lines.append(f"  {key + '=':<{width}} {field.description} [{default}]")
+        lines.append(f"  {names[key] + '=':<{width}} {field.description} [{default}]")
     return "\n".join(lines)
 
 

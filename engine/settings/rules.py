@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.settings.choices import BITSANDBYTES_OPTIMIZERS
+from engine.settings.endpoint import wrong_endpoint
 from engine.settings.messages import shown
 from engine.settings.online_rules import is_online
 from engine.settings.presets import tiny_architecture
@@ -54,6 +55,18 @@ def microbatches_have_examples(num_microbatches: int, batch_size: int) -> Proble
 def samples_are_of_eval_examples(num_samples: int, num_examples: int, samples: bool) -> Problem:
     is_broken = samples and num_samples > num_examples
     return f"must be at most n_eval_examples ({num_examples}), not {num_samples}" if is_broken else None
+
+
+@rule("win_rate.prompts", "n_eval_examples")
+def win_rates_are_of_eval_examples(num_prompts: int | None, num_examples: int) -> Problem:
+    if num_prompts is None or num_prompts <= num_examples:
+        return None
+    return f"must be at most n_eval_examples ({num_examples}), not {num_prompts}"
+
+
+@rule("win_rate.endpoint", "win_rate.judge")
+def endpoint_is_of_a_server(options: dict[str, Any] | None, judge: str | None) -> Problem:
+    return wrong_endpoint(judge, options)
 
 
 @rule("mixed_precision", "model.policy_dtype")

@@ -210,6 +210,12 @@ class PtxSettings(Group):
     weight: Positive
 
 
+class WinRateSettings(Group):
+    judge: Text | None
+    prompts: Count | None
+    endpoint: dict[str, Any] | None
+
+
 class WandbSettings(Group):
     enabled: bool
     entity: Text | None
@@ -306,6 +312,7 @@ class Settings(Group):
     eval_batch_size: Count
     sample_during_eval: bool
     n_eval_model_samples: CountOrZero
+    win_rate: WinRateSettings
     save_every: Count | None
     keep_checkpoints: Count | None
     keep_best: BestMetric | None
@@ -350,6 +357,11 @@ class Settings(Group):
     def measures_kl(self) -> bool:
         """Whether evaluations compare sampled responses with the reference."""
         return "reference" in self.loss.needs and self.sample_during_eval and self.n_eval_model_samples > 0
+
+    def measures_win_rates(self, has_ground_truth: bool) -> bool:
+        """Whether evaluations judge samples of the policy against samples of the reference."""
+        judge = self.win_rate.judge
+        return self.measures_kl and judge is not None and (judge != "auto" or has_ground_truth)
 
     def with_source(self, source: DictConfig) -> Self:
         """A copy with another source."""

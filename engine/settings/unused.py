@@ -88,6 +88,16 @@ def _without_target_kl(run: Context) -> str | None:
     return "loss.target_kl is null" if run.settings.loss.keywords.get("target_kl") is None else None
 
 
+def _without_samples(run: Context) -> str | None:
+    if not run.settings.sample_during_eval:
+        return "sample_during_eval=false"
+    return _without_reference(run) or ("n_eval_model_samples=0" if not run.settings.n_eval_model_samples else None)
+
+
+def _without_judge(run: Context) -> str | None:
+    return _without_samples(run) or ("win_rate.judge is null" if run.settings.win_rate.judge is None else None)
+
+
 def _without_vllm(run: Context) -> str | None:
     engine = run.settings.rollout.engine
     return _offline(run) or (None if engine == "vllm" else f"rollout.engine={engine}")
@@ -173,6 +183,9 @@ UNUSED = (
     Unused("peft.double_quant", _of_int8),
     Unused("peft.storage_dtype", _of_int8),
     Unused("n_eval_model_samples", lambda run: None if run.settings.sample_during_eval else "sample_during_eval=false"),
+    Unused("win_rate.judge", _without_samples, is_mistake=True),
+    Unused("win_rate.prompts", _without_judge, is_mistake=True),
+    Unused("win_rate.endpoint", _without_judge, is_mistake=True),
     Unused("weights", lambda run: "there is one data set" if len(run.settings.datasets) == 1 else None),
     Unused("max_nonfinite", lambda run: "on_nonfinite=abort" if run.settings.on_nonfinite == "abort" else None),
     Unused("collective_timeout", _in_one_process),

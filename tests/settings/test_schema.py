@@ -136,7 +136,7 @@ def test_choices_are_those_of_the_other_modules():
     assert set(get_args(HardwareName)) == set(HARDWARE)
     assert {path.stem for path in (CONFIG_DIR / "peft").glob("*.yaml")} == set(PEFT_GROUPS)
     metrics = [name for names in get_args(BestMetric) for name in get_args(names)]
-    assert len(metrics) == 10 and is_better("loss/eval", 1, 2) and is_better("ground_truth/win_rate", 2, 1)
+    assert len(metrics) == 11 and is_better("loss/eval", 1, 2) and is_better("ground_truth/win_rate", 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,12 @@ REFUSED = {
         setting.partition("=")[0]: ((setting, "loss=grpo"), (setting, "loss=ppo"))
         for setting in ("critic.archive=a", "critic.lr=0.1", "critic.max_grad_norm=3")
     },
+    "win_rate.judge": (("win_rate.judge=RUN", "sample_during_eval=false", *DPO), ("win_rate.judge=RUN", *DPO)),
+    "win_rate.prompts": (("win_rate.prompts=9", "win_rate.judge=null", *DPO), ("win_rate.prompts=9", *DPO)),
+    "win_rate.endpoint": (
+        ("win_rate.endpoint={model:m}", "win_rate.judge=http://a", "loss=sft"),
+        ("win_rate.endpoint={model:m}", "win_rate.judge=http://a", *DPO),
+    ),
     "ptx.weight": (
         ("ptx.weight=3", "loss=grpo"),
         ("ptx.weight=3", "loss=grpo", "ptx.datasets=[films]"),
