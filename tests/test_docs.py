@@ -135,7 +135,7 @@ def make_places(archive: Path) -> None:
 @pytest.mark.parametrize("block", cases())
 def test_every_command_runs(block: list[str], program: Program, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(program.directory)
-    monkeypatch.setattr(JudgeClient, "_request", lambda self, body: "Score: 5")  # in place of a server
+    monkeypatch.setattr(JudgeClient, "_request", lambda self, body: "Score: 5 [[C]]")  # in place of a server
     make_places(archive)
     if any("REWARD_RUN" in line for line in block):
         program.ok("loss=reward", "n_examples=4", "local_run_dir=REWARD_RUN", defaults=SMALL + QUICKER)
@@ -177,7 +177,8 @@ def run_inspection(arguments: list[str], program: Program, monkeypatch: pytest.M
 def run_command(script: str, arguments: list[str], stdin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """chat.py, export.py or evaluate.py in this process."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(Path(stdin).read_text() if stdin else "hello\n"))
-    quicker = ["max_new_tokens=4"] if script == "chat.py" else []
+    is_comparison = any(argument.startswith("against=") for argument in arguments)
+    quicker = ["max_new_tokens=4"] if script == "chat.py" else ["prompts=2"] if is_comparison else []
     monkeypatch.setattr(sys, "argv", [script, *arguments, *quicker])
     status = {"chat.py": chat, "export.py": export, "evaluate.py": evaluate}[script].main()
     values = dict(argument.split("=", 1) for argument in arguments)

@@ -67,7 +67,7 @@ class Line(NamedTuple):
     Args:
         colour, dash: labels.
         points: examples and values.
-        errors: examples, and the ends of bars of one standard error each way.
+        errors: examples, and the ends of bars: of an interval, or of one standard error each way.
     """
 
     colour: str

@@ -12,7 +12,7 @@ from engine.pages.drawing import Drawing, draw
 from engine.pages.templates import as_markup, render
 from engine.report.charts import COLOURS, curves, frontier, histogram
 from engine.report.panels import panels_of
-from engine.report.run_log import EXAMPLES, Row, RunLog, is_number
+from engine.report.run_log import ERROR_PARTS, EXAMPLES, Row, RunLog, is_number
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SCRIPT = Path(__file__).with_name("search.js")
@@ -170,17 +170,23 @@ def metrics_of(run: RunLog) -> Table:
     rows = []
     for name in names:
         values = [row[name] for row in run.evaluations if is_number(row.get(name))]
-        if values and not name.endswith("standard_error"):
-            error = run.evaluations[-1].get(f"{name}/standard_error")
+        if values and not is_error(name):
+            error, low, high = (run.evaluations[-1].get(f"{name}/{part}") for part in ERROR_PARTS)
             last = number(values[-1]) + (f" ± {number(error)}" if error is not None else "")
+            last += f" ({number(low)} to {number(high)})" if low is not None and high is not None else ""
             rows.append([name, number(values[0]), last, number(min(values)), number(max(values))])
     return Table(["held out", "first", "last", "lowest", "highest"], rows)
+
+
+def is_error(name: str) -> bool:
+    """Whether a metric is the error of another one."""
+    return name.rpartition("/")[2] in ERROR_PARTS
 
 
 def final_metrics(runs: Sequence[RunLog], labels: Sequence[str]) -> Table:
     """The last value of every metric of evaluations, a column for each run."""
     names = list(dict.fromkeys(name for run in runs for row in run.evaluations for name in row))
-    names = [name for name in names if not name.startswith("counters/") and not name.endswith("standard_error")]
+    names = [name for name in names if not name.startswith("counters/") and not is_error(name)]
     rows = []
     for name in names:
         values = [next((row[name] for row in reversed(run.evaluations) if name in row), None) for run in runs]

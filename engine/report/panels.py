@@ -65,6 +65,11 @@ PANELS = (
         (Metric("ground_truth/policy", "policy"), Metric("ground_truth/reference", "reference")),
     ),
     Panel(
+        "win_rate",
+        "Win rate over the reference",
+        (Metric("win_rate_eval", "all pairs"), Metric("win_rate_eval/length_controlled", "at equal lengths")),
+    ),
+    Panel(
         "kl",
         "KL in nats per response",
         (

@@ -14,6 +14,7 @@ from utils import UserError, printable
 
 Row = dict[str, Any]
 
+ERROR_PARTS = ("standard_error", "low", "high")  # last parts of the names of metrics about the error of another
 RECORD_FILE = "run.json"  # see engine/run/run_record.py
 EXAMPLES = "counters/examples"
 WARNING_PARTS = ("warning", "found", "meaning", "help")
@@ -59,13 +60,15 @@ class RunLog:
         return [(row[EXAMPLES], float(f"{row[metric]:.6g}")) for row in self.rows if is_number(row.get(metric))]
 
     def errors(self, metric: str) -> list[tuple[float, float, float]]:
-        """Examples, and the metric less and plus its standard error, where it has one."""
-        name = f"{metric}/standard_error"
-        return [
-            (row[EXAMPLES], row[metric] - row[name], row[metric] + row[name])
-            for row in self.evaluations
-            if is_number(row.get(metric)) and is_number(row.get(name))
-        ]
+        """Examples, and the metric's interval, or it less and plus its standard error, where it has one."""
+        name, low, high = (f"{metric}/{part}" for part in ERROR_PARTS)
+        found = []
+        for row in self.evaluations:
+            if is_number(row.get(low)) and is_number(row.get(high)):
+                found.append((row[EXAMPLES], row[low], row[high]))
+            elif is_number(row.get(metric)) and is_number(row.get(name)):
+                found.append((row[EXAMPLES], row[metric] - row[name], row[metric] + row[name]))
+        return found
 
 
 def read_run_log(directory: Path) -> RunLog:

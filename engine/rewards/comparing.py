@@ -96,18 +96,20 @@ class EndpointJudge:
 
 @dataclass(frozen=True)
 class Judged:
-    """Pairs with their verdicts.
+    """Judged pairs.
 
     Args:
         result: of the pairs with a verdict; None without any.
         num_unparsed: pairs without a verdict in a reply.
         num_failed: pairs without a reply, after all retries.
+        first_error: of these; empty for none.
         lines: of the transcript, one for each pair.
     """
 
     result: WinRate | None
     num_unparsed: int
     num_failed: int
+    first_error: str
     lines: list[dict[str, object]]
 
 
@@ -123,11 +125,12 @@ def judge_pairs(judge: PairJudge, pairs: Sequence[Pair], names: tuple[str, str])
         for pair, verdict in zip(pairs, verdicts, strict=True)
         if verdict.outcome is not None
     ]
-    num_failed = sum("errors" in verdict.facts for verdict in verdicts)
+    errors = [verdict.facts["errors"] for verdict in verdicts if "errors" in verdict.facts]
     return Judged(
         result=win_rate(*zip(*decided, strict=True)) if decided else None,
-        num_unparsed=len(pairs) - len(decided) - num_failed,
-        num_failed=num_failed,
+        num_unparsed=len(pairs) - len(decided) - len(errors),
+        num_failed=len(errors),
+        first_error=errors[0][0] if errors else "",
         lines=[
             {
                 "prompt": pair.prompt,
@@ -149,3 +152,11 @@ def row_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> PromptRow:
     tokens = tokens[len(prefix) :] if tokens[: len(prefix)] == prefix else tokens
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     return PromptRow(text, {}, from_template=not special_token_ids(tokenizer).isdisjoint(tokens))
+
+
+def describe_left_out(judged: Judged) -> str:
+    """The pairs without a verdict, in words; empty for none."""
+    parts = [f"{judged.num_unparsed:,} left out without a verdict in a reply"] if judged.num_unparsed else []
+    if judged.num_failed:
+        parts.append(f"{judged.num_failed:,} left out without a reply (the first: {judged.first_error})")
+    return ", ".join(parts)

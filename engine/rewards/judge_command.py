@@ -308,11 +308,11 @@ def score_judge(
 
 def print_result(options: JudgeOptions, judged: "Judged", num_pairs: int) -> None:
     from engine.judges.win_rates import Estimate
+    from engine.rewards.comparing import describe_left_out
 
     print(f"{options.model} against {options.against}: {num_pairs:,} prompts, judged by {options.judge}")
-    for number, reason in ((judged.num_unparsed, "no verdict in a reply"), (judged.num_failed, "no reply")):
-        if number:
-            print(f"  left out           {number:,} pairs: {reason}")
+    if left_out := describe_left_out(judged):
+        print(f"  {left_out}")
     result = judged.result
     if result is None:
         raise UserError("DATA", "judge: no pair has a verdict", "read the replies in the file of to=")

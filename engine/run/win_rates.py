@@ -26,6 +26,7 @@ from engine.rewards.comparing import (
     Pair,
     PairJudge,
     ScoreJudge,
+    describe_left_out,
     ground_truth_judge,
     judge_pairs,
     row_of,
@@ -156,12 +157,10 @@ class WinRates:
             self._write(judged, num_examples)
         left_out = {"win_rate_eval/unparsed": judged.num_unparsed, "win_rate_eval/failed": judged.num_failed}
         metrics = {name: float(number) for name, number in left_out.items() if number}
-        about_left_out = "".join(f", {number:g} {name.rpartition('/')[2]}" for name, number in metrics.items())
-        if judged.result is None:
-            self._say(f"win rate over the reference: no pair has a verdict{about_left_out}")
-            return metrics
-        self._say(f"win rate over the reference: {describe(judged.result)}{about_left_out}")
-        return metrics | metrics_of(judged.result)
+        result = judged.result
+        about = "no pair has a verdict" if result is None else describe(result)
+        self._say(f"win rate over the reference: {'; '.join(filter(None, (about, describe_left_out(judged))))}")
+        return metrics if result is None else metrics | metrics_of(result)
 
     @property
     def _is_first(self) -> bool:

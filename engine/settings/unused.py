@@ -185,7 +185,6 @@ UNUSED = (
     Unused("n_eval_model_samples", lambda run: None if run.settings.sample_during_eval else "sample_during_eval=false"),
     Unused("win_rate.judge", _without_samples, is_mistake=True),
     Unused("win_rate.prompts", _without_judge, is_mistake=True),
-    Unused("win_rate.endpoint", _without_judge, is_mistake=True),
     Unused("weights", lambda run: "there is one data set" if len(run.settings.datasets) == 1 else None),
     Unused("max_nonfinite", lambda run: "on_nonfinite=abort" if run.settings.on_nonfinite == "abort" else None),
     Unused("collective_timeout", _in_one_process),

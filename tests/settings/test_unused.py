@@ -79,10 +79,6 @@ REFUSED = {
     },
     "win_rate.judge": (("win_rate.judge=RUN", "sample_during_eval=false", *DPO), ("win_rate.judge=RUN", *DPO)),
     "win_rate.prompts": (("win_rate.prompts=9", "win_rate.judge=null", *DPO), ("win_rate.prompts=9", *DPO)),
-    "win_rate.endpoint": (
-        ("win_rate.endpoint={model:m}", "win_rate.judge=http://a", "loss=sft"),
-        ("win_rate.endpoint={model:m}", "win_rate.judge=http://a", *DPO),
-    ),
     "ptx.weight": (
         ("ptx.weight=3", "loss=grpo"),
         ("ptx.weight=3", "loss=grpo", "ptx.datasets=[films]"),
