@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pydantic import Field
@@ -29,16 +29,10 @@ HUMAN = "\n\nHuman:"  # begins the next turn of an HH dialogue
 COMMANDS = "/reset forgets the dialogue, /quit or Ctrl-D leaves, Ctrl-C stops a response"
 
 
-class ChatOptions(Options):
+class DialogueOptions(Options):
+    """Of a model in a dialogue."""
+
     model: PossiblePath = Field(description="a run, checkpoint, adapter, exported directory, or a name on the hub")
-    compare: PossiblePath | None = Field(None, description="a second model, to respond after the first")
-    reward_model: PossiblePath | None = Field(None, description="a reward model, to score each response")
-    prompt: Text | None = Field(None, description="respond to this and leave")
-    stdin: Literal["lines", "whole"] = Field("lines", description="of a pipe: a prompt per line, or all of it as one")
-    output: Literal["text", "jsonl"] = Field(
-        "text",
-        description="of prompt or a pipe: text, or jsonl, a JSON object per prompt: prompt, response, compare, rewards",
-    )
     system: Text | None = Field(None, description="a system prompt")
     temperature: NonNegative = Field(0.7, description="of sampling; 0: the likeliest token")
     top_p: Probability = Field(0.95, description="nucleus sampling")
@@ -48,6 +42,17 @@ class ChatOptions(Options):
     base: PossiblePath | None = Field(None, description="a base model, in place of the one in the adapter's config")
     chat_template: ChatTemplate | None = Field(
         None, description="hh, llama2, chatml or a Jinja file; null: the run's, else the tokenizer's own, else hh"
+    )
+
+
+class ChatOptions(DialogueOptions):
+    compare: PossiblePath | None = Field(None, description="a second model, to respond after the first")
+    reward_model: PossiblePath | None = Field(None, description="a reward model, to score each response")
+    prompt: Text | None = Field(None, description="respond to this and leave")
+    stdin: Literal["lines", "whole"] = Field("lines", description="of a pipe: a prompt per line, or all of it as one")
+    output: Literal["text", "jsonl"] = Field(
+        "text",
+        description="of prompt or a pipe: text, or jsonl, a JSON object per prompt: prompt, response, compare, rewards",
     )
 
 
@@ -62,7 +67,7 @@ class ChatModel:
         options: of the command.
     """
 
-    def __init__(self, name: str, options: ChatOptions):
+    def __init__(self, name: str, options: DialogueOptions):
         import torch
 
         from engine.export.dialogues import chat_of
@@ -77,6 +82,7 @@ class ChatModel:
         self.tokenizer: PreTrainedTokenizerBase = saved.tokenizer
         self.chat = chat_of(self.tokenizer, record, options.chat_template, default="hh")
         self.messages: list[Message] = []
+        self.was_cut = False  # whether the last response reached max_new_tokens
         self.reset()
 
     def reset(self) -> None:
@@ -161,12 +167,15 @@ class ChatModel:
             torch.manual_seed(self.options.seed)
         with torch.no_grad():
             tensor = torch.tensor([ids], device=self.model.device)
-            self.model.generate(
+            output = self.model.generate(
                 tensor,
                 attention_mask=torch.ones_like(tensor),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([Stopped()]),
             )
+        settings = self.model.generation_config
+        has_end = int(output[0, -1]) in (settings.eos_token_id or [])
+        self.was_cut = output.shape[1] - len(ids) >= settings.max_new_tokens and not has_end
 
     def _generation_settings(self, num_prompt_tokens: int) -> Any:
         from transformers import GenerationConfig
@@ -234,7 +243,25 @@ class RewardModel:
         return found.scores[0]
 
 
-def load(name: str, options: ChatOptions) -> "tuple[SavedModel, RunRecord, bool]":
+def load_models(names: list[str], options: DialogueOptions, also: Sequence[str | None] = ()) -> list[ChatModel]:
+    """Load the models of a command.
+
+    Args:
+        also: other models of the command, which are loaded later.
+    """
+    settle_network([*names, options.base, *also])
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    models = [ChatModel(name, options) for name in names]
+    if options.base and not any(model.is_adapter for model in models):
+        raise UserError("CONFIG", f"base: {' and '.join(names)} is no adapter, so it has no base", "leave base out")
+    return models
+
+
+def load(name: str, options: DialogueOptions) -> "tuple[SavedModel, RunRecord, bool]":
     """Load a model, the record of its training, and whether it is an adapter."""
     import torch
 
@@ -343,15 +370,7 @@ def chat(options: ChatOptions) -> None:
     if options.output == "jsonl" and options.prompt is None and sys.stdin.isatty():
         raise UserError("CONFIG", "output: jsonl is for prompt=TEXT or a pipe", "python chat.py ... < prompts.txt")
     names = [name for name in (options.model, options.compare) if name is not None]
-    settle_network([*names, options.base, options.reward_model])
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    models = [ChatModel(name, options) for name in names]
-    if options.base and not any(model.is_adapter for model in models):
-        raise UserError("CONFIG", f"base: {' and '.join(names)} is no adapter, so it has no base", "leave base out")
+    models = load_models(names, options, also=[options.reward_model])
     reward_model = None if options.reward_model is None else RewardModel(options.reward_model)
     if options.prompt is not None:
         if not print_responses(models, options.prompt, options.output, reward_model):

@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
+    ("compare",),
     ("train", "evaluate", "export", "chat", "inspect_data"),
     ("trainers",),
     ("preference_datasets",),

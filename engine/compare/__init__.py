@@ -1,0 +1,1 @@
+"""Two models in a browser: blind responses, and votes as preference data."""
