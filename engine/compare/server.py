@@ -233,5 +233,6 @@ def serve(session: Session, listener: socket.socket) -> None:
         "timeout_graceful_shutdown": 2,
     }
     server = Server(uvicorn.Config(make_app(session, token, f"compare-{port}"), **settings))
+    listener.listen()  # so the address works once it is printed
     print(f"compare: http://{HOST}:{port}/?token={token} (Ctrl-C ends it)", flush=True)
     server.run(sockets=[listener])
