@@ -2,12 +2,17 @@
 
 import asyncio
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import pytest
 from starlette.testclient import TestClient
 
@@ -291,3 +296,47 @@ def test_problems_of_the_command(monkeypatch, capsys, tmp_path):
         status, _, err = run(monkeypatch, capsys, "model=RUN", f"port={taken.getsockname()[1]}")
     assert status == 2 and "port=0 takes a free one" in err
     assert not list(tmp_path.iterdir())  # no file of votes without votes
+
+
+ENDLESS = """
+import sys, threading, compare
+from tests.compared import Fake, compared
+gate = threading.Semaphore(3)  # for the first two responses, and a piece of the third
+models = (Fake("sft", ["one"], gate), Fake("dpo", ["two"], gate))
+compare.make_session = lambda options, votes: compared(votes, *models)
+sys.argv = ["compare.py", "model=sft", "against=dpo", "port=0"]
+sys.exit(compare.main())
+"""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_it_and_keeps_the_votes(tmp_path, number, status):
+    """While a response is written, and a browser reads it."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(compare.__file__).parent)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], cwd=tmp_path, env=environment, **pipes) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split()[1]
+            origin = address.split("/?")[0]
+            with httpx2.Client(base_url=origin, headers={"origin": origin}, follow_redirects=True) as client:
+                client.get(address)
+                page = client.post("/ask", data={"prompt": "hi"}).text
+                while "Which response is better?" not in page:
+                    page = client.get("/").text
+                client.post("/vote", data={"round": id_of(page), "choice": "a"})
+                page = client.post("/ask", data={"prompt": "again"}).text
+                with client.stream("GET", f"/events?round={id_of(page)}") as stream:
+                    assert next(stream.iter_lines()).startswith("data: ")
+                    process.send_signal(number)
+                    assert process.wait(30) == status
+        finally:
+            process.kill()
+        assert process.stderr is not None and process.stderr.read() in ("interrupted\n", "")
+    assert json.loads((tmp_path / "votes.jsonl").read_text())["weight"] == 1
+
+
+def id_of(page: str) -> str:
+    found = re.search(r'data-round="(\w+)"|name="round" value="(\w+)"', page)
+    assert found is not None
+    return found[1] or found[2]

@@ -9,6 +9,7 @@ import json
 import re
 import runpy
 import shlex
+import socket
 import sys
 from pathlib import Path
 
@@ -17,16 +18,20 @@ import torch
 from omegaconf import OmegaConf
 
 import chat
+import compare
 import evaluate
 import export
 import inspect_data
 import report
 from docs import make_config
+from engine.compare import server
+from engine.compare.session import Session
 from engine.export.saved_models import load_saved
 from engine.judges.client import JudgeClient
 from engine.models.score_head import AUTO_CLASSES, SCORE_WEIGHT
 from engine.settings.keys import all_keys
 from losses import LOSSES
+from tests.compared import ask, browser, round_of, vote
 from tests.configs import composed
 from tests.runs import QUICK, SMALL, Program
 from utils import EXIT_STATUS
@@ -64,7 +69,7 @@ def cases() -> list[object]:
 
 # ---- The nearest form of a command ----
 
-OWN_DATA = r"(?=.*(mine\.jsonl|questions\.jsonl|labels\.jsonl|chats\.jsonl|data_dir=))"
+OWN_DATA = r"(?=.*(mine\.jsonl|questions\.jsonl|labels\.jsonl|votes\.jsonl|chats\.jsonl|data_dir=))"
 # Replacements of models, data and files that a test lacks.
 STAND_INS = [
     (r"^(python (-u )?|torchrun .*)train\.py ?", "train.py "),
@@ -136,6 +141,7 @@ def make_places(archive: Path) -> None:
 def test_every_command_runs(block: list[str], program: Program, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(program.directory)
     monkeypatch.setattr(JudgeClient, "_request", lambda self, body: "Score: 5 [[C]]")  # in place of a server
+    monkeypatch.setattr(server, "serve", use_page)
     make_places(archive)
     if any("REWARD_RUN" in line for line in block):
         program.ok("loss=reward", "n_examples=4", "local_run_dir=REWARD_RUN", defaults=SMALL + QUICKER)
@@ -148,7 +154,7 @@ def test_every_command_runs(block: list[str], program: Program, archive: Path, m
         elif words[0] == "python" and words[1] == "report.py":
             monkeypatch.setattr(sys, "argv", words[1:])
             assert report.main() == 0
-        elif words[0] == "python" and words[1] in ("chat.py", "export.py", "evaluate.py"):
+        elif words[0] == "python" and words[1] in ("chat.py", "compare.py", "export.py", "evaluate.py"):
             run_command(words[1], words[2:], line.partition(" < ")[2], monkeypatch)
         else:
             check_command(words)
@@ -175,12 +181,15 @@ def run_inspection(arguments: list[str], program: Program, monkeypatch: pytest.M
 
 
 def run_command(script: str, arguments: list[str], stdin: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """chat.py, export.py or evaluate.py in this process."""
+    """chat.py, compare.py, export.py or evaluate.py in this process."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(Path(stdin).read_text() if stdin else "hello\n"))
-    is_comparison = any(argument.startswith("against=") for argument in arguments)
-    quicker = ["max_new_tokens=4"] if script == "chat.py" else ["prompts=2"] if is_comparison else []
+    quicker = ["max_new_tokens=4"] if script in ("chat.py", "compare.py") else []
+    if script == "compare.py":
+        quicker.append("port=0")
+    if script == "evaluate.py" and any(argument.startswith("against=") for argument in arguments):
+        quicker.append("prompts=2")
     monkeypatch.setattr(sys, "argv", [script, *arguments, *quicker])
-    status = {"chat.py": chat, "export.py": export, "evaluate.py": evaluate}[script].main()
+    status = {"chat.py": chat, "compare.py": compare, "export.py": export, "evaluate.py": evaluate}[script].main()
     values = dict(argument.split("=", 1) for argument in arguments)
     if values.get("from") == "meta":  # tests/test_export.py has such files; here they are missed in the right place
         assert status == EXIT_STATUS["CHECKPOINT"] and not Path(values["path"]).exists()
@@ -191,6 +200,15 @@ def run_command(script: str, arguments: list[str], stdin: str, monkeypatch: pyte
         auto_class = AUTO_CLASSES["score" if SCORE_WEIGHT in state else "lm"]
         exported = auto_class.from_pretrained(values["to"]).state_dict()  # a row more for a padding token
         assert all(torch.equal(exported[name][: len(value)], value) for name, value in state.items())
+
+
+def use_page(session: Session, listener: socket.socket) -> None:
+    """In place of a browser: prompts, and votes where two models respond."""
+    client = browser(session)
+    for number in range(4):
+        ask(client, session, f"Is number {number} any good?")
+        choice = "tie" if round_of(session).are_equal else "a"
+        assert vote(client, session, choice).status_code == (200 if session.is_blind else 409)
 
 
 def test_python_of_the_page_of_reward_models_runs(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
