@@ -55,6 +55,10 @@ def open_page(chromium, serving) -> Iterator[Callable[..., Any]]:
     seen: list[str] = []
     contexts = []
 
+    def note(text: str) -> None:
+        if text:
+            seen.append(text)
+
     def open_page(session: Session, **options: Any) -> Any:
         address = serving(session)
         context = chromium.new_context(**options)
@@ -62,10 +66,10 @@ def open_page(chromium, serving) -> Iterator[Callable[..., Any]]:
         contexts.append(context)
         page = context.new_page()
         origin = address.split("?")[0]
-        page.on("request", lambda request: request.url.startswith(origin) or seen.append(request.url))
-        page.on("console", lambda message: seen.append(message.text))
-        page.on("pageerror", lambda error: seen.append(str(error)))
-        page.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: note("" if request.url.startswith(origin) else request.url))
+        page.on("console", lambda message: note(message.text))
+        page.on("pageerror", lambda error: note(str(error)))
+        page.on("dialog", lambda dialog: note(f"dialog {dialog.message}"))
         page.goto(address)
         return page
 
@@ -105,6 +109,7 @@ def test_hostile_text_streams_and_is_voted_on_by_keyboard(open_page, votes, widt
     expect(page.get_by_role("group", name="Which response is better?")).to_be_visible()
     assert fits(page) and page.locator(".turn .text").inner_text() == XSS
     assert "sft" not in page.locator("main").inner_text() and votes.rows == []
+    page.wait_for_load_state()  # keys are handled by the script
     page.keyboard.press("2")
     expect(page.get_by_role("status")).to_have_text("You chose dpo.")
     expect(page.locator("footer")).to_contain_text("Win rate of sft against dpo: 0.000")
@@ -173,6 +178,7 @@ def test_a_chat_and_its_stop(open_page):
     page.get_by_role("button", name="Stop").click()
     playwright.expect(page.get_by_text("(stopped)")).to_be_visible()
     gate.release(2)
+    page.wait_for_load_state()
     page.get_by_label("Message").fill("go on")
     page.keyboard.press("Control+Enter")
     playwright.expect(page.locator("#text-0")).to_have_text("begun never")

@@ -44,7 +44,7 @@ class Page:
         next_turns: of the next prompt of the file.
         next_number: its index; None without one.
         num_prompts: of the file.
-        draft: a question that failed, to be changed.
+        draft: a prompt that failed or was stopped, to be changed.
     """
 
     title: str
@@ -74,7 +74,11 @@ def page_of(session: Session) -> Page:
     names = [responder.name for responder in session.responders]
     current = session.round
     page = Page(" against ".join(names) if session.is_blind else names[0], session.is_blind, current)
-    if current is not None and current.state == "failed" and current.number is None:
+    if (
+        current is not None
+        and current.number is None
+        and (current.state == "failed" or (session.is_blind and current.state == "stopped"))
+    ):
         page.draft = current.messages[-1]["content"]
     if session.is_blind:
         _add_comparison(page, session, names)
