@@ -141,8 +141,8 @@ def make_places(archive: Path) -> None:
 def test_every_command_runs(block: list[str], program: Program, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(program.directory)
     monkeypatch.setattr(JudgeClient, "_request", lambda self, body: "Score: 5 [[C]]")  # in place of a server
-    monkeypatch.setattr(server, "serve", use_page)
     make_places(archive)
+    monkeypatch.setattr(server, "serve", use_page)
     if any("REWARD_RUN" in line for line in block):
         program.ok("loss=reward", "n_examples=4", "local_run_dir=REWARD_RUN", defaults=SMALL + QUICKER)
     for line in block:
@@ -154,8 +154,10 @@ def test_every_command_runs(block: list[str], program: Program, archive: Path, m
         elif words[0] == "python" and words[1] == "report.py":
             monkeypatch.setattr(sys, "argv", words[1:])
             assert report.main() == 0
-        elif words[0] == "python" and words[1] in ("chat.py", "compare.py", "export.py", "evaluate.py"):
+        elif words[0] == "python" and words[1] in ("chat.py", "export.py", "evaluate.py"):
             run_command(words[1], words[2:], line.partition(" < ")[2], monkeypatch)
+        elif words[0] == "python" and words[1] == "compare.py":
+            run_command(words[1], [*words[2:], "max_new_tokens=4", "port=0"], "", monkeypatch)
         else:
             check_command(words)
 
@@ -183,11 +185,8 @@ def run_inspection(arguments: list[str], program: Program, monkeypatch: pytest.M
 def run_command(script: str, arguments: list[str], stdin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """chat.py, compare.py, export.py or evaluate.py in this process."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(Path(stdin).read_text() if stdin else "hello\n"))
-    quicker = ["max_new_tokens=4"] if script in ("chat.py", "compare.py") else []
-    if script == "compare.py":
-        quicker.append("port=0")
-    if script == "evaluate.py" and any(argument.startswith("against=") for argument in arguments):
-        quicker.append("prompts=2")
+    is_comparison = any(argument.startswith("against=") for argument in arguments) and script == "evaluate.py"
+    quicker = ["max_new_tokens=4"] if script == "chat.py" else ["prompts=2"] if is_comparison else []
     monkeypatch.setattr(sys, "argv", [script, *arguments, *quicker])
     status = {"chat.py": chat, "compare.py": compare, "export.py": export, "evaluate.py": evaluate}[script].main()
     values = dict(argument.split("=", 1) for argument in arguments)

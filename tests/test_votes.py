@@ -13,7 +13,7 @@ import compare
 from compare import CompareOptions
 from engine.compare import votes as votes_module
 from engine.compare.prompts import read_prompts, split_dialogue
-from engine.compare.votes import Tally, VoteFile, count_votes, preference_columns, wilson_interval
+from engine.compare.votes import Tally, VoteFile, count_votes, preference_columns
 from engine.data.chat import Chat
 from engine.settings.options import parse_arguments
 from tests.compared import Fake, ask, browser, compared, finish, vote
@@ -66,7 +66,7 @@ def test_a_tie_has_no_weight(votes, choice, name):
     assert [(row["vote"], row["weight"], row["chosen"][0]["content"]) for row in votes.rows] == [
         (name, 0, "good day")
     ] * 2
-    assert session.tally.win_rate == 0.5
+    assert session.tally.win_rate.value == 0.5
 
 
 def test_equal_responses_have_no_better_one(votes):
@@ -140,8 +140,8 @@ def test_votes_are_counted_in_either_order():
 @pytest.mark.parametrize("wins, count", [(0, 1), (1, 1), (7, 12), (50, 100), (0, 40), (999, 1000)])
 def test_the_interval_is_wilsons(wins, count):
     expected = binomtest(wins, count).proportion_ci(0.95, "wilson")
-    assert wilson_interval(wins / count, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert wilson_interval(0, 0) == (0, 1)
+    found = Tally(wins=wins, losses=count - wins).win_rate
+    assert (found.value, found.low, found.high) == pytest.approx((wins / count, expected.low, expected.high), abs=1e-12)
 
 
 # ---- Prompts of a file ----

@@ -147,9 +147,9 @@ def describe(tally: Tally, model: str, against: str) -> str:
     """The votes so far, in a line."""
     if tally.num_votes == 0:
         return "No votes yet."
-    low, high = tally.interval
+    rate = tally.win_rate
     counts = f"{tally.wins} won, {tally.losses} lost, {tally.ties} ties, {tally.both_bad} both bad"
     return (
-        f"Win rate of {model} against {against}: {tally.win_rate:.3f} "
-        f"(95 % interval {low:.3f} to {high:.3f}; {counts}; ties and both bad count as half)"
+        f"Win rate of {model} against {against}: {rate.value:.3f} "
+        f"(95 % interval {rate.low:.3f} to {rate.high:.3f}; {counts}; ties and both bad count as half)"
     )

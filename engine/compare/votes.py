@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.data.chat import Message
 from engine.data.rows import Row
@@ -40,23 +40,26 @@ class Tally:
         return self.wins + self.losses + self.ties + self.both_bad
 
     @property
-    def win_rate(self) -> float:
-        """The share of wins; a tie counts as half, and so does both bad."""
-        return (self.wins + (self.ties + self.both_bad) / 2) / self.num_votes
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.win_rate, self.num_votes)
+    def win_rate(self) -> "Estimate":
+        """The share of wins; a tie counts as half, and so does both bad. Needs a vote."""
+        return wilson_interval(self.wins, self.ties + self.both_bad, self.losses)
 
 
-def wilson_interval(rate: float, count: int, z: float = Z_95) -> tuple[float, float]:
-    """The Wilson score interval of a rate, at 95 % (Wilson 1927)."""
-    if count == 0:
-        return 0.0, 1.0
-    scale = 1 + z**2 / count
-    centre = (rate + z**2 / (2 * count)) / scale
-    half = z / scale * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+class Estimate(NamedTuple):
+    """A rate, and its confidence interval of 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson_interval(wins: int, ties: int, losses: int) -> Estimate:
+    """The win rate with Wilson's score interval (1927). Ties count as half a win."""
+    count = wins + ties + losses
+    rate, widening = (wins + ties / 2) / count, Z_95**2 / count
+    centre = (rate + widening / 2) / (1 + widening)
+    half_width = math.sqrt(widening * (rate * (1 - rate) + widening / 4)) / (1 + widening)
+    return Estimate(rate, max(0.0, centre - half_width), min(1.0, centre + half_width))
 
 
 def count_votes(rows: Iterable[Mapping[str, Any]], model: str, against: str) -> Tally:
