@@ -215,6 +215,17 @@ def test_stopping_a_response_ends_generation(directory):
     assert model.messages[-1] == {"role": "assistant", "content": said.strip()}
 
 
+def test_a_response_without_its_end_is_known(directory):
+    model = load(directory, max_new_tokens=3, temperature=0)
+    list(model.respond("hi", threading.Event()))
+    assert not model.was_cut  # the end token comes at once
+    with torch.no_grad():
+        ends = model.model.generation_config.eos_token_id
+        model.model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))[ends] = 0
+    list(model.respond("hi", threading.Event()))
+    assert model.was_cut
+
+
 def test_an_error_while_generating_reaches_the_caller(directory, monkeypatch):
     model = load(directory)
     monkeypatch.setattr(type(model.model), "generate", lambda self, *args, **kwargs: 1 / 0)

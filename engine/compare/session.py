@@ -1,5 +1,6 @@
 """One user's session: prompts, responses of one or two models, votes. It knows no web."""
 
+import json
 import secrets
 import threading
 import traceback
@@ -100,9 +101,10 @@ class Session:
         self._thread: threading.Thread | None = None
         self._left: set[int] = set()  # indices of prompts that are done with
         self.is_closed = False
-        voted = [row.get("prompt") for row in votes.rows if self._is_of_both(row)] if votes else []
-        if voted and columns is not None:
-            self._left = {i for i, prompt in enumerate(prompts) if columns(self._complete(prompt), [])[0] in voted}
+        if votes is not None and columns is not None:
+            voted = {json.dumps(row.get("prompt")) for row in votes.rows if self._is_of_both(row)}
+            written = [json.dumps(columns(self._complete(prompt), [])[0]) for prompt in prompts]
+            self._left = {index for index, prompt in enumerate(written) if prompt in voted}
 
     @property
     def is_blind(self) -> bool:
