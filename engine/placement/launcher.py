@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.placement.worker import KEPT_STDERR, Worker
@@ -30,54 +30,94 @@ def launch(text: str, num: int, command: Sequence[str | Path] = (sys.executable,
         num: the number of workers, ranks 0 to num - 1.
         command: starts a worker. It must call attach() first, and report() the error that ends it.
     """
-    workers: list[Worker] = []
+    workers = WorkerGroup()
     sys.stdout.flush()
+    with StopRequest(workers.forward, workers.kill) as stop, selectors.DefaultSelector() as selector:
+        try:
+            workers.start(text, num, command, selector, stop)
+            while workers.are_running():
+                read_output(selector, 0.1)
+            read_rest(selector)
+        finally:
+            workers.close(selector)
+    return workers.status(stop.signal)
 
-    def forward(number: int) -> None:
-        for worker in workers:
+
+class WorkerGroup:
+    """The workers of one run.
+
+    Args:
+        label: of the run among others, in its error line and before each line of its output; empty for one alone.
+        environment: variables of the workers, over those of this process.
+    """
+
+    def __init__(self, label: str = "", environment: Mapping[str, str] | None = None):
+        self.workers: list[Worker] = []
+        self._label, self._environment = label, environment or {}
+        self._failed_at = math.inf
+
+    def start(
+        self,
+        text: str,
+        num: int,
+        command: Sequence[str | Path],
+        selector: selectors.BaseSelector,
+        stop: StopRequest,
+    ) -> None:
+        """Start num workers. A signal noted in the meantime reaches all of them."""
+        prefix = f"{self._label}: " if self._label else ""
+        # Rank 0 inherits the socket. Another process could take a free port passed by number only.
+        with socket.create_server(("127.0.0.1", 0), backlog=num) as rendezvous:
+            for rank in range(num):
+                worker = Worker(rank, num, command, text.encode(), rendezvous, self._environment, prefix)
+                self.workers.append(worker)
+                worker.register(selector)
+                if stop.signal is not None:
+                    worker.process.send_signal(stop.signal)
+
+    def forward(self, number: int) -> None:
+        """Send a signal to every worker."""
+        for worker in self.workers:
             worker.process.send_signal(number)
 
-    def kill(number: int) -> None:
-        for worker in workers:
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        for worker in self.workers:
             worker.kill()
 
-    with StopRequest(forward, kill) as stop, selectors.DefaultSelector() as selector:
-        try:
-            # Rank 0 inherits the socket. Another process could take a free port passed by number only.
-            with socket.create_server(("127.0.0.1", 0), backlog=num) as rendezvous:
-                for rank in range(num):
-                    worker = Worker(rank, num, command, text.encode(), rendezvous)
-                    workers.append(worker)
-                    worker.register(selector)
-                    if stop.signal is not None:
-                        worker.process.send_signal(stop.signal)
-            supervise(workers, selector)
-        finally:
-            for worker in workers:
-                worker.close()
-    reported = [worker.failure() for worker in workers if worker.reported]
-    if stop.signal is not None and not any(failure and not failure.is_consequence for failure in reported):
-        return 128 + stop.signal if any(worker.process.returncode for worker in workers) else 0
-    return print_failure(workers)
+    def close(self, selector: selectors.BaseSelector) -> None:
+        """Kill what still runs, and close all pipes."""
+        for worker in self.workers:
+            worker.close(selector)
 
-
-def supervise(workers: Sequence[Worker], selector: selectors.BaseSelector) -> None:
-    """Wait until all workers have ended. After a failure, kill those still running."""
-    failed_at = math.inf
-    while True:
-        read_output(selector, 0.1)
-        running = [worker for worker in workers if worker.is_running()]
-        if not running:
-            break
-        failures = [failure for worker in workers if (failure := worker.failure())]
-        if failures:
-            failed_at = min(failed_at, time.monotonic())
+    def are_running(self) -> bool:
+        """Whether any worker runs. Some time after a failure, those still running are killed."""
+        running = [worker for worker in self.workers if worker.is_running()]
+        failures = [failure for worker in self.workers if (failure := worker.failure())]
+        if running and failures:
+            self._failed_at = min(self._failed_at, time.monotonic())
             is_hanging = all(failure.is_consequence for failure in failures)
-            is_over = time.monotonic() > failed_at + (SETTLE_SECONDS_HANGING if is_hanging else SETTLE_SECONDS)
+            seconds = SETTLE_SECONDS_HANGING if is_hanging else SETTLE_SECONDS
+            is_over = time.monotonic() > self._failed_at + seconds
             if is_over or all(worker.is_stopped() for worker in running):
                 for worker in running:
                     worker.kill_hanging()
-    while read_output(selector, 0):  # the last lines
+        return bool(running)
+
+    def status(self, stopped_by: int | None) -> int:
+        """The exit status of ended workers; prints their error, if any.
+
+        Args:
+            stopped_by: the signal forwarded to them.
+        """
+        reported = [worker.failure() for worker in self.workers if worker.reported]
+        if stopped_by is not None and not any(failure and not failure.is_consequence for failure in reported):
+            return 128 + stopped_by if any(worker.process.returncode for worker in self.workers) else 0
+        return print_failure(self.workers, self._label)
+
+
+def read_rest(selector: selectors.BaseSelector) -> None:
+    """Read the last lines of ended workers."""
+    while read_output(selector, 0):
         pass
 
 
@@ -93,8 +133,12 @@ def read_output(selector: selectors.BaseSelector, timeout: float) -> bool:
     return bool(ready)
 
 
-def print_failure(workers: Sequence[Worker]) -> int:
-    """Print the error of the first rank that failed by itself, on one line; returns the exit status."""
+def print_failure(workers: Sequence[Worker], label: str = "") -> int:
+    """Print the error of the first rank that failed by itself, on one line; returns the exit status.
+
+    Args:
+        label: of the run among others.
+    """
     failures = {worker: failure for worker in workers if (failure := worker.failure())}
     if not failures:
         return max(worker.process.returncode or 0 for worker in workers)
@@ -118,13 +162,18 @@ def print_failure(workers: Sequence[Worker]) -> int:
         line = line if is_everyones else add_rank(first.rank, line)
     if first.stderr and (failure.status == 1 or first.died()):
         print(first.stderr.decode(errors="replace").rstrip(), file=sys.stderr)
-    print(line, file=sys.stderr)
+    print(add_label(label, line) if label else line, file=sys.stderr)
     return failure.status
 
 
 def add_rank(rank: int, line: str) -> str:
     """An error line with the rank of its origin."""
-    return line.replace("] ", f"] rank {rank}: ", 1)
+    return add_label(f"rank {rank}", line)
+
+
+def add_label(label: str, line: str) -> str:
+    """An error line with its origin."""
+    return line.replace("] ", f"] {label}: ", 1)
 
 
 def count_gpus() -> int:

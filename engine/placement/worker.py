@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,6 +30,8 @@ class Worker:
         num: the number of workers.
         text: written to the worker's standard input.
         rendezvous: a listening socket for rank 0.
+        environment: variables over those of this process.
+        prefix: before each line of rank 0's output. Empty: a terminal gets the output directly.
 
     Attributes:
         reported: the report of the worker's error, as bytes.
@@ -38,8 +40,17 @@ class Worker:
         hang_reason: set for a worker killed because it was hanging.
     """
 
-    def __init__(self, rank: int, num: int, command: Sequence[str | Path], text: bytes, rendezvous: socket.socket):
-        self.rank = rank
+    def __init__(
+        self,
+        rank: int,
+        num: int,
+        command: Sequence[str | Path],
+        text: bytes,
+        rendezvous: socket.socket,
+        environment: Mapping[str, str],
+        prefix: str = "",
+    ):
+        self.rank, self._prefix = rank, prefix
         self.reported = b""
         self.stderr = b""
         self.ended = math.inf
@@ -51,6 +62,7 @@ class Worker:
         environment = {
             "OMP_NUM_THREADS": str(max(1, num_cores() // num)),  # by default, each worker would use all cores
             **os.environ,
+            **environment,
             "RANK": str(rank),
             "WORLD_SIZE": str(num),
             "LOCAL_RANK": str(rank),
@@ -65,8 +77,8 @@ class Worker:
                     command,
                     env=environment,
                     stdin=subprocess.PIPE,
-                    stdout=output_for(sys.stdout) if rank == 0 else subprocess.DEVNULL,
-                    stderr=output_for(sys.stderr) if rank == 0 else subprocess.PIPE,
+                    stdout=self._output_for(sys.stdout) if rank == 0 else subprocess.DEVNULL,
+                    stderr=self._output_for(sys.stderr) if rank == 0 else subprocess.PIPE,
                     pass_fds=[end for end in (report_end, rendezvous_fd) if end is not None],
                     start_new_session=True,  # signals come from the launcher, not from the terminal
                 )
@@ -80,10 +92,14 @@ class Worker:
         """Read the worker's output through selector."""
         selector.register(self._report, selectors.EVENT_READ, self._keep_report)
         if self.process.stdout:
-            selector.register(self.process.stdout.fileno(), selectors.EVENT_READ, decoded_writer(sys.stdout))
+            writer = decoded_writer(sys.stdout, self._prefix)
+            selector.register(self.process.stdout.fileno(), selectors.EVENT_READ, writer)
         if self.process.stderr:
-            keep = decoded_writer(sys.stderr) if self.rank == 0 else self._keep_stderr
+            keep = decoded_writer(sys.stderr, self._prefix) if self.rank == 0 else self._keep_stderr
             selector.register(self.process.stderr.fileno(), selectors.EVENT_READ, keep)
+
+    def _output_for(self, stream: TextIO) -> int:
+        return subprocess.PIPE if self._prefix else output_for(stream)
 
     def _keep_report(self, data: bytes) -> None:
         self.reported += data
@@ -116,13 +132,16 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def close(self) -> None:
+    def close(self, selector: selectors.BaseSelector) -> None:
         self.kill()
         self.process.wait()
+        streams = [stream for stream in (self.process.stdout, self.process.stderr) if stream]
+        for descriptor in (self._report, *(stream.fileno() for stream in streams)):
+            with suppress(KeyError):  # read to its end
+                selector.unregister(descriptor)
         os.close(self._report)
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream:
-                stream.close()
+        for stream in streams:
+            stream.close()
 
     def failure(self) -> Failure | None:
         """The error that ended the worker, or soon will; None without one, or if this launcher killed it."""
@@ -148,9 +167,17 @@ def output_for(stream: TextIO) -> int:
         return subprocess.PIPE
 
 
-def decoded_writer(stream: TextIO) -> Callable[[bytes], Any]:
+def decoded_writer(stream: TextIO, prefix: str = "") -> Callable[[bytes], Any]:
+    """A function that writes bytes to stream as text; with a prefix, whole lines only."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return lambda data: stream.write(decoder.decode(data))
+    rest = ""
+
+    def write_lines(data: bytes) -> None:
+        nonlocal rest
+        *lines, rest = (rest + decoder.decode(data)).split("\n")
+        stream.write("".join(f"{prefix}{line}\n" for line in lines))
+
+    return write_lines if prefix else lambda data: stream.write(decoder.decode(data))
 
 
 def num_cores() -> int:
