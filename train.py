@@ -29,18 +29,20 @@ from engine.placement.worker import STOPPED
 from engine.placement.world import World, world_from_environment
 from engine.run.failures import CRASH_NOTE, as_failure, as_user_error
 from engine.run.model_pins import with_models
-from engine.run.run_dir import crash_log, derive_names, open_run
+from engine.run.run_dir import crash_log, derive_names, open_run, time_stamp
 from engine.run.run_files import is_untrained
 from engine.run.run_record import write_record
 from engine.run.stop_notice import stop_notice
 from engine.settings.hydra_errors import explain_hydra_error
-from engine.settings.hydra_guard import check_command_line, split_arguments
+from engine.settings.hydra_guard import Sweep, check_command_line, split_arguments
 from engine.settings.reading import read_settings, settings_from_text, settings_to_text
 from engine.settings.schema import Settings
 from engine.settings.secrets import redact
-from engine.settings.sweeps import sweep_name
+from engine.settings.sweeps import quoted_for_hydra, resolve_hydra, sweep_name
 from engine.settings.unused import check_unused
-from utils import BestEffortStream, local_dir
+from engine.sweep.jobs import Job, first_failure, read_result, write_result
+from engine.sweep.pool import run_jobs
+from utils import BestEffortStream, UserError, local_dir
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
@@ -51,26 +53,15 @@ if TYPE_CHECKING:  # they take seconds to import
 
 
 def run(config: DictConfig, varied: Sequence[str] = ()) -> int:
-    """Run training, here or in workers; returns the exit status. Slow imports come after the check of settings.
+    """Run training, here or in workers; returns the exit status.
 
     Args:
         varied: keys that differ between the jobs of a sweep.
     """
-    from preference_datasets import DATASETS
-
-    settings = read_settings(config, DATASETS)
-    if varied:
-        name = sweep_name(derive_names(settings)["exp_name"], HydraConfig.get().overrides.task, varied)
-        settings = settings.model_copy(update={"exp_name": name})
-    if HydraConfig.initialized():
-        settings = settings.with_command(command_of(HydraConfig.get().overrides.task))
-    has_experiment = HydraConfig.initialized() and "experiment" in HydraConfig.get().runtime.choices
-    for warning in check_unused(settings, DATASETS, has_experiment):
-        print(redact(warning, config), flush=True)
+    settings = prepare(config, varied)
     given = world_from_environment()
     num_processes = given.size if given else choose_num_processes(settings)
     check_processes(settings, num_processes, is_given=given is not None)
-    prepare_hub(settings)
     if settings.plan:
         print_plan(settings, num_processes)
         return 0
@@ -84,6 +75,29 @@ def run(config: DictConfig, varied: Sequence[str] = ()) -> int:
     if status in STOPPED:
         sys.exit(status)  # skips the next jobs of a sweep
     return status
+
+
+def prepare(config: DictConfig, varied: Sequence[str] = ()) -> Settings:
+    """The settings of a run; prints warnings about them. Slow imports come after the check of settings.
+
+    Args:
+        varied: keys that differ between the jobs of a sweep.
+    """
+    from preference_datasets import DATASETS
+
+    settings = read_settings(config, DATASETS)
+    if varied:
+        name = sweep_name(derive_names(settings)["exp_name"], HydraConfig.get().overrides.task, varied)
+        settings = settings.model_copy(update={"exp_name": name})
+    has_experiment = is_sweep = False
+    if HydraConfig.initialized():
+        settings = settings.with_command(command_of(HydraConfig.get().overrides.task))
+        has_experiment = "experiment" in HydraConfig.get().runtime.choices
+        is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    for warning in check_unused(settings, DATASETS, has_experiment, is_sweep):
+        print(redact(warning, config), flush=True)
+    prepare_hub(settings)
+    return settings
 
 
 def command_of(overrides: Sequence[str]) -> str:
@@ -196,9 +210,8 @@ def load_mix(settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> "Split
 
 def run_job(config: DictConfig, varied: Sequence[str]) -> int:
     """Run one job of the command line, print its error, if any, and return its exit status."""
-    hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN:
-        print(f"job {hydra_config.job.num}: {redact(' '.join(hydra_config.overrides.task), config)}", flush=True)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        print_job(config)
     try:
         return run(config, varied)
     except Exception as error:
@@ -208,6 +221,73 @@ def run_job(config: DictConfig, varied: Sequence[str]) -> int:
         if world.size > 1 and process_group.world().size > 1:
             sys.exit(failure.status)  # ranks are out of step: a sweep cannot continue
         return failure.status
+
+
+def print_job(config: DictConfig) -> None:
+    """Print the number of a job of a sweep, and its overrides."""
+    hydra_config = HydraConfig.get()
+    print(f"job {hydra_config.job.num}: {redact(' '.join(hydra_config.overrides.task), config)}", flush=True)
+
+
+def prepare_job(config: DictConfig, varied: Sequence[str], started: str) -> Job:
+    """A job of a sweep, for a child process. A wrong config is reported here; a plan is printed here.
+
+    Args:
+        started: when the sweep has.
+    """
+    hydra_config = HydraConfig.get()
+    job = Job(hydra_config.job.num, [*hydra_config.overrides.task])
+    if config.get("plan") is True:
+        job.status = run_job(config, varied)
+        return job
+    try:
+        settings = prepare(config, varied)
+        settings = settings.with_source(resolve_hydra(settings.source))  # the child has no Hydra
+        job.settings = settings.named(**derive_names(settings, f"{started}_{job.number}"))
+    except Exception as error:
+        print_job(config)
+        failure = as_failure(error, config)
+        print(launcher.add_label(job.label, failure.line), file=sys.stderr)
+        job.status = failure.status
+    return job
+
+
+def run_elsewhere(config: DictConfig, varied: Sequence[str], started: str, directory: Path) -> None:
+    """Run a job that a plugin of Hydra has brought to this process, and leave its result.
+
+    Args:
+        directory: of the sweep.
+    """
+    register_resolvers()
+    sys.argv = [str(launcher.PROGRAM)]  # of the command that resumes it
+    world = world_from_environment()
+    if world is None:
+        job = prepare_job(config, varied, started)
+        run_jobs([job])
+    else:  # tasks of Slurm are the processes of the run
+        job = Job(HydraConfig.get().job.num, status=run_job(config, varied))
+    if world is None or world.rank == 0:
+        write_result(job, directory)
+
+
+def finish_sweep(sweep: Sweep, jobs: Sequence[Job], directory: Path) -> int:
+    """Print the table of a sweep, and write its page; returns its exit status."""
+    from engine.sweep.summary import summarize
+
+    reports = {config.get("report") for config in sweep.configs}
+    try:
+        summarize(jobs, sweep.varied, directory, None if reports == {None} else "png" in reports)
+    except UserError as error:
+        print(redact(str(error)), file=sys.stderr)
+        return first_failure(jobs) or error.exit_status
+    return first_failure(jobs)
+
+
+def sweep_directory(sweep: Sweep, started: str) -> Path:
+    """The directory of the table and the page of a sweep, with the files of a plugin."""
+    config = sweep.configs[0]
+    root = local_dir(config.local_dirs) / f"sweep_{started}"
+    return Path(config.sweep.dir or root).absolute()
 
 
 def run_worker() -> int:
@@ -247,13 +327,17 @@ def main() -> int:
         return run_command_line()
 
 
+def register_resolvers() -> None:
+    OmegaConf.register_new_resolver("local_dir", lambda dirs: str(local_dir(dirs)), replace=True)
+
+
 def run_command_line() -> int:
     """main() with output streams that never raise."""
     silence_other_ranks()
     if worker_link.is_worker():
         return run_worker()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors in the command line then reach this function
-    OmegaConf.register_new_resolver("local_dir", lambda dirs: str(local_dir(dirs)), replace=True)
+    register_resolvers()
     temporary = ExitStack()
 
     def sweep_dir() -> str:
@@ -263,18 +347,8 @@ def run_command_line() -> int:
         return directory
 
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, replace=True, use_cache=True)
-    statuses: list[int] = []
-    varied: list[str] = []
-
-    @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="config")
-    def command(config: DictConfig) -> None:
-        statuses.append(run_job(config, varied))
-
     try:
-        options, overrides = split_arguments(sys.argv[1:])
-        sys.argv[1:] = [*options, *overrides]
-        varied += check_command_line(sys.argv[1:], command)
-        command()
+        return compose_and_run()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -286,7 +360,53 @@ def run_command_line() -> int:
         return user_error.exit_status
     finally:
         temporary.close()
-    return next((status for status in statuses if status), 0)
+
+
+def compose_and_run() -> int:
+    """Let Hydra compose the command line, and run its job or jobs; returns the exit status."""
+    statuses: list[int] = []
+    jobs: list[Job] = []
+    varied: list[str] = []
+    started, directory, is_elsewhere = time_stamp(), Path(), False
+
+    @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="config")
+    def command(config: DictConfig) -> None:
+        if is_elsewhere:
+            run_elsewhere(config, varied, started, directory)
+        elif HydraConfig.get().mode == RunMode.MULTIRUN and world_from_environment() is None:
+            jobs.append(prepare_job(config, varied, started))
+        else:
+            statuses.append(run_job(config, varied))
+
+    options, overrides = split_arguments(sys.argv[1:])
+    sys.argv[1:] = [*options, *overrides]
+    sweep = check_command_line(sys.argv[1:], command)
+    if sweep is not None:
+        varied += sweep.varied
+        directory = sweep_directory(sweep, started)
+        is_elsewhere = sweep.plugin is not None
+    if sweep is not None and sweep.plugin is not None:
+        prepare_plugin(directory)
+        sys.argv.append(f"hydra.sweep.dir={quoted_for_hydra(str(directory))}")
+    command()
+    if sweep is None or statuses:
+        return next((status for status in statuses if status), 0)
+    if is_elsewhere:
+        jobs = [read_result(number, job, directory) for number, job in enumerate(sweep.jobs)]
+    elif (stopped_by := run_jobs(jobs)) is not None:
+        return 128 + stopped_by
+    return finish_sweep(sweep, jobs, directory)
+
+
+def prepare_plugin(directory: Path) -> None:
+    """Make the directory of a sweep that a plugin runs. Its files hold the command: it is for this user alone."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
+    except OSError as error:
+        raise UserError("STORAGE", f"sweep.dir: {directory} cannot be made ({error})", "set another") from error
+    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))  # jobs import this program from anywhere
 
 
 if __name__ == "__main__":

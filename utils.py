@@ -1,5 +1,6 @@
 """Stateless helpers: errors for users, content hashes, prefetching, progress, signals, atomic files."""
 
+import fcntl
 import getpass
 import hashlib
 import json
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -328,6 +329,29 @@ def is_reachable(url: str, timeout: float = 5) -> bool:
         return True
     except (OSError, ValueError):  # ValueError: not a url
         return False
+
+
+@contextmanager
+def one_at_a_time(path: Path, notice: str) -> Iterator[None]:
+    """Let one process at a time run a with block, as it makes a file that others wait for.
+
+    Where the disk has no locks, or is read-only, nobody waits.
+
+    Args:
+        path: of the file; the lock is beside it.
+        notice: printed before a wait.
+    """
+    with ExitStack() as opened:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+            opened.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(notice, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_atomically(path: Path, data: bytes) -> None:

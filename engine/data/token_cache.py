@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.encoding import EncodedTexts, Text, encode, eos_token_id, token_prefix
-from utils import UserError, content_hash, write_atomically
+from utils import UserError, content_hash, one_at_a_time, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +26,11 @@ def encode_cached(texts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase", c
     cached = _read(path, prefix)
     if cached is not None:
         return cached
-    encoded = encode(texts, tokenizer)
-    _write(path, encoded)
+    with one_at_a_time(path, f"waiting for another run, which fills {path}"):
+        if (cached := _read(path, prefix)) is not None:
+            return cached
+        encoded = encode(texts, tokenizer)
+        _write(path, encoded)
     return encoded
 
 

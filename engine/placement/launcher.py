@@ -47,13 +47,15 @@ class WorkerGroup:
     """The workers of one run.
 
     Args:
-        label: of the run among others, in its error line and before each line of its output; empty for one alone.
+        label: of the run among others, in its error line; empty for one alone.
         environment: variables of the workers, over those of this process.
+        is_prefixed: the label is before each line of its output too, as others write at the same time.
     """
 
-    def __init__(self, label: str = "", environment: Mapping[str, str] | None = None):
+    def __init__(self, label: str = "", environment: Mapping[str, str] | None = None, is_prefixed: bool = False):
         self.workers: list[Worker] = []
         self._label, self._environment = label, environment or {}
+        self._prefix = f"{label}: " if is_prefixed else ""
         self._failed_at = math.inf
 
     def start(
@@ -65,11 +67,10 @@ class WorkerGroup:
         stop: StopRequest,
     ) -> None:
         """Start num workers. A signal noted in the meantime reaches all of them."""
-        prefix = f"{self._label}: " if self._label else ""
         # Rank 0 inherits the socket. Another process could take a free port passed by number only.
         with socket.create_server(("127.0.0.1", 0), backlog=num) as rendezvous:
             for rank in range(num):
-                worker = Worker(rank, num, command, text.encode(), rendezvous, self._environment, prefix)
+                worker = Worker(rank, num, command, text.encode(), rendezvous, self._environment, self._prefix)
                 self.workers.append(worker)
                 worker.register(selector)
                 if stop.signal is not None:

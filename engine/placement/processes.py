@@ -10,14 +10,19 @@ def uses_process_group(settings: Settings) -> bool:
     return settings.trainer != "BasicTrainer" and settings.tensor_parallel.backend == "native"
 
 
-def choose_num_processes(settings: Settings) -> int:
-    """The number of processes to start: as configured, one per GPU, or the minimum required."""
+def choose_num_processes(settings: Settings, num_gpus: int | None = None) -> int:
+    """The number of processes to start: as configured, one per GPU, or the minimum required.
+
+    Args:
+        num_gpus: of the run; None counts those of this machine.
+    """
     if not uses_process_group(settings):
         return 1
     asked = settings.num_processes
     if asked is None and settings.trainer == "TensorParallelTrainer":
         asked = settings.tensor_parallel_size
-    num_gpus = launcher.count_gpus()
+    if num_gpus is None:
+        num_gpus = launcher.count_gpus()
     if asked is not None and 0 < num_gpus < asked and not settings.plan:
         fix = "give fewer, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise UserError("CONFIG", f"num_processes: {asked} processes need as many GPUs, and there are {num_gpus}", fix)

@@ -1,6 +1,7 @@
 """Set up the reference: place the frozen model, and fill the cache of its log-probs."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from engine.data.examples import Example
 from engine.models.adapters import adapter_of
 from engine.models.hashing import reference_hash_spec, weights_hash
+from engine.placement import process_group
 from engine.placement.placement import Placement
 from engine.run.evaluation import Evaluator
 from engine.run.reference_samples import Samples, read_or_draw, samples_path
@@ -17,6 +19,7 @@ from engine.settings.schema import Settings
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.reference import AdapterReference, LiveReference, Reference, fill_cache, reference_key
 from engine.step.reference_cache import CachedReference
+from utils import one_at_a_time
 
 
 def build_reference(
@@ -41,18 +44,33 @@ def build_reference(
     reference_hash = hash_reference(live, placement, runner)
     evaluator.kl.reference_hash = reference_hash
     path = cache_path(reference_hash, settings, placement)
-    samples: list[list[Example]] = []
-    if evaluator.should_sample:
-        evaluator.kl.reference_samples = sample_reference(live, path, settings, placement, evaluator)
-        adapter = adapter_of(runner.policy)
-        if adapter and adapter.has_own_reference and live.model is runner.policy:
-            evaluator.kl.adapters_off = AdapterReference(live.model, placement.compute_dtype)
-        samples = evaluator.kl.microbatches(evaluator.kl.reference_samples, token_budget)
-        if evaluator.win_rates is not None:
-            sample_for_win_rates(live, path, settings, placement, evaluator.win_rates, evaluator.kl.reference_samples)
-    if settings.has_live_reference:
-        return live, reference_hash
-    return cache_reference(live, path, placement, runner, batches, samples), reference_hash
+    # Runs that start together compute it once.
+    with nullcontext() if settings.has_live_reference else filling_alone(path):
+        samples: list[list[Example]] = []
+        if evaluator.should_sample:
+            evaluator.kl.reference_samples = sample_reference(live, path, settings, placement, evaluator)
+            adapter = adapter_of(runner.policy)
+            if adapter and adapter.has_own_reference and live.model is runner.policy:
+                evaluator.kl.adapters_off = AdapterReference(live.model, placement.compute_dtype)
+            samples = evaluator.kl.microbatches(evaluator.kl.reference_samples, token_budget)
+            if evaluator.win_rates is not None:
+                drawn = evaluator.kl.reference_samples
+                sample_for_win_rates(live, path, settings, placement, evaluator.win_rates, drawn)
+        if settings.has_live_reference:
+            return live, reference_hash
+        return cache_reference(live, path, placement, runner, batches, samples), reference_hash
+
+
+@contextmanager
+def filling_alone(path: Path) -> Iterator[None]:
+    """Fill the cache at path in a with block, after other runs that fill it. All ranks call this together."""
+    with ExitStack() as lock:
+
+        def wait() -> None:
+            lock.enter_context(one_at_a_time(path, f"reference: waiting for another run, which fills {path}"))
+
+        process_group.broadcast_from_rank_0(wait)
+        yield
 
 
 def with_mismatched(

@@ -17,7 +17,7 @@ FREE_ON_RESUME = {
     "eval_every",
     "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples", "resume_allow",
     "on_nonfinite", "max_nonfinite", "plan", "plan_hardware", "trainer", "num_processes", "tensor_parallel_size",
-    "tensor_parallel", "fsdp", "collective_timeout", "warnings",
+    "tensor_parallel", "fsdp", "collective_timeout", "warnings", "sweep",
 }  # fmt: skip
 
 

@@ -39,8 +39,12 @@ def open_run(settings: Settings, locks: ExitStack) -> tuple[Names, Path, Path | 
     return names, run_dir, checkpoint, take_models(settings, run_dir, checkpoint)
 
 
-def derive_names(settings: Settings) -> Names:
-    """exp_name, cache_dir and local_run_dir: as set, or derived."""
+def derive_names(settings: Settings, moment: str | None = None) -> Names:
+    """exp_name, cache_dir and local_run_dir: as set, or derived.
+
+    Args:
+        moment: ends the name of a new directory; None: the time.
+    """
     exp_name, run_dir = settings.exp_name, settings.local_run_dir
     if exp_name is None:
         datasets = "_".join(Path(name).name.split(".")[0] for name in settings.datasets)
@@ -51,10 +55,13 @@ def derive_names(settings: Settings) -> Names:
         names_one = path.name in ("LATEST", "BEST") or path.name.startswith("step-")
         run_dir = str(path.parent if names_one else path)
     elif run_dir is None:
-        now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
-        run_dir = str(root / f"{exp_name}_{now}")
+        run_dir = str(root / f"{exp_name}_{moment or time_stamp()}")
     cache_dir = str(default_cache_dir(root)) if settings.cache_dir is None else settings.cache_dir
     return {"exp_name": exp_name, "cache_dir": cache_dir, "local_run_dir": run_dir}
+
+
+def time_stamp() -> str:
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
 
 
 def default_cache_dir(root: Path) -> Path:

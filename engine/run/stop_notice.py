@@ -3,6 +3,7 @@
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,13 +14,15 @@ from engine.placement.world import world_from_environment
 from engine.settings.hydra_guard import split_arguments
 from engine.settings.schema import Settings
 from engine.settings.secrets import redact
+from engine.settings.sweeps import quoted_for_hydra
 
 
-def stop_notice(number: int, settings: Settings) -> str:
+def stop_notice(number: int, settings: Settings, job: Sequence[str] | None = None) -> str:
     """One line for a run stopped by a signal: what to do next.
 
     Args:
         settings: with names.
+        job: the overrides of a job of a sweep; None for a single run, or for the job that Hydra runs now.
     """
     name, run_dir = signal.Signals(number).name, settings.local_run_dir or ""
     if settings.debug:
@@ -28,15 +31,17 @@ def stop_notice(number: int, settings: Settings) -> str:
         return f"stopped by {name} before the first checkpoint; repeat the command"
     if world_from_environment() is not None:  # the command is torchrun's or srun's
         return f"stopped by {name}; to resume, repeat the command with {shlex.join(resuming(run_dir))}"
-    return redact(f"stopped by {name}; to resume: {resume_command(run_dir)}", settings.source)
+    return redact(f"stopped by {name}; to resume: {resume_command(run_dir, job)}", settings.source)
 
 
-def resume_command(run_dir: str) -> str:
+def resume_command(run_dir: str, job: Sequence[str] | None = None) -> str:
     """The command of this process, or of this job of a sweep, with the overrides that resume it."""
     options, overrides = split_arguments(sys.argv[1:])
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if job is None and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        job = HydraConfig.get().overrides.task
+    if job is not None:
         options = [option for option in options if option not in ("-m", "--multirun")]
-        overrides = [override for override in HydraConfig.get().overrides.task if "hydra.mode=" not in override]
+        overrides = [override for override in job if "hydra.mode=" not in override]
     kept = [
         override for override in overrides if override.partition("=")[0].lstrip("+") not in ("local_run_dir", "resume")
     ]
@@ -45,6 +50,4 @@ def resume_command(run_dir: str) -> str:
 
 def resuming(run_dir: str) -> list[str]:
     """Overrides that resume the run in a directory."""
-    is_plain = run_dir.isascii() and all(char.isalnum() or char in "/._-+" for char in run_dir)
-    written = run_dir if is_plain else "'" + run_dir.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return [f"local_run_dir={written}", "resume=auto"]
+    return [f"local_run_dir={quoted_for_hydra(run_dir)}", "resume=auto"]

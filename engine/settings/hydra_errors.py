@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from engine.settings.hydra_launchers import PACKAGES
 from engine.settings.keys import all_keys, unknown_key
 from engine.settings.messages import bracketed, did_you_mean, nearest
 from engine.settings.presets import CONFIG_DIR
@@ -43,6 +44,9 @@ def explain_hydra_error(error: BaseException) -> UserError:
 
 def missing_preset(file: str, options: Sequence[str]) -> UserError:
     group, _, name = file.rpartition("/")
+    if group == "hydra/launcher" and name in PACKAGES:
+        fix = f"pip install {PACKAGES[name]}==1.2.0, or leave the launcher out"
+        return UserError("CONFIG", f"{group}={name}: the package {PACKAGES[name]} is not installed", fix)
     guess = bracketed(did_you_mean(nearest(name, options)))
     return UserError("CONFIG", f"{group}={name}: no such preset{guess}", f"choose one of {', '.join(options)}")
 

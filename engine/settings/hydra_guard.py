@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,23 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from engine.settings.hydra_launchers import (
+    BASIC,
+    PLUGINS,
+    TARGET,
+    check_launcher,
+    check_secrets,
+    launcher_overrides,
+    plugin_of,
+)
 from engine.settings.presets import CONFIG_DIR
 from engine.settings.secrets import redact
 from engine.settings.sweeps import check_run_dirs
 from utils import UserError, clipped
 
 HYDRA_TARGETS = {
-    "hydra.launcher._target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-    "hydra.sweeper._target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    TARGET: {BASIC, *PLUGINS},
+    "hydra.sweeper._target_": {"hydra._internal.core_plugins.basic_sweeper.BasicSweeper"},
 }
 OPEN = ("reward_options.", "win_rate.endpoint.")
 SWEEP_DIR = "${sweep_dir:}"  # as in config.yaml
@@ -83,7 +93,24 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, overrides
 
 
-def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) -> list[str]:
+@dataclass(frozen=True)
+class Sweep:
+    """What the command line of a sweep asks for.
+
+    Args:
+        varied: keys that differ between its jobs.
+        jobs: the overrides of each.
+        configs: composed, of each.
+        plugin: launches the jobs; None for Hydra's basic launcher.
+    """
+
+    varied: list[str]
+    jobs: list[list[str]]
+    configs: list[DictConfig]
+    plugin: str | None
+
+
+def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) -> Sweep | None:
     """Refuse a command line with code for Hydra to run, or a sweep with one directory for two jobs.
 
     Hydra instantiates classes named in a config right after composing it. Composing alone runs nothing. So every config
@@ -93,7 +120,7 @@ def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) ->
         command: the function for Hydra to call. Relative config paths start from its file.
 
     Returns:
-        the keys that differ between the jobs of a sweep.
+        the sweep; None for a single run.
 
     Raises:
         UserError: CONFIG.
@@ -111,11 +138,12 @@ def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) ->
         fix = "write options unabbreviated: python train.py -m lr=1e-6,1e-5; --help lists them"
         raise UserError("CONFIG", f"{clipped(' '.join(unknown))}: no such option", fix)
     if options.shell_completion:
-        return []
+        return None
     for path in (options.config_path, options.config_dir):
         check_search_path(path or "")
 
     where = detect_calling_file_or_module_from_task_function(command)
+    defaults = Hydra("train", GuardedLoader(create_automatic_config_search_path(*where, str(CONFIG_DIR))))
     search_path = create_automatic_config_search_path(*where, options.config_path or str(CONFIG_DIR))
     if options.config_dir:
         directory = f"file://{os.path.abspath(options.config_dir)}"
@@ -126,17 +154,26 @@ def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) ->
         name = options.config_name or "config"
         config = composer.compose_config(name, [*overrides], RunMode.MULTIRUN, validate_sweep_overrides=False)
         check_hydra(config)
+        if plugin := plugin_of(config):
+            typed = launcher_overrides(OverridesParser.create().parse_overrides(options.overrides))
+            typed_alone = [f"hydra/launcher={plugin}", *typed]
+            check_launcher(config, defaults.compose_config("config", typed_alone, RunMode.MULTIRUN))
+            check_secrets(config)
         return config
 
     config = compose(options.overrides)
     if not options.multirun and config.hydra.mode != RunMode.MULTIRUN:
-        return []
+        return None
     written: Any = OmegaConf.to_container(config.hydra.overrides)
     params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
     overrides = OverridesParser.create().parse_overrides([*params, *written["task"]])
     jobs = BasicSweeper.split_arguments(overrides, None)[0]
-    check_run_dirs([compose([*written["hydra"], *job]) for job in jobs])  # each job may choose other files
-    return [override.key_or_group for override in overrides if override.is_sweep_override()]
+    configs = [compose([*written["hydra"], *job]) for job in jobs]  # each job may choose other files
+    check_run_dirs(configs)
+    varied = [override.key_or_group for override in overrides if override.is_sweep_override()]
+    if shared := next((key for key in varied if key.split(".")[0] == "sweep"), None):
+        raise UserError("CONFIG", f"{shared}: is the same for all jobs of a sweep", "give one value")
+    return Sweep(varied, jobs, configs, plugin_of(config))
 
 
 def check_hydra(config: DictConfig) -> None:
@@ -152,7 +189,7 @@ def check_hydra(config: DictConfig) -> None:
         if isinstance(config.hydra[group], DictConfig):  # interpolations may add targets
             targets |= dict(_targets(OmegaConf.to_container(config.hydra[group], resolve=True), f"hydra.{group}."))
     for key, value in targets.items():
-        if HYDRA_TARGETS.get(key) != value:
+        if not isinstance(value, str) or value not in HYDRA_TARGETS.get(key, ()):
             raise _would_run(f"{key}: {redact(str(value), config)}")
     if OmegaConf.select(config, "hydra.callbacks"):
         raise _would_run("hydra.callbacks")

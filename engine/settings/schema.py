@@ -216,6 +216,12 @@ class WinRateSettings(Group):
     endpoint: dict[str, Any] | None
 
 
+class SweepSettings(Group):
+    jobs: Count | None
+    gpus_per_job: Count | None
+    dir: PossiblePath | None
+
+
 class WandbSettings(Group):
     enabled: bool
     entity: Text | None
@@ -321,6 +327,7 @@ class Settings(Group):
     wandb: WandbSettings
     tensorboard: bool
     report: Literal["html", "png"] | None
+    sweep: SweepSettings
 
     model: ModelSettings
     mixed_precision: LowDtype | None

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from engine.settings.keys import keyword_names
 from engine.settings.messages import shown
 from engine.settings.presets import CONFIG_DIR
-from engine.settings.schema import CriticSettings, RolloutSettings, Settings
+from engine.settings.schema import CriticSettings, RolloutSettings, Settings, SweepSettings
 from utils import UserError
 
 EMBEDDED = {"films"}  # data sets that read no files
@@ -26,6 +26,7 @@ class Context:
         files: data sets chosen by path.
         has_reference: the loss compares with a reference model.
         learns_dialogues: the loss learns every response of a dialogue.
+        is_sweep: the run is a job of a sweep.
     """
 
     settings: Settings
@@ -33,6 +34,7 @@ class Context:
     files: list[str]
     has_reference: bool
     learns_dialogues: bool
+    is_sweep: bool
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,10 @@ def _without_vllm(run: Context) -> str | None:
 
 def _without_overlong_buffer(run: Context) -> str | None:
     return _offline(run) or ("rollout.overlong_buffer is null" if not run.settings.rollout.overlong_buffer else None)
+
+
+def _without_sweep(run: Context) -> str | None:
+    return None if run.is_sweep else "there is one job; -m starts a sweep"
 
 
 def _without_wandb(run: Context) -> str | None:
@@ -190,6 +196,7 @@ UNUSED = (
     Unused("collective_timeout", _in_one_process),
     Unused("resume_allow", lambda run: None if run.settings.resume else "resume is null"),
     Unused("plan_hardware", lambda run: None if run.settings.plan else "plan=false"),
+    *(Unused(f"sweep.{name}", _without_sweep) for name in SweepSettings.model_fields),
     Unused("wandb.entity", _without_wandb),
     Unused("wandb.project", _without_wandb),
     Unused("save_every", _without_checkpoints),
@@ -235,12 +242,15 @@ def _load(path: Path) -> Any:
     return OmegaConf.load(path)
 
 
-def check_unused(settings: Settings, dataset_names: Collection[str], has_experiment: bool = False) -> list[str]:
+def check_unused(
+    settings: Settings, dataset_names: Collection[str], has_experiment: bool = False, is_sweep: bool = False
+) -> list[str]:
     """Warnings about settings that change nothing, each a line. Values of this program's YAML files need none.
 
     Args:
         dataset_names: the names `datasets` may have beside paths.
         has_experiment: some values may be of config/experiment.
+        is_sweep: the run is a job of a sweep.
 
     Raises:
         UserError: CONFIG, for settings that are surely a mistake.
@@ -254,6 +264,7 @@ def check_unused(settings: Settings, dataset_names: Collection[str], has_experim
         files=[name for name in settings.datasets if name not in dataset_names],
         has_reference="reference" in settings.loss.needs,
         learns_dialogues=loss.batch == "sft",
+        is_sweep=is_sweep,
     )
     mistakes, warnings = [], []
     for each in UNUSED:
