@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout, suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -29,20 +29,21 @@ from engine.placement.worker import STOPPED
 from engine.placement.world import World, world_from_environment
 from engine.run.failures import CRASH_NOTE, as_failure, as_user_error
 from engine.run.model_pins import with_models
-from engine.run.run_dir import crash_log, derive_names, open_run, time_stamp
+from engine.run.run_dir import crash_log, derive_names, open_run, sweep_directory, time_stamp
 from engine.run.run_files import is_untrained
 from engine.run.run_record import write_record
 from engine.run.stop_notice import stop_notice
 from engine.settings.hydra_errors import explain_hydra_error
-from engine.settings.hydra_guard import Sweep, check_command_line, split_arguments
+from engine.settings.hydra_guard import check_command_line, split_arguments
 from engine.settings.reading import read_settings, settings_from_text, settings_to_text
 from engine.settings.schema import Settings
 from engine.settings.secrets import redact
 from engine.settings.sweeps import quoted_for_hydra, resolve_hydra, sweep_name
 from engine.settings.unused import check_unused
-from engine.sweep.jobs import Job, first_failure, read_result, write_result
+from engine.sweep.jobs import Job
+from engine.sweep.plugins import have_begun, output_place, prepare_directory, read_result, write_result
 from engine.sweep.pool import run_jobs
-from utils import BestEffortStream, UserError, local_dir
+from utils import BestEffortStream, local_dir
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
@@ -52,13 +53,8 @@ if TYPE_CHECKING:  # they take seconds to import
     from engine.data.examples import Split
 
 
-def run(config: DictConfig, varied: Sequence[str] = ()) -> int:
-    """Run training, here or in workers; returns the exit status.
-
-    Args:
-        varied: keys that differ between the jobs of a sweep.
-    """
-    settings = prepare(config, varied)
+def run(settings: Settings) -> int:
+    """Run training, here or in workers; returns the exit status."""
     given = world_from_environment()
     num_processes = given.size if given else choose_num_processes(settings)
     check_processes(settings, num_processes, is_given=given is not None)
@@ -212,8 +208,13 @@ def run_job(config: DictConfig, varied: Sequence[str]) -> int:
     """Run one job of the command line, print its error, if any, and return its exit status."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print_job(config)
+    return attempt(lambda: run(prepare(config, varied)), config)
+
+
+def attempt(function: Callable[[], int], config: DictConfig) -> int:
+    """The exit status that function returns, or that of its error, which is printed."""
     try:
-        return run(config, varied)
+        return function()
     except Exception as error:
         world = world_from_environment() or World()
         failure = as_failure(error, config)
@@ -252,7 +253,7 @@ def prepare_job(config: DictConfig, varied: Sequence[str], started: str) -> Job:
     return job
 
 
-def run_elsewhere(config: DictConfig, varied: Sequence[str], started: str, directory: Path) -> None:
+def run_elsewhere(config: DictConfig, varied: Sequence[str], started: str, directory: Path, plugin: str) -> None:
     """Run a job that a plugin of Hydra has brought to this process, and leave its result.
 
     Args:
@@ -260,34 +261,18 @@ def run_elsewhere(config: DictConfig, varied: Sequence[str], started: str, direc
     """
     register_resolvers()
     sys.argv = [str(launcher.PROGRAM)]  # of the command that resumes it
-    world = world_from_environment()
-    if world is None:
-        job = prepare_job(config, varied, started)
-        run_jobs([job])
-    else:  # tasks of Slurm are the processes of the run
-        job = Job(HydraConfig.get().job.num, status=run_job(config, varied))
+    job, world = prepare_job(config, varied, started), world_from_environment()
+    settings = job.settings
+    try:
+        if world is None:
+            run_jobs([job], is_prefixed=plugin == "joblib")  # one terminal for all
+        elif settings is not None:  # tasks of Slurm are the processes of the run
+            job.run_dir = Path(settings.local_run_dir or "")
+            job.status = attempt(lambda: run(settings), config)
+    except SystemExit as exit:  # stopped by a signal
+        job.status = int(exit.code or 0)
     if world is None or world.rank == 0:
         write_result(job, directory)
-
-
-def finish_sweep(sweep: Sweep, jobs: Sequence[Job], directory: Path) -> int:
-    """Print the table of a sweep, and write its page; returns its exit status."""
-    from engine.sweep.summary import summarize
-
-    reports = {config.get("report") for config in sweep.configs}
-    try:
-        summarize(jobs, sweep.varied, directory, None if reports == {None} else "png" in reports)
-    except UserError as error:
-        print(redact(str(error)), file=sys.stderr)
-        return first_failure(jobs) or error.exit_status
-    return first_failure(jobs)
-
-
-def sweep_directory(sweep: Sweep, started: str) -> Path:
-    """The directory of the table and the page of a sweep, with the files of a plugin."""
-    config = sweep.configs[0]
-    root = local_dir(config.local_dirs) / f"sweep_{started}"
-    return Path(config.sweep.dir or root).absolute()
 
 
 def run_worker() -> int:
@@ -367,12 +352,12 @@ def compose_and_run() -> int:
     statuses: list[int] = []
     jobs: list[Job] = []
     varied: list[str] = []
-    started, directory, is_elsewhere = time_stamp(), Path(), False
+    started, directory, plugin = time_stamp(), Path(), ""
 
     @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="config")
     def command(config: DictConfig) -> None:
-        if is_elsewhere:
-            run_elsewhere(config, varied, started, directory)
+        if plugin:
+            run_elsewhere(config, varied, started, directory, plugin)
         elif HydraConfig.get().mode == RunMode.MULTIRUN and world_from_environment() is None:
             jobs.append(prepare_job(config, varied, started))
         else:
@@ -383,30 +368,31 @@ def compose_and_run() -> int:
     sweep = check_command_line(sys.argv[1:], command)
     if sweep is not None:
         varied += sweep.varied
-        directory = sweep_directory(sweep, started)
-        is_elsewhere = sweep.plugin is not None
-    if sweep is not None and sweep.plugin is not None:
-        prepare_plugin(directory)
-        sys.argv.append(f"hydra.sweep.dir={quoted_for_hydra(str(directory))}")
-    command()
+        directory, plugin = sweep_directory(sweep.configs[0], started), sweep.plugin or ""
+        if plugin:
+            prepare_directory(directory)
+            sys.argv.append(f"hydra.sweep.dir={quoted_for_hydra(str(directory))}")
+            print(
+                f"{len(sweep.jobs)} jobs by hydra/launcher={plugin}; output: {output_place(plugin, directory)}",
+                flush=True,
+            )
+    try:
+        command()
+    except Exception as error:
+        if not plugin or not have_begun(directory):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        line = f"error[DISTRIBUTED] hydra/launcher={plugin}: {reason}; fix: see {output_place(plugin, directory)}"
+        print(redact(line), file=sys.stderr)
     if sweep is None or statuses:
         return next((status for status in statuses if status), 0)
-    if is_elsewhere:
+    if plugin:
         jobs = [read_result(number, job, directory) for number, job in enumerate(sweep.jobs)]
     elif (stopped_by := run_jobs(jobs)) is not None:
         return 128 + stopped_by
-    return finish_sweep(sweep, jobs, directory)
+    from engine.sweep.summary import finish
 
-
-def prepare_plugin(directory: Path) -> None:
-    """Make the directory of a sweep that a plugin runs. Its files hold the command: it is for this user alone."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)
-    except OSError as error:
-        raise UserError("STORAGE", f"sweep.dir: {directory} cannot be made ({error})", "set another") from error
-    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))  # jobs import this program from anywhere
+    return finish(sweep, jobs, directory)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Program:
         with self._monkeypatch.context() as patches:
             patches.setattr(sys, "argv", ["train.py", *arguments])
             if is_plain:  # the check composes the config once more: a sixth of a short run
-                patches.setattr(train, "check_command_line", lambda *arguments: [])
+                patches.setattr(train, "check_command_line", lambda *arguments: None)
             self._capsys.readouterr()
             status = train.main()
         captured = self._capsys.readouterr()

@@ -20,7 +20,7 @@ from tests.configs import composed
 def run(overrides: Sequence[str], out: Path) -> None:
     """Run `python train.py *overrides` in this process; its output goes to the file out."""
     with open(out, "w") as stream, redirect_stdout(stream):
-        train.run(composed(*overrides))
+        train.run(train.prepare(composed(*overrides)))
 
 
 def main() -> int:

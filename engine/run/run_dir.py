@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from engine.models.archives import checkpoints, find_checkpoint, is_checkpoint, names_checkpoint
 from engine.run.model_pins import take_models
@@ -62,6 +62,16 @@ def derive_names(settings: Settings, moment: str | None = None) -> Names:
 
 def time_stamp() -> str:
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+
+
+def sweep_directory(config: DictConfig, moment: str) -> Path:
+    """The directory of the table and the page of a sweep.
+
+    Args:
+        config: of one of its jobs.
+        moment: ends its name, if it has none.
+    """
+    return Path(config.sweep.dir or local_dir(config.local_dirs) / f"sweep_{moment}").absolute()
 
 
 def default_cache_dir(root: Path) -> Path:

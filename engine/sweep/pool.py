@@ -4,7 +4,7 @@ import os
 import selectors
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Pool:
     Args:
         jobs: those without settings are left as they are.
         gpus: their names in CUDA_VISIBLE_DEVICES.
+        is_prefixed: other jobs write to the terminal at the same time, beside those of the pool.
         command: starts a worker.
     """
 
@@ -43,6 +44,7 @@ class Pool:
         self,
         jobs: Sequence[Job],
         gpus: Sequence[str],
+        is_prefixed: bool = False,
         command: Sequence[str | Path] = (sys.executable, PROGRAM),
     ):
         self._waiting = deque((job, job.settings) for job in jobs if job.settings is not None)
@@ -51,6 +53,7 @@ class Pool:
         self._running: list[Running] = []
         limit = self._waiting[0][1].sweep.jobs if self._waiting else None
         self._limit = min(limit or len(gpus) or 1, max(len(self._waiting), 1))
+        self._is_prefixed = is_prefixed or self._limit > 1
 
     def run(self) -> int | None:
         """Run all jobs, and set their statuses; returns the signal that stopped them, if any."""
@@ -92,7 +95,7 @@ class Pool:
             return False
         self._waiting.popleft()
         gpus, self._free = self._free[:num_gpus], self._free[num_gpus:]
-        workers = WorkerGroup(job.label, self._environment(gpus, num_processes), self._limit > 1)
+        workers = WorkerGroup(job.label, self._environment(gpus, num_processes), self._is_prefixed)
         self._running.append(Running(job, settings, workers, gpus))
         _print_start(job, settings)
         workers.start(settings_to_text(settings, names_of(settings)), num_processes, self._command, selector, stop)
@@ -136,9 +139,9 @@ class Pool:
             print(f"{job.label}: {notice}", file=sys.stderr)
 
 
-def run_jobs(jobs: Sequence[Job], count_gpus: Callable[[], int] = launcher.count_gpus) -> int | None:
+def run_jobs(jobs: Sequence[Job], is_prefixed: bool = False) -> int | None:
     """Run the jobs of a sweep here, and set their statuses; returns the signal that stopped them, if any."""
-    return Pool(jobs, visible_gpus(count_gpus())).run()
+    return Pool(jobs, visible_gpus(launcher.count_gpus()), is_prefixed).run()
 
 
 def visible_gpus(num: int) -> list[str]:

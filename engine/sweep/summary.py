@@ -2,14 +2,17 @@
 
 import csv
 import io
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from engine.report.page import number
 from engine.report.run_log import Row, RunLog, is_number, read_run_log
 from engine.report.writing import PAGE, write_report
+from engine.settings.hydra_guard import Sweep
+from engine.settings.secrets import redact
 from engine.settings.sweeps import varied_values
-from engine.sweep.jobs import Job
+from engine.sweep.jobs import Job, first_failure
 from utils import UserError, printable, write_atomically
 
 RESULTS = "results.csv"
@@ -24,6 +27,23 @@ METRICS = (
     "rewards_eval/sampled",
 )
 NOT_REPORTED = "counters/"
+
+
+def finish(sweep: Sweep, jobs: Sequence[Job], directory: Path) -> int:
+    """Print the table of a sweep with any run, and write its page; returns its exit status.
+
+    Args:
+        directory: of the results and the page.
+    """
+    if not any(job.run_dir for job in jobs):
+        return first_failure(jobs)
+    reports = {config.get("report") for config in sweep.configs}
+    try:
+        summarize(jobs, sweep.varied, directory, None if reports == {None} else "png" in reports)
+    except UserError as error:
+        print(redact(str(error)), file=sys.stderr)
+        return first_failure(jobs) or error.exit_status
+    return first_failure(jobs)
 
 
 def summarize(jobs: Sequence[Job], varied: Collection[str], directory: Path, pictures: bool | None) -> None:

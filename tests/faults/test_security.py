@@ -16,6 +16,7 @@ import train
 from engine.run.tensorboard_logger import as_markdown
 from engine.settings.keys import all_keys
 from engine.settings.secrets import REDACTED, comparable, is_secret_name, public, redact, secrets_of
+from engine.sweep.jobs import Job
 from tests.prose import tree_files
 from tests.runs import QUICK, SMALL, Program
 
@@ -263,12 +264,12 @@ def test_hydra_leaves_no_sweep_file(tmp_path, monkeypatch: pytest.MonkeyPatch, p
         assert run.status == 2 and run.err.count("\n") == 1 and f"{key}: Hydra would write" in run.err
     found: list[Path] = []
 
-    def look(config: DictConfig, varied: list[str]) -> int:
+    def look(config: DictConfig, varied: list[str], started: str) -> Job:
         found.extend(tmp_path.rglob("multirun.yaml"))
         assert HF_TOKEN not in read_all(tmp_path)
-        return 0
+        return Job(0, status=0)
 
-    monkeypatch.setattr(train, "run", look)
+    monkeypatch.setattr(train, "prepare_job", look)
     program.ok("-m", secret, "seed=1,2")
     assert len(found) == 2 and not any(path.exists() and path.stat().st_size for path in found)
     assert not list(tmp_path.rglob("multirun.yaml"))

@@ -273,16 +273,26 @@ def test_the_last_line_of_a_stopped_run_resumes_it(inputs: Path, uninterrupted_r
 
 def test_a_stopped_job_of_a_sweep_is_resumed_alone(inputs: Path, tmp_path: Path) -> None:
     arguments = [each for each in command(inputs, tmp_path) if not each.startswith(("local_run_dir=", "resume="))]
-    prepare = partial(signal_in_step, 3, signal.SIGTERM, 0)
-    sweep = ["seed=5,6", *arguments, "-m", f"local_dirs=[{tmp_path}]", "n_examples=16"]
-    status, out, err = complete(sweep, tmp_path / "output", prepare=prepare)
-    assert status == 128 + signal.SIGTERM and "job 1" not in out, err
+    sweep = ["seed=5,6", *arguments, "-m", f"local_dirs=[{tmp_path}]", "n_epochs=10", "n_examples=600"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *sweep],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not any("loss/train" in log.read_text() for log in tmp_path.rglob("metrics.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "job 1" not in out, err
     resumed = shlex.split(err.splitlines()[-1].partition("to resume: ")[2])[2:]
     assert "seed=5" in resumed and "-m" not in resumed and resumed[-1] == "resume=auto"
     status, out, err = complete(resumed, tmp_path / "output")
-    assert status == 0 and "/step-12" in out, err
+    assert status == 0 and "resumed from " in out, err
     run_dir = Path(out.splitlines()[-1].removeprefix("run_dir: "))
-    assert "_seed-5_" in run_dir.name and saved(run_dir)[-1] == "step-16"
+    assert "_seed-5_" in run_dir.name and saved(run_dir)[-1] == "step-600"
 
 
 def test_a_signal_to_one_rank_stops_all(inputs: Path, uninterrupted_run_on_two: Path, tmp_path: Path) -> None:
