@@ -71,7 +71,7 @@ def check_secrets(config: DictConfig) -> None:
     written: Any = OmegaConf.to_container(config.hydra.overrides)
     overrides = [override for group in written.values() for override in group]
     keys = [override.partition("=")[0] for override in overrides if redact(override, config) != override]
-    keys += keys_with_secrets(config)
+    keys += sorted(keys_with_secrets(config), key=lambda key: key.startswith("hydra."))  # the copies come last
     if keys:
         problem = f"{clipped(keys[0])}: holds a secret, and hydra/launcher={plugin_of(config)} writes the command down"
         raise UserError("CONFIG", problem, "leave it to the environment (HF_TOKEN, WANDB_API_KEY)")
