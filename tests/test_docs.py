@@ -29,6 +29,7 @@ from engine.compare.session import Session
 from engine.export.saved_models import load_saved
 from engine.judges.client import JudgeClient
 from engine.models.score_head import AUTO_CLASSES, SCORE_WEIGHT
+from engine.settings.hydra_guard import check_command_line
 from engine.settings.keys import all_keys
 from losses import LOSSES
 from tests.compared import ask, browser, round_of, vote
@@ -52,7 +53,7 @@ def blocks(page: Path) -> list[list[str]]:
 
 
 def num_runs(block: list[str]) -> int:
-    return sum("train.py" in line for line in block)
+    return sum(3 if " -m " in line else 1 for line in block if "train.py" in line)
 
 
 def cases() -> list[object]:
@@ -163,8 +164,15 @@ def test_every_command_runs(block: list[str], program: Program, archive: Path, m
 
 
 def run_training(arguments: list[str], program: Program) -> None:
+    if any(argument.startswith("hydra/launcher=") for argument in arguments):  # tests/test_sweeps.py has them
+        sweep = check_command_line(arguments, run_training)
+        assert sweep is not None and sweep.plugin
+        return
     sizes = () if any("model.architecture" in argument for argument in arguments) else SMALL
     run = program.ok(*arguments, "n_examples=4", defaults=sizes + QUICKER)
+    if "-m" in arguments:
+        assert run.out.splitlines()[-1].startswith("results: ") and " failed (" not in run.out
+        return
     prints_no_run = {"--help", "plan=true"} & set(arguments)
     assert prints_no_run or run.out.splitlines()[-1].startswith("run_dir: ")
     given = next((word.removeprefix("model.archive=") for word in arguments if word.startswith("model.archive=")), "")
@@ -237,6 +245,8 @@ def check_command(words: list[str]) -> None:
     elif Path(words[0]).name == "python":
         source = (ROOT / words[1]).read_text()
         assert all(f'"{word}"' in source for word in words if word.startswith("--"))
+    elif words[:2] == ["pip", "install"]:
+        assert "".join(words[2:]) in (ROOT / "requirements.txt").read_text().splitlines()
     elif words[0] == ".venv/bin/pip":
         assert words[1:] == ["install", "pre-commit", "&&", ".venv/bin/pre-commit", "install"]
         assert (ROOT / ".pre-commit-config.yaml").exists()

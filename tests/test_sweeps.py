@@ -15,15 +15,19 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from engine.report.run_log import RunLog
 from engine.settings.hydra_errors import missing_preset
+from engine.settings.hydra_guard import check_command_line
+from engine.settings.reading import read_settings
 from engine.settings.sweeps import resolve_hydra, varied_values
 from engine.sweep import jobs as sweep_jobs
 from engine.sweep import plugins, pool, summary
 from engine.sweep.jobs import Job
-from tests.configs import make_settings
+from preference_datasets import DATASETS
+from tests.configs import composed, make_settings
 from tests.prose import ROOT
 from tests.runs import QUICK, SMALL, Program
 from utils import UserError, one_at_a_time
@@ -255,6 +259,50 @@ def test_a_sweep_from_the_command_line(program: Program) -> None:
     assert run.out.splitlines()[-1] == f"report: {directory / 'report.html'}"
 
 
+# ---- Examples ----
+
+# What sbatch and SkyPilot read, as far as the examples use it.
+SBATCH_OPTIONS = {
+    "job-name", "nodes", "ntasks", "gpus-per-node", "cpus-per-task", "mem", "time", "signal", "output",
+}  # fmt: skip
+SKY_FIELDS = {"name", "workdir", "resources", "envs", "secrets", "file_mounts", "setup", "run"}
+
+
+def scripts_of_examples() -> dict[str, str]:
+    sky = yaml.safe_load((ROOT / "examples" / "sweep.sky.yaml").read_text())
+    return {"sweep.sbatch": (ROOT / "examples" / "sweep.sbatch").read_text(), "sweep.sky.yaml": sky["run"]}
+
+
+@pytest.mark.parametrize("name", ["sweep.sbatch", "sweep.sky.yaml"])
+def test_commands_of_examples_compose(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bash splits them into words. Each is composed, and its settings are read."""
+    script = scripts_of_examples()[name]
+    stubs = "source() { :; }; pip() { :; }; exec() { \"$@\"; }; python() { printf '%s\\0' \"$@\"; printf '\\n'; }\n"
+    environment = {"SFT_RUN": "runs/sft", "PATH": os.environ["PATH"]}
+    result = subprocess.run(["bash"], input=stubs + script, env=environment, capture_output=True, text=True, check=True)
+    commands = [line.rstrip("\0").split("\0") for line in result.stdout.splitlines()]
+    assert len(commands) == (1 if name == "sweep.sbatch" else 2)
+    OmegaConf.register_new_resolver("sweep_dir", lambda: "/nowhere", replace=True)
+    for program, *arguments in commands:
+        assert program == "train.py"
+        sweep = checked(*arguments)
+        if sweep is None:
+            read_settings(composed(*arguments), DATASETS)
+            continue
+        settings = [read_settings(config, DATASETS) for config in sweep.configs]
+        assert [each.loss.keywords["beta"] for each in settings] == [0.05, 0.1, 0.3, 1]
+        assert len({each.local_run_dir for each in settings}) == 4
+        assert {(each.resume, each.sweep.gpus_per_job) for each in settings} == {("auto", 2)}
+
+
+def test_forms_of_examples() -> None:
+    options = re.findall(r"^#SBATCH --([\w-]+)=\S+$", scripts_of_examples()["sweep.sbatch"], re.MULTILINE)
+    assert {*options} == SBATCH_OPTIONS and len(options) == len(SBATCH_OPTIONS)
+    sky = yaml.safe_load((ROOT / "examples" / "sweep.sky.yaml").read_text())
+    assert sky.keys() == SKY_FIELDS and sky["resources"].keys() == {"accelerators", "use_spot", "disk_size"}
+    assert subprocess.run(["bash", "-n"], input=sky["setup"] + sky["run"], text=True).returncode == 0
+
+
 # ---- Launchers of plugins ----
 
 
@@ -320,12 +368,7 @@ def test_a_launcher_cannot_run_code_of_a_config(
 
 def checked(*arguments: str) -> Any:
     """What the check of a command line finds."""
-    import train
-
-    def command(config: Any) -> None: ...
-
-    command.__module__ = train.__name__
-    return train.check_command_line(arguments, command)
+    return check_command_line(arguments, checked)
 
 
 def test_a_launcher_may_be_configured(configs: Path) -> None:
@@ -375,7 +418,7 @@ def check_sweep(result: subprocess.CompletedProcess[str], directory: Path) -> No
     assert result.returncode == 2, result.stderr
     assert (directory / "sweep").stat().st_mode & 0o777 == 0o700
     found = [*csv.DictReader((directory / "sweep" / "results.csv").read_text().splitlines())]
-    assert [(row["lr"], row["status"]) for row in found] == [("1e-3", "0"), ("-1", "2"), ("1e-4", "0")]
+    assert [(row["lr"], row["status"]) for row in found] == [("0.001", "0"), ("-1", "2"), ("0.0001", "0")]
     assert all(float(row["loss/eval"]) > 0 for row in (found[0], found[2]))
     assert all((Path(row["run_dir"]) / "step-4").is_dir() for row in (found[0], found[2]))
 
@@ -430,7 +473,7 @@ def test_a_sweep_by_slurm(tmp_path: Path) -> None:
         (commands / name).chmod(0o755)
     result = swept(
         tmp_path, "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "lr=1e-3,-1,1e-4",
-        "hydra.launcher.setup=[export SET_UP=1]", "hydra.launcher.gpus_per_node=1",
+        "hydra.launcher.setup=['export SET_UP=1']", "hydra.launcher.gpus_per_node=1",
         PATH=f"{commands}:{os.environ['PATH']}", SEEN=f"{tmp_path}/seen",
     )  # fmt: skip
     check_sweep(result, tmp_path)
