@@ -28,6 +28,7 @@ from engine.placement.processes import check_processes, choose_num_processes, us
 from engine.placement.worker import STOPPED
 from engine.placement.world import World, world_from_environment
 from engine.run.failures import CRASH_NOTE, as_failure, as_user_error
+from engine.run.logger_packages import check_loggers
 from engine.run.model_pins import with_models
 from engine.run.run_dir import crash_log, derive_names, open_run, sweep_directory, time_stamp
 from engine.run.run_files import is_untrained
@@ -61,6 +62,7 @@ def run(settings: Settings) -> int:
     if settings.plan:
         print_plan(settings, num_processes)
         return 0
+    check_loggers(settings)
     if given or num_processes == 1:
         status = run_here(settings)
     else:

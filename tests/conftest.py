@@ -10,6 +10,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HOME", str(Path("~/.cache/huggingface").expanduser()))  # before the next line moves it
 os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir(), f"trainer-tests-{os.getuid()}"))  # spares the user's
+os.environ["TRACKIO_DIR"] = str(Path(os.environ["XDG_CACHE_HOME"], "trackio"))
 
 import pytest
 import torch

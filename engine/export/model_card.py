@@ -12,7 +12,10 @@ from engine.export.saved_models import SavedModel
 from engine.models.score_head import has_score_head, stored_rewards
 
 # Keys about the machine of a run. They do not affect training.
-LOCAL_KEYS = ("local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "wandb", "tensorboard", "debug")
+LOCAL_KEYS = (
+    *("local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "debug"),
+    *("wandb", "mlflow", "trackio", "tensorboard"),
+)
 
 
 def model_card(name: str, saved: SavedModel, record: RunRecord) -> str:

@@ -1,4 +1,4 @@
-"""Log a run: files of its directory, the terminal, wandb, TensorBoard and the report."""
+"""Log a run: files of its directory, the terminal, the report, and wandb and the like."""
 
 import json
 import shutil
@@ -11,10 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.run.background_logger import BackgroundLogger, Logger, Metrics
+from engine.run.background_logger import BackgroundLogger, Logger, Metrics, WriteLine
+from engine.run.mlflow_logger import MLflow
 from engine.run.report_writer import ReportWriter
 from engine.run.run_warnings import WARNINGS_FILE, RunWarnings, describe
 from engine.run.tensorboard_logger import TensorBoard
+from engine.run.trackio_logger import Trackio
 from engine.run.wandb_logger import Wandb
 from engine.settings.schema import Settings
 from engine.settings.secrets import redact
@@ -74,12 +76,17 @@ class Loggers:
         def write(line: str) -> None:
             self.print(redact(line, settings.source))  # errors of libraries may contain secrets
 
+        def start(name: str, build: Callable[[WriteLine], Logger]) -> None:
+            self._loggers.append(BackgroundLogger(name, build, write))
+
         if settings.wandb.enabled and not settings.debug:
-            self._loggers.append(
-                BackgroundLogger("wandb", lambda write_line: Wandb(settings, run_dir, write_line), write)
-            )
+            start("wandb", lambda write_line: Wandb(settings, run_dir, write_line))
+        if settings.mlflow.enabled and not settings.debug:
+            start("mlflow", lambda write_line: MLflow(settings, run_dir, write_line))
+        if settings.trackio.enabled and not settings.debug:
+            start("trackio", lambda write_line: Trackio(settings, run_dir))
         if settings.tensorboard:
-            self._loggers.append(BackgroundLogger("tensorboard", lambda write_line: TensorBoard(run_dir), write))
+            start("tensorboard", lambda write_line: TensorBoard(run_dir))
         self._report = ReportWriter(settings, run_dir, write) if settings.report and not settings.debug else None
 
     def print(self, text: str) -> None:

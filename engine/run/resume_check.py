@@ -12,7 +12,8 @@ from utils import UserError
 
 # Keys with no effect on the trained weights. They may change on resume.
 FREE_ON_RESUME = {
-    "exp_name", "local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "debug", "wandb", "tensorboard",
+    "exp_name", "local_dirs", "local_run_dir", "cache_dir", "data_dir", "resume", "debug", "wandb", "mlflow",
+    "trackio", "tensorboard",
     "minimum_log_interval_secs", "save_every", "keep_checkpoints", "keep_best", "compile", "do_first_eval",
     "eval_every",
     "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples", "resume_allow",

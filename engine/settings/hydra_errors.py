@@ -13,7 +13,7 @@ from engine.settings.messages import bracketed, did_you_mean, nearest
 from engine.settings.presets import CONFIG_DIR
 from utils import UserError
 
-GROUPS = ["model", "loss", "peft", "wandb"]
+GROUPS = ["model", "loss", "peft", "wandb", "mlflow", "trackio"]
 HELP = "python train.py --help lists every key"
 
 

@@ -228,6 +228,17 @@ class WandbSettings(Group):
     project: Text
 
 
+class MLflowSettings(Group):
+    enabled: bool
+    tracking_uri: Text | None
+    experiment: Text
+
+
+class TrackioSettings(Group):
+    enabled: bool
+    project: Text
+
+
 class WarningSettings(Group):
     """Limits of run_warnings.CHECKS, by name."""
 
@@ -325,6 +336,8 @@ class Settings(Group):
     warnings: WarningSettings
     minimum_log_interval_secs: NonNegative
     wandb: WandbSettings
+    mlflow: MLflowSettings
+    trackio: TrackioSettings
     tensorboard: bool
     report: Literal["html", "png"] | None
     sweep: SweepSettings

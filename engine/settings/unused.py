@@ -113,10 +113,13 @@ def _without_sweep(run: Context) -> str | None:
     return None if run.is_sweep else "there is one job; -m starts a sweep"
 
 
-def _without_wandb(run: Context) -> str | None:
-    if run.settings.debug:
-        return "debug=true logs nothing to wandb"
-    return None if run.settings.wandb.enabled else "wandb.enabled=false"
+def _without_logger(name: str) -> Callable[["Context"], str | None]:
+    def reason(run: Context) -> str | None:
+        if run.settings.debug:
+            return f"debug=true logs nothing to {name}"
+        return None if getattr(run.settings, name).enabled else f"{name}.enabled=false"
+
+    return reason
 
 
 def _without_checkpoints(run: Context) -> str | None:
@@ -197,8 +200,11 @@ UNUSED = (
     Unused("resume_allow", lambda run: None if run.settings.resume else "resume is null"),
     Unused("plan_hardware", lambda run: None if run.settings.plan else "plan=false"),
     *(Unused(f"sweep.{name}", _without_sweep) for name in SweepSettings.model_fields),
-    Unused("wandb.entity", _without_wandb),
-    Unused("wandb.project", _without_wandb),
+    Unused("wandb.entity", _without_logger("wandb")),
+    Unused("wandb.project", _without_logger("wandb")),
+    Unused("mlflow.tracking_uri", _without_logger("mlflow")),
+    Unused("mlflow.experiment", _without_logger("mlflow")),
+    Unused("trackio.project", _without_logger("trackio")),
     Unused("save_every", _without_checkpoints),
     Unused("keep_checkpoints", _without_checkpoints),
     Unused("keep_best", _without_checkpoints),

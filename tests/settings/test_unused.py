@@ -53,6 +53,12 @@ WARNED = {
     "plan_hardware": (("plan_hardware=h100",), ("plan_hardware=h100", "plan=true")),
     "wandb.entity": (("wandb.entity=me", "wandb.enabled=false"), ("wandb.entity=me",)),
     "wandb.project": (("wandb.project=mine", "debug=true"), ("wandb.project=mine",)),
+    "mlflow.tracking_uri": (("mlflow.tracking_uri=a",), ("mlflow.tracking_uri=a", "mlflow.enabled=true")),
+    "mlflow.experiment": (
+        ("mlflow.experiment=a", "mlflow.enabled=true", "debug=true"),
+        ("mlflow.experiment=a", "mlflow.enabled=true"),
+    ),
+    "trackio.project": (("trackio.project=a",), ("trackio.project=a", "trackio.enabled=true")),
     "save_every": (("save_every=8", "debug=true"), ("save_every=8",)),
     "keep_checkpoints": (("keep_checkpoints=7", "debug=true"), ("keep_checkpoints=7",)),
     "keep_best": (("keep_best=loss/eval", "debug=true"), ("keep_best=loss/eval",)),
