@@ -36,7 +36,7 @@ class ExportOptions(Options):
         alias="from", description="a run directory, a checkpoint or adapter in it, a model's directory, or meta"
     )
     to: PossiblePath = Field(description="the directory to write (or FILE.gguf, FILE.pt); must not exist")
-    format: Literal["hf", "gguf", "policy_pt"] = Field("hf", description="hf, gguf (llama.cpp) or policy_pt")
+    format: Literal["hf", "gguf", "policy_pt"] = Field("hf", description="hf, gguf (llama.cpp, Ollama) or policy_pt")
     dtype: FloatName | GGUFType | None = Field(
         None, description="float32, float16, bfloat16, for gguf also q8_0, q4_0; null: as stored"
     )
@@ -66,8 +66,9 @@ def export(options: ExportOptions) -> None:
         raise UserError(
             "CONFIG", f"to: {target.name} is no name for format={kind}", f"add format={right}, or rename it"
         )
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError("CONFIG", f"to: {target} exists", "give another directory, or remove it")
+    for path in (target, modelfile_of(target)) if kind == "gguf" else (target,):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError("CONFIG", f"to: {path} exists", "give another directory, or remove it")
     is_meta = options.source == "meta"
     if is_meta != (options.path is not None):
         problem = "from=meta needs path" if is_meta else "path is for from=meta"
@@ -87,13 +88,20 @@ def export(options: ExportOptions) -> None:
         if kind == "hf":
             write_hf(path, saved, record, name, template)
         elif kind == "gguf":
-            write_gguf(path, saved, gguf_dtype, name, template)
+            write_gguf(path, path.with_name(modelfile_of(target).name), saved, gguf_dtype, name, template)
         else:
             write_policy_pt(path, saved, record)
     files = [*target.glob("*.gguf")] if kind == "gguf" and target.is_dir() else [target]
+    if kind == "gguf":
+        print(f"for Ollama: {modelfile_of(target)}")
     print(f"exported: {files[0]}", flush=True)
     if options.push_to_hub:
         push(target, options.push_to_hub)
+
+
+def modelfile_of(target: Path) -> Path:
+    """The Modelfile of a GGUF export: in its directory, or beside its file."""
+    return target.with_suffix(".Modelfile") if target.suffix.lower() == ".gguf" else target / "Modelfile"
 
 
 def load(options: ExportOptions, dtype: str | None) -> "tuple[SavedModel, RunRecord]":
@@ -157,7 +165,7 @@ def atomic_target(target: Path, file: str | None) -> Iterator[Path]:
 
     Args:
         target: a directory, or a file if it has the suffix of `file`.
-        file: name of the only file; None for a directory with several.
+        file: name of the main file; None for a directory without one.
 
     Raises:
         UserError: STORAGE; the temporary files are removed.
@@ -174,7 +182,8 @@ def atomic_target(target: Path, file: str | None) -> Iterator[Path]:
                 with open(path, "rb") as opened:
                     os.fsync(opened.fileno())
         if is_file:
-            os.replace(temporary / target.name, target)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == target.name):  # the target last
+                os.replace(path, target.with_name(path.name))
         else:
             if target.is_dir():
                 target.rmdir()  # empty
@@ -196,14 +205,17 @@ def write_hf(path: Path, saved: "SavedModel", record: "RunRecord", name: str, te
     (path / "README.md").write_text(model_card(name, saved, record), encoding="utf-8")
 
 
-def write_gguf(path: Path, saved: "SavedModel", dtype: str, name: str, template: Any) -> None:
-    """Write a file for llama.cpp."""
+def write_gguf(path: Path, modelfile: Path, saved: "SavedModel", dtype: str, name: str, template: Any) -> None:
+    """Write a file for llama.cpp, and a Modelfile for Ollama."""
     from engine.export.gguf import plan_gguf
+    from engine.export.modelfile import modelfile_text
 
     plan = plan_gguf(saved.model, saved.tokenizer, dtype, name=name, chat_template=template)
-    for note in plan.notes:
+    text, notes = modelfile_text(path.name, saved.tokenizer, template)
+    for note in [*plan.notes, *notes]:
         print(f"note: {note}")
     plan.write(path)
+    modelfile.write_text(text, encoding="utf-8")
 
 
 def write_policy_pt(path: Path, saved: "SavedModel", record: "RunRecord") -> None:

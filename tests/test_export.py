@@ -176,7 +176,9 @@ def test_gguf(sft_run, tmp_path, run_export, to):
     trained = loaded(sft_run / "LATEST")
     expected = trained.model.embed_tokens.weight.detach().numpy()
     assert np.abs(weights["token_embd.weight"] - expected).max() <= np.abs(expected).max() / 127
-    assert len(list(tmp_path.iterdir())) == 1
+    modelfile = tmp_path / ("x.Modelfile" if "." in to else "folder/Modelfile")
+    assert modelfile.read_text().startswith(f"FROM ./{'x' if '.' in to else 'folder-q8_0'}.gguf\nTEMPLATE ")
+    assert len(list(modelfile.parent.iterdir())) == 2
 
 
 @pytest.mark.parametrize("to", ["x{}.gguf", "a{b}"])
@@ -184,7 +186,11 @@ def test_gguf_takes_any_name(sft_run, tmp_path, run_export, to):
     status, out, err = run_export(f"from={sft_run}", f"to={tmp_path}/{to}", "format=gguf")
     assert (status, err) == (0, "")
     written = tmp_path / (to if to.endswith(".gguf") else f"{to}/{to}-f32.gguf")
-    assert out == f"exported: {written}\n" and gguf.GGUFReader(written).tensors
+    modelfile = tmp_path / (to.replace(".gguf", ".Modelfile") if to.endswith(".gguf") else f"{to}/Modelfile")
+    assert out == f"for Ollama: {modelfile}\nexported: {written}\n" and gguf.GGUFReader(written).tensors
+    written.unlink()
+    status, _, err = run_export(f"from={sft_run}", f"to={tmp_path}/{to}", "format=gguf")
+    assert status == 2 and " exists; fix: " in err and modelfile.exists()  # the Modelfile of another model
 
 
 def test_a_target_without_a_name_is_refused(tmp_path, run_export, monkeypatch):
