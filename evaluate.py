@@ -1,6 +1,7 @@
 """Evaluate models. Each mode has options of its own; see docs/evaluate.md.
 
 python evaluate.py model=RUN against=OTHER judge=JUDGE
+python evaluate.py model=RUN tasks=TASKS
 python evaluate.py model=RUN data=FILE to=SCORES.jsonl
 """
 
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from engine.export.benchmark_command import BenchmarkOptions, run_benchmarks
 from engine.export.score_command import ScoreOptions, score_file
 from engine.rewards.judge_command import JudgeOptions, Project, judge_models
 from engine.settings.options import Options, help_text, run_command
@@ -42,6 +44,12 @@ def score(options: ScoreOptions) -> None:
     from preference_datasets import chat_form  # takes seconds
 
     score_file(options, chat_form)
+
+
+def benchmark(options: BenchmarkOptions) -> None:
+    from preference_datasets import chat_form
+
+    run_benchmarks(options, chat_form)
 
 
 def judge(options: JudgeOptions) -> None:
@@ -89,6 +97,12 @@ MODES = (
         "python evaluate.py model=RUN against=OTHER judge=JUDGE [key=value ...]: judge the responses of two models",
         JudgeOptions,
         judge,
+    ),
+    Mode(
+        "tasks",
+        "python evaluate.py model=RUN tasks=TASKS [key=value ...]: run benchmarks of lm-eval",
+        BenchmarkOptions,
+        benchmark,
     ),
     Mode(
         "data",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field
 
-from engine.data.chat_templates import BOS, JINJA, end_with_eos
+from engine.data.chat_templates import end_with_eos
 from engine.models.hub import settle_network
 from engine.settings.options import Options, run_command
 from engine.settings.value_types import ChatTemplate, Count, PossiblePath, Repository
@@ -79,11 +79,13 @@ def export(options: ExportOptions) -> None:
     if options.push_to_hub:
         check_login()
 
+    from engine.export.dialogues import template_to_export
+
     saved, record = load(options, dtype)
     prepare_reward_model(saved, record, kind)
     name = target.name.removesuffix(".gguf").removesuffix(".pt")
     gguf_dtype = dtype or FLOATS.get(str(saved.model.dtype).removeprefix("torch."), "f32")  # as stored
-    template = choose_template(options.chat_template, saved, record)
+    template = template_to_export(options.chat_template, saved.tokenizer, record)
     with atomic_target(target, {"gguf": f"{name}-{gguf_dtype}.gguf", "policy_pt": "policy.pt"}.get(kind)) as path:
         if kind == "hf":
             write_hf(path, saved, record, name, template)
@@ -146,17 +148,6 @@ def prepare_reward_model(saved: "SavedModel", record: "RunRecord", kind: str) ->
     name_padding_token(saved.model, saved.tokenizer, may_grow=kind == "hf")
     if record.reward_mean is not None:  # an adapter has no config of a model
         record_rewards(saved.model, record.reward_mean, record.reward_std)
-
-
-def choose_template(name: str | None, saved: "SavedModel", record: "RunRecord") -> Any:
-    """The chat template to write, as Jinja text: of that name, else the training data's, else the tokenizer's."""
-    from engine.data.encoding import token_prefix
-    from engine.export.dialogues import chat_of
-
-    chat = chat_of(saved.tokenizer, record, name)
-    if not chat.is_template:
-        return BOS + JINJA["hh"] if token_prefix(saved.tokenizer) else JINJA["hh"]
-    return chat.jinja or saved.tokenizer.chat_template
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """Choose the chat template of a saved model."""
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from engine.data.chat import Chat
 from engine.data.chat_templates import BOS, JINJA
+from engine.data.encoding import token_prefix
 from engine.export.run_record import RunRecord
 
 
@@ -35,3 +38,11 @@ def chat_of(
     chat = Chat(tokenizer, None, sft_turns)
     chat.jinja = record.template_text()
     return chat
+
+
+def template_to_export(name: str | None, tokenizer: PreTrainedTokenizerBase, record: RunRecord) -> Any:
+    """The chat template to write, as Jinja text: of that name, else the training data's, else the tokenizer's."""
+    chat = chat_of(tokenizer, record, name)
+    if not chat.is_template:
+        return BOS + JINJA["hh"] if token_prefix(tokenizer) else JINJA["hh"]
+    return chat.jinja or tokenizer.chat_template
