@@ -36,18 +36,39 @@ def program(tmp_path, cache, capsys, monkeypatch):
     return Program(tmp_path, cache, capsys, monkeypatch)
 
 
+@pytest.fixture
+def online(program, monkeypatch, request):
+    """The program, by default with a run of GRPO or with ONLINE_DEFAULTS of the test file."""
+    from rewards import REWARDS
+    from tests.runs import ONLINE, QUICK, SMALL, vowels
+
+    monkeypatch.setitem(REWARDS, "vowels", vowels)
+    defaults = getattr(request.module, "ONLINE_DEFAULTS", (*SMALL, *QUICK, *ONLINE))
+    return lambda *overrides: program(*overrides, defaults=defaults)
+
+
 @pytest.fixture(scope="module")
 def sft_run(tmp_path_factory):
     """Directory of an SFT run on the films, one per test file."""
-    import train
-    from tests.runs import QUICK, SMALL
+    from tests.runs import QUICK, SMALL, call_main
 
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         arguments = [*SMALL, *QUICK, f"local_dirs=[{directory}]", f"local_run_dir={directory}/films", "loss=sft"]
-        patch.setattr(sys, "argv", ["train.py", *arguments, f"cache_dir={directory}/cache"])
-        assert train.main() == 0
+        assert call_main([*arguments, f"cache_dir={directory}/cache"], patch) == 0
     return directory / "films"
+
+
+@pytest.fixture(scope="module")
+def reward_run(tmp_path_factory):
+    """Directory of a run of a reward model, one per test file."""
+    from tests.runs import QUICK, REWARD, SMALL, call_main
+
+    directory = tmp_path_factory.mktemp("reward")
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = [*SMALL, *QUICK, *REWARD, f"local_run_dir={directory}/run", f"cache_dir={directory}/cache"]
+        assert call_main(arguments, patch) == 0
+    return directory / "run"
 
 
 @pytest.fixture

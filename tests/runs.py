@@ -1,5 +1,6 @@
 """Run train.py inside a test: the users' command line, on a model trained in one second."""
 
+import copy
 import json
 import shutil
 import sys
@@ -8,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra._internal.hydra import Hydra
 
+import preference_datasets
 import train
+from engine.data.examples import Split
+from engine.data.token_cache import _tokenizer_state
 
 SMALL = (
     "model.architecture.hidden_size=32",
@@ -29,6 +34,24 @@ QUICK = (
     "warmup_steps=2",
     "lr=1e-3",
 )
+
+REWARD = ("loss=reward", "optimizer=AdamW", "lr=1e-3", "n_examples=16")
+ONLINE = (
+    "loss=grpo",
+    "batch_size=4",
+    "max_length=64",
+    "max_prompt_length=40",
+    "rollout.max_new_tokens=8",
+    "rollout.num_responses=3",
+    "sample_during_eval=true",
+    "n_eval_model_samples=2",
+    "rewards=[vowels]",
+)
+
+
+def vowels(prompt: str, response: str, row: Any) -> float:
+    """A reward that a model from scratch can raise."""
+    return sum(letter in "aeiou" for letter in response) / max(len(response), 1)
 
 
 @dataclass
@@ -75,6 +98,36 @@ def stop_after(directory: Path, step: int) -> None:
     (directory / "LATEST").symlink_to(f"step-{step}")
 
 
+load_split = preference_datasets.load_split
+FILMS: dict[str, Split] = {}  # by all that they depend on
+
+
+def load_films_once(settings: Any, tokenizer: Any, split: Any, batch: Any, **others: Any) -> Split:
+    """load_split(), but each split of the films is tokenized once: a third of a short run."""
+    if settings.datasets != ["films"] or others.keys() > {"needs_mismatched"}:
+        return load_split(settings, tokenizer, split, batch, **others)
+    read = [settings.max_length, settings.max_prompt_length, settings.test_fraction, settings.seed, settings.loss]
+    special = [tokenizer.eos_token, tokenizer.bos_token, tokenizer.special_tokens_map]
+    films = [preference_datasets.DATASETS["films"], preference_datasets.tokenize]  # tests may have replaced them
+    key = repr([split, batch, others, read, special, films, _tokenizer_state(tokenizer)])
+    if key not in FILMS:
+        FILMS[key] = load_split(settings, tokenizer, split, batch, **others)
+    found = FILMS[key]
+    return Split(list(found.examples), copy.deepcopy(found.counts), list(found.sizes), list(found.prompt_texts))
+
+
+def call_main(arguments: list[str], patches: pytest.MonkeyPatch) -> int:
+    """Call train.main(); returns the exit status. Plain command lines skip what would be composed or read again."""
+    is_plain = not any(argument.startswith("-") or set("@$") & set(argument) for argument in arguments)
+    is_plain &= not any("hydra" in argument or "_target_" in argument for argument in arguments)
+    patches.setattr(sys, "argv", ["train.py", *arguments])
+    if is_plain:  # each would compose the config once more: a sixth of a short run
+        patches.setattr(train, "check_command_line", lambda *arguments: None)
+        patches.setattr(Hydra, "get_mode", lambda *arguments, **named: None)
+    patches.setattr(preference_datasets, "load_split", load_films_once)
+    return train.main()
+
+
 class Program:
     """`python train.py` inside this process, with all its directories under one parent."""
 
@@ -95,14 +148,9 @@ class Program:
             *kept_defaults,
             *overrides,
         ]
-        is_plain = not any(argument.startswith("-") or set("@$") & set(argument) for argument in arguments)
-        is_plain &= not any("hydra" in argument or "_target_" in argument for argument in arguments)
         with self._monkeypatch.context() as patches:
-            patches.setattr(sys, "argv", ["train.py", *arguments])
-            if is_plain:  # the check composes the config once more: a sixth of a short run
-                patches.setattr(train, "check_command_line", lambda *arguments: None)
             self._capsys.readouterr()
-            status = train.main()
+            status = call_main(arguments, patches)
         captured = self._capsys.readouterr()
         return Run(status, captured.out, captured.err)
 

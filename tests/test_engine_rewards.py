@@ -17,33 +17,14 @@ from engine.run.sampler import overlong_penalty
 from preference_datasets import chat_form
 from rewards import REWARDS, BatchReward, RewardModel, Sample
 from tests.configs import make_settings
-from tests.runs import QUICK, SMALL
+from tests.runs import ONLINE, QUICK, REWARD, SMALL, vowels
 from tests.test_judge import StandIn, server, status  # noqa: F401  a fixture
-from tests.test_online import ONLINE, prompts_file, vowels, weights_of
+from tests.test_online import prompts_file, weights_of
 from tests.tokenizer_files import byte_level
 from utils import UserError
 
-DEFAULTS = (*SMALL, *QUICK, *ONLINE, "do_first_eval=false")
-REWARD = ("loss=reward", "optimizer=AdamW", "lr=1e-3", "n_examples=16")
+ONLINE_DEFAULTS = (*SMALL, *QUICK, *ONLINE, "do_first_eval=false")
 FILMS = PromptRow("\n\nHuman: Is The Northern Forest good?\n\nAssistant:", {})
-
-
-@pytest.fixture
-def online(program):
-    return lambda *overrides: program(*overrides, defaults=DEFAULTS)
-
-
-@pytest.fixture(scope="module")
-def reward_run(tmp_path_factory) -> Path:
-    """The directory of a run of a reward model."""
-    import train
-
-    directory = tmp_path_factory.mktemp("reward")
-    with pytest.MonkeyPatch.context() as patch:
-        arguments = [*SMALL, *QUICK, *REWARD, f"local_run_dir={directory}/run", f"cache_dir={directory}/cache"]
-        patch.setattr("sys.argv", ["train.py", *arguments])
-        assert train.main() == 0
-    return directory / "run"
 
 
 def scores_by_hand(path: Path, samples: Sequence[Sample]) -> list[float]:

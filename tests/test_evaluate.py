@@ -33,10 +33,9 @@ from engine.export.scoring import RowScores, Scorer
 from engine.step.heads import run_head
 from engine.step.layout import lay_out
 from losses import BatchKind
-from tests.runs import Program
+from tests.runs import REWARD, Program
 from utils import Progress
 
-REWARD = ("loss=reward", "optimizer=AdamW", "lr=1e-3", "n_examples=16")
 Evaluate = Callable[..., tuple[int, str, str]]
 
 
@@ -51,20 +50,6 @@ def run_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         return status, *capsys.readouterr()
 
     return run
-
-
-@pytest.fixture(scope="module")
-def reward_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run of a reward model."""
-    import train
-    from tests.runs import QUICK, SMALL
-
-    directory = tmp_path_factory.mktemp("reward")
-    with pytest.MonkeyPatch.context() as patch:
-        arguments = [*SMALL, *QUICK, *REWARD, f"local_run_dir={directory}/run", f"cache_dir={directory}/cache"]
-        patch.setattr("sys.argv", ["train.py", *arguments])
-        assert train.main() == 0
-    return directory / "run"
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

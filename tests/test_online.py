@@ -17,35 +17,9 @@ from engine.run.rollouts import Rollouts
 from engine.run.tensorboard_logger import as_markdown
 from engine.run.wandb_logger import Wandb
 from rewards import REWARDS
-from tests.runs import QUICK, SMALL, copy_stopped
+from tests.runs import ONLINE, QUICK, SMALL, copy_stopped, vowels
 
-ONLINE = (
-    "loss=grpo",
-    "batch_size=4",
-    "max_length=64",
-    "max_prompt_length=40",
-    "rollout.max_new_tokens=8",
-    "rollout.num_responses=3",
-    "sample_during_eval=true",
-    "n_eval_model_samples=2",
-    "rewards=[vowels]",
-)
-DEFAULTS = (*SMALL, *QUICK, *ONLINE)
-
-
-def vowels(prompt: str, response: str, row: Any) -> float:
-    """A reward that a model from scratch can raise."""
-    return sum(letter in "aeiou" for letter in response) / max(len(response), 1)
-
-
-@pytest.fixture(autouse=True)
-def reward(monkeypatch):
-    monkeypatch.setitem(REWARDS, "vowels", vowels)
-
-
-@pytest.fixture
-def online(program):
-    return lambda *overrides: program(*overrides, defaults=DEFAULTS)
+ONLINE_DEFAULTS = (*SMALL, *QUICK, *ONLINE)
 
 
 def prompts_file(path: Path, number: int = 24, **columns: Any) -> Path:

@@ -13,8 +13,8 @@ from engine.run import offload
 from engine.run.critic import Critic
 from losses import LOSSES
 from rewards import REWARDS
-from tests.runs import QUICK, SMALL, Run, copy_stopped
-from tests.test_online import ONLINE, vowels, without_times
+from tests.runs import ONLINE, QUICK, SMALL, Run, copy_stopped, vowels
+from tests.test_online import without_times
 
 PPO = (*SMALL, *QUICK, *ONLINE, "rollout.prompts=8", "rollout.epochs=2", "loss=ppo", "critic.lr=1e-3")
 RESUMED = ("n_examples=32", "save_every=4", "keep_checkpoints=null", "do_first_eval=false")

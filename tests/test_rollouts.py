@@ -7,14 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from rewards import REWARDS
-from tests.runs import QUICK, SMALL
-from tests.test_online import ONLINE, vowels
-
-
-@pytest.fixture
-def online(program, monkeypatch):
-    monkeypatch.setitem(REWARDS, "vowels", vowels)
-    return lambda *settings: program(*settings, defaults=(*SMALL, *QUICK, *ONLINE))
+from tests.runs import vowels
 
 
 def test_a_rollback_inside_an_iteration_moves_the_weight_of_the_kl_once(online, monkeypatch):

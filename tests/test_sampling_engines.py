@@ -19,20 +19,10 @@ from engine.models.sampling_engines import ContinuousBatching, Loop, Sampled, to
 from engine.models.vllm_engine import Vllm, merged_weights
 from engine.run import sampler
 from online_losses import sampler_ratios
-from rewards import REWARDS
-from tests.runs import QUICK, SMALL
+from tests.runs import ONLINE, QUICK, SMALL
 from utils import UserError
 
-ONLINE = (
-    "loss=grpo",
-    "batch_size=4",
-    "max_length=64",
-    "max_prompt_length=40",
-    "rollout.max_new_tokens=8",
-    "rollout.num_responses=3",
-    "rewards=[vowels]",
-    "do_first_eval=false",
-)
+ONLINE_DEFAULTS = (*SMALL, *QUICK, *ONLINE, "sample_during_eval=false", "do_first_eval=false")
 PROMPTS = [np.array(each, dtype=np.int32) for each in ([5, 6, 7], [*range(3, 40)], [9] * 17)]
 SEEDS = [[0, 0, number] for number in range(len(PROMPTS))]
 SAMPLING = Sampling(3, 8, 44, eos_token_id=2, pad_token_id=0, temperature=0.7)
@@ -41,15 +31,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
     "gpt2": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
-
-
-@pytest.fixture
-def online(program, monkeypatch):
-    def vowels(prompt: str, response: str, row: Any) -> float:
-        return sum(letter in "aeiou" for letter in response) / max(len(response), 1)
-
-    monkeypatch.setitem(REWARDS, "vowels", vowels)
-    return lambda *overrides: program(*overrides, defaults=(*SMALL, *QUICK, *ONLINE))
 
 
 def make_model(kind="llama"):
