@@ -17,18 +17,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
 import torch
 
 import engine.run.checkpoint_writer
 import tests.conftest  # noqa: F401  the environment of all tests
-import train
 import trainers
 from engine.data.films import film_rows, film_tokenizer
 from engine.models.archives import OPTIMIZER, WEIGHTS, checkpoints, find_corruption
 from engine.models.weight_files import tensors_of
 from engine.placement import process_group
 from engine.run import fail_points
-from tests.runs import SMALL
+from tests.configs import composed
+from tests.runs import SMALL, call_main
 
 assert trainers  # imported here, once for all runs
 
@@ -43,6 +44,7 @@ COMMON = (
     "batch_size=4", "save_every=4", "eval_every=16", "n_eval_examples=4", "eval_batch_size=4", "n_eval_model_samples=1",
     "max_length=104", "max_prompt_length=96", "token_budget=400", "minimum_log_interval_secs=0",
 )  # fmt: skip
+composed(*COMMON)  # fills the caches of Hydra, once for all runs
 # Fail point of a save -> its pass number within the second save of a process.
 POINTS = {
     "mkdir": 2,
@@ -83,8 +85,8 @@ def _run(arguments: Sequence[str], output: str, environment: dict[str, str], fau
     os.environ.update(environment)
     fail_points.ARMED = fault
     prepare()
-    sys.argv = ["train.py", *arguments]
-    process_group.exit_process(train.main())
+    with pytest.MonkeyPatch.context() as patches:
+        process_group.exit_process(call_main(list(arguments), patches))
 
 
 def do_nothing() -> None: ...
@@ -237,8 +239,6 @@ def saved(run_dir: Path) -> list[str]:
 def small_disk(directory: Path, num_bytes: int) -> Iterator[Path]:
     """Mount a file system in memory; skips the test without permission to mount."""
     import subprocess
-
-    import pytest
 
     directory.mkdir()
     options = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(directory)]

@@ -30,7 +30,7 @@ from utils import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FSDP = ("trainer=FSDPTrainer",)
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
+SLOW = pytest.mark.slow
 step = BasicTrainer.step
 
 
@@ -45,8 +45,10 @@ def signal_in_step(update: int, signal_number: int, on_rank: int) -> None:
     BasicTrainer.step = signalled  # type: ignore[method-assign, assignment]
 
 
-@pytest.mark.parametrize("signal_number", SIGNALS)
-@pytest.mark.parametrize("update", [3, 4])  # the fourth is followed by an evaluation
+@pytest.mark.parametrize(
+    ("signal_number", "update"),
+    [(signal.SIGTERM, 3), (signal.SIGINT, 4)],  # the fourth is followed by an evaluation
+)
 def test_a_signal_ends_the_run_after_its_step(
     inputs: Path, uninterrupted_run: Path, tmp_path: Path, signal_number: int, update: int
 ) -> None:
@@ -151,7 +153,7 @@ def signal_in_sampling(update: int, on_rank: int) -> None:
     Evaluator.sample_policy = signalled  # type: ignore[method-assign, assignment]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=SLOW)])
 def test_a_signal_while_sampling_ends_the_run_after_it(
     tmp_path: Path, request: pytest.FixtureRequest, num_ranks: int
 ) -> None:
@@ -182,7 +184,7 @@ def signal_in_fill(num_batches: int) -> None:
     LiveReference.logps = signalled  # type: ignore[method-assign, assignment]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=SLOW)])
 def test_a_signal_while_the_reference_is_computed(
     tmp_path: Path, request: pytest.FixtureRequest, num_ranks: int
 ) -> None:
@@ -211,8 +213,10 @@ def handles(pid: int, signal_number: int) -> bool:
     return bool(int(caught, 16) >> signal_number - 1 & 1)
 
 
-@pytest.mark.parametrize("signal_number", [*SIGNALS, signal.SIGHUP])
-@pytest.mark.parametrize("begun", ["", "run directory: "])  # during the first imports; while data are loaded
+@pytest.mark.parametrize(
+    ("signal_number", "begun"),  # "": during the first imports; "run directory: ": while data are loaded
+    [(signal.SIGTERM, "run directory: "), (signal.SIGINT, ""), (signal.SIGHUP, "")],
+)
 def test_a_signal_before_training(inputs: Path, tmp_path: Path, signal_number: int, begun: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-u", ROOT / "train.py", *command(inputs, tmp_path / "run", f"cache_dir={tmp_path}/cache")],
@@ -306,7 +310,7 @@ def test_a_signal_to_one_rank_stops_all(inputs: Path, uninterrupted_run_on_two: 
     assert_equal_runs(run_dir, uninterrupted_run_on_two)
 
 
-@pytest.mark.parametrize("signal_number", SIGNALS)
+@pytest.mark.parametrize("signal_number", [pytest.param(signal.SIGTERM, marks=SLOW), signal.SIGINT])
 def test_a_second_signal_ends_the_run_at_once(
     inputs: Path, uninterrupted_run: Path, tmp_path: Path, signal_number: int
 ) -> None:
@@ -329,7 +333,7 @@ def test_a_second_signal_ends_the_run_at_once(
     assert_equal_runs(run_dir, uninterrupted_run)
 
 
-@pytest.mark.parametrize("how", ["once", "all", "twice"])
+@pytest.mark.parametrize("how", [*(pytest.param(how, marks=SLOW) for how in ("once", "all", "twice")), "all, twice"])
 def test_a_launched_run_is_signalled(inputs: Path, uninterrupted_run_on_two: Path, tmp_path: Path, how: str) -> None:
     """A real command with launcher and workers.
 
@@ -345,12 +349,12 @@ def test_a_launched_run_is_signalled(inputs: Path, uninterrupted_run_on_two: Pat
     )
     while not (run_dir / "metrics.jsonl").exists() and launcher.poll() is None:
         time.sleep(0.002)
-    if how == "all":
+    if "all" in how:
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         for child in children:
             os.kill(int(child), signal.SIGTERM)
     launcher.send_signal(signal.SIGTERM)
-    if how == "twice":
+    if "twice" in how:
         time.sleep(0.05)
         launcher.send_signal(signal.SIGINT)
     err = launcher.communicate(timeout=60)[1]
