@@ -26,7 +26,7 @@ def process(script: str, *arguments: str, directory: Path, **environment: str) -
 @pytest.mark.parametrize(
     "script, arguments, environment",
     [
-        ("export.py", ("from=me/model", "to=out"), NOWHERE),
+        pytest.param("export.py", ("from=me/model", "to=out"), NOWHERE, marks=pytest.mark.slow),
         ("chat.py", ("model=me/model", "prompt=hello"), {"HF_HUB_OFFLINE": "1"}),
     ],
 )

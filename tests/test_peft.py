@@ -69,9 +69,14 @@ def assert_starts_at_zero(run: Run) -> None:
 # ---- The reference ----
 
 
-@pytest.mark.parametrize("reference", ["cached", "live"])
-@pytest.mark.parametrize("peft", ["lora", "qlora"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "peft", "reference"),  # each pair of values
+    [
+        (architecture, peft, ("cached", "live")[(row + column) % 2])
+        for row, architecture in enumerate(ARCHITECTURES)
+        for column, peft in enumerate(("lora", "qlora"))
+    ],
+)
 def test_step_0_is_exact(program: Program, architecture: str, peft: str, reference: str) -> None:
     result = run(program, *DPO, *MODEL[architecture], f"peft={peft}", f"reference={reference}", "batch_size=2")
     assert_starts_at_zero(result)

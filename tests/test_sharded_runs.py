@@ -142,6 +142,9 @@ OTHERS: Commands = {  # run by BasicTrainer, FSDPTrainer and TensorParallelTrain
     "kto": ("loss=kto", "loss.beta=0.1", "sample_during_eval=false", "n_examples=9"),
     "bco": ("loss=bco", "sample_during_eval=false", "n_examples=9"),
 }
+# (trainer, run of OTHERS): each with one of the trainers, "live" with both; the other half belongs to `make soak`.
+ON_TWO = [(("fsdp", "tensor")[index % 2], other) for index, other in enumerate(OTHERS)] + [("tensor", "live")]
+MORE_ON_TWO = [(name, other) for other in OTHERS for name in ("fsdp", "tensor") if (name, other) not in ON_TWO]
 IN_ORDER = (*DPO, "deterministic=true", "optimizer=RMSprop", "sample_during_eval=false", "n_examples=9")
 BY_PACKAGE = ("llama", "gpt_neox", "gpt2")
 
@@ -167,13 +170,19 @@ def basic(directory: Path, launched: Run) -> Runs:
     return {name.removeprefix("basic-"): run for name, run in found.items()}
 
 
+def others_on_two(cases: list[tuple[str, str]]) -> Commands:
+    trainers = {"fsdp": FSDP, "tensor": TENSOR}
+    return {f"{name}-{other}": (*trainers[name], *OTHERS[other]) for name, other in cases}
+
+
+@pytest.fixture(scope="module")
+def more_on_two(directory: Path) -> Runs:
+    return runs_on(2, directory, others_on_two(MORE_ON_TWO))
+
+
 @pytest.fixture(scope="module")
 def on_two(directory: Path, launched: Run, basic: Runs) -> Runs:
-    runs = {
-        f"{name}-{other}": (*trainer, *overrides)
-        for other, overrides in OTHERS.items()
-        for name, trainer in (("fsdp", FSDP), ("tensor", TENSOR))
-    }
+    runs = others_on_two(ON_TWO)
     gpt2, silent = (*DPO, *MODEL["gpt2"]), "sample_during_eval=false"
     runs |= {
         "fsdp-in-order": (*IN_ORDER, *FSDP),
@@ -263,11 +272,13 @@ def test_a_reference_computed_on_several_ranks_is_complete(launched: Run, basic:
     assert all("all log-probs are in" in run.out for run in others)
 
 
-@pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("name", ["fsdp", "tensor"])
-def test_two_processes_train_like_one(name: str, other: str, on_two: Runs, basic: Runs) -> None:
-    assert_same(on_two[f"{name}-{other}"], basic[other], rel=1e-2 if other.endswith("bf16") else 1e-5)
-    assert len(on_two[f"{name}-{other}"].steps) == 3
+@pytest.mark.parametrize(
+    ("name", "other"), [*ON_TWO, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_ON_TWO)]
+)
+def test_two_processes_train_like_one(name: str, other: str, basic: Runs, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue("on_two" if (name, other) in ON_TWO else "more_on_two")[f"{name}-{other}"]
+    assert_same(run, basic[other], rel=1e-2 if other.endswith("bf16") else 1e-5)
+    assert len(run.steps) == 3
 
 
 def test_ordered_sums_equal_one_process_bitwise(on_two: Runs, basic: Runs) -> None:
@@ -419,6 +430,7 @@ def machines(tmp_path) -> Iterator[list[str]]:
         yield names
 
 
+@pytest.mark.slow  # tests/faults have ranks in the environment of torchrun
 def test_two_machines_train_like_one(machines: list[str], directory: Path, basic: Runs) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
                 "--master-addr=10.99.7.1", "--master-port=29400")  # fmt: skip

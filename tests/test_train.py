@@ -208,7 +208,9 @@ CLOSED = {
 }
 
 
-@pytest.mark.parametrize("how", CLOSED)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[pytest.mark.slow] * (how not in ("all", "broken pipe"))) for how in CLOSED]
+)
 def test_a_run_needs_no_terminal(how: str, tmp_path: Path) -> None:
     """Python has no sys.stdout then. Files must not get the descriptors of closed streams."""
     overrides = [*SMALL, *QUICK, "n_examples=4", "do_first_eval=false", f"local_run_dir={tmp_path}/run"]

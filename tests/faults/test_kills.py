@@ -6,6 +6,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.faults.processes import (
     POINTS,
     TWO_RANK_TRAINERS,
@@ -22,18 +24,20 @@ from tests.faults.processes import (
 FSDP = TWO_RANK_TRAINERS["FSDPTrainer"]
 
 
-def test_ten_kills(inputs: Path, uninterrupted_run: Path) -> None:
-    rng, num_killed, num_runs = random.Random(0), 0, 0
-    while num_killed < 10:
-        run_dir = uninterrupted_run.parent / f"killed-{num_runs}"
-        num_killed += interrupt_randomly(command(inputs, run_dir), run_dir, 10 - num_killed, rng)
+@pytest.mark.parametrize("num_kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_random_kills(inputs: Path, uninterrupted_run: Path, num_kills: int) -> None:
+    rng, num_killed, num_runs = random.Random(num_kills), 0, 0
+    while num_killed < num_kills:
+        run_dir = uninterrupted_run.parent / f"killed-{num_kills}-{num_runs}"
+        num_killed += interrupt_randomly(command(inputs, run_dir), run_dir, num_kills - num_killed, rng)
         assert_equal_runs(run_dir, uninterrupted_run)
         num_runs += 1
 
 
-def test_kills_of_one_rank(inputs: Path, uninterrupted_run_on_two: Path) -> None:
-    run_dir = uninterrupted_run_on_two.parent / "rank-killed"
-    assert interrupt_randomly(command(inputs, run_dir, *FSDP), run_dir, 3, random.Random(1), num_ranks=2, seconds=0.6)
+@pytest.mark.parametrize("num_kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_kills_of_one_rank(inputs: Path, uninterrupted_run_on_two: Path, num_kills: int) -> None:
+    run_dir, rng = uninterrupted_run_on_two.parent / f"rank-killed-{num_kills}", random.Random(1)
+    assert interrupt_randomly(command(inputs, run_dir, *FSDP), run_dir, num_kills, rng, num_ranks=2, seconds=0.6)
     assert_equal_runs(run_dir, uninterrupted_run_on_two)
 
 
@@ -48,23 +52,31 @@ def test_no_room_at_each_point_of_a_save(inputs: Path, uninterrupted_run: Path) 
     assert_equal_runs(uninterrupted_run.parent / "no-room", uninterrupted_run)
 
 
-def test_a_kill_at_each_point_of_a_save_on_two_ranks(inputs: Path, uninterrupted_run_on_two: Path) -> None:
-    run_dir = uninterrupted_run_on_two.parent / "points-on-two"
-    fail_at_each_point(inputs, run_dir, FSDP, 2, "kill", tuple(POINTS))
+# Between the parts of both ranks, and between the two renames. One process is killed at all points above.
+@pytest.mark.parametrize(
+    "points", [("before_manifest", "before_pointer"), pytest.param(tuple(POINTS), marks=pytest.mark.slow)]
+)
+def test_a_kill_at_points_of_a_save_on_two_ranks(
+    inputs: Path, uninterrupted_run_on_two: Path, points: tuple[str, ...]
+) -> None:
+    run_dir = uninterrupted_run_on_two.parent / f"{len(points)}-points-on-two"
+    fail_at_each_point(inputs, run_dir, FSDP, 2, "kill", points)
     assert_equal_runs(run_dir, uninterrupted_run_on_two)
 
 
-def test_no_room_for_the_part_of_one_rank(inputs: Path, uninterrupted_run_on_two: Path) -> None:
+@pytest.mark.parametrize(
+    "fault", [pytest.param("half_file#3@0=ENOSPC", marks=pytest.mark.slow), "before_fsync#3@1=ENOSPC"]
+)
+def test_no_room_for_the_part_of_one_rank(inputs: Path, uninterrupted_run_on_two: Path, fault: str) -> None:
     """All ranks learn of it, and remove their parts."""
-    run_dir = uninterrupted_run_on_two.parent / "no-room-for-a-part"
-    for fault in ("half_file#3@0=ENOSPC", "before_fsync#3@1=ENOSPC"):
-        begun = time.monotonic()
-        status, _, err = complete(command(inputs, run_dir, *FSDP), inputs / "output", 2, fault=fault)
-        assert time.monotonic() - begun < 60, fault
-        assert status == 6 and err.startswith("error[STORAGE] rank "), (fault, status, err)
-        assert "[Errno 28] No space left on device)" in err, (fault, err)
-        assert temporaries(run_dir) == [], fault
-        assert_checkpoints_intact(run_dir)
+    run_dir = uninterrupted_run_on_two.parent / f"no-room-{fault.partition('#')[0]}"
+    begun = time.monotonic()
+    status, _, err = complete(command(inputs, run_dir, *FSDP), inputs / "output", 2, fault=fault)
+    assert time.monotonic() - begun < 60
+    assert status == 6 and err.startswith("error[STORAGE] rank "), (status, err)
+    assert "[Errno 28] No space left on device)" in err, err
+    assert temporaries(run_dir) == []
+    assert_checkpoints_intact(run_dir)
     assert complete(command(inputs, run_dir, *FSDP), inputs / "output", 2)[0] == 0
     assert_equal_runs(run_dir, uninterrupted_run_on_two)
 

@@ -304,7 +304,7 @@ def test_ranks_skip_alike(inputs: Path, tmp_path: Path, target: str, trainer: st
         assert torch.allclose(theirs[name], value, rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("target", ["loss", "gradient"])
+@pytest.mark.parametrize("target", [pytest.param("loss", marks=pytest.mark.slow), "gradient"])
 def test_ranks_abort_or_roll_back_alike(inputs: Path, tmp_path: Path, target: str) -> None:
     prepare = partial(poison, target, 1)
     abort, rollback = (

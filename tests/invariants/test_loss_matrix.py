@@ -40,7 +40,7 @@ def test_packed_equals_padded(program: Program, name: str) -> None:
 def test_any_split_gives_the_same_result(program: Program, name: str) -> None:
     common = (*settings_of(name), *FP64, "batch_size=8", "n_examples=20")
     plain = program.ok(*common)
-    for split in ("gradient_accumulation_steps=4", "gradient_accumulation_steps=8", "token_budget=1"):
+    for split in ("gradient_accumulation_steps=4", "token_budget=1"):
         assert_close(program.ok(*common, split), plain, rel=1e-5)  # Llama's norms round to fp32
 
 
