@@ -15,11 +15,12 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
+from engine.data.films import film_tokenizer
 from engine.data.rankings import compare_by_rank
 from engine.models.shards import full_tensor
 from engine.placement import process_group
 from losses import LOSSES
-from tests.configs import make_settings
+from tests.configs import composed, make_settings
 from tests.models import SIZES, random_examples
 
 CONFIG = str(Path(__file__).parent.parent / "config")
@@ -38,13 +39,13 @@ PROMPTS = [
     "rollout.num_responses=4", "rollout.max_new_tokens=6", "rollout.epochs=2", "sample_during_eval=true",
 ]  # fmt: skip
 
+film_tokenizer(), composed(*SETTINGS)  # fills caches, once for the ranks of all tests
 Job = tuple[str, str, tuple[str, ...]]  # architecture, loss, overrides
 
 
 def make_trainer(job: Job, run_dir: Path) -> Any:
     """Build a trainer on pairs of random tokens; prints nothing."""
     from engine.data.examples import PromptRow, Split
-    from engine.data.films import film_tokenizer
     from trainers import TRAINERS
 
     architecture, loss, overrides = job

@@ -7,19 +7,23 @@ import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)  # not this folder: its modules would shadow others
 
+import preference_datasets
 import tests.conftest  # noqa: F401  the environment of all tests
 import train
 from engine.placement import worker_link
 from tests.configs import composed
+from tests.runs import load_films_once
 
 
 def run(overrides: Sequence[str], out: Path) -> None:
     """Run `python train.py *overrides` in this process; its output goes to the file out."""
-    with open(out, "w") as stream, redirect_stdout(stream):
+    films = patch.object(preference_datasets, "load_split", load_films_once)
+    with open(out, "w") as stream, redirect_stdout(stream), films:
         train.run(train.prepare(composed(*overrides)))
 
 

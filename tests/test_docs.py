@@ -34,7 +34,7 @@ from engine.settings.keys import all_keys
 from losses import LOSSES
 from tests.compared import ask, browser, round_of, vote
 from tests.configs import composed
-from tests.runs import QUICK, SMALL, Program
+from tests.runs import QUICK, SMALL, Program, call_main
 from utils import EXIT_STATUS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ def cases() -> list[object]:
     found: dict[str, object] = {}
     for page in PAGES:
         for number, block in enumerate(blocks(page)) if page.stem != "extend" else ():
-            is_slow = page.stem != "README" and num_runs(block) > 2
+            is_slow = page.stem != "README" and num_runs(block) > 1
             marks = [pytest.mark.slow] if is_slow else []
             text = "\n".join(map(nearest_form, block))
             found.setdefault(text, pytest.param(block, id=f"{page.stem}-{number}", marks=marks))
@@ -108,12 +108,9 @@ def nearest_form(command: str) -> str:
 def archive(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A finished run of SFT."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        import train
-
         directory = tmp_path_factory.mktemp("archive")
         arguments = [*SMALL, *QUICKER, "n_examples=4", f"cache_dir={cache}", f"local_run_dir={directory / 'run'}"]
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        assert train.main() == 0
+        assert call_main(arguments, monkeypatch) == 0
     return directory / "run"
 
 

@@ -23,7 +23,7 @@ from engine.models.weight_files import tensors_of
 from engine.placement import launcher
 from engine.placement.tensor_parallel import check_divides
 from tests.invariants.test_runs import ARCHITECTURES, numbers
-from tests.runs import Run
+from tests.runs import Run, call_main
 from tests.sharded_worker import run as run_here
 from utils import UserError
 
@@ -79,8 +79,7 @@ def program(*arguments: str) -> Run:
     """`python train.py *arguments`, including its launcher."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["train.py", *arguments])
-        status = train.main()
+        status = call_main(list(arguments), patch)
     return Run(status, out.getvalue(), err.getvalue())
 
 
