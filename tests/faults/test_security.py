@@ -177,40 +177,44 @@ def read_all(directory: Path) -> str:
     return "\n".join([*map(str, files), *(path.read_bytes().decode("latin-1") for path in files)])
 
 
+SECRET_OVERRIDES = [
+    (f"exp_name={HF_TOKEN}", "exp_name"),
+    ("exp_name=a-${oc.env:MY_SECRET}", "exp_name"),
+    (f"local_run_dir=runs/{HF_TOKEN}", "local_run_dir"),
+    (f"local_dirs=[a,{HF_TOKEN}]", "local_dirs[1]"),
+    (f"cache_dir={HF_TOKEN}", "cache_dir"),
+    (f"resume={HF_TOKEN}", "resume"),
+    (f"datasets=[{HF_TOKEN}]", "datasets"),
+    ("datasets=[${oc.env:MY_SECRET}]", "datasets"),
+    (f"data_dir={HF_TOKEN}", "data_dir"),
+    (f"wandb.entity={WANDB_KEY}", "wandb.entity"),
+    ("wandb.project=${oc.env:MY_SECRET}", "wandb.project"),
+    ("model.archive='https://me:swordfish-0815@host/x'", "model.archive"),
+    (f"model.block_name={HF_TOKEN}", "model.block_name"),
+    ("+model.architecture.hub_token=swordfish-0815", "model.architecture.hub_token"),
+    (f"+model.architecture.note={HF_TOKEN}", "model.architecture.note"),
+    (f"optimizer={HF_TOKEN}", "optimizer"),
+    ("optimizer=${oc.env:BLAND}", "optimizer"),
+    ("optimizer=${oc.env:'BLAND'}", "optimizer"),
+    ("+api_key=swordfish-0815", "api_key"),
+    ("api_key=swordfish-0815", "api_key"),
+    ("api_key='swordfish-0815", "api_key"),
+    (f"lr=${{{HF_TOKEN}}}", "lr"),
+    (f"loss={HF_TOKEN}", "loss"),
+]
+
+
 @pytest.mark.parametrize(
-    "override, key",
-    [
-        (f"exp_name={HF_TOKEN}", "exp_name"),
-        ("exp_name=a-${oc.env:MY_SECRET}", "exp_name"),
-        (f"local_run_dir=runs/{HF_TOKEN}", "local_run_dir"),
-        (f"local_dirs=[a,{HF_TOKEN}]", "local_dirs[1]"),
-        (f"cache_dir={HF_TOKEN}", "cache_dir"),
-        (f"resume={HF_TOKEN}", "resume"),
-        (f"datasets=[{HF_TOKEN}]", "datasets"),
-        ("datasets=[${oc.env:MY_SECRET}]", "datasets"),
-        (f"data_dir={HF_TOKEN}", "data_dir"),
-        (f"wandb.entity={WANDB_KEY}", "wandb.entity"),
-        ("wandb.project=${oc.env:MY_SECRET}", "wandb.project"),
-        ("model.archive='https://me:swordfish-0815@host/x'", "model.archive"),
-        (f"model.block_name={HF_TOKEN}", "model.block_name"),
-        ("+model.architecture.hub_token=swordfish-0815", "model.architecture.hub_token"),
-        (f"+model.architecture.note={HF_TOKEN}", "model.architecture.note"),
-        (f"optimizer={HF_TOKEN}", "optimizer"),
-        ("optimizer=${oc.env:BLAND}", "optimizer"),
-        ("optimizer=${oc.env:'BLAND'}", "optimizer"),
-        ("+api_key=swordfish-0815", "api_key"),
-        ("api_key=swordfish-0815", "api_key"),
-        ("api_key='swordfish-0815", "api_key"),
-        (f"lr=${{{HF_TOKEN}}}", "lr"),
-        (f"loss={HF_TOKEN}", "loss"),
-    ],
+    ("override", "key", "more"),  # every third one in a sweep too
+    [(*case, [("-m", "seed=1,2")] * (index % 3 == 0)) for index, case in enumerate(SECRET_OVERRIDES)],
 )
 def test_a_secret_in_an_override_is_refused_and_not_repeated(
-    override: str, key: str, program: Program, monkeypatch: pytest.MonkeyPatch
+    override: str, key: str, more: list[tuple[str, ...]], program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_SECRET", "swordfish-0815")
     monkeypatch.setenv("BLAND", "swordfish-0815")
-    for run in (program(override), program("-m", override, "seed=1,2")):
+    for sweep in ((), *more):
+        run = program(override, *sweep)
         assert run.status == 2 and key in run.err
         assert "Traceback" not in run.err and run.err.count("\n") <= 2
         for secret in (HF_TOKEN, WANDB_KEY, "swordfish-0815"):
