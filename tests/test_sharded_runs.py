@@ -363,10 +363,11 @@ HUGE = "hidden_size: 98304, intermediate_size: 393216, num_hidden_layers: 400"
 @pytest.mark.parametrize(
     "trainer, model, message",
     [
-        (
+        pytest.param(
             (*TENSOR, "num_processes=2"),
             f"{{model_type: llama, {HUGE}, num_attention_heads: 96, num_key_value_heads: 3}}",
             "tensor_parallel_size: 2 does not divide the model's 3 key_value_heads; fix: tensor_parallel_size=3",
+            marks=pytest.mark.slow,
         ),
         (
             (*PACKAGE, "tensor_parallel_size=5"),

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import engine.run.checkpoint_writer
 import tests.conftest  # noqa: F401  the environment of all tests
@@ -31,7 +32,7 @@ from engine.run import fail_points
 from tests.configs import composed
 from tests.runs import SMALL, call_main
 
-assert trainers  # imported here, once for all runs
+assert trainers and LlamaForCausalLM  # imported here, once for all runs
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload([__name__])
