@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.data.encoding import EncodedTexts
-from engine.data.token_cache import _read, _write
+from engine.data.token_store import TokenStoreWriter, open_store
 from engine.run import run_files
 from engine.run.run_dir import default_cache_dir, derive_names
 from engine.run.run_files import locked
@@ -211,13 +210,17 @@ def test_a_removed_run_directory_ends_the_run(program: Program, monkeypatch: pyt
     assert not run_dir.exists()
 
 
-def test_several_runs_write_one_file_of_the_token_cache(tmp_path: Path) -> None:
+def test_several_runs_write_one_store_of_the_token_cache(tmp_path: Path) -> None:
     """Their temporaries differ, also on machines that share a disk, where process ids repeat."""
-    path = tmp_path / "tokens" / "key.safetensors"
-    encoded = EncodedTexts.from_lengths(np.arange(200_000, dtype=np.int32), np.array([100_000, 100_000]), [])
-    assert together(8, lambda: _write(path, encoded)) == [None] * 8
-    read = _read(path, [])
-    assert read is not None and np.array_equal(read.tokens, encoded.tokens)
+    path, tokens = tmp_path / "tokens" / "key", np.arange(200_000, dtype=np.int32)
+
+    def write_store() -> None:
+        with TokenStoreWriter(path, 200_000, "key", show_progress=False) as writer:
+            writer.add_stream(tokens, np.array([100_000, 100_000]))
+
+    assert together(8, write_store) == [None] * 8
+    store = open_store(path, "key")
+    assert store is not None and np.array_equal(store.tokens, tokens)
     assert os.listdir(path.parent) == [path.name]
 
 

@@ -1,6 +1,7 @@
 """Texts as token ids: each distinct text is encoded once."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -8,12 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from engine.data.special_tokens import MARK, special_token_ids, special_token_marker
+from engine.data.tokenizer_processes import encode_in_processes, is_plain, num_processes
 from utils import Progress, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK_SIZE = 2048  # texts per call of the tokenizer
+MIN_PROCESS_TEXTS = 16_384  # fewer are encoded before other processes have started
 
 
 class Text(NamedTuple):
@@ -28,25 +31,33 @@ class EncodedTexts:
     Prompts and responses are slices of it.
     """
 
-    tokens: np.ndarray  # int32 [all tokens]
+    tokens: np.ndarray  # int32, or that of a token store [all tokens]
     lengths: np.ndarray  # int64 [texts]: tokens of each text, without prefix and EOS
     starts: np.ndarray  # int64 [texts]: position of each text in tokens, after its prefix
     prefix: list[int]  # tokens before any text: BOS or nothing
+    key: str = ""  # of their store
 
     @classmethod
     def from_lengths(cls, tokens: np.ndarray, lengths: np.ndarray, prefix: list[int]) -> "EncodedTexts":
         stored = lengths + len(prefix) + 1
         return cls(tokens, lengths, np.cumsum(stored) - stored + len(prefix), prefix)
 
-    def prompt(self, index: int) -> np.ndarray:
-        """int32 [prompt tokens], with one prefix, also if a chat template wrote it already."""
-        start, end = self.starts[index], self.starts[index] + self.lengths[index]
+    def prompt_span(self, index: int) -> tuple[int, int]:
+        """Start and end of a prompt in tokens, with one prefix, also if a chat template wrote it already."""
+        start = int(self.starts[index])
+        end = start + int(self.lengths[index])
         has_prefix = self.tokens[start : min(start + len(self.prefix), end)].tolist() == self.prefix
-        return self.tokens[start if has_prefix else start - len(self.prefix) : end]
+        return (start if has_prefix else start - len(self.prefix)), end
+
+    def prompt(self, index: int) -> np.ndarray:
+        """int32 [prompt tokens], with its prefix."""
+        start, end = self.prompt_span(index)
+        return self.tokens[start:end].astype(np.int32, copy=False)
 
     def response(self, index: int) -> np.ndarray:
         """int32 [response tokens], with EOS."""
-        return self.tokens[self.starts[index] : self.starts[index] + self.lengths[index] + 1]
+        start = self.starts[index]
+        return self.tokens[start : start + self.lengths[index] + 1].astype(np.int32, copy=False)
 
 
 def encode(texts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase", *, show_progress: bool = True) -> EncodedTexts:
@@ -54,20 +65,79 @@ def encode(texts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase", *, show_
 
     Special tokens count in text of a chat template, unless they are marked. Elsewhere they are plain text.
     """
-    prefix, eos = token_prefix(tokenizer), eos_token_id(tokenizer)
-    arrays: list[np.ndarray] = []
-    lengths: list[int] = []
+    prefix = token_prefix(tokenizer)
+    tokens, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
     with Progress("tokenizing", total=len(texts), unit="texts", is_shown=None if show_progress else False) as progress:
-        for from_template, group in groupby(texts, key=lambda item: item.from_template):
-            while chunk := [item.text for item in islice(group, CHUNK_SIZE)]:
-                ids = encode_texts(chunk, tokenizer, parse_special_tokens=from_template)
-                lengths.extend(map(len, ids))
-                num_tokens = sum(map(len, ids)) + len(ids) * (len(prefix) + 1)
-                stored = chain.from_iterable(chain(prefix, text_ids, (eos,)) for text_ids in ids)
-                arrays.append(np.fromiter(stored, np.int32, num_tokens))
-                progress.update(len(chunk))
-    tokens = np.concatenate([np.empty(0, np.int32), *arrays])
-    return EncodedTexts.from_lengths(tokens, np.array(lengths, np.int64), prefix)
+        for chunk_tokens, chunk_lengths in encode_chunks(texts, tokenizer):
+            tokens.append(chunk_tokens)
+            lengths.append(chunk_lengths)
+            progress.update(len(chunk_lengths))
+    return EncodedTexts.from_lengths(np.concatenate(tokens), np.concatenate(lengths), prefix)
+
+
+def encode_chunks(
+    texts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Encode texts in pieces: yields `prefix + text + EOS` of all texts of a piece, and the lengths of the bare texts.
+
+    Many texts are encoded in several processes.
+    """
+    prefix, eos = token_prefix(tokenizer), eos_token_id(tokenizer)
+    if len(texts) >= MIN_PROCESS_TEXTS and num_processes() > 1 and is_plain(tokenizer):
+        encoded = _encode_in_processes(texts, tokenizer)
+    else:
+        chunks = ((chunk, encode_texts(chunk, tokenizer, is_template)) for chunk, is_template in _chunks(texts))
+        encoded = (
+            (
+                np.fromiter(chain.from_iterable(ids), np.int32, sum(map(len, ids))),
+                np.array(list(map(len, ids)), np.int64),
+            )
+            for _, ids in chunks
+        )
+    for tokens, lengths in encoded:
+        yield _with_ends(tokens, lengths, prefix, eos), lengths
+
+
+def _chunks(texts: Sequence[Text]) -> Iterator[tuple[list[str], bool]]:
+    """Pieces of texts, and whether a template wrote them."""
+    for from_template, group in groupby(texts, key=lambda item: item.from_template):
+        while chunk := [item.text for item in islice(group, CHUNK_SIZE)]:
+            yield chunk, from_template
+
+
+def _encode_in_processes(
+    texts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The ids of pieces of texts, and their lengths, as encode_texts gives them."""
+    special = np.array(sorted(special_token_ids(tokenizer)), np.int32)
+    asked = deque[tuple[list[str], bool]]()
+
+    def requests() -> Iterator[tuple[list[str], bool]]:
+        for chunk, is_template in _chunks(texts):
+            asked.append((chunk, is_template))
+            yield [piece for text in chunk for piece in text.split(MARK)], is_template
+
+    for tokens, lengths in encode_in_processes(requests(), tokenizer):
+        chunk, is_template = asked.popleft()
+        if not is_template and np.isin(tokens, special).any():  # a rare word of the vocabulary
+            ids = encode_texts(chunk, tokenizer, is_template)
+            tokens = np.fromiter(chain.from_iterable(ids), np.int32)
+            lengths = np.array(list(map(len, ids)), np.int64)
+        elif len(lengths) > len(chunk):
+            num_pieces = np.array([text.count(MARK) + 1 for text in chunk])
+            lengths = np.add.reduceat(lengths, np.cumsum(num_pieces) - num_pieces)
+        yield tokens, lengths
+
+
+def _with_ends(tokens: np.ndarray, lengths: np.ndarray, prefix: list[int], eos: int) -> np.ndarray:
+    """`prefix + text + EOS` of texts that lie one after another."""
+    ends = np.cumsum(lengths + len(prefix) + 1)
+    whole = np.empty(len(tokens) + len(lengths) * (len(prefix) + 1), np.int32)
+    is_text = np.ones(len(whole), bool)
+    for place, token in ((ends - 1, eos), *((ends - 1 - lengths - len(prefix) + i, t) for i, t in enumerate(prefix))):
+        whole[place], is_text[place] = token, False
+    whole[is_text] = tokens
+    return whole
 
 
 def encode_texts(

@@ -167,7 +167,7 @@ class TokenStoreWriter:
         stream.unlink()
         counts = {"texts": len(self._ends) - 1, "tokens": self._ends[-1]}
         write_meta(self._temporary, {"inputs": self.inputs, "counts": counts, "meta": self.meta})
-        install_store(self._temporary, self.path)
+        install_store(self._temporary, self.path, self.inputs)
 
 
 def open_store(path: Path, inputs: Any) -> TokenStore | None:
@@ -240,15 +240,19 @@ def read_meta(directory: Path, inputs: Any) -> dict[str, Any] | None:
     return meta
 
 
-def install_store(temporary: Path, path: Path) -> None:
-    """Put a written directory in its place. A store that another process put there meanwhile is as good."""
-    if path.exists():
-        shutil.rmtree(path, ignore_errors=True)
+def install_store(temporary: Path, path: Path, inputs: Any) -> None:
+    """Put a written directory in its place. One that another process put there meanwhile is as good."""
+    replaced = temporary.with_name(temporary.name.replace(".tmp", ".old.tmp"))
+    if path.exists() and read_meta(path, inputs) is None:
+        with suppress(FileNotFoundError):  # another process is doing the same
+            path.rename(replaced)
     try:
         install_directory(temporary, path)
     except OSError:
         if not (path / META).exists():
             raise
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def checksum(path: Path) -> str:

@@ -2,14 +2,16 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from engine.data import encoding
-from engine.data.encoding import encode_texts, token_prefix
+from engine.data import encoding, tokenizer_processes
+from engine.data.encoding import Text, encode, encode_texts, token_prefix
 from engine.data.preferences import Preferences
 from engine.data.special_tokens import MARK, special_token_marker
+from engine.data.tokenizer_processes import encode_in_processes, is_plain
 from tests.data.samples import EOS, byte_tokenizer, pair, run, texts
 from utils import UserError
 
@@ -101,3 +103,46 @@ def test_overlapping_special_tokens_are_all_marked():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["ab", "bc"]})
     assert special_token_marker(tokenizer)("xabcab") == f"xa{MARK}b{MARK}ca{MARK}b"
+
+
+@pytest.mark.parametrize("bos", [None, "<s> $A"])
+def test_other_processes_give_the_same_ids(bos, monkeypatch):
+    """With marks, literal special tokens, and a special token that the merges learned as a word."""
+    tokenizer = byte_tokenizer(bos, num_merges=20)
+    bare = ["the cat", "", "<eos>", "a <|user|> b", "é" * 3, f"<{MARK}eos> and <{MARK}s>", "sat on the mat"]
+    texts = [Text(from_template, text) for from_template in (False, True) for text in bare * 3]
+    expected = encode(texts, tokenizer)
+    monkeypatch.setattr(encoding, "MIN_PROCESS_TEXTS", 1)
+    monkeypatch.setattr(encoding, "CHUNK_SIZE", 4)
+    monkeypatch.setattr(encoding, "num_processes", lambda: 2)
+    num_asked, real = Counter[str](), encoding.encode_in_processes
+
+    def spy(*args):
+        for one in real(*args):
+            num_asked["chunks"] += 1
+            yield one
+
+    monkeypatch.setattr(encoding, "encode_in_processes", spy)
+    found = encode(texts, tokenizer)
+    assert num_asked["chunks"] == 12
+    assert found.tokens.tolist() == expected.tokens.tolist() and found.tokens.dtype == np.int32
+    assert found.lengths.tolist() == expected.lengths.tolist() and found.prefix == expected.prefix
+    for index, text in enumerate(texts):
+        one = encode_texts([text.text], tokenizer, text.from_template)[0]
+        assert found.response(index).tolist() == [*one, tokenizer.eos_token_id]
+
+
+def test_a_tokenizer_that_changes_texts_stays_in_this_process(plain):
+    class Lower(PreTrainedTokenizerFast):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    assert is_plain(plain)
+    assert not is_plain(Lower(tokenizer_object=plain.backend_tokenizer, eos_token="<eos>"))
+
+
+def test_a_process_that_ends_is_an_error(plain, monkeypatch, tmp_path):
+    (tmp_path / "worker.py").write_text("import sys\nsys.stdin.buffer.read(1)\nsys.exit(3)\n")
+    monkeypatch.setattr(tokenizer_processes, "WORKER", tmp_path / "worker.py")
+    with pytest.raises(UserError, match=r"error\[MEMORY\] tokenizing: a child process ended with status 3"):
+        list(encode_in_processes([(["a"], False)] * 5, plain))

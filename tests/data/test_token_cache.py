@@ -29,7 +29,8 @@ def test_a_second_run_reads_the_cache(plain, tmp_path, num_encoded):
     assert first == second == [("p", "a<eos>", "b<eos>")]
     run(data, plain, tmp_path, max_length=4, max_prompt_length=2)  # truncation comes after the cache
     assert num_encoded["encode"] == 1
-    assert [path.suffix for path in (tmp_path / "tokens").iterdir()] == [".safetensors"]
+    (store,) = (tmp_path / "tokens").iterdir()
+    assert sorted(path.name for path in store.iterdir()) == ["meta.json", "texts.arrow"]
 
 
 def test_the_cache_key_covers_texts_tokenizer_and_template(plain, with_bos, tmp_path, num_encoded):
@@ -46,7 +47,7 @@ def test_the_cache_key_covers_texts_tokenizer_and_template(plain, with_bos, tmp_
 def test_a_damaged_cache_is_built_again(plain, tmp_path, num_encoded, damage):
     data = pair("p", "a", "b")
     run(data, plain, tmp_path)
-    (path,) = (tmp_path / "tokens").iterdir()
+    (path,) = (tmp_path / "tokens").glob("*/texts.arrow")
     good = path.read_bytes()
     flipped = good[:-5] + bytes([good[-5] ^ 1]) + good[-4:]
     path.write_bytes({"flip": flipped, "cut": good[:-5], "empty": b"", "other": b"x" * 100}[damage])

@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 
 from engine.data import token_store
-from engine.data.token_store import TokenStoreWriter, open_store
+from engine.data.token_store import TokenStore, TokenStoreWriter, open_store
 from utils import UserError
 
 TEXTS = [[1, 2, 3], [], [65_535], [7] * 1000]
+
+
+def read(path, inputs="a") -> TokenStore:
+    store = open_store(path, inputs)
+    assert store is not None
+    return store
 
 
 def write(path, inputs="a", vocabulary_size=65_536, texts=TEXTS):
@@ -23,7 +29,7 @@ def write(path, inputs="a", vocabulary_size=65_536, texts=TEXTS):
 @pytest.mark.parametrize(("vocabulary_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
 def test_texts_columns_and_notes_are_read_back(tmp_path, vocabulary_size, dtype):
     write(tmp_path / "store", vocabulary_size=vocabulary_size)
-    store = open_store(tmp_path / "store", "a")
+    store = read(tmp_path / "store")
     assert [text.tolist() for text in store] == TEXTS == [store[index].tolist() for index in range(4)]
     assert store.tokens.tolist() == [token for text in TEXTS for token in text]
     assert (store.tokens.dtype, store.offsets.tolist()) == (dtype, [0, 3, 3, 4, 1004])
@@ -38,7 +44,7 @@ def test_texts_columns_and_notes_are_read_back(tmp_path, vocabulary_size, dtype)
 
 def test_a_store_without_texts_is_one(tmp_path):
     write(tmp_path / "store", texts=[])
-    store = open_store(tmp_path / "store", "a")
+    store = read(tmp_path / "store")
     assert (len(store), len(store.tokens), list(store)) == (0, 0, [])
 
 
@@ -65,7 +71,7 @@ def test_a_damaged_store_is_none_and_written_anew(tmp_path, name, damage):
     if (name, damage) != ("meta.json", "changed"):  # a changed key or digit of it
         assert open_store(tmp_path / "store", "a") is None
     write(tmp_path / "store")
-    assert len(open_store(tmp_path / "store", "a")) == 4
+    assert len(read(tmp_path / "store")) == 4
 
 
 def test_a_writer_that_fails_leaves_the_store_before_it(tmp_path):

@@ -1,0 +1,100 @@
+"""Encodes texts in several processes: the tokenizer's threads share a lock, and stop at a few cores."""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORKER = Path(__file__).with_name("tokenizer_worker.py")
+MAX_PROCESSES = 32
+Request = tuple[Sequence[str], bool]  # texts, and whether their special tokens count
+Encoded = tuple[np.ndarray, np.ndarray]  # int32 [all ids], int64 [texts]: their lengths
+
+
+def num_processes() -> int:
+    """Cores of this process, at most MAX_PROCESSES."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_PROCESSES)
+
+
+def is_plain(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether its backend alone encodes texts: a subclass may change them."""
+    from transformers import PreTrainedTokenizerFast
+
+    same = ("_encode_plus", "set_truncation_and_padding", "__call__")
+    return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(type(tokenizer), name) is getattr(PreTrainedTokenizerFast, name) for name in same
+    )
+
+
+def encode_in_processes(requests: Iterable[Request], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Encoded]:
+    """The ids of the texts of each request, in order, without BOS and EOS.
+
+    Args:
+        tokenizer: one that is_plain.
+
+    Raises:
+        UserError: MEMORY if a process ends.
+    """
+    count = num_processes()
+    state = pickle.dumps(tokenizer.backend_tokenizer.to_str())
+    idle = SimpleQueue[subprocess.Popen[bytes]]()
+    children = [_start() for _ in range(count)]
+    for child in children:
+        idle.put(child)
+    ready = set[int]()  # ids of the processes that have the tokenizer
+
+    def exchange(request: Request) -> Encoded:
+        child = idle.get()
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            if child.pid not in ready:
+                ready.add(child.pid)
+                child.stdin.write(state)
+            pickle.dump(request, child.stdin, pickle.HIGHEST_PROTOCOL)
+            child.stdin.flush()
+            reply: Encoded = pickle.load(child.stdout)
+            return reply
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            problem = f"tokenizing: a child process ended with status {child.wait()}; it may need more memory"
+            raise UserError("MEMORY", problem, "free memory, or run on fewer cores (taskset)") from error
+        finally:
+            idle.put(child)
+
+    waiting = deque[Future[Encoded]]()
+    try:
+        with ThreadPoolExecutor(count) as threads:
+            for request in requests:
+                waiting.append(threads.submit(exchange, request))
+                if len(waiting) > 2 * count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        for child in children:
+            child.kill()
+            with suppress(BrokenPipeError):  # text that it never read
+                child.communicate()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # -P: modules beside the worker have names of the standard library.
+    command = [sys.executable, "-P", str(WORKER)]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+    )
