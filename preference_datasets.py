@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from engine.data.chat import ASSISTANT_TURN, HUMAN_TURN
+from engine.data.example_table import prompt_hashes
 from engine.data.examples import COUNTED, Example, Observe, Split, TruncationMode, tokenize
 from engine.data.files import load_file
 from engine.data.films import film_reward, film_rows
@@ -285,6 +288,5 @@ def format_counts(split_counts: dict[str, Any]) -> str:
 
 def num_shared_prompts(train: Split, test: Split) -> tuple[int, int]:
     """Numbers of truncated prompts: in both splits, and in the test split."""
-    train_prompts = {hash(example.prompt.tobytes()) for example in train.examples}
-    test_prompts = {hash(example.prompt.tobytes()) for example in test.examples}
-    return len(train_prompts & test_prompts), len(test_prompts)
+    train_prompts, test_prompts = (np.unique(prompt_hashes(split.examples)) for split in (train, test))
+    return len(np.intersect1d(train_prompts, test_prompts, assume_unique=True)), len(test_prompts)

@@ -496,7 +496,7 @@ class BasicTrainer:
         eval_examples = examples_to_evaluate(settings, test_split)
         reward = ground_truth_reward(settings.datasets)
         check_best(settings, len(eval_examples), reward is not None)
-        check_rewards(settings, [*train_split.examples, *test_split.examples], reward is not None)
+        check_rewards(settings, chain(train_split.examples, test_split.examples), reward is not None)
         self.num_updates = self.source.num_updates
         self.counters = {"examples": 0, "updates": 0, "skipped": 0}
         self.stop, self.must_stop, self.training_time = StopRequest(), False, TrainingTime()

@@ -74,13 +74,26 @@ def clipped(text: str, length: int = 100) -> str:
     return text if len(text) <= length else text[: length - 4] + " ..."
 
 
-def content_hash(parts: Iterable[Any]) -> str:
-    """A hex digest of parts: bytes, or values with a JSON form. The same parts give the same digest."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
+class ContentHash:
+    """A hash of parts: bytes, or values with a JSON form. The same parts give the same digest."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, part: Any) -> None:
         data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, ensure_ascii=False).encode()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
+        self._digest.update(len(data).to_bytes(8, "little"))
+        self._digest.update(data)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def content_hash(parts: Iterable[Any]) -> str:
+    """The hex digest of the ContentHash of parts."""
+    digest = ContentHash()
+    for part in parts:
+        digest.add(part)
     return digest.hexdigest()
 
 

@@ -87,7 +87,7 @@ def measure(run_dir: Path, sft: Path, settings: Any) -> dict[str, float]:
             found.append(torch.stack([ratios[role] for role in roles], -1))
         return torch.cat(found)
 
-    pairs = load_split(settings, tokenizer, "test", "pairs").examples[: settings.n_eval_examples]
+    pairs = [*load_split(settings, tokenizer, "test", "pairs").examples[: settings.n_eval_examples]]
     chosen, rejected = logratios(pairs).unbind(-1)
     lines = (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]

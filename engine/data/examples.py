@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from engine.data.encoding import EncodedTexts, Text
+from engine.data.example_table import NUM_RESPONSES, ExampleTable, TableBuilder
 from engine.data.preferences import Preference, Preferences
 from engine.data.rankings import (
     Comparisons,
     Reasons,
-    count_ties,
     find_order,
     join_equal,
     read_comparisons,
@@ -23,6 +23,7 @@ from engine.data.rankings import (
 )
 from engine.data.rows import RowCounts
 from engine.data.special_tokens import without_eos
+from engine.data.split_counts import count_split
 from engine.data.token_cache import encode_cached
 from utils import content_hash
 
@@ -137,6 +138,8 @@ def join_parts(examples: Iterable[Example]) -> list[Example]:
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """A hash of the content of examples, in their order."""
+    if isinstance(examples, ExampleTable) and examples.fingerprint is not None:
+        return examples.fingerprint
     return content_hash(part for example in examples for part in _parts(example))
 
 
@@ -172,7 +175,7 @@ class Split:
         prompt_texts: of each example, the number of its prompt before truncation. Data sets may share it.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     counts: dict[str, Any] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
     prompt_texts: list[int] = field(default_factory=list)
@@ -237,6 +240,7 @@ def tokenize(
     texts = list(drafts.texts)
     encoded = encode_cached(texts, tokenizer, cache_dir)
     examples, prompt_texts, num_truncated = list[Example](), list[int](), 0
+    table = TableBuilder(encoded, NUM_RESPONSES[batch], _parts) if batch in NUM_RESPONSES else None
     prompt_indices: dict[int, int] = {}  # by prompt number; prompts without examples get none
     limit = max_prompt_length if batch == "rollout" else max_length  # a sampled response has any length
     ends, sizes = list(accumulate(len(preferences) for preferences, _ in data)), [0] * len(data)  # ends: of prompts
@@ -255,49 +259,18 @@ def tokenize(
         if outcome.example is None:
             continue
         prompt_indices[draft.prompt_number] = prompt_index
-        examples.append(outcome.example)
         prompt_texts.append(draft.prompt)
+        if table is None:
+            examples.append(outcome.example)
+        else:
+            table.append(outcome.example, draft.prompt, draft.responses, num_front)
         sizes[bisect_right(ends, draft.prompt_number)] += 1
         num_truncated += len(prompt) + sum(map(len, responses)) < num_tokens
-    split_counts = {
-        **_split_counts(examples, batch, counts),
-        "truncated": num_truncated,
-        "max_length": max_length,
-        **_optional_counts(drafts, examples, counts, tokenizer.eos_token_id),
-    }
-    return Split(examples, split_counts, sizes, prompt_texts)
-
-
-def _split_counts(examples: Sequence[Example], batch: "BatchKind", counts: RowCounts) -> dict[str, Any]:
-    """The parts of Split.counts without truncation that are always there."""
-    split_counts = {
-        "rows": counts.rows,
-        "prompts": len({example.prompt_index for example in examples}),
-        COUNTED[batch]: len(examples),
-        "dropped": dict(counts.dropped),
-    }
-    if batch == "unpaired":
-        split_counts["desirable"] = sum(bool(example.label) for example in examples)
-    return split_counts
-
-
-def _optional_counts(
-    drafts: "Drafts", examples: Sequence[Example], counts: RowCounts, eos_token_id: int
-) -> dict[str, Any]:
-    """The parts of Split.counts that are only there if above 0, or if there is one."""
-    rankings = [(example, example.comparisons) for example in examples if example.comparisons is not None]
-    repeats = [comparisons.count_repeats() for _, comparisons in rankings]
-    optional = {
-        "duplicates": drafts.num_duplicates + sum(duplicates for duplicates, _ in repeats),
-        "contradictions": drafts.num_contradictions + sum(contradictions for _, contradictions in repeats),
-        "compared_pairs": sum(len(comparisons.pairs) for _, comparisons in rankings),
-        "ties": sum(count_ties(comparisons) for _, comparisons in rankings),
-        "truncated_responses": sum(
-            int(response[-1]) != eos_token_id for example, _ in rankings for response in example.responses
-        ),
-        "first_bad_row": counts.first_bad_row,
-    }
-    return {name: value for name, value in optional.items() if value}
+    made = examples if table is None else table.finish(Example)
+    eos = tokenizer.eos_token_id
+    shown = {"truncated": num_truncated, "max_length": max_length}
+    repeats = (drafts.num_duplicates, drafts.num_contradictions)
+    return Split(made, count_split(made, COUNTED[batch], counts, shown, repeats, eos), sizes, prompt_texts)
 
 
 # ---- Before encoding ----

@@ -9,7 +9,7 @@ from engine.models.shards import local_shard
 from engine.placement.memory import max_efficient_tokens, tokens_that_fit
 from engine.placement.placement import Placement
 from engine.settings.schema import LossSettings
-from engine.step.layout import Microbatch, num_fed_tokens
+from engine.step.layout import Microbatch, fed_tokens
 from engine.step.microbatches import Batch, MicrobatchRunner
 from utils import UserError
 
@@ -27,7 +27,7 @@ def fit_memory(
     settings, policy = placement.settings, runner.policy
     num_layers = len(find_layers(policy, settings.model.block_name))
     layout = settings.batching, placement.feeds_last_token
-    longest = max((num_fed_tokens(example, *layout) for example in examples), default=0)
+    longest = int(fed_tokens(examples, *layout).max(initial=0))
     checkpointed = num_layers_to_recompute(settings.activation_checkpointing, num_layers)
     if (settings.token_budget is not None or settings.deterministic) and checkpointed is not None:
         return settings.token_budget or max(2048, longest), checkpointed

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from engine.data.example_table import labels_of
 from engine.data.examples import Example
 from engine.settings.schema import LoraSettings, Settings
 from engine.step.schedule import learning_rate
@@ -53,8 +54,7 @@ def warnings_at_start(settings: Settings, num_updates: int, examples: Sequence[E
     Args:
         examples: for training.
     """
-    labels = [example.label for example in examples]
-    found = (warn_of_warmup(settings, num_updates), warn_of_imbalance(settings, labels))
+    found = (warn_of_warmup(settings, num_updates), warn_of_imbalance(settings, labels_of(examples)))
     return [warning for warning in found if warning]
 
 

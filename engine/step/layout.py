@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.data.example_table import ExampleTable
 from engine.data.examples import Example
 from engine.step.attention import Segments
 from engine.step.samples import Samples, lay_out_samples, no_samples
@@ -333,3 +334,15 @@ def num_fed_tokens(example: Example, layout: str = "packed", feeds_last_token: b
         return len(example.responses) * (len(example.prompt) + max(map(len, example.responses)))
     num_left_out = 0 if feeds_last_token else 1
     return len(example.prompt) + sum(len(response) - num_left_out for response in example.responses)
+
+
+def fed_tokens(examples: Sequence[Example], layout: str = "packed", feeds_last_token: bool = False) -> np.ndarray:
+    """num_fed_tokens of each example, int64 [examples]."""
+    if not isinstance(examples, ExampleTable):
+        numbers = (num_fed_tokens(example, layout, feeds_last_token) for example in examples)
+        return np.fromiter(numbers, np.int64, len(examples))
+    prompts, responses = examples.prompt_lengths, examples.response_lengths
+    if layout == "padded":
+        return len(responses) * (prompts + np.max(responses, axis=0))
+    num_left_out = 0 if feeds_last_token else len(responses)
+    return prompts + np.sum(responses, axis=0) - num_left_out

@@ -2,14 +2,18 @@
 
 import math
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, count
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
+from engine.data.example_table import prompt_indices
 from engine.data.examples import Example, fingerprint
-from engine.step.layout import num_fed_tokens
+from engine.step.layout import fed_tokens
 from engine.step.mixing import Mixture
 
 
@@ -106,18 +110,16 @@ class StoredExamples:
         return fingerprint(self.examples)
 
     def batches(self, start: int = 0) -> Iterator[list[Example]]:
-        indices = islice(chain.from_iterable(self._plan()), start, None)
-        while batch := [self.examples[index] for index in islice(indices, self._batch_size)]:
-            yield batch
+        for batch in self._plan(start):
+            yield [self.examples[index] for index in batch]
 
     def new_batches(self) -> Iterator[list[Example]]:
-        is_new, num_new = [True] * len(self.examples), len(self.examples)
+        is_new, num_new = np.ones(len(self.examples), bool), len(self.examples)
         for batch in self._plan():
             if num_new == 0:  # the rest of the plan may be long
                 return
             found = {index for index in batch if is_new[index]}
-            for index in found:
-                is_new[index] = False
+            is_new[[*found]] = False
             num_new -= len(found)
             if found:
                 yield [self.examples[index] for index in batch]
@@ -137,7 +139,7 @@ class StoredExamples:
     def restore(self, checkpoint: Path) -> None:
         """Nothing: the batches follow from the examples and the seed."""
 
-    def _plan(self) -> Iterator[list[int]]:
+    def _plan(self, start: int = 0) -> Iterator[list[int]]:
         return plan_batches(
             self.examples,
             self._batch_size,
@@ -146,6 +148,7 @@ class StoredExamples:
             n_examples=self._n_examples,
             length_grouping=self._length_grouping,
             mixture=self._mixture,
+            start=start,
         )
 
 
@@ -164,6 +167,7 @@ def plan_batches(
     n_examples: int | None,
     length_grouping: bool = False,
     mixture: Mixture | None = None,
+    start: int = 0,
 ) -> Iterator[list[int]]:
     """Plan the example indices of each batch. Equal arguments give equal batches.
 
@@ -175,32 +179,83 @@ def plan_batches(
         length_grouping: put prompts of similar lengths into the same batch, the batches in random order. A prompt
             split at the end of a batch may continue in any other.
         mixture: the data sets in each epoch; None to have each example once.
+        start: examples of the plan to leave out. Epochs before it are shuffled, and not laid out.
     """
-    by_prompt: dict[int, list[int]] = {}
-    for index, example in enumerate(examples):
-        by_prompt.setdefault(example.prompt_index, []).append(index)
-    prompts = list(by_prompt.values())
-    num_left = num_planned(len(examples), n_epochs, n_examples)
-    mixed = mixture.epochs(prompts, seed) if mixture else None
-    batch: list[int] = []
-    epoch = 0
-    while num_left > 0:
+    num_examples = num_planned(len(examples), n_epochs, n_examples)
+    if num_examples <= start:
+        return
+    epochs = _mixed_epochs(examples, mixture, seed) if mixture else _shuffled_epochs(examples, seed)
+    lengths = fed_tokens(examples) if length_grouping else None
+    begun = np.empty(0, np.int64)  # of a batch that goes on in the next epoch
+    for number, (prompts, rng) in enumerate(epochs):
+        first, end = number * len(examples), min((number + 1) * len(examples), num_examples)
+        if end > start:
+            order = prompts.indices()
+            if lengths is not None:
+                order = _grouped_by_length(prompts, lengths, batch_size, first % batch_size, rng)
+            order = np.concatenate([begun, order[max(start - first, 0) : end - first]])
+            num_whole = len(order) if end == num_examples else len(order) // batch_size * batch_size
+            for place in range(0, num_whole, batch_size):
+                yield order[place : place + batch_size].tolist()
+            begun = order[num_whole:]
+        if end == num_examples:
+            return
+
+
+class _Prompts:
+    """Prompts in an order, each with its examples.
+
+    Args:
+        starts, counts: of each prompt, int64 [prompts]: its part of members.
+        members: indices of examples.
+    """
+
+    def __init__(self, starts: np.ndarray, counts: np.ndarray, members: np.ndarray):
+        self.starts, self.counts, self.members = starts, counts, members
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "_Prompts":
+        """In the order of their first examples."""
+        _, first, inverse = np.unique(prompt_indices(examples), return_index=True, return_inverse=True)
+        ranks = np.empty(len(first), np.int64)
+        ranks[np.argsort(first)] = np.arange(len(first))
+        ranks = ranks[inverse]
+        counts = np.bincount(ranks, minlength=len(first))
+        return cls(np.cumsum(counts) - counts, counts, np.argsort(ranks, kind="stable"))
+
+    def in_order(self, order: "np.ndarray | slice") -> "_Prompts":
+        """The prompts of these numbers."""
+        return _Prompts(self.starts[order], self.counts[order], self.members)
+
+    def indices(self) -> np.ndarray:
+        """The examples of all prompts in turn."""
+        ends = np.cumsum(self.counts)
+        if not len(ends):
+            return np.empty(0, np.int64)
+        places = np.arange(ends[-1]) - np.repeat(ends - self.counts, self.counts)
+        return self.members[np.repeat(self.starts, self.counts) + places]
+
+
+def _shuffled_epochs(examples: Sequence[Example], seed: int) -> Iterator[tuple[_Prompts, random.Random]]:
+    """All prompts in the order of each epoch, and its random numbers. Endless."""
+    prompts = _Prompts.of(examples)
+    order = array("q", range(len(prompts.counts)))
+    for epoch in count():
         rng = random.Random(f"{seed}/{epoch}")
-        if mixed is not None:
-            prompts = next(mixed)
-        rng.shuffle(prompts)
-        order = [index for prompt in prompts for index in prompt]
-        if length_grouping:
-            order = _grouped_by_length(prompts, examples, batch_size, len(batch), rng)
-        epoch += 1
-        for index in order:
-            batch.append(index)
-            num_left -= 1
-            if len(batch) == batch_size or num_left == 0:
-                yield batch
-                batch = []
-            if num_left == 0:
-                break
+        rng.shuffle(order)
+        yield prompts.in_order(np.array(order)), rng
+
+
+def _mixed_epochs(examples: Sequence[Example], mixture: Mixture, seed: int) -> Iterator[tuple[_Prompts, random.Random]]:
+    """The prompts of a mixture in the order of each epoch, and its random numbers. Endless."""
+    prompts = _Prompts.of(examples)
+    groups = [members.tolist() for members in np.split(prompts.members, np.cumsum(prompts.counts)[:-1])]
+    for epoch, taken in enumerate(mixture.epochs(groups, seed)):
+        rng = random.Random(f"{seed}/{epoch}")
+        rng.shuffle(taken)
+        counts = np.fromiter(map(len, taken), np.int64, len(taken))
+        members = np.fromiter(chain.from_iterable(taken), np.int64)
+        yield _Prompts(np.cumsum(counts) - counts, counts, members), rng
 
 
 # Batches sorted by length together. More of them make lengths more alike, and the order less random.
@@ -208,29 +263,30 @@ GROUPED_BATCHES = 50
 
 
 def _grouped_by_length(
-    prompts: Sequence[Sequence[int]], examples: Sequence[Example], batch_size: int, num_begun: int, rng: random.Random
-) -> list[int]:
+    prompts: _Prompts, lengths: np.ndarray, batch_size: int, num_begun: int, rng: random.Random
+) -> np.ndarray:
     """Order the examples of prompts so that batches hold similar lengths.
 
     Args:
+        lengths: of all examples.
         num_begun: examples in the first batch already, from the epoch before.
     """
-
-    def longest(prompt: Sequence[int]) -> int:
-        return max(num_fed_tokens(examples[index]) for index in prompt)
-
-    remaining = list(prompts)
-    first: list[int] = []  # completes the batch already begun
-    while num_begun and remaining and len(first) < batch_size - num_begun:
-        first += remaining.pop(0)
-    window = GROUPED_BATCHES * batch_size
-    starts = range(0, len(remaining), window)
-    sorted_windows = (sorted(remaining[start : start + window], key=longest) for start in starts)
-    order = [index for sorted_window in sorted_windows for prompt in sorted_window for index in prompt]
+    num_first = 0  # prompts that complete the batch already begun
+    if num_begun:
+        num_missing = batch_size - num_begun
+        num_first = min(int(np.searchsorted(np.cumsum(prompts.counts), num_missing)) + 1, len(prompts.counts))
+    remaining = prompts.in_order(slice(num_first, None))
+    order = remaining.indices()
+    if len(order):
+        longest = np.maximum.reduceat(lengths[order], np.cumsum(remaining.counts) - remaining.counts)
+        window = GROUPED_BATCHES * batch_size
+        starts = range(0, len(longest), window)
+        sorted_windows = [start + np.argsort(longest[start : start + window], kind="stable") for start in starts]
+        order = remaining.in_order(np.concatenate(sorted_windows)).indices()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    short = batches.pop() if len(order) % batch_size else []  # last, as it would shift all batches after it
+    short = [batches.pop()] if len(order) % batch_size else []  # last, as it would shift all batches after it
     rng.shuffle(batches)
-    return [*first, *(index for batch in batches for index in batch), *short]
+    return np.concatenate([prompts.in_order(slice(num_first)).indices(), *batches, *short])
 
 
 def num_planned(num_examples: int, n_epochs: int | None, n_examples: int | None) -> int:

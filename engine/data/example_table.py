@@ -1,0 +1,199 @@
+"""Tables of examples: columns over a token store. An example is made when it is read, and not kept."""
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from utils import ContentHash
+
+if TYPE_CHECKING:
+    from engine.data.encoding import EncodedTexts
+    from engine.data.examples import Example
+
+NUM_RESPONSES = {"sft": 1, "pairs": 2, "unpaired": 1}  # by batch kind: those that make a table
+NO_LABEL = -1
+# Type codes of the columns, as in the module array. A prompt is its first num_front tokens and its last num_back.
+COLUMNS = {
+    "prompt_start": "q",  # in the tokens of the store
+    "prompt_length": "i",  # before truncation
+    "num_front": "i",
+    "num_back": "i",
+    "prompt_index": "i",
+    "prompt_text": "i",
+    "prompt_hash": "q",  # of the truncated prompt
+    "label": "b",
+    "weight": "d",
+}
+
+
+class ExampleTable(Sequence["Example"]):
+    """Examples of one kind, as views of stored tokens.
+
+    Args:
+        columns: one value an example: COLUMNS, and start_N and length_N of response N; perhaps mismatched_start and
+            mismatched_length.
+        tokens: of the store.
+        make: the class Example.
+        fingerprint: a hash of the content of all examples.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, np.ndarray],
+        tokens: np.ndarray,
+        make: "type[Example]",
+        fingerprint: str | None,
+    ):
+        self.columns, self.tokens, self.fingerprint, self._make = columns, tokens, fingerprint, make
+        self.num_responses = sum(name.startswith("start_") for name in columns)
+
+    def __len__(self) -> int:
+        return len(self.columns["prompt_start"])
+
+    @overload
+    def __getitem__(self, index: int) -> "Example": ...
+    @overload
+    def __getitem__(self, index: slice) -> "list[Example]": ...
+    def __getitem__(self, index: int | slice) -> "Example | list[Example]":
+        if isinstance(index, slice):
+            return [self._example(number) for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._example(index % len(self))
+
+    def __iter__(self) -> "Iterator[Example]":
+        return map(self._example, range(len(self)))
+
+    def _example(self, index: int) -> "Example":
+        columns = self.columns
+        label = columns["label"].item(index)
+        mismatched = None
+        if "mismatched_start" in columns:
+            mismatched = self._view(columns["mismatched_start"].item(index), columns["mismatched_length"].item(index))
+        return self._make(
+            prompt=self._prompt(index),
+            responses=tuple(
+                self._view(columns[f"start_{number}"].item(index), columns[f"length_{number}"].item(index))
+                for number in range(self.num_responses)
+            ),
+            prompt_index=columns["prompt_index"].item(index),
+            label=None if label == NO_LABEL else bool(label),
+            weight=columns["weight"].item(index),
+            mismatched=mismatched,
+        )
+
+    def _prompt(self, index: int) -> np.ndarray:
+        start, num_back = (self.columns[name].item(index) for name in ("prompt_start", "num_back"))
+        front = self._view(start, self.columns["num_front"].item(index))
+        if not num_back:
+            return front
+        return np.concatenate(
+            [front, self._view(start + self.columns["prompt_length"].item(index) - num_back, num_back)]
+        )
+
+    def _view(self, start: int, length: int) -> np.ndarray:
+        """int32 [length]. It is a copy if the store has smaller ids."""
+        return self.tokens[start : start + length].astype(np.int32, copy=False)
+
+    # ---- Columns derived from others ----
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """int64 [examples], after truncation."""
+        return self.columns["num_front"].astype(np.int64) + self.columns["num_back"]
+
+    @property
+    def response_lengths(self) -> list[np.ndarray]:
+        """int32 [examples] for each response."""
+        return [self.columns[f"length_{number}"] for number in range(self.num_responses)]
+
+    def with_mismatched(self, others: np.ndarray, max_length: int) -> "ExampleTable":
+        """The examples, each with the first response of another.
+
+        Args:
+            others: int64 [examples].
+            max_length: of prompt + response; a longer response is truncated.
+        """
+        lengths = np.minimum(self.columns["length_0"][others], max_length - self.prompt_lengths).astype(np.int32)
+        added = {"mismatched_start": self.columns["start_0"][others], "mismatched_length": lengths}
+        return ExampleTable({**self.columns, **added}, self.tokens, self._make, None)
+
+
+class TableBuilder:
+    """Gathers the columns of a table.
+
+    Args:
+        encoded: the texts of the examples.
+        num_responses: of each example.
+        parts: an example -> the bytes that its hash covers.
+    """
+
+    def __init__(self, encoded: "EncodedTexts", num_responses: int, parts: "Callable[[Example], Iterator[bytes]]"):
+        self._encoded, self._parts, self._hash = encoded, parts, ContentHash()
+        names = [f"{name}_{number}" for number in range(num_responses) for name in ("start", "length")]
+        codes = COLUMNS | {name: "q" if name.startswith("start") else "i" for name in names}
+        self._columns = {name: array(code) for name, code in codes.items()}
+
+    def append(self, example: "Example", prompt_text: int, responses: Sequence[int], num_front: int) -> None:
+        """Add an example.
+
+        Args:
+            prompt_text, responses: the numbers of its texts.
+            num_front: tokens that a truncated prompt keeps of its start, at most.
+        """
+        encoded, num_prompt = self._encoded, len(example.prompt)
+        start, end = encoded.prompt_span(prompt_text)
+        num_front = num_prompt if num_prompt == end - start else min(num_front, num_prompt)
+        values: dict[str, Any] = {
+            "prompt_start": start,
+            "prompt_length": end - start,
+            "num_front": num_front,
+            "num_back": num_prompt - num_front,
+            "prompt_index": example.prompt_index,
+            "prompt_text": prompt_text,
+            "prompt_hash": prompt_hash(example.prompt),
+            "label": NO_LABEL if example.label is None else example.label,
+            "weight": example.weight,
+        }
+        for number, (text, response) in enumerate(zip(responses, example.responses, strict=True)):
+            values |= {f"start_{number}": int(encoded.starts[text]), f"length_{number}": len(response)}
+        for name, value in values.items():
+            self._columns[name].append(value)
+        for part in self._parts(example):
+            self._hash.add(part)
+
+    def finish(self, make: "type[Example]") -> ExampleTable:
+        columns = {name: np.array(values) for name, values in self._columns.items()}
+        return ExampleTable(columns, self._encoded.tokens, make, self._hash.hexdigest())
+
+
+def prompt_hash(prompt: np.ndarray) -> int:
+    """A hash of a prompt's tokens, 64 bits."""
+    return int.from_bytes(blake2b(prompt.tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+# ---- Columns of tables and of lists of examples ----
+
+
+def prompt_indices(examples: "Sequence[Example]") -> np.ndarray:
+    """int64 [examples]."""
+    if isinstance(examples, ExampleTable):
+        return examples.columns["prompt_index"].astype(np.int64)
+    return np.fromiter((example.prompt_index for example in examples), np.int64, len(examples))
+
+
+def prompt_hashes(examples: "Sequence[Example]") -> np.ndarray:
+    """int64 [examples], of the truncated prompts."""
+    if isinstance(examples, ExampleTable):
+        return examples.columns["prompt_hash"]
+    return np.fromiter((prompt_hash(example.prompt) for example in examples), np.int64, len(examples))
+
+
+def labels_of(examples: "Sequence[Example]") -> "list[bool | None]":
+    """Of unpaired responses; None for others."""
+    if isinstance(examples, ExampleTable):
+        return [None if label == NO_LABEL else bool(label) for label in examples.columns["label"].tolist()]
+    return [example.label for example in examples]
