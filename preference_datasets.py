@@ -19,8 +19,10 @@ from engine.data.films import film_reward, film_rows
 from engine.data.forms import PROMPTS_DIFFER, split_transcript
 from engine.data.mismatched import add_mismatched
 from engine.data.preferences import Preferences, SplitName, add_preference, pairs_by_score
+from engine.data.read_sources import UNKNOWN
 from engine.data.row_sources import RowSource
 from engine.data.rows import RowCounts
+from engine.data.split_store import SplitStore
 from engine.data.stack_exchange import read_questions
 from utils import UserError
 
@@ -194,10 +196,37 @@ def load_split(
         UserError: if rows are unreadable or malformed, or none can be trained on.
     """
     assert settings.cache_dir is not None  # the run has named it
-    counts = counts or RowCounts(on_bad_row=settings.on_bad_row)
+    store = None
+    if observe is None and counts is None and SplitStore.holds(batch):
+        loaders = [DATASETS[name].function for name in settings.datasets if name in DATASETS]
+        store = SplitStore(settings, tokenizer, split, batch, loaders)
+    result = store.read() if store else None
+    if result is None:
+        counts = counts or RowCounts(on_bad_row=settings.on_bad_row)
+        result = _read_split(settings, tokenizer, split, batch, counts, observe)
+        if store and UNKNOWN not in counts.sources:
+            store.write(result, counts)
+    if needs_mismatched and result.examples:
+        result.examples = add_mismatched(result.examples, settings.max_length, settings.seed, split)
+    return result
+
+
+def _read_split(
+    settings: "Settings",
+    tokenizer: "PreTrainedTokenizerBase",
+    split: SplitName,
+    batch: "BatchKind",
+    counts: RowCounts,
+    observe: Observe | None,
+) -> Split:
+    """Read the rows of a split and make its examples."""
+    assert settings.cache_dir is not None
     data: list[tuple[Preferences, TruncationMode]] = []
     for name in settings.datasets:
+        num_sources = len(counts.sources)
         preferences, truncation_mode = _load_dataset(name, settings, tokenizer, split, batch, counts)
+        if len(counts.sources) == num_sources:  # a loader that reads files by itself
+            counts.sources[UNKNOWN] = name
         if preferences:
             data.append((preferences, truncation_mode))
         elif split == "train" or settings.test_fraction != 0:
@@ -218,8 +247,6 @@ def load_split(
         names = ", ".join(settings.datasets)
         problem = f"datasets: no row of the {split} split of {names} is left{_describe_dropped(counts)}"
         raise UserError("DATA", problem, "correct the rows, or raise max_length if it is the reason")
-    if needs_mismatched and result.examples:
-        result.examples = add_mismatched(result.examples, settings.max_length, settings.seed, split)
     return result
 
 

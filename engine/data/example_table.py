@@ -22,7 +22,6 @@ COLUMNS = {
     "num_front": "i",
     "num_back": "i",
     "prompt_index": "i",
-    "prompt_text": "i",
     "prompt_hash": "q",  # of the truncated prompt
     "label": "b",
     "weight": "d",
@@ -37,7 +36,8 @@ class ExampleTable(Sequence["Example"]):
             mismatched_length.
         tokens: of the store.
         make: the class Example.
-        fingerprint: a hash of the content of all examples.
+        fingerprint: a hash of the content of all examples; None if it is not known.
+        texts: the key of the store.
     """
 
     def __init__(
@@ -45,9 +45,11 @@ class ExampleTable(Sequence["Example"]):
         columns: Mapping[str, np.ndarray],
         tokens: np.ndarray,
         make: "type[Example]",
-        fingerprint: str | None,
+        fingerprint: str | None = None,
+        texts: str = "",
     ):
         self.columns, self.tokens, self.fingerprint, self._make = columns, tokens, fingerprint, make
+        self.texts = texts
         self.num_responses = sum(name.startswith("start_") for name in columns)
 
     def __len__(self) -> int:
@@ -119,7 +121,7 @@ class ExampleTable(Sequence["Example"]):
         """
         lengths = np.minimum(self.columns["length_0"][others], max_length - self.prompt_lengths).astype(np.int32)
         added = {"mismatched_start": self.columns["start_0"][others], "mismatched_length": lengths}
-        return ExampleTable({**self.columns, **added}, self.tokens, self._make, None)
+        return ExampleTable({**self.columns, **added}, self.tokens, self._make)
 
 
 class TableBuilder:
@@ -153,7 +155,6 @@ class TableBuilder:
             "num_front": num_front,
             "num_back": num_prompt - num_front,
             "prompt_index": example.prompt_index,
-            "prompt_text": prompt_text,
             "prompt_hash": prompt_hash(example.prompt),
             "label": NO_LABEL if example.label is None else example.label,
             "weight": example.weight,
@@ -167,7 +168,7 @@ class TableBuilder:
 
     def finish(self, make: "type[Example]") -> ExampleTable:
         columns = {name: np.array(values) for name, values in self._columns.items()}
-        return ExampleTable(columns, self._encoded.tokens, make, self._hash.hexdigest())
+        return ExampleTable(columns, self._encoded.tokens, make, self._hash.hexdigest(), self._encoded.key)
 
 
 def prompt_hash(prompt: np.ndarray) -> int:

@@ -172,7 +172,7 @@ class Split:
             compared_pairs. Only if above 0: duplicates (of pairs or examples), contradictions (those with their
             opposite), ties and truncated_responses (ranked responses; the latter lost their end). Only if there is one:
             first_bad_row.
-        prompt_texts: of each example, the number of its prompt before truncation. Data sets may share it.
+        prompt_texts: of each ranking or prompt, the number of its prompt before truncation. Data sets may share it.
     """
 
     examples: Sequence[Example]
@@ -259,9 +259,9 @@ def tokenize(
         if outcome.example is None:
             continue
         prompt_indices[draft.prompt_number] = prompt_index
-        prompt_texts.append(draft.prompt)
         if table is None:
             examples.append(outcome.example)
+            prompt_texts.append(draft.prompt)
         else:
             table.append(outcome.example, draft.prompt, draft.responses, num_front)
         sizes[bisect_right(ends, draft.prompt_number)] += 1

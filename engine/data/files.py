@@ -11,6 +11,7 @@ from engine.data.chat import Chat
 from engine.data.forms import FORM_COLUMNS, FORMS, ParsedRow, detect_form
 from engine.data.messages import read_tools
 from engine.data.preferences import Preferences, SplitName, add_preference
+from engine.data.read_sources import note_source
 from engine.data.row_files import read_rows
 from engine.data.rows import BadRow, Row, RowCounts
 from engine.data.split_files import find_split
@@ -58,16 +59,19 @@ def load_file(
     """
     if form is not None and form not in FORMS:
         raise UserError("CONFIG", f"format: '{form}' is not a form", f"use one of {', '.join(FORMS)}, or null")
+    note_source(counts, "split", str(path), split)
     files, has_test_file = find_split(path, split)
+    for file in files:
+        note_source(counts, "file", str(file))
     file_counts = RowCounts(on_bad_row=counts.on_bad_row)
     data = FilePreferences()
     chat = Chat(tokenizer, chat_template, "next" if batch == "rollout" else sft_turns)
     for row in parse_rows(files, form, chat, file_counts, batch):
         data.add(row)
     if data.num_plain_text and split == "train" and (chat_template or tokenizer.chat_template):
-        print(_plain_text_notice(path, data, chat_template), flush=True)
+        counts.notify(_plain_text_notice(path, data, chat_template))
     if split == "train" and (data.num_with_weight or ZERO_WEIGHT in file_counts.dropped):
-        print(_weight_notice(path, data, file_counts.dropped[ZERO_WEIGHT]), flush=True)
+        counts.notify(_weight_notice(path, data, file_counts.dropped[ZERO_WEIGHT]))
     if not has_test_file:
         data.keep_split(split, test_fraction)
     if has_test_file or split == "train":

@@ -4,12 +4,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
+from engine.data.example_table import ExampleTable, prompt_hashes, prompt_indices
 from engine.data.examples import Example
 from engine.data.preferences import SplitName
 from utils import UserError
 
 
-def add_mismatched(examples: Sequence[Example], max_length: int, seed: int, split: SplitName) -> list[Example]:
+def add_mismatched(examples: Sequence[Example], max_length: int, seed: int, split: SplitName) -> Sequence[Example]:
     """The examples, each with a response to another prompt.
 
     The prompts are shuffled. Each gets the responses to the next one, the last those to the first. Every example has
@@ -28,12 +31,16 @@ def add_mismatched(examples: Sequence[Example], max_length: int, seed: int, spli
         held_out = "; test_fraction holds out more of a file, or none at 0" if split == "test" else ""
         raise UserError("DATA", problem, f"add rows with other prompts{held_out}")
     random.Random(f"{seed}/mismatched").shuffle(prompts)
-    added = [*examples]
+    other = np.zeros(len(examples), np.int64)  # the example whose response each gets
     for indices, others in zip(prompts, prompts[1:] + prompts[:1], strict=True):
         for position, index in enumerate(indices):
-            example, (response, *_) = examples[index], examples[others[position % len(others)]].responses
-            added[index] = replace(example, mismatched=response[: max_length - len(example.prompt)])
-    return added
+            other[index] = others[position % len(others)]
+    if isinstance(examples, ExampleTable):
+        return examples.with_mismatched(other, max_length)
+    return [
+        replace(example, mismatched=examples[index].responses[0][: max_length - len(example.prompt)])
+        for example, index in zip(examples, other.tolist(), strict=True)
+    ]
 
 
 def group_by_prompt(examples: Sequence[Example], prompt_texts: Sequence[int] = ()) -> list[list[int]]:
@@ -52,15 +59,15 @@ def group_by_prompt(examples: Sequence[Example], prompt_texts: Sequence[int] = (
             parents[index] = index = parents[parents[index]]
         return index
 
-    first_indices: dict[bytes, int] = {}  # tokens of a prompt -> the first prompt index with them
-    for example in examples:
-        parents.setdefault(example.prompt_index, example.prompt_index)
-        first = first_indices.setdefault(example.prompt.tobytes(), example.prompt_index)
-        parents[root(example.prompt_index)] = root(first)
+    first_indices: dict[int, int] = {}  # hash of a prompt's tokens -> the first prompt index with them
+    indices = prompt_indices(examples).tolist()
+    for index, tokens in zip(indices, prompt_hashes(examples).tolist(), strict=True):
+        parents.setdefault(index, index)
+        parents[root(index)] = root(first_indices.setdefault(tokens, index))
     first_of_text: dict[int, int] = {}
-    for text, example in zip(prompt_texts, examples, strict=bool(prompt_texts)):
-        parents[root(example.prompt_index)] = root(first_of_text.setdefault(text, example.prompt_index))
+    for text, index in zip(prompt_texts, indices, strict=bool(prompt_texts)):
+        parents[root(index)] = root(first_of_text.setdefault(text, index))
     prompts: dict[int, list[int]] = {}
-    for number, example in enumerate(examples):
-        prompts.setdefault(root(example.prompt_index), []).append(number)
+    for number, index in enumerate(indices):
+        prompts.setdefault(root(index), []).append(number)
     return list(prompts.values())

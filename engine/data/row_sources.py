@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.data.hub_datasets import load_from_hub
 from engine.data.preferences import SplitName
+from engine.data.read_sources import hub_hash, note_source
 from engine.data.row_files import read_rows
 from engine.data.rows import BadRow, Row, RowCounts
 from utils import UserError, progress
@@ -64,6 +65,7 @@ class RowSource:
 
     def _hub_rows(self, hub_id: str, split: SplitName, hub_dir: str | None) -> tuple[Iterator[Row], int | None]:
         table = load_from_hub(self.name, hub_id, split, hub_dir)
+        note_source(self.counts, "hub", self.name, hub_id, split, hub_dir, found=hub_hash(table))
         return (Row(values, f"{hub_id} {split} row {number}") for number, values in enumerate(table)), len(table)
 
     def _file_rows(self, split: SplitName, *, is_counted: bool) -> tuple[Iterator[Row], int | None]:
@@ -84,7 +86,10 @@ class RowSource:
     def _find_file(self, split: SplitName) -> Path | None:
         folder = Path(self.data_dir or "") / self.name
         paths = [folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz"]
-        return next((path for path in paths if path.exists()), None)
+        found = next((path for path in paths if path.exists()), None)
+        for path in paths if found is None else paths[: paths.index(found) + 1]:
+            note_source(self.counts, "file", str(path))
+        return found
 
 
 def _test_mask(num_rows: int, test_fraction: float) -> np.ndarray:

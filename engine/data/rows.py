@@ -37,6 +37,8 @@ class RowCounts:
         on_bad_row: "error": a bad row ends the run; "drop": it is dropped.
         first_bad_row: the problem of the first bad row dropped.
         places: of the first rows dropped for each reason: file and line, or a piece of the prompt.
+        sources: what the rows were read from, each with a hash; see read_sources.
+        notices: lines printed about the rows.
     """
 
     rows: int = 0
@@ -44,6 +46,13 @@ class RowCounts:
     on_bad_row: str = "error"
     first_bad_row: str = ""
     places: dict[str, list[str]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict, compare=False)
+    notices: list[str] = field(default_factory=list, compare=False)
+
+    def notify(self, line: str) -> None:
+        """Print a line about the rows."""
+        print(line, flush=True)
+        self.notices.append(line)
 
     def drop(self, reason: str, place: str = "", number: int = 1) -> None:
         """Count dropped rows, or parts of a row."""
@@ -75,6 +84,7 @@ class RowCounts:
         self.rows += other.rows
         self.dropped.update(other.dropped)
         self.first_bad_row = self.first_bad_row or other.first_bad_row
+        self.sources.update(other.sources)
         for reason, places in other.places.items():
             for place in places:
                 self._note(reason, place)

@@ -120,7 +120,7 @@ class TokenStoreWriter:
             self._temporary.mkdir()
             self._stream = open(self._temporary / "stream", "wb")
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         return self
 
     def add(self, texts: Sequence[Sequence[int] | np.ndarray]) -> None:
@@ -141,7 +141,7 @@ class TokenStoreWriter:
         try:
             self._stream.write(np.ascontiguousarray(tokens, self.dtype).data)
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         self._ends.frombytes((np.cumsum(lengths, dtype=np.int64) + self._ends[-1]).tobytes())
         self._progress.update(len(lengths))
 
@@ -152,7 +152,7 @@ class TokenStoreWriter:
             if kind is None:
                 self._finish()
         except OSError as failure:
-            raise _unwritable(self.path, failure) from failure
+            raise unwritable(self.path, failure) from failure
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -240,10 +240,14 @@ def read_meta(directory: Path, inputs: Any) -> dict[str, Any] | None:
     return meta
 
 
-def install_store(temporary: Path, path: Path, inputs: Any) -> None:
-    """Put a written directory in its place. One that another process put there meanwhile is as good."""
+def install_store(temporary: Path, path: Path, inputs: Any, *, may_stay: bool = True) -> None:
+    """Put a written directory in its place.
+
+    Args:
+        may_stay: one with the same inputs, from another process, is as good.
+    """
     replaced = temporary.with_name(temporary.name.replace(".tmp", ".old.tmp"))
-    if path.exists() and read_meta(path, inputs) is None:
+    if path.exists() and not (may_stay and read_meta(path, inputs)):
         with suppress(FileNotFoundError):  # another process is doing the same
             path.rename(replaced)
     try:
@@ -280,6 +284,6 @@ def _remove_leftovers(path: Path) -> None:
                 shutil.rmtree(leftover)
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(path: Path, error: OSError) -> UserError:
     problem = f"cache_dir: {path} cannot be written ({error})"
     return UserError("STORAGE", problem, "make room or set cache_dir elsewhere")
