@@ -8,7 +8,7 @@ own process:
 - cached: the same again.
 - batches: the first batch of a run, and the first one after a resume in its tenth epoch.
 
-Memory is above that of the imports and the tokenizer: what stays, and the peak.
+cpu_s is the processor time of all cores, which other work on the machine does not change much. Memory is above that of the imports and the tokenizer: what stays, and the peak.
 
     .venv/bin/python benchmarks/data.py --rows 160000 --tokenizer gpt2/tokenizer.json
 
@@ -123,7 +123,6 @@ def load(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]
     split = load_split(settings_of(folder), tokenizer, "train", "pairs")
     found = {"seconds": time.perf_counter() - start, "examples": len(split.examples)}
     found |= {"peak_mb": resident("VmHWM") / 1e6}
-    start = time.perf_counter()
     assert all(len(split.examples[index].responses) == 2 for index in range(0, len(split.examples), 1000))
     reset_resident_peak()
     return found | {"kept_mb": resident("VmRSS") / 1e6, "private_mb": resident("RssAnon") / 1e6}
@@ -161,6 +160,11 @@ def settings_of(folder: Path) -> Any:
     )
 
 
+def cpu_seconds() -> float:
+    """Processor time of this process and of those it has waited for."""
+    return sum(os.times()[:4])
+
+
 def run_phase(name: str, folder: Path, tokenizer_file: Path | None) -> dict[str, float]:
     """Run a phase in this process: times, and memory above what the imports take."""
     import pyarrow.ipc  # noqa: F401
@@ -173,9 +177,10 @@ def run_phase(name: str, folder: Path, tokenizer_file: Path | None) -> dict[str,
     tokenizer.encode("a word")
     settings_of(folder)
     reset_resident_peak()
-    before = resident("VmRSS") / 1e6, resident("RssAnon") / 1e6
+    before, cpu_before = (resident("VmRSS") / 1e6, resident("RssAnon") / 1e6), cpu_seconds()
     with contextlib.redirect_stdout(io.StringIO()):
         found = PHASES[name](folder, tokenizer)
+    found["cpu_s"] = cpu_seconds() - cpu_before
     for field, base in (("kept_mb", before[0]), ("peak_mb", before[0]), ("private_mb", before[1])):
         if field in found:
             found[field] -= base
