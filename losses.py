@@ -20,7 +20,7 @@ import online_losses as online
 from online_losses import Mean
 from reward_losses import reward_loss
 
-BatchKind = Literal["sft", "pairs", "unpaired", "ranked", "rollout"]
+BatchKind = Literal["sft", "pairs", "unpaired", "ranked", "rollout", "tokens"]
 Head = Literal["lm", "score", "value"]
 Need = Literal["reference", "kl", "whole batch", "token kl", "confidence", "shared length", "entropy"]
 # Losses, and the implicit rewards of the chosen and of the rejected responses: [pairs] each.
@@ -709,7 +709,7 @@ def bco_state(
 
 
 def sft_loss(policy_chosen_logps: Tensor) -> Tensor:
-    """Negative log-likelihood of each target response, [examples] -> [examples]."""
+    """Negative log-likelihood of each target response or window of text, [examples] -> [examples]."""
     return -policy_chosen_logps
 
 
@@ -736,9 +736,9 @@ class Loss:
             losses and rewards. A tuple may end in a dict of further metrics, {name: [examples]}. Losses of rollouts are
             in online_losses.py.
         batch: "sft" (one target response per example), "pairs" (chosen and rejected), "unpaired" (one response and its
-            label), "ranked" (all responses to a prompt, and their pairs) or "rollout" (sampled responses). Fixes the
-            first arguments, log-probs under the policy: chosen; chosen and rejected; the response's. Of ranked
-            responses: scores, pairs, margins and weights, as for reward_loss.
+            label), "ranked" (all responses to a prompt, and their pairs), "rollout" (sampled responses) or "tokens"
+            (windows of text). Fixes the first arguments, log-probs under the policy: chosen; chosen and rejected; the
+            response's, or the window's. Of ranked responses: scores, pairs, margins and weights, as for reward_loss.
         needs: further arguments, in this order.
             - "reference": the same log-probs under a frozen reference model.
             - "token kl": KL(reference || policy) of the next token, summed over the response: chosen and rejected. With
@@ -895,4 +895,5 @@ LOSSES = {
     "best_of_n": _rollout_loss(
         online.best_of_n_loss, online.best_of_n_advantages, "sums", needs=frozenset(), skips_zero_advantages=True
     ),
+    "pretrain": Loss(sft_loss, batch="tokens", log_probs="sums", takes_sft_weight=False),
 }

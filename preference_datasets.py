@@ -44,6 +44,7 @@ __all__ = [
     "ground_truth_reward",
     "load_split",
     "num_shared_prompts",
+    "read_texts",
 ]
 
 
@@ -248,6 +249,19 @@ def _read_split(
         problem = f"datasets: no row of the {split} split of {names} is left{_describe_dropped(counts)}"
         raise UserError("DATA", problem, "correct the rows, or raise max_length if it is the reason")
     return result
+
+
+def read_texts(settings: "Settings") -> Callable[[str, SplitName], list[str] | None]:
+    """A function: a data set and a split -> its prompts with their SFT targets, as texts; None for a path."""
+
+    def read(name: str, split: SplitName) -> list[str] | None:
+        if name not in DATASETS:
+            return None
+        counts = RowCounts(on_bad_row=settings.on_bad_row)
+        preferences = DATASETS[name].function(split, RowSource(name, settings.data_dir, counts))
+        return [prompt + target for prompt, each in preferences.items() if (target := each["sft_target"]) is not None]
+
+    return read
 
 
 def _load_dataset(

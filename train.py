@@ -168,15 +168,20 @@ def load_data(settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[Split]
     import transformers
 
     from engine.data.held_out import hold_out_prompts
+    from engine.data.tokenizer_training import train_tokenizer
     from engine.models.tokenizers import load_tokenizer
     from losses import LOSSES
-    from preference_datasets import format_counts, load_split, num_shared_prompts
+    from preference_datasets import format_counts, load_split, num_shared_prompts, read_texts
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    tokenizer = load_tokenizer(settings.model)
+    with process_group.rank_0_first():  # the other ranks read a new tokenizer from cache_dir
+        trained = None if settings.tokenizer.train is None else train_tokenizer(settings, read_texts(settings))
+    tokenizer = trained or load_tokenizer(settings.model)
     loss = LOSSES[settings.loss.name]
-    splits = []
+    if loss.batch == "tokens":
+        return tokenizer, load_text(settings, tokenizer)
+    splits: list[Split] = []
     with process_group.local_first():  # the other ranks read the tokens from cache_dir
         for name in SPLITS:
             split = load_split(settings, tokenizer, name, loss.batch, needs_mismatched="kl" in loss.needs)
@@ -191,6 +196,18 @@ def load_data(settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[Split]
     if shared:
         print(f"warning: {shared:,} of the {num_prompts:,} test prompts are train prompts too: evaluation is too good")
     return tokenizer, splits
+
+
+def load_text(settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> "list[Split]":
+    """Load the windows of text of training and test data, and print their counts."""
+    from engine.data.corpus import format_text_counts, load_windows
+    from preference_datasets import read_texts
+
+    with process_group.rank_0_first():  # the other ranks read the tokens from cache_dir
+        splits = load_windows(settings, tokenizer, read_texts(settings))
+        for name, split in zip(SPLITS, splits, strict=True):
+            print(f"{name}: {format_text_counts(split.counts)}", flush=True)
+    return [*splits]
 
 
 def load_mix(settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> "Split | None":

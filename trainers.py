@@ -219,12 +219,16 @@ class BasicTrainer:
         values |= {"grad_norm": grad_norm, "tokens": num_tokens, "stop": stop}
         return Step(
             values=PendingScalars(values),
-            facts=facts | self.progress_counters() | self.source.take_metrics(self.loggers.samples),
+            facts=facts | self.progress_counters() | self.source_metrics(),
             batch=batch,
             start=start,
             end=DeviceTimestamp(self.device),
             ends_iteration=self.source.ends_iteration(self.counters["examples"]),
         )
+
+    def source_metrics(self) -> dict[str, float]:
+        """Metrics of the batches so far."""
+        return self.source.take_metrics(self.loggers.samples) | self.source.epochs(self.counters["examples"])
 
     def accumulate_gradients(self, batch: Batch, metrics: MetricAccumulator) -> None:
         """Add up the gradients of a batch's mean loss."""

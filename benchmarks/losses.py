@@ -78,7 +78,7 @@ def measure(run_dir: Path, sft: Path, settings: Any) -> dict[str, float]:
     tokenizer = policy.tokenizer
 
     @torch.no_grad()
-    def logratios(examples: list[Example]) -> torch.Tensor:  # [responses] of examples, in their order
+    def logratios(examples: Sequence[Example]) -> torch.Tensor:  # [responses] of examples, in their order
         found = []
         for start in range(0, len(examples), 64):
             batch = lay_out(examples[start : start + 64], "padded", tokenizer.pad_token_id)

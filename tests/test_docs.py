@@ -70,13 +70,14 @@ def cases() -> list[object]:
 
 # ---- The nearest form of a command ----
 
-OWN_DATA = r"(?=.*(mine\.jsonl|questions\.jsonl|labels\.jsonl|votes\.jsonl|chats\.jsonl|data_dir=))"
+OWN_DATA = r"(?=.*(TEXTS|mine\.jsonl|questions\.jsonl|labels\.jsonl|votes\.jsonl|chats\.jsonl|data_dir=))"
 # Replacements of models, data and files that a test lacks.
 STAND_INS = [
     (r"^(python (-u )?|torchrun .*)train\.py ?", "train.py "),
     (r"model=blank_model model\.name_or_path=(?!mine)\S+", "model=tiny"),
     (r" model\.block_name=\S+", ""),  # of the replaced model
-    (r"\bmodel=(?!tiny|blank_model)\S+", "model=tiny"),
+    (r"\bmodel=(?!tiny|blank_model|15m)\S+", "model=tiny"),
+    (r"tokenizer\.train=\d+", "tokenizer.train=300"),
     (r"(\+experiment=\S+)", r"\1 model=tiny datasets=films"),
     (rf"^(?!{OWN_DATA})(.*)datasets=(?!films)\S+", r"\2datasets=films"),
     (r"/path/to/sft", "SFT_RUN"),
@@ -128,6 +129,10 @@ def make_places(archive: Path) -> None:
     Path("labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     turns = [[{"role": "user", "content": f"Q{n}?"}, {"role": "assistant", "content": f"A{n}."}] for n in range(12)]
     Path("chats.jsonl").write_text("".join(json.dumps({"messages": [*turn, *turn]}) + "\n" for turn in turns))
+    Path("TEXTS").mkdir()
+    for n in range(24):
+        Path("TEXTS", f"{n}.txt").write_text("".join(f"Line {i} of text {n}: {i * n}.\n" for i in range(12)))
+    Path("more.jsonl").write_text("".join(json.dumps({"content": f"More of it, {n}. " * 9}) + "\n" for n in range(40)))
     Path("DATA/hh").mkdir(parents=True)
     for split in ("train", "test"):
         prompts = [f"\n\nHuman: {split} {n}?\n\nAssistant:" for n in range(8)]

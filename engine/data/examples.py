@@ -93,6 +93,13 @@ class Example:
     row: PromptRow | None = None  # of a prompt for online training
     rollout: Rollout | None = None  # of sampled responses
     part: "Part | None" = None  # of an example too large for a microbatch
+    documents: np.ndarray | None = None  # of a window of tokens: where documents begin in prompt + response, after its
+    # first token; empty without a document mask
+
+    @property
+    def group_key(self) -> bytes:
+        """Equal for examples with one prompt. A window of tokens shares its first token with no other."""
+        return self.prompt.tobytes() if self.documents is None else f"window {self.prompt_index}".encode()
 
     @property
     def is_sampled(self) -> bool:

@@ -22,7 +22,8 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, may_fuse
         may_fuse: use a fused version, one pass over the weights, if there is one.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
-    if name == "RMSprop" and may_fuse and runs_on(parameters):
+    decays = any(group.get("weight_decay") for group in groups)  # the kernel has none
+    if name == "RMSprop" and may_fuse and not decays and runs_on(parameters):
         return FusedRMSprop(groups, lr)
     may_fuse &= name not in FUSED_ON_CPUS_ALONE or all(parameter.device.type == "cpu" for parameter in parameters)
     kind = getattr(torch.optim, name, None)
@@ -35,6 +36,23 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, may_fuse
     # Paging is for GPUs. A warning on a CPU helps nobody.
     warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
     return getattr(bitsandbytes.optim, name)(groups, lr=lr)
+
+
+def with_weight_decay(model: nn.Module, groups: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of parameters, divided by whether they decay: matrices do, but norms, biases and embeddings do not."""
+    undecayed = {
+        parameter
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if isinstance(module, nn.Embedding) or parameter.ndim < 2
+    }
+    divided = []
+    for group in groups:
+        for decays in (True, False):
+            parameters = [parameter for parameter in group["params"] if (parameter not in undecayed) == decays]
+            if parameters:
+                divided.append({**group, "params": parameters, "weight_decay": weight_decay if decays else 0.0})
+    return divided
 
 
 @torch.no_grad()

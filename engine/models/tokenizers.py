@@ -1,8 +1,11 @@
 """Tokenizers: from the hub, a directory, or the embedded one."""
 
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from engine.data.chat_templates import without_end
+from engine.models.archives import find_checkpoint
 from engine.models.loading import loading_error
 from engine.settings.schema import ModelSettings
 from utils import UserError
@@ -19,6 +22,8 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """
     key = "model.name_or_path" if settings.tokenizer_name_or_path is None else "model.tokenizer_name_or_path"
     name = settings.tokenizer_name_or_path or settings.name_or_path
+    if settings.architecture is not None and settings.tokenizer_name_or_path is None:
+        key, name = "model.archive", _tokenizer_of_archive(settings)
     if name == EMBEDDED_TOKENIZER:
         from engine.data.films import film_tokenizer
 
@@ -43,3 +48,18 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_of_archive(settings: ModelSettings) -> str:
+    """Where the tokenizer of a model made here is: beside its weights."""
+    if settings.archive is None:
+        problem = "model.tokenizer_name_or_path: a new model needs a tokenizer"
+        raise UserError(
+            "CONFIG", problem, "name one, or train one on the text of loss=pretrain by tokenizer.train=8192"
+        )
+    archive = Path(settings.archive)
+    if archive.is_file():
+        return str(archive.parent)
+    if not (archive / "config.json").exists():  # a run directory
+        archive = find_checkpoint(archive, "model.archive") or archive
+    return str(archive)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine.data.examples import Example, join_parts
 from engine.models.compiled_layers import compile_layers
 from engine.models.layers import find_layers
-from engine.models.optimizers import build_optimizer, load_optimizer_state
+from engine.models.optimizers import build_optimizer, load_optimizer_state, with_weight_decay
 from engine.models.parameters import named_aliases, named_state
 from engine.models.policy import load_policy
 from engine.models.score_head import head_of, head_of_loss
@@ -186,6 +186,8 @@ class Placement:
         """Build the optimizer of the trained parameters."""
         name = self.settings.optimizer
         groups = self.parameter_groups(policy)
+        if self.settings.weight_decay is not None:
+            groups = with_weight_decay(policy, groups, self.settings.weight_decay)
         return build_optimizer(name, groups, self.settings.lr, may_fuse=name not in self.unfused)
 
     def parameter_groups(self, policy: PreTrainedModel) -> list[dict[str, Any]]:

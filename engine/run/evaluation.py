@@ -50,11 +50,14 @@ class Evaluator:
         self.examples = examples
         self._settings, self._tokenizer = settings, tokenizer
         self._placement, self._runner, self._reward = placement, runner, reward
-        prompts = {example.prompt.tobytes(): example.prompt for example in examples}
-        self._prompts = list(prompts.values())[: settings.n_eval_model_samples]
+        self._prompts = self.prompts()[: settings.n_eval_model_samples]
         self.histograms: dict[str, Any] = {}  # of the last evaluation
         self.win_rates = win_rates
         self.kl = KLMeter(settings, placement, runner, self._prompts, say)
+
+    def prompts(self) -> list[np.ndarray]:
+        """Distinct prompts of the examples, to sample responses for."""
+        return list({example.prompt.tobytes(): example.prompt for example in self.examples}.values())
 
     @property
     def num_bytes(self) -> float:

@@ -1,4 +1,4 @@
-"""Build the source and the evaluator of a run: of stored examples, or of sampled responses."""
+"""Build the source and the evaluator of a run: of stored examples, of windows of text, or of sampled responses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from engine.data.corpus import TextWindows
 from engine.data.examples import Example, Split
 from engine.models.sampling_engines import check_engine
 from engine.placement.placement import Placement
@@ -18,16 +19,18 @@ from engine.run.rollout_evaluation import RolloutEvaluator
 from engine.run.rollouts import Rollouts
 from engine.run.sampler import Sampler
 from engine.run.win_rates import WinRates, build_judge
+from engine.run.window_evaluation import WindowEvaluator, choose_eval_windows
 from engine.settings.schema import Settings
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.mixing import choose_mixture
 from engine.step.rollout_source import SampledResponses
 from engine.step.sources import Source, StoredExamples, choose_eval_examples
+from engine.step.window_source import TokenWindows
 from losses import LOSSES
 
 
 def build_source(settings: Settings, train_split: Split) -> Source:
-    """The batches of a run: stored examples, or sampled responses to stored prompts.
+    """The batches of a run: stored examples, windows of text, or sampled responses to stored prompts.
 
     Raises:
         UserError: CONFIG if the engine of sampling is not installed.
@@ -35,6 +38,8 @@ def build_source(settings: Settings, train_split: Split) -> Source:
     common: dict[str, Any] = {
         name: getattr(settings, name) for name in ("batch_size", "seed", "n_epochs", "n_examples")
     }
+    if isinstance(train_split, TextWindows):
+        return TokenWindows(train_split.windows, **common, weights=settings.weights, data_hash=train_split.content)
     common["mixture"] = choose_mixture(settings, train_split)
     mean = LOSSES[settings.loss.name].mean
     if mean is None:
@@ -54,6 +59,8 @@ def examples_to_evaluate(settings: Settings, test_split: Split) -> list[Example]
     """Held-out examples. None for sampled responses without samples in evaluations: nothing else is measured there."""
     if settings.loss.is_online and not settings.sample_during_eval:
         return []
+    if isinstance(test_split, TextWindows):
+        return choose_eval_windows(test_split.windows, settings.n_eval_examples, settings.seed)
     return choose_eval_examples(test_split.examples, settings.n_eval_examples, settings.seed)
 
 
@@ -82,6 +89,8 @@ def build_evaluator(
         critic: gives the values of sampled responses.
         offload: of models that are not in use.
     """
+    if isinstance(source, TokenWindows):
+        return WindowEvaluator(settings, tokenizer, placement, runner, examples, ground_truth, say)
     if settings.plan:  # it samples nothing
         return Evaluator(settings, tokenizer, placement, runner, examples, ground_truth, say)
     judge = build_judge(settings, tokenizer, placement, ground_truth, chat_form) if examples else None
@@ -99,6 +108,8 @@ def examples_to_fit(settings: Settings, examples: Sequence[Example]) -> Sequence
 
     Where examples may be cut, only two responses: the measure takes no more, and no group needs to fit as a whole.
     """
+    if settings.loss.learns_windows:
+        return examples[:1]  # the others are as long, or shorter
     if not settings.loss.is_online:
         return examples
     num_responses = settings.rollout.num_responses

@@ -31,6 +31,12 @@ def describe_training(settings: Settings, *, num_examples: int, num_updates: int
         line = f"training on {num_sampled:,} prompts in {_steps(num_updates)} of {settings.batch_size}"
         line += f"; {rollout.num_responses} responses to each of {num_prompts:,} prompts at a time, learned {passes}"
         line += f", evaluating on {num_eval:,}"
+    if settings.loss.learns_windows:
+        num_tokens = num_examples * settings.max_length
+        line = f"training on {num_examples:,} windows of {settings.max_length:,} tokens, {num_tokens:,} tokens at most,"
+        line += (
+            f" in {_steps(num_updates)} of {settings.batch_size} ({per_epoch:,} an epoch), evaluating on {num_eval:,}"
+        )
     if num_eval < settings.n_eval_examples:
         line += f" (all there are; n_eval_examples={settings.n_eval_examples})"
     if settings.n_examples is not None and num_examples < settings.n_examples:
@@ -54,7 +60,8 @@ def warnings_at_start(settings: Settings, num_updates: int, examples: Sequence[E
     Args:
         examples: for training.
     """
-    found = (warn_of_warmup(settings, num_updates), warn_of_imbalance(settings, labels_of(examples)))
+    labels = [] if settings.loss.learns_windows else labels_of(examples)
+    found = (warn_of_warmup(settings, num_updates), warn_of_imbalance(settings, labels))
     return [warning for warning in found if warning]
 
 

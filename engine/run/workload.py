@@ -47,7 +47,7 @@ class Work:
         responses: dict[bytes, dict[bytes, int]] = {}  # prompt -> its distinct responses -> their lengths
         lengths: dict[bytes, int] = {}
         for example in examples:
-            key = example.prompt.tobytes()
+            key = example.group_key
             lengths[key] = len(example.prompt)
             responses.setdefault(key, {}).update({each.tobytes(): len(each) for each in example.responses})
         every = [(lengths[key], length) for key in responses for length in responses[key].values()]

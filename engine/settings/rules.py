@@ -10,6 +10,8 @@ from engine.settings.online_rules import is_online
 from engine.settings.presets import tiny_architecture
 from engine.settings.rule_table import RULES, Problem, rule
 
+SMALLEST_TOKENIZER = 259  # bytes, and the special tokens of engine/data/tokenizer_training.py
+
 
 def broken_rules(values: Mapping[str, Any]) -> dict[str, str]:
     """The problems, by key, of all rules with valid values for every key."""
@@ -87,6 +89,47 @@ def tiny_model_has_no_name(name: str, architecture: dict[str, Any] | None) -> Pr
     if name == "tiny" or architecture != tiny_architecture():
         return None
     return f"{shown(name)} would be ignored, as model=tiny makes its own model: add model=blank_model"
+
+
+@rule("min_lr", "lr", "lr_schedule")
+def decay_goes_down(min_lr: float, lr: float, schedule: str) -> Problem:
+    if schedule == "constant" or min_lr <= lr:
+        return None
+    return f"must be at most lr ({lr:g}), not {min_lr:g}; a tenth of lr is usual"
+
+
+# ---- Pretraining ----
+
+
+@rule("document_mask", "batching", "loss.name")
+def padded_rows_are_one_document(document_mask: bool, batching: str, loss: str) -> Problem:
+    if not document_mask or batching == "packed" or not _learns_windows(loss):
+        return None
+    return "true needs batching=packed: a padded row is one text"
+
+
+@rule("tokenizer.train", "loss.name", "model.architecture", "model.archive")
+def trained_tokenizer_is_of_a_new_model(
+    size: int | None, loss: str, architecture: dict[str, Any] | None, archive: str | None
+) -> Problem:
+    if size is None or (_learns_windows(loss) and architecture is not None and archive is None):
+        return None
+    if not _learns_windows(loss):
+        return f"{size} is for loss=pretrain, not loss={loss}: leave it out, and give the tokenizer of that run"
+    return f"{size} needs a new model, as a trained one has a tokenizer: model=15m, model.archive=null"
+
+
+@rule("tokenizer.train", "loss.name")
+def byte_level_tokenizer_has_all_bytes(size: int | None, loss: str) -> Problem:
+    if size is None or size >= SMALLEST_TOKENIZER:
+        return None
+    return f"must be at least {SMALLEST_TOKENIZER}, one for each byte and the special tokens, not {size}"
+
+
+def _learns_windows(loss: str) -> bool:
+    from losses import LOSSES  # imports torch, which takes seconds
+
+    return LOSSES[loss].batch == "tokens"
 
 
 # ---- Processes ----
@@ -313,6 +356,8 @@ def best_is_a_metric_of_the_loss(best: str | None, loss: str) -> Problem:
     batch = LOSSES[loss].batch
     if best is not None and best.startswith(("rewards", "kl")) and batch == "sft":
         return f"{best} is of preference losses, not of {loss}"
+    if best is not None and best != "loss/eval" and batch == "tokens":
+        return f"{best} is not measured with loss={loss}: loss/eval"
     if batch == "rollout":
         return None  # see best_is_a_metric_of_rollouts
     if best is not None and best.startswith(("rewards", "logps")) and batch == "unpaired":

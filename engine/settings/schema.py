@@ -112,6 +112,13 @@ class LossSettings(Group):
         return LOSSES[self.name].batch == "rollout"
 
     @property
+    def learns_windows(self) -> bool:
+        """Whether it learns windows of text, not responses."""
+        from losses import LOSSES  # imports torch, which takes seconds
+
+        return LOSSES[self.name].batch == "tokens"
+
+    @property
     def cuts_examples(self) -> bool:
         """Whether a microbatch may have some of the responses of an example: the loss does not compare them."""
         from losses import LOSSES  # imports torch, which takes seconds
@@ -129,6 +136,10 @@ class LossSettings(Group):
     def needs_order(self) -> bool:
         """Whether the pairs of a prompt must be those of one order."""
         return self.keywords.get("ranking") == "plackett_luce"
+
+
+class TokenizerSettings(Group):
+    train: Count | None
 
 
 class NoPeftSettings(Group):
@@ -277,6 +288,8 @@ class Settings(Group):
     weights: Weights | None
     data_dir: Directory | None
     format: RowForm | None
+    text_field: Text
+    document_mask: bool
     on_bad_row: Literal["error", "drop"]
     chat_template: ChatTemplate | None
     sft_turns: Literal["all", "last"]
@@ -305,6 +318,8 @@ class Settings(Group):
     lr: NonNegative
     warmup_steps: CountOrZero
     lr_schedule: Literal["constant", "linear", "cosine"]
+    min_lr: NonNegative
+    weight_decay: NonNegative | None
     max_grad_norm: Positive
     on_nonfinite: Literal["abort", "skip", "rollback"]
     max_nonfinite: CountOrZero
@@ -343,6 +358,7 @@ class Settings(Group):
     sweep: SweepSettings
 
     model: ModelSettings
+    tokenizer: TokenizerSettings
     mixed_precision: LowDtype | None
     loss: LossSettings
     peft: NoPeftSettings | PlainLoraSettings | QLoraSettings = Field(discriminator="name")

@@ -52,7 +52,22 @@ class Unused:
     is_mistake: bool = False
 
 
+def _of_windows(run: Context) -> str | None:
+    return f"loss={run.settings.loss.name} learns text" if run.settings.loss.learns_windows else None
+
+
+def _without_windows(run: Context) -> str | None:
+    loss = run.settings.loss
+    return None if loss.learns_windows else f"loss={loss.name} learns responses, not text"
+
+
 def _only_named(run: Context) -> str | None:
+    if run.settings.loss.learns_windows:
+        return _of_windows(run)
+    return _without_files(run)
+
+
+def _without_files(run: Context) -> str | None:
     return None if run.files else f"it is for files, and datasets={','.join(run.named)} names none"
 
 
@@ -63,7 +78,7 @@ def _without_published_files(run: Context) -> str | None:
 
 
 def _sft_turns(run: Context) -> str | None:
-    if run.learns_dialogues:
+    if run.learns_dialogues or run.settings.loss.learns_windows:
         return _only_named(run)
     learned = "sampled responses" if run.settings.loss.is_online else "preferences"
     return f"loss={run.settings.loss.name} learns {learned}, not dialogues"
@@ -153,7 +168,12 @@ UNUSED = (
     Unused("data_dir", _without_published_files, is_mistake=True),
     Unused("chat_template", _only_named),
     Unused("sft_turns", _sft_turns),
-    Unused("test_fraction", _only_named),
+    Unused("test_fraction", _without_files),
+    Unused("text_field", _without_windows, is_mistake=True),
+    Unused("text_field", _without_files, is_mistake=True),
+    Unused("document_mask", _without_windows, is_mistake=True),
+    Unused("length_grouping", _of_windows),
+    Unused("min_lr", lambda run: "lr_schedule=constant" if run.settings.lr_schedule == "constant" else None),
     Unused("reference", _without_reference),
     Unused("model.reference_dtype", _without_reference),
     Unused("reference_refresh.every", _without_reference, is_mistake=True),

@@ -4,6 +4,7 @@ packed: one row without padding, made of groups. A group is a prompt and its res
 - Every response sees its prompt and itself. Its positions start at len(P). So each prompt is run once.
 - A response's last token predicts nothing and is not fed. The prompt's last position predicts its first token.
 - A score head reads the last token of a response, so it is fed.
+- A window of tokens is a group for each of its documents: the prompt is the document's first token.
 
 padded: one row per response. It gives the same log-probs.
 """
@@ -50,7 +51,7 @@ class Microbatch:
     chosen: Tensor  # int64 [examples], number of the chosen response (the target of SFT, an unpaired response)
     rejected: Tensor | None  # int64 [examples]; None for examples with one response
     labels: Tensor | None  # bool [examples], true for desirable responses; None if they have none
-    weights: Tensor | None  # fp32 [examples], of the losses; None if all are 1
+    weights: Tensor | None  # fp32 [examples], of the losses, fp64 of windows; None if all are 1
     # Of ranked responses, padded. None for others.
     rankings: Tensor | None  # int64 [examples, k], numbers of responses; -1 where there is none
     pairs: Tensor | None  # int64 [examples, p, 2], the better and the worse response as columns of rankings
@@ -99,11 +100,21 @@ class _Group:
     responses: list[np.ndarray] = field(default_factory=list)
     indices: dict[bytes, int] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
+    documents: list[np.ndarray] = field(default_factory=list)  # of a window of tokens, its last token included
 
     def add(self, example: Example) -> None:
         for response in example.responses:
             if self.indices.setdefault(response.tobytes(), len(self.responses)) == len(self.responses):
                 self.responses.append(response)
+        self.examples.append(example)
+
+    def add_window(self, example: Example) -> None:
+        """Add a window of tokens. The first token of a document predicts, but is not predicted."""
+        assert example.documents is not None
+        window = np.concatenate([example.prompt, *example.responses])
+        self.documents = [each for each in np.split(window, example.documents) if len(each) > 1]
+        self.responses = [np.concatenate([each[1:] for each in self.documents])]
+        self.indices = {example.responses[0].tobytes(): 0}
         self.examples.append(example)
 
     def responses_of(self, example: Example, first: int) -> tuple[int, ...]:
@@ -114,7 +125,11 @@ class _Group:
 def _groups(examples: Sequence[Example]) -> list[_Group]:
     groups: dict[bytes, _Group] = {}
     for example in examples:
-        groups.setdefault(example.prompt.tobytes(), _Group(example.prompt)).add(example)
+        group = groups.setdefault(example.group_key, _Group(example.prompt))
+        if example.documents is None:
+            group.add(example)
+        else:
+            group.add_window(example)
     return list(groups.values())
 
 
@@ -194,9 +209,10 @@ def _rejected(first: Example, numbers: Sequence[tuple[int, ...]]) -> Tensor | No
 def _labels_and_weights(examples: Sequence[Example]) -> dict[str, Tensor | None]:
     has_labels = examples[0].label is not None
     has_weights = any(example.weight != 1 for example in examples)
+    dtype = torch.float32 if examples[0].documents is None else torch.float64  # a mean over tokens, exactly
     return {
         "labels": torch.tensor([example.label for example in examples]) if has_labels else None,
-        "weights": torch.tensor([example.weight for example in examples]) if has_weights else None,
+        "weights": torch.tensor([example.weight for example in examples], dtype=dtype) if has_weights else None,
     }
 
 
@@ -279,7 +295,19 @@ def _packed_row(groups: Sequence[_Group], feeds_last_token: bool) -> dict[str, A
     tokens, positions, predict_index, score_index = [], [], [], []
     num_left_out = 0 if feeds_last_token else 1
     end = 0  # of the row so far
+    segments: list[tuple[int, ...]] = []
     for group in groups:
+        for document in group.documents:
+            num_fed = len(document) - 1
+            tokens.append(document[:-1])
+            positions.append(np.arange(num_fed))
+            predict_index.append(end + positions[-1])
+            segments.append((1, num_fed - 1))
+            end += num_fed
+        if group.documents:
+            score_index.append(end - 1)
+            continue
+        segments.append((len(group.prompt), *(len(response) - num_left_out for response in group.responses)))
         tokens.append(group.prompt)
         positions.append(np.arange(len(group.prompt)))
         end += len(group.prompt)
@@ -297,9 +325,7 @@ def _packed_row(groups: Sequence[_Group], feeds_last_token: bool) -> dict[str, A
         "predict_index": _tensor(predict_index),
         "num_tokens": end,
         "score_index": torch.tensor(score_index),
-        "segments": Segments(
-            [(len(group.prompt), *(len(response) - num_left_out for response in group.responses)) for group in groups]
-        ),
+        "segments": Segments(segments),
     }
 
 

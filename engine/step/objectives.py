@@ -215,6 +215,19 @@ class SequenceObjective:
         return losses
 
 
+class WindowObjective(SequenceObjective):
+    """Applies a loss to the sum of the log-probs of a window. Weights make the mean over windows one over tokens."""
+
+    def __init__(self, loss: Loss, settings: LossSettings):
+        super().__init__(loss, settings)
+        assert not loss.needs and loss.state is None and loss.log_probs == "sums"
+
+    def losses(self, inputs: LossInputs, scalars: Sequence[Tensor], metrics: MetricAccumulator) -> Tensor:
+        losses = self._loss.function(*inputs.arguments, **self._settings.keywords) * inputs.weights
+        metrics.add(loss=losses)
+        return losses
+
+
 def _sum_shared(token_values: Tensor, batch: Microbatch, span: GroupSpan) -> tuple[Tensor, Tensor]:
     """Sums over the first min(|chosen|, |rejected|) tokens of chosen and rejected responses, [examples] each.
 
@@ -377,6 +390,8 @@ def make_objective(settings: LossSettings) -> Objective:
     loss = LOSSES[settings.name]
     if loss.batch == "ranked":
         return RankingObjective(loss, settings)
+    if loss.batch == "tokens":
+        return WindowObjective(loss, settings)
     if loss.batch == "rollout":
         return RolloutObjective(loss, settings)
     return SequenceObjective(loss, settings)

@@ -157,6 +157,9 @@ class SampledResponses:
         )
         return chain.from_iterable(plan)
 
+    def epochs(self, num_examples: int) -> dict[str, float]:
+        return {}
+
     def resample(self, num_examples: int) -> None:
         iteration = self._iteration
         if iteration is None or self.state(num_examples) is None:

@@ -54,6 +54,10 @@ class Source(Protocol):
         """
         ...
 
+    def epochs(self, num_examples: int) -> dict[str, float]:
+        """Metrics of how often each data set has been seen after num_examples; empty if it is not counted."""
+        ...
+
     def resample(self, num_examples: int) -> None:
         """Sample responses with batches left again, as the policy has gone back. All ranks call this together."""
         ...
@@ -125,6 +129,9 @@ class StoredExamples:
                 yield [self.examples[index] for index in batch]
 
     def take_metrics(self, log_samples: Callable[..., None]) -> dict[str, float]:
+        return {}
+
+    def epochs(self, num_examples: int) -> dict[str, float]:
         return {}
 
     def resample(self, num_examples: int) -> None:

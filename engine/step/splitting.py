@@ -85,7 +85,7 @@ def _group_by_prompt(
     """Group examples by prompt, within the budget where possible."""
     by_prompt: dict[bytes, list[Example]] = {}
     for example in examples:
-        by_prompt.setdefault(example.prompt.tobytes(), []).append(example)
+        by_prompt.setdefault(example.group_key, []).append(example)
     groups: list[list[Example]] = []
     for examples_of_prompt in by_prompt.values():
         groups.append([])
