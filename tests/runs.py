@@ -14,7 +14,7 @@ from hydra._internal.hydra import Hydra
 import preference_datasets
 import train
 from engine.data.examples import Split
-from engine.data.token_cache import _tokenizer_state
+from engine.data.token_cache import tokenizer_state
 
 SMALL = (
     "model.architecture.hidden_size=32",
@@ -109,7 +109,7 @@ def load_films_once(settings: Any, tokenizer: Any, split: Any, batch: Any, **oth
     read = [settings.max_length, settings.max_prompt_length, settings.test_fraction, settings.seed, settings.loss]
     special = [tokenizer.eos_token, tokenizer.bos_token, tokenizer.special_tokens_map]
     films = [preference_datasets.DATASETS["films"], preference_datasets.tokenize]  # tests may have replaced them
-    key = repr([split, batch, others, read, special, films, _tokenizer_state(tokenizer)])
+    key = repr([split, batch, others, read, special, films, tokenizer_state(tokenizer)])
     if key not in FILMS:
         FILMS[key] = load_split(settings, tokenizer, split, batch, **others)
     found = FILMS[key]

@@ -308,8 +308,8 @@ def test_microbatches_change_nothing(program: Program, texts: Path) -> None:
 def test_weight_decay_is_of_matrices_alone(program: Program) -> None:
     """The embedded dialogues are text, too. Nothing but weight decay moves weights with a tiny gradient."""
     common = ("loss=pretrain", "max_length=64", "max_prompt_length=16", "n_examples=4", "optimizer=SGD", "lr=1e-2")
-    common = (*common, "lr_schedule=constant", "max_grad_norm=1e-30", "warmup_steps=0", "do_first_eval=false")
-    decayed, plain = (weights(program.ok(*common, f"weight_decay={value}")) for value in (0.5, "null"))
+    frozen = ("lr_schedule=constant", "max_grad_norm=1e-30", "warmup_steps=0", "do_first_eval=false")
+    decayed, plain = (weights(program.ok(*common, *frozen, f"weight_decay={value}")) for value in (0.5, "null"))
     for name, tensor in plain.items():
         is_matrix = tensor.ndim == 2 and "embed" not in name
         assert torch.allclose(decayed[name], tensor * (1 - 0.5e-2 if is_matrix else 1), rtol=1e-6, atol=0), name
