@@ -74,6 +74,8 @@ def compare(options: CompareOptions) -> None:
         finally:
             if votes is not None:
                 votes.close()
+                if votes.rows:
+                    print(f"votes: {len(votes.rows)} rows in {votes.path}", flush=True)
 
 
 def make_session(options: CompareOptions, votes: "VoteFile | None") -> "Session":

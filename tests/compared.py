@@ -74,3 +74,13 @@ def ask(client: TestClient, session: Session, prompt: str = "hi") -> None:
 
 def vote(client: TestClient, session: Session, choice: str) -> Any:
     return client.post("/vote", data={"round": round_of(session).id, "choice": choice})
+
+
+def give_votes(client: Any, session: Session, choices: Sequence[str]) -> None:
+    """Vote on responses of real models, each to another prompt. Untrained ones may write no text: these are skipped."""
+    for number, choice in enumerate(choices):
+        ask(client, session, f"Is number {number} any good?")
+        while round_of(session).are_equal or not all(map(str.strip, round_of(session).texts)):
+            client.post("/skip", data={"round": round_of(session).id})
+            ask(client, session, f"Is number {number} any good?")
+        assert vote(client, session, choice).status_code == 200

@@ -332,6 +332,8 @@ def test_a_signal_ends_it_and_keeps_the_votes(tmp_path, number, status):
                     assert process.wait(30) == status
         finally:
             process.kill()
+        is_asked = status == 130  # SIGTERM leaves no time for words
+        assert process.stdout.read() == ("votes: 1 rows in votes.jsonl\n" if is_asked else "")
         assert process.stderr is not None and process.stderr.read() in ("interrupted\n", "")
     assert json.loads((tmp_path / "votes.jsonl").read_text())["weight"] == 1
 

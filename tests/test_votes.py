@@ -16,7 +16,7 @@ from engine.compare.prompts import read_prompts, split_dialogue
 from engine.compare.votes import Tally, VoteFile, count_votes, preference_columns
 from engine.data.chat import Chat
 from engine.settings.options import parse_arguments
-from tests.compared import Fake, ask, browser, compared, finish, vote
+from tests.compared import Fake, ask, browser, compared, finish, give_votes, vote
 from tests.runs import Program
 from tests.tokenizer_files import byte_level
 from utils import UserError
@@ -238,10 +238,8 @@ def test_training_reads_the_votes(program, sft_run, two_runs, monkeypatch):
     votes = VoteFile(Path("votes.jsonl"))
     options = parse_arguments(CompareOptions, [f"model={sft_run}", f"against={two_runs}", "max_new_tokens=8"])
     session = compare.make_session(options, votes)
-    client = browser(session)
-    for question, choice in (("Is it good?", "a"), ("Who made it?", "b"), ("Why?", "tie"), ("When?", "a")):
-        ask(client, session, question)
-        assert vote(client, session, choice).status_code == 200
+    give_votes(browser(session), session, ["a", "b", "tie", "a"])
+    assert [row["weight"] for row in votes.rows] == [1, 1, 0, 1]
     votes.close()
     run = program.ok("loss=dpo", "loss.beta=0.1", "datasets=[votes.jsonl]", "test_fraction=0.34", "n_examples=8")
     assert "of 4 rows have a weight other than 1, 1 of them 0 (dropped)" in run.out
