@@ -3,24 +3,23 @@
 import errno
 import fcntl
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from engine.data.chat import Message
 from engine.data.rows import Row
+from engine.judges.win_rates import Estimate, wilson_interval
 from utils import UserError, fsync
 
 if TYPE_CHECKING:
     from engine.data.chat import Chat
 
 MODEL, AGAINST, TIE, BOTH_BAD = "model", "against", "tie", "both bad"  # values of the column vote
-Z_95 = 1.959963984540054  # quantile 0.975 of the normal distribution
 
 
 # ---- The win rate ----
@@ -40,26 +39,9 @@ class Tally:
         return self.wins + self.losses + self.ties + self.both_bad
 
     @property
-    def win_rate(self) -> "Estimate":
+    def win_rate(self) -> Estimate:
         """The share of wins; a tie counts as half, and so does both bad. Needs a vote."""
         return wilson_interval(self.wins, self.ties + self.both_bad, self.losses)
-
-
-class Estimate(NamedTuple):
-    """A rate, and its confidence interval of 95 %."""
-
-    value: float
-    low: float
-    high: float
-
-
-def wilson_interval(wins: int, ties: int, losses: int) -> Estimate:
-    """The win rate with Wilson's score interval (1927). Ties count as half a win."""
-    count = wins + ties + losses
-    rate, widening = (wins + ties / 2) / count, Z_95**2 / count
-    centre = (rate + widening / 2) / (1 + widening)
-    half_width = math.sqrt(widening * (rate * (1 - rate) + widening / 4)) / (1 + widening)
-    return Estimate(rate, max(0.0, centre - half_width), min(1.0, centre + half_width))
 
 
 def count_votes(rows: Iterable[Mapping[str, Any]], model: str, against: str) -> Tally:
