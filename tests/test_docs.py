@@ -85,6 +85,8 @@ STAND_INS = [
     (r"save_every=\d+", "save_every=4"),
     (r"n_epochs=\d+ ?", ""),
     (r"n_eval_model_samples=\d+", "n_eval_model_samples=2"),
+    (r"win_rate\.prompts=\d+", "win_rate.prompts=4"),
+    (r"(win_rate\.judge=\S+)", r"\1 sample_during_eval=true"),
 ]
 # A plan starts no processes, so its sizes can stay.
 SIZES = [
