@@ -125,18 +125,7 @@ def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) ->
     Raises:
         UserError: CONFIG.
     """
-    for argument in arguments:
-        if "_target_" in argument or argument.startswith("--e"):  # --experimental-rerun, or a short form of it
-            raise _would_run(clipped(argument))
-    parser = get_args_parser()
-    parser.exit_on_error = parser.allow_abbrev = False
-    try:
-        options, unknown = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError("CONFIG", str(error), "python train.py --help lists every option") from error
-    if unknown:
-        fix = "write options unabbreviated: python train.py -m lr=1e-6,1e-5; --help lists them"
-        raise UserError("CONFIG", f"{clipped(' '.join(unknown))}: no such option", fix)
+    options = parsed_options(arguments)
     if options.shell_completion:
         return None
     for path in (options.config_path, options.config_dir):
@@ -174,6 +163,27 @@ def check_command_line(arguments: Sequence[str], command: Callable[..., Any]) ->
     if shared := next((key for key in varied if key.split(".")[0] == "sweep"), None):
         raise UserError("CONFIG", f"{shared}: is the same for all jobs of a sweep", "give one value")
     return Sweep(varied, jobs, configs, plugin_of(config))
+
+
+def parsed_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's options of a command line.
+
+    Raises:
+        UserError: CONFIG.
+    """
+    for argument in arguments:
+        if "_target_" in argument or argument.startswith("--e"):  # --experimental-rerun, or a short form of it
+            raise _would_run(clipped(argument))
+    parser = get_args_parser()
+    parser.exit_on_error = parser.allow_abbrev = False
+    try:
+        options, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError("CONFIG", str(error), "python train.py --help lists every option") from error
+    if unknown:
+        fix = "write options unabbreviated: python train.py -m lr=1e-6,1e-5; --help lists them"
+        raise UserError("CONFIG", f"{clipped(' '.join(unknown))}: no such option", fix)
+    return options
 
 
 def check_hydra(config: DictConfig) -> None:

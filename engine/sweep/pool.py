@@ -109,6 +109,8 @@ class Pool:
         """
         asked = settings.sweep.gpus_per_job
         if not self._num_gpus:
+            if asked is not None:
+                print(f"warning: sweep.gpus_per_job={asked} changes nothing: there is no GPU", flush=True)
             num_processes = choose_num_processes(settings, 0)
         else:
             if asked is not None and asked > self._num_gpus:
