@@ -11,6 +11,7 @@ import runpy
 import shlex
 import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,10 @@ def make_places(archive: Path) -> None:
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("benchmark.jsonl").write_text(json.dumps({"question": "one two three four five " * 4}) + "\n")
     questions = [{"prompt": f"{n} + 1 =", "answer": str(n + 1)} for n in range(12)]
+    (task,) = re.findall(r"```yaml\n(task: .*?)```", (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8"), re.S)
+    Path("mine.yaml").write_text(task.replace("questions.jsonl", "choices.jsonl"))
+    choices = [{"question": f"{n} + 1 =", "choices": [str(n + 1), "0"], "answer": 0} for n in range(4)]
+    Path("choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
     Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     labelled = [{"prompt": f"Q{n}?", "completion": f" A{n}.", "label": n % 3 > 0} for n in range(12)]
     Path("labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
@@ -205,6 +210,9 @@ def run_command(script: str, arguments: list[str], stdin: str, monkeypatch: pyte
     if values.get("from") == "meta":  # tests/test_export.py has such files; here they are missed in the right place
         assert status == EXIT_STATUS["CHECKPOINT"] and not Path(values["path"]).exists()
         return
+    if "tasks" in values and find_spec("lm_eval") is None:
+        assert status == EXIT_STATUS["CONFIG"]
+        return
     assert status == 0
     if script == "export.py" and "format" not in values:
         state = load_saved(values["from"]).model.state_dict()
@@ -239,6 +247,18 @@ def test_python_of_the_page_of_reward_models_runs(program: Program, monkeypatch:
         arguments = [f"model={run.dir}", "data=rows.jsonl", f"to={target}.jsonl", f"normalize={key}"]
         run_command("evaluate.py", arguments, "", monkeypatch)
         assert json.loads(Path(f"{target}.jsonl").read_text())["scores"] == pytest.approx(found, abs=1e-4)
+
+
+def test_python_of_the_page_of_serving_runs(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_command("export.py", [f"from={archive}", "to=my-model"], "", monkeypatch)
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    Path("page.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)))
+    capsys.readouterr()
+    runpy.run_path("page.py")
+    assert capsys.readouterr().out.strip()
 
 
 def check_command(words: list[str]) -> None:
