@@ -80,10 +80,12 @@ class ContentHash:
     def __init__(self) -> None:
         self._digest = hashlib.blake2b(digest_size=16)
 
-    def add(self, part: Any) -> None:
-        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, ensure_ascii=False).encode()
-        self._digest.update(len(data).to_bytes(8, "little"))
-        self._digest.update(data)
+    def add_all(self, parts: Iterable[Any]) -> None:
+        """Hash parts, one after another."""
+        for part in parts:
+            data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, ensure_ascii=False).encode()
+            self._digest.update(len(data).to_bytes(8, "little"))
+            self._digest.update(data)
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
@@ -92,8 +94,7 @@ class ContentHash:
 def content_hash(parts: Iterable[Any]) -> str:
     """The hex digest of the ContentHash of parts."""
     digest = ContentHash()
-    for part in parts:
-        digest.add(part)
+    digest.add_all(parts)
     return digest.hexdigest()
 
 

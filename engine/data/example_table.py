@@ -15,16 +15,15 @@ if TYPE_CHECKING:
 
 NUM_RESPONSES = {"sft": 1, "pairs": 2, "unpaired": 1}  # by batch kind: those that make a table
 NO_LABEL = -1
-# Type codes of the columns, as in the module array. A prompt is its first num_front tokens and its last num_back.
-COLUMNS = {
-    "prompt_start": "q",  # in the tokens of the store
-    "prompt_length": "i",  # before truncation
-    "num_front": "i",
-    "num_back": "i",
-    "prompt_index": "i",
-    "prompt_hash": "q",  # of the truncated prompt
-    "label": "b",
-    "weight": "d",
+# Types of the columns of integers. A prompt is its first num_front tokens and its last num_back.
+COLUMNS: dict[str, type[np.signedinteger[Any]]] = {
+    "prompt_start": np.int64,  # in the tokens of the store
+    "prompt_length": np.int32,  # before truncation
+    "num_front": np.int32,
+    "num_back": np.int32,
+    "prompt_index": np.int32,
+    "label": np.int8,
+    "prompt_hash": np.int64,  # of the truncated prompt
 }
 
 
@@ -32,8 +31,8 @@ class ExampleTable(Sequence["Example"]):
     """Examples of one kind, as views of stored tokens.
 
     Args:
-        columns: one value an example: COLUMNS, and start_N and length_N of response N; perhaps mismatched_start and
-            mismatched_length.
+        columns: one value an example: COLUMNS, weight, start_N and length_N of response N, and perhaps
+            mismatched_start and mismatched_length.
         tokens: of the store.
         make: the class Example.
         fingerprint: a hash of the content of all examples; None if it is not known.
@@ -135,9 +134,8 @@ class TableBuilder:
 
     def __init__(self, encoded: "EncodedTexts", num_responses: int, parts: "Callable[[Example], Iterator[bytes]]"):
         self._encoded, self._parts, self._hash = encoded, parts, ContentHash()
-        names = [f"{name}_{number}" for number in range(num_responses) for name in ("start", "length")]
-        codes = COLUMNS | {name: "q" if name.startswith("start") else "i" for name in names}
-        self._columns = {name: array(code) for name, code in codes.items()}
+        self._integers, self._weights = array("q"), array("d")
+        self._num_responses = num_responses
 
     def append(self, example: "Example", prompt_text: int, responses: Sequence[int], num_front: int) -> None:
         """Add an example.
@@ -149,25 +147,23 @@ class TableBuilder:
         encoded, num_prompt = self._encoded, len(example.prompt)
         start, end = encoded.prompt_span(prompt_text)
         num_front = num_prompt if num_prompt == end - start else min(num_front, num_prompt)
-        values: dict[str, Any] = {
-            "prompt_start": start,
-            "prompt_length": end - start,
-            "num_front": num_front,
-            "num_back": num_prompt - num_front,
-            "prompt_index": example.prompt_index,
-            "prompt_hash": prompt_hash(example.prompt),
-            "label": NO_LABEL if example.label is None else example.label,
-            "weight": example.weight,
-        }
-        for number, (text, response) in enumerate(zip(responses, example.responses, strict=True)):
-            values |= {f"start_{number}": int(encoded.starts[text]), f"length_{number}": len(response)}
-        for name, value in values.items():
-            self._columns[name].append(value)
-        for part in self._parts(example):
-            self._hash.add(part)
+        label = NO_LABEL if example.label is None else example.label
+        values = (start, end - start, num_front, num_prompt - num_front, example.prompt_index, label)
+        self._integers.extend((*values, prompt_hash(example.prompt)))  # in the order of COLUMNS
+        for text, response in zip(responses, example.responses, strict=True):
+            self._integers.extend((int(encoded.starts[text]), len(response)))
+        self._weights.append(example.weight)
+        self._hash.add_all(self._parts(example))
 
     def finish(self, make: "type[Example]") -> ExampleTable:
-        columns = {name: np.array(values) for name, values in self._columns.items()}
+        types = COLUMNS | {
+            f"{name}_{number}": dtype
+            for number in range(self._num_responses)
+            for name, dtype in (("start", np.int64), ("length", np.int32))
+        }
+        rows = np.frombuffer(self._integers, np.int64).reshape(-1, len(types))
+        columns = {name: rows[:, place].astype(dtype) for place, (name, dtype) in enumerate(types.items())}
+        columns["weight"] = np.array(self._weights)
         return ExampleTable(columns, self._encoded.tokens, make, self._hash.hexdigest(), self._encoded.key)
 
 
