@@ -13,7 +13,8 @@ Memory is above that of the imports and the tokenizer: what stays, and the peak.
 
     .venv/bin/python benchmarks/data.py --rows 160000 --tokenizer gpt2/tokenizer.json
 
---short makes rows of a few words, to try millions of them.
+--stored writes the store of that many pairs in place of reading rows, which would take hours for millions. Then only
+the phases cached and batches are run.
 """
 
 import argparse
@@ -47,7 +48,7 @@ from benchmarks.common import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SYLLABLES = "er ing s th ba be bi bo co da de di do fa fe ga go ha ho in ka la le li lo ma me mi mo na ne no on pa pe ra ro"
+SYLLABLES = "er ing s th ba be bi bo co da de di do fa fe ga go ha ho in ka la le li lo ma me mi mo na ne no on ra ro"
 CHUNK = 2048  # texts of an encode_batch
 
 
@@ -60,7 +61,7 @@ def make_words(rng: random.Random, count: int = 20_000) -> list[str]:
     return ["".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3, 4)))) for _ in range(count)]
 
 
-def write_rows(path: Path, num_rows: int, is_short: bool) -> None:
+def write_rows(path: Path, num_rows: int) -> None:
     """Write transcripts of HH's form and sizes; every tenth row repeats the prompt before it."""
     rng = random.Random(0)
     words = make_words(rng)
@@ -70,16 +71,60 @@ def write_rows(path: Path, num_rows: int, is_short: bool) -> None:
         count = max(1, min(400, round(rng.lognormvariate(0, 0.8) * mean / 1.377)))
         return " ".join(rng.choices(words, cum_weights=shares, k=count)) + "."
 
-    sizes = (3.0, 3.0) if is_short else (28.0, 38.0)  # words of a turn, and of a response
+    words_of_turn, words_of_response = 28.0, 38.0
     path.parent.mkdir(parents=True, exist_ok=True)
     prompt = ""
     with open(path, "w", encoding="utf-8") as file:
         for number in range(num_rows):
             if number % 10 != 9:
-                turns = [f"\n\nHuman: {say(sizes[0])}" for _ in range(1 if is_short else rng.choice((1, 1, 2, 3)))]
-                prompt = f"\n\nAssistant: {say(sizes[0])}".join(turns) + "\n\nAssistant:"
-            row = {"chosen": f"{prompt} {say(sizes[1])}", "rejected": f"{prompt} {say(sizes[1])}"}
+                turns = [f"\n\nHuman: {say(words_of_turn)}" for _ in range(rng.choice((1, 1, 2, 3)))]
+                prompt = f"\n\nAssistant: {say(words_of_turn)}".join(turns) + "\n\nAssistant:"
+            row = {"chosen": f"{prompt} {say(words_of_response)}", "rejected": f"{prompt} {say(words_of_response)}"}
             file.write(json.dumps(row) + "\n")
+
+
+def write_store(folder: Path, tokenizer_file: Path | None, num_pairs: int) -> None:
+    """Write the store of pairs of random tokens, 20 to 99 each, and a file in place of their rows."""
+    import numpy as np
+
+    from engine.data.encoding import token_prefix
+    from engine.data.example_table import ExampleTable
+    from engine.data.examples import Example, Split
+    from engine.data.read_sources import note_source
+    from engine.data.rows import RowCounts
+    from engine.data.split_store import SplitStore
+    from engine.data.token_store import TokenStoreWriter
+    from preference_datasets import get_hh
+
+    rows = folder / "hh" / "train.jsonl"
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    with open(rows, "wb") as file:
+        for _ in range(0, num_pairs, 1000):
+            file.write(b"x" * 100_000)
+    tokenizer, rng = load_tokenizer(tokenizer_file), np.random.default_rng(0)
+    num_front = len(token_prefix(tokenizer))
+    all_lengths = []
+    with TokenStoreWriter(folder / "cache" / "tokens" / "made", 65_536, "made") as writer:
+        for _ in range(0, num_pairs, 10_000):
+            lengths = rng.integers(20, 100, 3 * 10_000)
+            all_lengths.append(lengths)
+            writer.add_stream(rng.integers(0, len(tokenizer), lengths.sum()), lengths)
+    lengths = np.concatenate(all_lengths)[: 3 * num_pairs]
+    starts = np.cumsum(lengths) - lengths
+    zeros = np.zeros(num_pairs, np.int32)
+    prompt_length = (lengths[::3] - 1).astype(np.int32)
+    columns: dict[str, Any] = {"prompt_start": starts[::3], "prompt_length": prompt_length, "num_front": prompt_length}
+    columns |= {"num_back": zeros, "label": zeros.astype(np.int8) - 1, "weight": np.ones(num_pairs)}
+    columns |= {"prompt_index": np.arange(num_pairs, dtype=np.int32), "prompt_hash": rng.integers(0, 2**62, num_pairs)}
+    for number in (0, 1):
+        columns[f"start_{number}"] = starts[1 + number :: 3] + num_front
+        columns[f"length_{number}"] = (lengths[1 + number :: 3] - num_front).astype(np.int32)
+    table = ExampleTable(columns, np.empty(0), Example, "made", "made")
+    counts = RowCounts(rows=num_pairs)
+    note_source(counts, "file", str(rows))
+    found = {"rows": num_pairs, "prompts": num_pairs, "pairs": num_pairs, "dropped": {}, "truncated": 0}
+    store = SplitStore(settings_of(folder), tokenizer, "train", "pairs", [get_hh])
+    store.write(Split(table, found | {"max_length": 512}, [num_pairs]), counts)
 
 
 def distinct_texts(path: Path) -> list[str]:
@@ -191,7 +236,7 @@ def run_phase(name: str, folder: Path, tokenizer_file: Path | None) -> dict[str,
 def main(texts: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=160_000)
-    parser.add_argument("--short", action="store_true", help="rows of a few words")
+    parser.add_argument("--stored", action="store_true", help="write the store of the rows, not the rows")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json (default: the embedded one)")
     parser.add_argument("--phases", default=",".join(PHASES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="keeps the rows and the cache, for other phases later")
@@ -201,8 +246,11 @@ def main(texts: Sequence[str]) -> None:
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rows = folder.resolve() / "hh" / "train.jsonl"
-        if not rows.exists():
-            write_rows(rows, arguments.rows, arguments.short)
+        if arguments.stored:
+            write_store(folder.resolve(), arguments.tokenizer, arguments.rows)
+            arguments.phases = "cached,batches"
+        elif not rows.exists():
+            write_rows(rows, arguments.rows)
         print(f"{arguments.rows:,} rows, {rows.stat().st_size / 1e6:,.0f} MB", flush=True)
         for name in arguments.phases.split(","):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -215,6 +263,7 @@ def main(texts: Sequence[str]) -> None:
         "command": shown_command("data", texts),
         **machine(os.cpu_count() or 1),
         "rows": arguments.rows,
+        "stored": arguments.stored,
         "bytes": size,
         "phases": phases,
     }

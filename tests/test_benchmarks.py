@@ -14,6 +14,7 @@ import pytest
 from benchmarks import (
     bf16,
     common,
+    data,
     demo,
     gpu,
     gpu_plan,
@@ -50,8 +51,8 @@ def result(folder, name):
 
 
 SCRIPTS = (
-    *("step", "growth", "memory", "scaling", "demo", "losses", "sentiment", "frontier", "online", "online_demo"),
-    *("digits", "bf16", "gpu", "gpu_plan"),
+    *("step", "growth", "memory", "data", "scaling", "demo", "losses", "sentiment", "frontier", "online"),
+    *("online_demo", "digits", "bf16", "gpu", "gpu_plan"),
 )
 # Forks a process for each script: torch and transformers are imported once.
 ASK_FOR_HELP = """
@@ -74,6 +75,20 @@ def test_help_from_another_folder(tmp_path):
     helps = re.split(r"^(/.*\.py: .*)\n", outcome.stdout, flags=re.MULTILINE)
     assert helps[1::2] == [f"{script}: 0" for script in scripts], outcome.stderr
     assert all(text.startswith("usage:") for text in helps[:-1:2])
+
+
+@pytest.mark.slow
+def test_data(tmp_path):
+    """All phases on a few rows, then the store of a few pairs."""
+    data.main(["--rows", "60", "--results", str(tmp_path)])
+    phases = result(tmp_path, "data")["phases"]
+    assert list(phases) == ["encode_batch", "cold", "cached", "batches"]
+    assert phases["cold"]["examples"] == phases["cached"]["examples"] == 60
+    assert 100 < phases["encode_batch"]["texts"] <= 180 and phases["encode_batch"]["tokens"] > 10_000
+    assert 60 * 1000 < result(tmp_path, "data")["bytes"] < 60 * 2000
+    data.main(["--rows", "500", "--stored", "--results", str(tmp_path)])
+    phases = result(tmp_path, "data")["phases"]
+    assert list(phases) == ["cached", "batches"] and phases["cached"]["examples"] == 500
 
 
 def test_bf16(tmp_path):
