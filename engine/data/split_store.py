@@ -5,7 +5,6 @@ store. It is stale once a source of its rows, a setting, the tokenizer or the co
 """
 
 import hashlib
-import inspect
 import json
 import secrets
 import shutil
@@ -127,7 +126,7 @@ class SplitStore:
 
 def _hash_code(*loaders: Callable[..., Any]) -> str:
     """A hash of the code that makes examples of rows, with the files of loaders."""
-    files = {str(file) for loader in loaders if (file := inspect.getsourcefile(loader))}
+    files = {loader.__code__.co_filename for loader in loaders if hasattr(loader, "__code__")}
     return content_hash([_hash_files(*CODE), *(_hash_files(Path(file)) for file in sorted(files))])
 
 
