@@ -87,8 +87,11 @@ def run_inspection(settings: Settings, options: InspectOptions) -> "Inspection":
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    tokenizer = load_tokenizer(settings.model)
     batch = LOSSES[settings.loss.name].batch
+    if batch == "tokens":
+        problem = f"loss: {settings.loss.name} learns text, and this command inspects prompts and responses"
+        raise UserError("CONFIG", problem, "choose the loss of a later stage; train.py prints the counts of text")
+    tokenizer = load_tokenizer(settings.model)
 
     def load(one: Settings, split: SplitName, counts: RowCounts, observe: Observe) -> object:
         return load_split(one, tokenizer, split, batch, counts=counts, observe=observe)

@@ -19,6 +19,7 @@ from engine.data.rows import RowCounts
 from engine.data.text_files import Document, TextData
 from engine.data.tokenizer_training import BOS, EOS, train_tokenizer
 from engine.run.window_evaluation import token_bytes
+from inspect_data import InspectOptions, read_overrides, run_inspection
 from tests.runs import Program, Run, copy_stopped
 from utils import UserError
 
@@ -247,6 +248,11 @@ def test_bytes_of_other_tokenizers() -> None:
 # ---- Runs ----
 
 
+def test_text_is_not_inspected() -> None:
+    with pytest.raises(UserError, match="pretrain learns text, and this command inspects prompts and responses"):
+        run_inspection(read_overrides(["loss=pretrain"]), InspectOptions())
+
+
 def numbers(run: Run) -> list[dict[str, Any]]:
     ignored = ("second", "memory", "mfu")
     return [{name: row[name] for name in row if not any(part in name for part in ignored)} for row in run.metrics]
@@ -276,7 +282,7 @@ def test_a_run_learns_and_measures(program: Program, texts: Path) -> None:
     assert run.steps[-1]["epochs/texts"] == pytest.approx(
         120 / run.steps[0]["counters/examples"] * 4 / num_windows(run)
     )
-    assert run.samples and run.samples[-1]["prompt"].startswith("Line 0 of text")
+    assert any(row["prompt"].startswith("Line 0 of text") and row["policy"] for row in run.samples)
 
 
 def num_windows(run: Run) -> int:
@@ -296,6 +302,22 @@ def test_a_killed_run_resumes_bitwise(program: Program, texts: Path, tmp_path: P
     (texts / "0.txt").write_text("Another text, as long as it takes to be trained on.")
     other = program(*common, f"local_run_dir={tmp_path / 'resumed'}", "resume=auto")
     assert other.status == 3 and "was trained on other examples" in other.err
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_trains_on_the_same_windows(program: Program, texts: Path, tmp_path: Path) -> None:
+    """Bitwise, also when a run of two goes on as one."""
+    common = (*PRETRAIN, f"datasets={texts}", "n_examples=32", "eval_every=16", "deterministic=true")
+    one = program.ok(*common)
+    for number in (2, 4):
+        kept = f"local_run_dir={tmp_path / str(number)}", "keep_checkpoints=9"
+        program.ok(*common, "trainer=FSDPTrainer", f"num_processes={number}", *kept)
+    resumed = program.ok(*common, f"resume={tmp_path / '2' / 'step-16'}", f"local_run_dir={tmp_path / 'resumed'}")
+    for directory in (tmp_path / "4", resumed.dir):
+        again = Run(0, f"run_dir: {directory}", "")
+        losses = [[row["loss/train"] for row in run.steps[-4:]] for run in (one, again)]
+        assert losses[0] == losses[1] and one.evals[-1]["loss/eval"] == again.evals[-1]["loss/eval"]
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(one).items())
 
 
 def test_microbatches_change_nothing(program: Program, texts: Path) -> None:
