@@ -52,6 +52,7 @@ def roles(prefix: str, *names: str) -> tuple[Metric, ...]:
 
 PANELS = (
     Panel("loss", "Loss", both("loss/{}")),
+    Panel("bits_per_byte", "Bits per byte of text, held out", (Metric("bits_per_byte/eval", "eval"),)),
     Panel("accuracy", "Accuracy: chosen above rejected", both("rewards_{}/accuracies")),
     Panel("margin", "Margin: chosen minus rejected reward", both("rewards_{}/margins")),
     Panel("logratios", "log(policy / reference) in nats, held out", roles("logratios", "chosen", "rejected")),
