@@ -19,9 +19,10 @@ frontier: .venv/.installed  ## reward against KL of every method on the embedded
 losses: .venv/.installed  ## every loss on the embedded films, three learning rates each; under two hours on two cores
 	$(BIN)/python benchmarks/losses.py
 
+# In the order of the files: those with the longest tests come first, and no process waits long for the last ones.
 test: .venv/.installed  ## the tests that every change must pass
-	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" -n 3 --dist loadfile
-	$(BIN)/python -m pytest -m "alone and not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "alone and not slow and not gpu" -n 2 --dist loadfile `grep -rl --include="*.py" "mark\.alone" tests`
 
 OLDEST_TESTS := $(addprefix tests/, test_attention.py test_batching.py invariants/test_packing.py test_triton_head.py \
 	test_vocabulary_shards.py test_quantization.py test_lora_linear.py test_trainers.py test_sharding.py test_sharded_peft.py)
