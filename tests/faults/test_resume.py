@@ -212,11 +212,11 @@ def test_deleted_checkpoints(inputs: Path, uninterrupted_run: Path, tmp_path: Pa
 
 
 def test_a_mistyped_checkpoint_makes_no_directory(inputs: Path, uninterrupted_run: Path, tmp_path: Path) -> None:
-    for name in ("stpe-56", "step-57", "LATESt", "run/LATEST"):
+    branch = f"local_run_dir={tmp_path}/branch"
+    for name, more in (("stpe-56", []), ("step-57", [branch]), ("LATESt", [branch]), ("run/LATEST", [])):
         arguments = [part for part in command(inputs, tmp_path) if not part.startswith(("local_run_dir", "resume"))]
-        for more in ((), (f"local_run_dir={tmp_path}/branch",)):
-            status, _, err = complete([*arguments, f"resume={uninterrupted_run}/{name}", *more], tmp_path / "output")
-            assert status == 4 and f"resume: no checkpoint in {uninterrupted_run}/{name};" in err, err
+        status, _, err = complete([*arguments, f"resume={uninterrupted_run}/{name}", *more], tmp_path / "output")
+        assert status == 4 and f"resume: no checkpoint in {uninterrupted_run}/{name};" in err, err
         assert (
             not (uninterrupted_run / name).exists()
             and not (uninterrupted_run / "run").exists()

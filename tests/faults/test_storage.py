@@ -43,11 +43,14 @@ def size(uninterrupted_run: Path) -> int:
     return sum(path.stat().st_size for path in (uninterrupted_run / "LATEST").iterdir())
 
 
-def test_a_full_disk_during_a_save(inputs: Path, uninterrupted_run: Path, size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_runs", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_full_disk_during_a_save(
+    inputs: Path, uninterrupted_run: Path, size: int, tmp_path: Path, num_runs: int
+) -> None:
     """The last good checkpoint stays intact, and with more room the run resumes."""
     chance = random.Random(0)
     with small_disk(tmp_path / "disk", 4 * size) as disk:
-        for index in range(4):
+        for index in range(num_runs):
             fail_on_a_full_disk(inputs, disk / f"run-{index}", int(size * chance.uniform(0.1, 2.4)), uninterrupted_run)
 
 
