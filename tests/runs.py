@@ -113,7 +113,8 @@ def load_films_once(settings: Any, tokenizer: Any, split: Any, batch: Any, **oth
     if key not in FILMS:
         FILMS[key] = load_split(settings, tokenizer, split, batch, **others)
     found = FILMS[key]
-    return Split(list(found.examples), copy.deepcopy(found.counts), list(found.sizes), list(found.prompt_texts))
+    copied = copy.copy(found.examples)  # a list, or a table
+    return Split(copied, copy.deepcopy(found.counts), list(found.sizes), list(found.prompt_texts))
 
 
 def call_main(arguments: list[str], patches: pytest.MonkeyPatch) -> int:
