@@ -68,8 +68,11 @@ for script in sys.argv[1:]:
 """
 
 
-def test_help_from_another_folder(tmp_path):
-    scripts = [str(ROOT / "benchmarks" / f"{script}.py") for script in SCRIPTS]
+@pytest.mark.parametrize(
+    "names", [("step", "frontier", "gpu_plan"), pytest.param(SCRIPTS, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_help_from_another_folder(names, tmp_path):
+    scripts = [str(ROOT / "benchmarks" / f"{script}.py") for script in names]
     command = [sys.executable, "-u", "-c", ASK_FOR_HELP, *scripts]
     outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     helps = re.split(r"^(/.*\.py: .*)\n", outcome.stdout, flags=re.MULTILINE)
