@@ -250,7 +250,10 @@ def test_bytes_of_other_tokenizers() -> None:
 
 def test_text_is_not_inspected() -> None:
     with pytest.raises(UserError, match="pretrain learns text, and this command inspects prompts and responses"):
-        run_inspection(read_overrides(["loss=pretrain"]), InspectOptions())
+        run_inspection(
+            read_overrides(["loss=pretrain"]),
+            InspectOptions(page=None, examples=3, contamination=None, near_duplicates=None),
+        )
 
 
 def numbers(run: Run) -> list[dict[str, Any]]:

@@ -244,8 +244,7 @@ def tokenize(
         observe: gets each example beside its text, dropped ones too.
     """
     drafts = _draft(data, batch, counts, tokenizer)
-    texts = list(drafts.texts)
-    encoded = encode_cached(texts, tokenizer, cache_dir)
+    encoded = encode_cached(texts := list(drafts.texts), tokenizer, cache_dir)
     examples, prompt_texts, num_truncated = list[Example](), list[int](), 0
     table = TableBuilder(encoded, NUM_RESPONSES[batch], _parts) if batch in NUM_RESPONSES else None
     prompt_indices: dict[int, int] = {}  # by prompt number; prompts without examples get none
@@ -274,10 +273,10 @@ def tokenize(
         sizes[bisect_right(ends, draft.prompt_number)] += 1
         num_truncated += len(prompt) + sum(map(len, responses)) < num_tokens
     made = examples if table is None else table.finish(Example)
-    eos = tokenizer.eos_token_id
     shown = {"truncated": num_truncated, "max_length": max_length}
     repeats = (drafts.num_duplicates, drafts.num_contradictions)
-    return Split(made, count_split(made, COUNTED[batch], counts, shown, repeats, eos), sizes, prompt_texts)
+    counted = count_split(made, COUNTED[batch], counts, shown, repeats, tokenizer.eos_token_id)
+    return Split(made, counted, sizes, prompt_texts)
 
 
 # ---- Before encoding ----
