@@ -29,6 +29,7 @@ from engine.models.archives import STATE_FILE
 from engine.rewards.comparing import EndpointJudge, Pair, ScoreJudge, describe_left_out, judge_pairs
 from engine.run.win_rates import REFERENCE, WinRates
 from engine.settings.endpoint import Endpoint
+from tests.ranks import Job, make_trainer, on_ranks
 from tests.runs import Program, Run, stop_after
 from tests.test_judge import StandIn, server, status  # noqa: F401  a fixture
 from utils import UserError
@@ -343,6 +344,28 @@ def test_a_run_judges_by_a_reward_model(program: Program, monkeypatch: pytest.Mo
     assert evaluate.main() == 0
     for row, line in zip(pairs_in(run), scores.read_text().splitlines(), strict=True):
         assert row["scores"] == pytest.approx(json.loads(line)["scores"], abs=1e-4)
+
+
+def judged(job: Job, directory: Path) -> dict[str, float]:
+    """The metrics of win rates of an untrained policy."""
+    trainer = make_trainer(job, directory)
+    directory.mkdir(exist_ok=True, parents=True)
+    return trainer.evaluator.win_rates.measure(trainer.policy, [], 0)
+
+
+@pytest.mark.alone
+def test_two_processes_judge_what_one_does(tmp_path: Path) -> None:
+    overrides = ("sample_during_eval=true", "n_eval_model_samples=2", "n_eval_examples=7")
+    expected = judged(("llama", "dpo", overrides), tmp_path / "one")
+    first, second = on_ranks(2, judged, ("llama", "dpo", (*overrides, "trainer=FSDPTrainer")), tmp_path / "two")
+    assert first == second and first.keys() == expected.keys()
+    rows, of_one = (
+        [json.loads(line) for line in (tmp_path / name / "win_rates.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("two", "one")
+    )
+    assert len(rows) == len(of_one) == expected["win_rate_eval/pairs"] > 2  # rank 0 alone judges
+    assert [row["policy"] for row in rows] == [row["policy"] for row in of_one]
+    assert rows[2:] == of_one[2:]  # the first two references are those of samples.jsonl, drawn by rank
 
 
 @pytest.mark.parametrize(
