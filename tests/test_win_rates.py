@@ -488,6 +488,7 @@ def test_a_server_judges_two_models(server, compare, two_runs, tmp_path: Path) -
     ("arguments", "problem"),
     [
         (("judge=ground_truth", "to={data}"), "to: .* exists"),
+        (("judge=ground_truth", "to=no/where.jsonl"), "to: no is not a directory"),
         (("judge=ground_truth", "data={data}"), "judge: ground_truth needs a data set with one"),
         (("judge=http://a", "endpoint.model=m"), "to: a server's replies need a file"),
         (("judge=http://a", "to=new"), "endpoint lacks model"),

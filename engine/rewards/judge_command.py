@@ -142,6 +142,8 @@ def check_options(options: JudgeOptions, target: Path | None) -> None:
         raise UserError("CONFIG", f"endpoint{'' if problem.startswith('.') else ' '}{problem}", fix)
     if target is not None and target.exists():
         raise UserError("CONFIG", f"to: {target} exists", "give another file, or remove it")
+    if target is not None and not target.parent.is_dir():
+        raise UserError("CONFIG", f"to: {target.parent} is not a directory", "make it, or give another file")
     if target is None and is_url(options.judge):
         raise UserError("CONFIG", "to: a server's replies need a file", "add to=FILE.jsonl")
 
