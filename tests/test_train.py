@@ -114,7 +114,7 @@ def test_a_sweep_runs_every_job_in_a_separate_directory(program: Program) -> Non
     betas = [re.search(r"^  beta: (.*)$", (path / "config.yaml").read_text(), re.M) for path in directories]
     assert [match and match[1] for match in betas] == ["0.05", "0.1", "0.5"]
     assert run.out.count("log-probs computed in") == 1 and run.out.count("all log-probs are in") == 2
-    jobs = [line for line in run.out.splitlines() if line.startswith("job ")]
+    jobs = [line for line in run.out.splitlines() if re.match(r"job \d+: ", line)]
     assert [re.search(r"loss\.beta=\S+", line)[0] for line in jobs] == [  # type: ignore[index]
         "loss.beta=0.05",
         "loss.beta=0.1",
