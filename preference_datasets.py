@@ -207,6 +207,7 @@ def load_split(
         result = _read_split(settings, tokenizer, split, batch, counts, observe)
         if store and UNKNOWN not in counts.sources:
             store.write(result, counts)
+            result = store.read(is_quiet=True) or result  # views of files take less memory
     if needs_mismatched and result.examples:
         result.examples = add_mismatched(result.examples, settings.max_length, settings.seed, split)
     return result

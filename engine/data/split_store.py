@@ -78,8 +78,8 @@ class SplitStore:
         """Whether examples of this kind make a table."""
         return batch in NUM_RESPONSES
 
-    def read(self) -> Split | None:
-        """The split, and its notices printed; None if it is missing, stale or damaged."""
+    def read(self, *, is_quiet: bool = False) -> Split | None:
+        """The split; None if it is missing, stale or damaged. Its notices are printed unless it is_quiet."""
         meta = read_meta(self.path, self._inputs)
         if meta is None or not are_unchanged(meta["sources"]):
             return None
@@ -87,7 +87,7 @@ class SplitStore:
         if encoded is None:
             return None
         columns = {name: to_numpy(values) for name, values in map_arrow(self.path / EXAMPLES).items()}
-        for line in meta["notices"]:
+        for line in [] if is_quiet else meta["notices"]:
             print(line, flush=True)
         examples = ExampleTable(columns, encoded.tokens, Example, meta["fingerprint"], encoded.key)
         return Split(examples, meta["counts"], meta["sizes"])
