@@ -273,10 +273,10 @@ def tokenize(
         sizes[bisect_right(ends, draft.prompt_number)] += 1
         num_truncated += len(prompt) + sum(map(len, responses)) < num_tokens
     made = examples if table is None else table.finish(Example)
-    shown = {"truncated": num_truncated, "max_length": max_length}
+    truncation = {"truncated": num_truncated, "max_length": max_length}
     repeats = (drafts.num_duplicates, drafts.num_contradictions)
-    counted = count_split(made, COUNTED[batch], counts, shown, repeats, tokenizer.eos_token_id)
-    return Split(made, counted, sizes, prompt_texts)
+    split_counts = count_split(made, COUNTED[batch], counts, truncation, repeats, tokenizer.eos_token_id)
+    return Split(made, split_counts, sizes, prompt_texts)
 
 
 # ---- Before encoding ----
