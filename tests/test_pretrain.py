@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,28 @@ def test_files_named_by_split_are_the_splits(tmp_path: Path) -> None:
         Document("train-1.txt", "train"),
         Document("eval.txt", "test"),
     ]
+
+
+def test_hidden_files_are_left_out_below_the_folder_alone(tmp_path: Path) -> None:
+    folder = tmp_path / ".hidden" / "texts"
+    for name in ("a.txt", "inner/b.txt", ".c.txt", ".git/d.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    assert [each.text for each in read(folder, 0)] == ["a.txt", "inner/b.txt"]
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "BATCH_CHARACTERS", 20_000)
+    peaks = []
+    for count in (100, 600):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(json.dumps({"text": sentences(f"text {n}", 40)}) + "\n" for n in range(count)))
+        load(tmp_path / "before", path, test_fraction=0.1)  # what is loaded once
+        tracemalloc.start()
+        load(tmp_path / "measured", path, test_fraction=0.1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_empty_and_bad_rows_are_counted(tmp_path: Path) -> None:

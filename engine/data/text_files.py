@@ -75,7 +75,7 @@ def text_files(path: Path) -> dict[SplitName, list[Path]]:
         train, (test, has_test) = find_split(path, "train")[0], find_split(path, "test")
         return {"train": train, "test": test} if has_test else {"train": train}
     files = [each for each in sorted(path.rglob("*")) if each.name.endswith((*TEXT_SUFFIXES, *SUFFIXES))]
-    files = [each for each in files if each.is_file() and not any(part.startswith(".") for part in each.parts)]
+    files = [each for each in files if each.is_file() and not _is_hidden(each.relative_to(path))]
     if not files:
         kinds = ", ".join((*TEXT_SUFFIXES, *SUFFIXES))
         raise UserError("DATA", f"datasets: {path} holds no file of text or rows", f"add files: {kinds}")
@@ -90,6 +90,10 @@ def text_files(path: Path) -> dict[SplitName, list[Path]]:
     if test_name is None:
         return {"train": named["train"]}
     return {"train": named["train"], "test": named[test_name]}
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def file_states(files: dict[SplitName, list[Path]]) -> dict[str, list[list[Any]]]:
