@@ -26,6 +26,8 @@ WITH_REFERENCE = [
 
 
 def settings_of(name: str) -> tuple[str, ...]:
+    if LOSSES[name].batch == "tokens":  # a padded row is one text
+        return (f"loss={name}", "document_mask=false", "max_length=64", "max_prompt_length=16")
     needs_beta = name in ("dpo", "cdpo", "ipo")  # as in the reference implementation
     return (f"loss={name}", *(["loss.beta=0.1"] if needs_beta else []))
 
