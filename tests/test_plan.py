@@ -118,7 +118,7 @@ def size(values: Any) -> int:
         pytest.param("llama", 1, (), marks=pytest.mark.slow),
         pytest.param("gpt_neox", 1, ("optimizer=AdamW", "activation_checkpointing=true"), marks=pytest.mark.slow),
         ("gpt_neox", 1, ("mixed_precision=bfloat16", "gradient_accumulation_steps=4", "optimizer=SGD")),
-        ("llama", 2, (FSDP, "optimizer=AdamW")),
+        pytest.param("llama", 2, (FSDP, "optimizer=AdamW"), marks=pytest.mark.slow),
         pytest.param("gpt_neox", 2, (FSDP, "mixed_precision=bfloat16"), marks=pytest.mark.slow),
         pytest.param("llama", 2, (TENSOR,), marks=pytest.mark.slow),
         pytest.param("llama", 4, (FSDP, "tensor_parallel_size=2"), marks=pytest.mark.slow),

@@ -141,8 +141,11 @@ OTHERS: Commands = {  # run by BasicTrainer, FSDPTrainer and TensorParallelTrain
     "kto": ("loss=kto", "loss.beta=0.1", "sample_during_eval=false", "n_examples=9"),
     "bco": ("loss=bco", "sample_during_eval=false", "n_examples=9"),
 }
-# (trainer, run of OTHERS): each with one of the trainers, "live" with both; the other half belongs to `make soak`.
-ON_TWO = [(("fsdp", "tensor")[index % 2], other) for index, other in enumerate(OTHERS)] + [("tensor", "live")]
+# These losses need no sums over ranks that others lack.
+PER_EXAMPLE = ("wpo", "ld-dpo", "tdpo2-bf16")
+# (trainer, run of OTHERS): each with one of the trainers, "live" with both; the others belong to `make soak`.
+ON_TWO = [(("fsdp", "tensor")[index % 2], other) for index, other in enumerate(OTHERS) if other not in PER_EXAMPLE]
+ON_TWO += [("tensor", "live")]
 MORE_ON_TWO = [(name, other) for other in OTHERS for name in ("fsdp", "tensor") if (name, other) not in ON_TWO]
 IN_ORDER = (*DPO, "deterministic=true", "optimizer=RMSprop", "sample_during_eval=false", "n_examples=9")
 BY_PACKAGE = ("llama", "gpt_neox", "gpt2")

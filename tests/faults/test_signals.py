@@ -238,7 +238,7 @@ def test_a_signal_before_training(inputs: Path, tmp_path: Path, signal_number: i
     assert err == f"stopped by {signal.Signals(signal_number).name} outside training: nothing to save\n"
 
 
-@pytest.mark.parametrize("begun", ["starting", "waiting"])
+@pytest.mark.parametrize("begun", ["starting", pytest.param("waiting", marks=SLOW)])
 def test_a_signal_before_workers_train(inputs: Path, tmp_path: Path, begun: str) -> None:
     """At the start of the workers, and while they wait for each other."""
     run_dir = tmp_path / "run"
