@@ -118,6 +118,13 @@ def test_more_gpus_than_there_are_fail_a_job(tmp_path: Path, capfd) -> None:
     assert "error[CONFIG] job 0: sweep.gpus_per_job: 2 GPUs for a job, and there are 1; fix: " in capfd.readouterr().err
 
 
+def test_gpus_asked_for_where_there_are_none_are_told_once(tmp_path: Path, capfd) -> None:
+    jobs, runner = pooled(["time.sleep(0.3)"] * 2, tmp_path, [], "sweep.gpus_per_job=2")
+    runner.run()
+    assert [job.status for job in jobs] == [0, 0]
+    assert capfd.readouterr().out.count("sweep.gpus_per_job=2 changes nothing") == 1
+
+
 @pytest.mark.parametrize("at_a_time", [1, 2])
 def test_jobs_at_a_time_on_a_cpu(at_a_time: int, tmp_path: Path, capfd) -> None:
     jobs, runner = pooled(["time.sleep(0.5)"] * 2, tmp_path, [], f"sweep.jobs={at_a_time}")

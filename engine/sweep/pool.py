@@ -57,6 +57,9 @@ class Pool:
 
     def run(self) -> int | None:
         """Run all jobs, and set their statuses; returns the signal that stopped them, if any."""
+        asked = self._waiting[0][1].sweep.gpus_per_job if self._waiting else None
+        if asked is not None and not self._num_gpus:
+            print(f"warning: sweep.gpus_per_job={asked} changes nothing: there is no GPU", flush=True)
         sys.stdout.flush()
         with StopRequest(self._forward, self._kill) as stop, selectors.DefaultSelector() as selector:
             try:
@@ -109,8 +112,6 @@ class Pool:
         """
         asked = settings.sweep.gpus_per_job
         if not self._num_gpus:
-            if asked is not None:
-                print(f"warning: sweep.gpus_per_job={asked} changes nothing: there is no GPU", flush=True)
             num_processes = choose_num_processes(settings, 0)
         else:
             if asked is not None and asked > self._num_gpus:
