@@ -32,7 +32,7 @@ from tests.runs import Program, stop_after
 from utils import UserError
 
 DPO = ("loss=dpo", "loss.beta=0.1")
-SAMPLES = ("sample_during_eval=true", "n_eval_model_samples=3", "max_length=280", "eval_every=8")
+SAMPLES = ("sample_during_eval=true", "win_rate.judge=null", "n_eval_model_samples=3", "max_length=280", "eval_every=8")
 FORWARD, REVERSE = "forward_kl_eval", "kl_eval"
 KINDS = {
     "cached": (),
