@@ -52,12 +52,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def lm_eval(monkeypatch: pytest.MonkeyPatch):
     """A fake lm-eval, as far as the command uses it; keeps the arguments of its calls."""
-    calls = SimpleNamespace(evaluated=[], models=[], managers=[], error=None)
+    calls = SimpleNamespace(evaluated=[], models=[], managers=[], error=None, during=lambda: None)
 
     def simple_evaluate(**arguments: Any) -> dict[str, Any]:
         calls.evaluated.append(arguments)
         if calls.error:
             raise calls.error
+        calls.during()
         return RESULTS
 
     class TaskManager:
@@ -100,6 +101,14 @@ def test_results_are_a_table_and_a_file_of_the_run(lm_eval, command, sft_run: Pa
     assert (given["tasks"], given["num_fewshot"], given["limit"]) == (["arc_easy", "sums"], 5, 1000)
     assert lm_eval.models[0]["batch_size"] == 3 and not given["apply_chat_template"]
     assert not lm_eval.models[0]["pretrained"].training
+
+
+def test_results_of_another_command_in_the_meantime_are_kept(lm_eval, command, sft_run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "results.json"
+    lm_eval.during = lambda: target.write_text('["of another command"]')
+    assert command(f"model={sft_run}", "tasks=arc_easy", f"to={target}")[0] == 0
+    entries = json.loads(target.read_text())
+    assert entries[0] == "of another command" and len(entries) == 2
 
 
 def test_questions_are_written_by_the_template_of_the_run(lm_eval, command, sft_run: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from engine.models.hub import settle_network
 from engine.settings.messages import bracketed, did_you_mean, nearest
 from engine.settings.options import Options
 from engine.settings.value_types import ChatTemplate, Count, CountOrZero, Datasets, PossiblePath
-from utils import UserError, is_out_of_memory, write_atomically
+from utils import UserError, is_out_of_memory, one_at_a_time, write_atomically
 
 if TYPE_CHECKING:  # they take seconds to import
     from lm_eval.tasks import TaskManager
@@ -71,7 +71,7 @@ def run_benchmarks(options: BenchmarkOptions, chat_form: ChatForm) -> None:
     directory = find_saved(options.model)
     record = RunRecord() if directory is None else read_run(directory, chat_form)
     target = results_file(options, directory)
-    before = read_results(target)
+    read_results(target)  # a wrong file fails before minutes of questions
     manager = open_tasks(options.tasks, files)
     saved = load(options, record)
     results = evaluate(options, saved, manager)
@@ -88,8 +88,9 @@ def run_benchmarks(options: BenchmarkOptions, chat_form: ChatForm) -> None:
             "num_fewshot": results["n-shot"],
             "lm_eval": version("lm-eval"),
         }
-        text = json.dumps([*before, entry], ensure_ascii=False, indent=1, allow_nan=False)
-        write_atomically(target, text.encode() + b"\n")
+        with one_at_a_time(target, f"results: waiting for another command, which writes {target}"):
+            text = json.dumps([*read_results(target), entry], ensure_ascii=False, indent=1, allow_nan=False)
+            write_atomically(target, text.encode() + b"\n")
         print(f"results: {target}")
 
 
