@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 from scipy.stats import binomtest
@@ -464,6 +465,21 @@ def test_likeliest_responses_of_one_model_tie(compare, two_runs, tmp_path: Path)
     lines = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
     assert [line["outcome"] for line in lines] == [0.5] * 5
     assert {line["prompt"] for line in lines} == {f"\n\nHuman: Is {n} good?\n\nAssistant:" for n in range(5)}
+
+
+def test_templates_that_write_other_numbers_of_prompts_are_refused(compare, two_runs, tmp_path: Path) -> None:
+    """One strips spaces, so two prompts are one to it. A part of the prompts would be of other dialogues then."""
+    data = tmp_path / "chats.jsonl"
+    questions = [f"Is {n} good?" for n in range(5)] + ["Is 1 good? "]
+    rows = [{"messages": [{"role": "user", "content": question}]} for question in questions]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stripping = tmp_path / "stripping"
+    shutil.copytree(two_runs[1], stripping, symlinks=True)
+    config = yaml.safe_load((stripping / "config.yaml").read_text())
+    (stripping / "config.yaml").write_text(yaml.safe_dump(config | {"chat_template": "llama2"}))
+    arguments = (f"model={two_runs[0]}", f"against={stripping}", "judge=http://127.0.0.1:9", "endpoint.model=m")
+    code, _, err = compare(*arguments, f"data={data}", "prompts=3", f"to={tmp_path / 'pairs.jsonl'}")
+    assert code == 3 and "data: the models have 6 and 5 prompts" in err
 
 
 def test_a_server_judges_two_models(server, compare, two_runs, tmp_path: Path) -> None:  # noqa: F811

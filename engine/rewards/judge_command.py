@@ -81,10 +81,12 @@ class Responses:
     """The prompts of a model and its responses.
 
     Args:
+        num_prompts: of the data; examples are some of them.
         texts: without special tokens.
         are_truncated: whether each has no end-of-text token.
     """
 
+    num_prompts: int
     examples: "Sequence[Example]"
     settings: "Settings"
     tokenizer: "PreTrainedTokenizerBase"
@@ -210,11 +212,12 @@ def respond(
         tokenizer.chat_template = record.template_text()
     settings = project.settings({**keys, "chat_template": template})
     count = options.prompts or (64 if is_url(options.judge) else 256)
-    examples = choose_eval_examples(project.load_prompts(settings, tokenizer, split), count, settings.seed)
+    prompts = project.load_prompts(settings, tokenizer, split)
+    examples = choose_eval_examples(prompts, count, settings.seed)
     responses = sample(saved.model, tokenizer, examples, settings, options, number)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     are_truncated = [int(response[-1]) != tokenizer.eos_token_id for response in responses]
-    return Responses(examples, settings, tokenizer, texts, are_truncated)
+    return Responses(len(prompts), examples, settings, tokenizer, texts, are_truncated)
 
 
 def sample(
@@ -260,8 +263,9 @@ def pairs_of(both: Sequence[Responses]) -> "list[Pair]":
     from engine.rewards.comparing import Pair, row_of
 
     first, second = both
-    if len(first.examples) != len(second.examples):
-        problem = f"data: the models have {len(first.examples):,} and {len(second.examples):,} prompts"
+    # Of other numbers of prompts, other ones were chosen.
+    if first.num_prompts != second.num_prompts:
+        problem = f"data: the models have {first.num_prompts:,} and {second.num_prompts:,} prompts"
         raise UserError("DATA", problem, "give data of prompts that both chat templates write differently")
     shown = first.tokenizer.batch_decode([example.prompt for example in first.examples], skip_special_tokens=True)
     return [
