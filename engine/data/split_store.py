@@ -22,7 +22,7 @@ from engine.data.examples import Example, Split
 from engine.data.read_sources import are_unchanged
 from engine.data.rows import RowCounts
 from engine.data.token_cache import read_texts, tokenizer_state
-from engine.data.token_store import install_store, map_arrow, read_meta, to_numpy, unwritable, write_arrow, write_meta
+from engine.data.token_store import install_store, read_arrow, remove_leftovers, to_numpy, write_arrow, write_meta
 from utils import content_hash
 
 if TYPE_CHECKING:
@@ -80,26 +80,24 @@ class SplitStore:
 
     def read(self, *, is_quiet: bool = False) -> Split | None:
         """The split; None if it is missing, stale or damaged. Its notices are printed unless it is_quiet."""
-        meta = read_meta(self.path, self._inputs)
-        if meta is None or not are_unchanged(meta["sources"]):
+        found = read_arrow(self.path, self._inputs, EXAMPLES)
+        if found is None or not are_unchanged(found[0]["sources"]):
             return None
+        meta, arrays = found
         encoded = read_texts(self._cache_dir, meta["texts"], token_prefix(self._tokenizer))
         if encoded is None:
             return None
-        columns = {name: to_numpy(values) for name, values in map_arrow(self.path / EXAMPLES).items()}
+        columns = {name: to_numpy(values) for name, values in arrays.items()}
         for line in [] if is_quiet else meta["notices"]:
             print(line, flush=True)
         examples = ExampleTable(columns, encoded.tokens, Example, meta["fingerprint"], encoded.key)
         return Split(examples, meta["counts"], meta["sizes"])
 
     def write(self, split: Split, counts: RowCounts) -> None:
-        """Store a split.
+        """Store a split. It only saves time, so a run goes on without it, as beside a read-only cache.
 
         Args:
             counts: of its rows, with their sources and notices.
-
-        Raises:
-            UserError: if it cannot be written.
         """
         examples = split.examples
         assert isinstance(examples, ExampleTable)
@@ -114,12 +112,13 @@ class SplitStore:
             "fingerprint": examples.fingerprint,
         }
         try:
+            remove_leftovers(self.path)
             temporary.mkdir(parents=True)
             write_arrow(temporary / EXAMPLES, examples.columns)
             write_meta(temporary, meta)
             install_store(temporary, self.path, self._inputs, may_stay=False)
         except OSError as error:
-            raise unwritable(self.path, error) from error
+            print(f"note: {self.path} cannot be written ({error}), so the next run reads the rows again", flush=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -14,7 +14,7 @@
 All arrays are views of the files. The operating system loads the parts in use, and processes share them.
 
 On disk: `texts.arrow`, one record batch with the column `tokens` (large lists) and the others, and `meta.json` with the
-version, the inputs, the numbers of texts and tokens, and the checksum of each file.
+version, the inputs, the numbers of texts and tokens, the checksum of each file, and its own.
 """
 
 import json
@@ -37,7 +37,7 @@ from utils import Progress, UserError, install_directory
 if TYPE_CHECKING:
     import pyarrow
 
-STORE_VERSION = 1  # raise it when the files change their form
+STORE_VERSION = 2  # raise it when the files change their form
 NUM_UINT16 = 1 << 16  # tokens that uint16 can tell apart
 TEXTS, META = "texts.arrow", "meta.json"
 STALE_SECONDS = 86_400  # age of what an ended writer left
@@ -115,7 +115,7 @@ class TokenStoreWriter:
     def __enter__(self) -> "TokenStoreWriter":
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(self.path)
+            remove_leftovers(self.path)
             self._temporary = self.path.with_name(f".{self.path.name}.{secrets.randbelow(10**15)}.tmp")
             self._temporary.mkdir()
             self._stream = open(self._temporary / "stream", "wb")
@@ -175,10 +175,10 @@ def open_store(path: Path, inputs: Any) -> TokenStore | None:
 
     Every byte is checked, without holding the files in memory.
     """
-    meta = read_meta(path, inputs)
-    if meta is None:
+    found = read_arrow(path, inputs, TEXTS)
+    if found is None:
         return None
-    table = map_arrow(path / TEXTS)
+    meta, table = found
     lists = table.pop("tokens")
     tokens, offsets = lists.values.to_numpy(zero_copy_only=True), lists.offsets.to_numpy(zero_copy_only=True)
     columns = {name: to_numpy(values) for name, values in table.items()}
@@ -203,6 +203,19 @@ def write_arrow(path: Path, columns: Mapping[str, Any]) -> None:
         writer.write_batch(batch)
 
 
+def read_arrow(directory: Path, inputs: Any, name: str) -> tuple[dict[str, Any], dict[str, "pyarrow.Array"]] | None:
+    """What meta.json says, and the columns of a file beside it; None if they are missing, stale or damaged.
+
+    Another process may replace the directory at any time, so both are of one directory only if meta.json has stayed.
+    """
+    try:
+        meta = read_meta(directory, inputs)
+        columns = {} if meta is None else map_arrow(directory / name)
+        return (meta, columns) if meta is not None and _load_meta(directory) == meta else None
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
 def map_arrow(path: Path) -> dict[str, "pyarrow.Array"]:
     """The columns of a file of write_arrow, memory-mapped."""
     import pyarrow
@@ -223,14 +236,14 @@ def to_numpy(values: "pyarrow.Array") -> np.ndarray:
 def write_meta(directory: Path, meta: Mapping[str, Any]) -> None:
     """Write meta.json: what is given, the version, and a checksum of each file beside it."""
     checksums = {path.name: checksum(path) for path in sorted(directory.iterdir())}
-    text = json.dumps({"version": STORE_VERSION, "checksums": checksums, **meta}, indent=1)
-    (directory / META).write_text(text, "utf-8")
+    values = json.loads(json.dumps({"version": STORE_VERSION, "checksums": checksums, **meta}))
+    (directory / META).write_text(json.dumps({**values, "checksum": _checksum_of(values)}, indent=1), "utf-8")
 
 
 def read_meta(directory: Path, inputs: Any) -> dict[str, Any] | None:
     """What meta.json says; None unless the inputs and all checksums are as it says."""
     try:
-        meta: dict[str, Any] = json.loads((directory / META).read_text("utf-8"))
+        meta = _load_meta(directory)
         if (meta["version"], meta["inputs"]) != (STORE_VERSION, json.loads(json.dumps(inputs))):
             return None
         if not all(checksum(directory / name) == expected for name, expected in meta["checksums"].items()):
@@ -238,6 +251,22 @@ def read_meta(directory: Path, inputs: Any) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return meta
+
+
+def _load_meta(directory: Path) -> dict[str, Any]:
+    """meta.json without its own checksum.
+
+    Raises:
+        OSError, ValueError, KeyError, AttributeError: if it is missing or damaged.
+    """
+    meta: dict[str, Any] = json.loads((directory / META).read_text("utf-8"))
+    if meta.pop("checksum") != _checksum_of(meta):
+        raise ValueError("meta.json is damaged")
+    return meta
+
+
+def _checksum_of(values: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
 
 def install_store(temporary: Path, path: Path, inputs: Any, *, may_stay: bool = True) -> None:
@@ -276,11 +305,12 @@ def _map_bytes(path: Path, dtype: np.dtype) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Remove what writers of this store left when they were killed."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         with suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+            last_write = max(each.stat().st_mtime for each in (leftover, *leftover.iterdir()))
+            if time.time() - last_write > STALE_SECONDS:
                 shutil.rmtree(leftover)
 
 

@@ -1,5 +1,6 @@
 """Splits on disk: a second load reads no rows, and gives the same; any change of what it follows from reads them."""
 
+import errno
 import gzip
 import json
 from collections import Counter
@@ -157,6 +158,23 @@ def test_a_damaged_store_is_read_again(tmp_path, tokenizer, num_read, store, dam
     for _ in range(2):
         same(load_split(settings, tokenizer, "train", "pairs"), first)
     assert num_read["read"] == 2
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, tokenizer, num_read, monkeypatch, capsys):
+    """As before splits were stored: a read-only cache with the tokens is enough for a run with other lengths."""
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    load_split(settings_of(tmp_path, path), tokenizer, "train", "pairs")
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(split_store, "write_arrow", refuse)
+        first = load_split(settings_of(tmp_path, path, max_length=20), tokenizer, "train", "pairs")
+    assert "Read-only file system), so the next run reads the rows again" in capsys.readouterr().out
+    same(load_split(settings_of(tmp_path, path, max_length=20), tokenizer, "train", "pairs"), first)
+    assert num_read["read"] == 3
+    assert not [*(tmp_path / "cache" / "examples").glob(".*")]
 
 
 def test_a_template_with_the_date_is_rendered_anew_on_the_next_day(tmp_path, num_read, monkeypatch):

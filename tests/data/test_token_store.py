@@ -1,6 +1,8 @@
 """Token stores: what is written is read back, and nothing half, stale or damaged is read."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -68,10 +70,27 @@ def test_a_damaged_store_is_none_and_written_anew(tmp_path, name, damage):
     file.write_bytes({"changed": changed, "short": data[:middle], "empty": b"", "missing": b""}[damage])
     if damage == "missing":
         file.unlink()
-    if (name, damage) != ("meta.json", "changed"):  # a changed key or digit of it
-        assert open_store(tmp_path / "store", "a") is None
+    assert open_store(tmp_path / "store", "a") is None
     write(tmp_path / "store")
     assert len(read(tmp_path / "store")) == 4
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_store_that_another_process_changes_while_it_is_opened_is_none(tmp_path, monkeypatch, change):
+    """Its tokens and its notes would be of two stores."""
+    write(tmp_path / "store")
+    real = token_store.map_arrow
+
+    def map_late(path):
+        if change == "removed":
+            shutil.rmtree(path.parent)
+        else:
+            monkeypatch.undo()
+            write(tmp_path / "store", inputs="b", texts=[[5], [6]])
+        return real(path)
+
+    monkeypatch.setattr(token_store, "map_arrow", map_late)
+    assert open_store(tmp_path / "store", "a") is None
 
 
 def test_a_writer_that_fails_leaves_the_store_before_it(tmp_path):
@@ -85,6 +104,8 @@ def test_a_writer_that_fails_leaves_the_store_before_it(tmp_path):
 
 def test_leftovers_of_killed_writers_are_removed(tmp_path, monkeypatch):
     (tmp_path / ".store.1.tmp").mkdir()
+    (tmp_path / ".store.1.tmp" / "stream").touch()
+    os.utime(tmp_path / ".store.1.tmp", (0, 0))  # a directory is as old as its newest file is
     write(tmp_path / "store")
     assert (tmp_path / ".store.1.tmp").exists()  # perhaps of a writer at work
     monkeypatch.setattr(token_store, "STALE_SECONDS", -1)
