@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from engine.data import corpus, text_files
 from engine.data.corpus import TextWindows, load_windows, stream_names
@@ -210,11 +213,43 @@ def test_stores_are_read_again_and_stale_or_damaged_ones_rebuilt(
     assert "tokenized" in capsys.readouterr().out
     (texts / "0.txt").write_text("Another text.")
     assert load(tmp_path, texts)[0].content != first.content
-    assert len([*(tmp_path / "cache" / "streams").iterdir()]) == 1  # in the same place
+    assert len([*(tmp_path / "cache" / "streams").glob("[!.]*")]) == 1  # in the same place
     (tmp_path / "copy").mkdir()
     for text in texts.iterdir():
         (tmp_path / "copy" / text.name).write_bytes(text.read_bytes())
     assert load(tmp_path, tmp_path / "copy")[0].content == load(tmp_path, texts)[0].content
+
+
+def test_runs_that_start_together_tokenize_once(
+    tmp_path: Path, texts: Path, wanted: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def start(_: int) -> str:
+        train_tokenizer(wanted, only_paths)
+        return load(tmp_path, texts)[0].content
+
+    with ThreadPoolExecutor(3) as threads:
+        assert len(set(threads.map(start, range(3)))) == 1
+    out = capfd.readouterr().out
+    assert out.count("training a tokenizer") == 1 and out.count("tokenized") == 1
+
+
+def test_vocabularies_with_gaps_have_all_their_tokens(tmp_path: Path, texts: Path) -> None:
+    tokenizer = with_gap(film_tokenizer())
+    (texts / "24.txt").write_text("far" * 3)
+    wanted = Wanted([str(texts)], str(tmp_path / "cache"), test_fraction=0)
+    (stream,) = load_windows(wanted, tokenizer, only_paths)[0].windows.streams  # type: ignore[arg-type]
+    far = tokenizer.convert_tokens_to_ids("far")
+    assert far > len(tokenizer) and (stream.tokens == far).sum() == 3 and token_bytes(tokenizer)[far] == 3
+
+
+def with_gap(tokenizer: Any) -> Any:
+    """A tokenizer with the word "far" far behind its other tokens."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    word = {"content": "far", "single_word": False, "lstrip": False, "rstrip": False}
+    state["added_tokens"].append({**word, "id": len(tokenizer) + 100, "normalized": False, "special": False})
+    state["model"]["vocab"]["far"] = len(tokenizer) + 100
+    backend = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token)
 
 
 def test_splits_without_documents_are_refused(tmp_path: Path) -> None:
@@ -373,6 +408,7 @@ def test_a_decay_ends_at_min_lr(program: Program) -> None:
     ("overrides", "problem"),
     [
         ("loss=pretrain lr=1e-5", "min_lr: must be at most lr (1e-05), not 0.0001"),
+        ("loss=pretrain max_length=1 max_prompt_length=1", "max_length: must be at least 2 with document_mask"),
         ("loss=pretrain batching=padded", "document_mask: true needs batching=packed"),
         ("tokenizer.train=300", "tokenizer.train: 300 is for loss=pretrain"),
         ("loss=pretrain tokenizer.train=100", "tokenizer.train: must be at least 259"),

@@ -15,10 +15,10 @@ from engine.data.examples import Split
 from engine.data.preferences import SplitName
 from engine.data.rows import RowCounts
 from engine.data.text_files import Document, ReadNamed, TextData
-from engine.data.token_cache import tokenizer_state
+from engine.data.token_cache import num_ids, tokenizer_state
 from engine.data.token_store import TokenStore, TokenStoreWriter, open_store
 from engine.data.windows import TokenStream, Windows
-from utils import UserError, content_hash
+from utils import UserError, content_hash, one_at_a_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,14 +120,20 @@ def _stores_of(
     how = [CORPUS_VERSION, content_hash(encoded_by), settings.text_field, settings.test_fraction, settings.on_bad_row]
     directory = Path(settings.cache_dir) / "streams" / content_hash([str(Path(name).resolve()), *how])
     inputs = [*how, data.state]
-    found = {split: open_store(directory / split, inputs) for split in SPLITS}
-    if None in found.values():
-        _write(name, data, directory, inputs, settings, tokenizer)
-        found = {split: open_store(directory / split, inputs) for split in SPLITS}
-    stores = {split: store for split, store in found.items() if store is not None}
+    if len(stores := _open(directory, inputs)) < len(SPLITS):
+        with one_at_a_time(directory, f"waiting for another run, which fills {directory}"):
+            if len(stores := _open(directory, inputs)) < len(SPLITS):
+                _write(name, data, directory, inputs, settings, tokenizer)
+                stores = _open(directory, inputs)
     if len(stores) < len(SPLITS):
         raise UserError("STORAGE", f"cache_dir: {directory} cannot be read back", "check the disk, or set another one")
     return stores
+
+
+def _open(directory: Path, inputs: Any) -> dict[SplitName, TokenStore]:
+    """The stores that are there, neither stale nor damaged."""
+    found = {split: open_store(directory / split, inputs) for split in SPLITS}
+    return {split: store for split, store in found.items() if store is not None}
 
 
 def _first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -153,7 +159,7 @@ def _write(
             split: stack.enter_context(
                 TokenStoreWriter(
                     directory / split,
-                    len(tokenizer),
+                    num_ids(tokenizer),
                     inputs,
                     description=f"tokenizing {Path(name).name}",
                     show_progress=split == "train",

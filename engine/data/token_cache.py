@@ -52,12 +52,13 @@ def read_texts(cache_dir: Path, key: str, prefix: list[int]) -> EncodedTexts | N
 def write_texts(cache_dir: Path, key: str, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text]) -> None:
     """Encode texts into a store."""
     num_added = len(token_prefix(tokenizer)) + 1
-    with TokenStoreWriter(cache_dir / "tokens" / key, _num_ids(tokenizer), key, total=len(texts)) as writer:
+    with TokenStoreWriter(cache_dir / "tokens" / key, num_ids(tokenizer), key, total=len(texts)) as writer:
         for tokens, lengths in encode_chunks(texts, tokenizer):
             writer.add_stream(tokens, lengths + num_added)
 
 
-def _num_ids(tokenizer: "PreTrainedTokenizerBase") -> int:
+def num_ids(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """One more than the largest token id. A vocabulary with gaps has fewer tokens."""
     return max(len(tokenizer), *(index + 1 for index in tokenizer.get_vocab().values()))
 
 

@@ -1,14 +1,15 @@
 """Train a tokenizer on the text of a run: byte-level BPE, so any text has tokens."""
 
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.data.rows import RowCounts
 from engine.data.text_files import ReadNamed, TextData
-from utils import UserError, content_hash, install_directory
+from engine.data.token_store import unwritable
+from utils import UserError, content_hash, install_directory, one_at_a_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,9 @@ def train_tokenizer(settings: "Settings", read_named: ReadNamed) -> "PreTrainedT
     inputs = [*how, [each.state for each in data]]
     directory = Path(settings.cache_dir) / "tokenizers" / content_hash(inputs)
     if not directory.is_dir():
-        _train(settings, data, directory)
+        with one_at_a_time(directory, f"waiting for another run, which fills {directory}"):
+            if not directory.is_dir():
+                _train(settings, data, directory)
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
@@ -74,17 +77,16 @@ def _train(settings: "Settings", data: Sequence[TextData], directory: Path) -> N
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, first)]
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+    temporary = directory.with_name(f".{directory.name}.{secrets.randbelow(10**15)}.tmp")
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tokenizer-", dir=directory.parent))
-        try:
-            fast.save_pretrained(temporary)
-            install_directory(temporary, directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fast.save_pretrained(temporary)
+        install_directory(temporary, directory)
     except OSError as error:
-        problem = f"cache_dir: {directory} cannot be written ({error})"
-        raise UserError("STORAGE", problem, "make room or set cache_dir elsewhere") from error
+        if not directory.is_dir():  # else another run was faster, where the disk has no locks
+            raise unwritable(directory, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _train_texts(settings: "Settings", data: Sequence[TextData]) -> Iterator[str]:

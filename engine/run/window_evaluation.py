@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.data.examples import Example
 from engine.data.special_tokens import special_token_ids
+from engine.data.token_cache import num_ids
 from engine.data.windows import Windows, num_targets, with_token_weights
 from engine.run.evaluation import Evaluator
 from engine.step.window_source import permuted
@@ -67,9 +68,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     special = special_token_ids(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     is_byte_level = backend is not None and "ByteLevel" in repr(backend.decoder)
-    sizes = np.zeros(len(tokenizer), np.int64)
-    for index, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
-        if token is not None and index not in special:
+    sizes = np.zeros(num_ids(tokenizer), np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        if index not in special:
             sizes[index] = _num_bytes(token, is_byte_level)
     return sizes
 

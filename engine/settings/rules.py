@@ -108,6 +108,13 @@ def padded_rows_are_one_document(document_mask: bool, batching: str, loss: str) 
     return "true needs batching=packed: a padded row is one text"
 
 
+@rule("max_length", "document_mask", "loss.name")
+def windows_have_targets(max_length: int, document_mask: bool, loss: str) -> Problem:
+    if max_length > 1 or not document_mask or not _learns_windows(loss):
+        return None
+    return "must be at least 2 with document_mask: a window of one token may have nothing to predict"
+
+
 @rule("tokenizer.train", "loss.name", "model.architecture", "model.archive")
 def trained_tokenizer_is_of_a_new_model(
     size: int | None, loss: str, architecture: dict[str, Any] | None, archive: str | None
