@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -123,6 +124,38 @@ def test_files_named_by_split_are_the_splits(tmp_path: Path) -> None:
         Document("train-1.txt", "train"),
         Document("eval.txt", "test"),
     ]
+
+
+def test_a_folder_of_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "snapshot" / "small"
+    folder.mkdir(parents=True)
+    for name, text in (("train-00.jsonl", "a"), ("test.jsonl", "b"), ("README.md", "about")):
+        (folder / name).write_text(json.dumps({"text": text}))
+    asked: list[Any] = []
+
+    def snapshot_download(hub_id: str, **options: Any) -> str:
+        asked.append((hub_id, options["repo_type"], options["local_files_only"]))
+        assert "small/*.jsonl" in options["allow_patterns"] and "small/*.parquet" in options["allow_patterns"]
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *arguments, **named: None)
+    data = TextData("me/texts/small", only_paths)
+    assert [*data.documents("text", 0.5, RowCounts())] == [Document("a", "train"), Document("b", "test")]
+    (folder / "test.jsonl").unlink()
+    (folder / "train-00.jsonl").rename(folder / "rows.jsonl")
+    assert [*TextData("me/texts/small", only_paths).documents("text", 0, RowCounts())] == [Document("a", "train")]
+    assert asked == [("me/texts", "dataset", False)] * 2
+
+
+def test_without_network_and_cache_a_data_set_of_the_hub_is_missed(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    run = program("loss=pretrain", "datasets=me/texts")
+    problem = "datasets: me/texts is no path here and not in the hub's local cache, and the hub fails: "
+    assert run.status == 3 and problem in run.err
+    assert "me/texts does not exist and is not one of" in program("loss=sft", "datasets=me/texts").err
 
 
 def test_hidden_files_are_left_out_below_the_folder_alone(tmp_path: Path) -> None:

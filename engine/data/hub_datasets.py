@@ -1,5 +1,7 @@
 """Data sets of the Hugging Face hub, or of its local cache if the hub is unreachable."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.data.preferences import SplitName
@@ -45,3 +47,35 @@ def load_from_hub(name: str, hub_id: str, split: SplitName, hub_dir: str | None 
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError("DATA", f"datasets: {name}: {hub_id} {split} cannot be loaded: {reason}", fix) from error
+
+
+def download_folder(name: str, suffixes: Sequence[str]) -> Path:
+    """The folder of a data set's files, from the hub or its local cache.
+
+    Args:
+        name: OWNER/NAME, or OWNER/NAME/FOLDER for a part of the repository.
+        suffixes: of the files to download.
+
+    Raises:
+        UserError: within seconds, if neither the hub nor its cache has it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    hub_id, folder = "/".join(name.split("/")[:2]), "".join(f"{part}/" for part in name.split("/")[2:])
+    patterns = [f"{folder}*{suffix}" for suffix in suffixes]
+    reason = ""
+    try:
+        HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT)
+    except Exception as error:  # no network, HF_HUB_OFFLINE, 404
+        reason = str(error).split("\n")[0] or type(error).__name__
+    try:
+        root = snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns, local_files_only=bool(reason))
+        found = Path(root, folder)
+        if not found.is_dir():
+            reason = reason or f"it has no folder {folder} with files {', '.join(suffixes)}"
+            raise FileNotFoundError
+    except Exception as error:
+        reason = reason or str(error).split("\n")[0] or type(error).__name__
+        problem = f"datasets: {name} is no path here and not in the hub's local cache, and the hub fails: {reason}"
+        raise UserError("DATA", problem, "correct it, or try again with a network") from error
+    return found

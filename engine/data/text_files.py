@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.data.hub_datasets import download_folder
 from engine.data.preferences import SplitName
 from engine.data.row_files import SUFFIXES, read_rows
 from engine.data.rows import RowCounts
@@ -14,6 +15,7 @@ from utils import UserError, content_hash
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 PART_BYTES = 16 * 2**20  # larger text files are several documents, so that memory does not grow
+ABOUT_DATA = ("README.md", "dataset_infos.json", "dataset_info.json")  # in repositories of the hub
 SPLIT_NAME = re.compile(r"(train|test|validation|eval)([.-].*)?")
 
 
@@ -31,7 +33,7 @@ class TextData:
     """The documents of a data set.
 
     Args:
-        name: a path, or a name.
+        name: a path, a name, or a folder on the hub.
         read_named: a name and a split -> its texts; None for a path.
 
     Attributes:
@@ -41,7 +43,7 @@ class TextData:
     def __init__(self, name: str, read_named: ReadNamed):
         train, test = read_named(name, "train"), read_named(name, "test")
         self._texts: dict[SplitName, list[str]] = {"train": train or [], "test": test or []}
-        self._files = text_files(Path(name)) if train is None else None
+        self._files = find_files(name) if train is None else None
         self.state: Any = [content_hash(texts) for texts in self._texts.values()]
         if self._files is not None:
             self.state = file_states(self._files)
@@ -57,6 +59,18 @@ class TextData:
         for split, texts in self._texts.items():
             counts.rows += len(texts)
             yield from (Document(text, split) for text in texts)
+
+
+def find_files(name: str) -> dict[SplitName, list[Path]]:
+    """The files of a path, or of a folder on the hub, by split.
+
+    Raises:
+        UserError: DATA, if there are none.
+    """
+    if Path(name).exists():
+        return text_files(Path(name))
+    files = text_files(download_folder(name, (*TEXT_SUFFIXES, *SUFFIXES)))
+    return {split: [file for file in of_split if file.name not in ABOUT_DATA] for split, of_split in files.items()}
 
 
 def text_files(path: Path) -> dict[SplitName, list[Path]]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,9 +16,11 @@ from engine.settings.messages import bracketed, did_you_mean, nearest
 from engine.settings.rules import broken_rules
 from engine.settings.schema import LossSettings, Names, Settings
 from engine.settings.secrets import keys_with_secrets
+from losses import LOSSES
 from utils import UserError, clipped
 
 EXAMPLES = {"loss.beta": "0.1", "model.name_or_path": "EleutherAI/pythia-70m"}
+HUB_FOLDER = re.compile(r"\w[\w.-]*/\w[\w.-]*(/\w[\w.-]*)*")
 SECRET = "holds a secret, and a run writes its config: leave it to the environment (HF_TOKEN, WANDB_API_KEY)"
 
 
@@ -34,7 +37,8 @@ def read_settings(config: DictConfig, dataset_names: Collection[str]) -> Setting
     types = chosen_types(written, problems)
     problems |= unknown_keys(written, types)
     valid = valid_values(config, written, types, problems)
-    if "datasets" in valid and (problem := unknown_datasets(valid["datasets"], dataset_names)):
+    may_be_on_hub = valid.get("loss.name") in LOSSES and LOSSES[valid["loss.name"]].batch == "tokens"
+    if "datasets" in valid and (problem := unknown_datasets(valid["datasets"], dataset_names, may_be_on_hub)):
         problems["datasets"] = problem
     for key in keys_with_secrets(config):
         problems.setdefault(key, SECRET)
@@ -135,10 +139,16 @@ def valid_values(
     return valid
 
 
-def unknown_datasets(datasets: Collection[str], names: Collection[str]) -> str | None:
-    """The problem of data sets with neither a path nor a name."""
+def unknown_datasets(datasets: Collection[str], names: Collection[str], may_be_on_hub: bool) -> str | None:
+    """The problem of data sets with neither a path nor a name.
+
+    Args:
+        may_be_on_hub: OWNER/NAME is a name too.
+    """
     problems = []
     for name in datasets:
+        if may_be_on_hub and HUB_FOLDER.fullmatch(name):
+            continue
         if name not in names and not os.path.exists(name):
             guess = bracketed(did_you_mean(nearest(name, names)))
             problems.append(f"{clipped(name, 300)} does not exist and is not one of {', '.join(names)}{guess}")
