@@ -19,7 +19,7 @@ from engine.data.films import film_reward, film_rows
 from engine.data.forms import PROMPTS_DIFFER, split_transcript
 from engine.data.mismatched import add_mismatched
 from engine.data.preferences import Preferences, SplitName, add_preference, pairs_by_score
-from engine.data.read_sources import UNKNOWN
+from engine.data.read_sources import UNKNOWN, are_unchanged
 from engine.data.row_sources import RowSource
 from engine.data.rows import RowCounts
 from engine.data.split_store import SplitStore
@@ -205,7 +205,8 @@ def load_split(
     if result is None:
         counts = counts or RowCounts(on_bad_row=settings.on_bad_row)
         result = _read_split(settings, tokenizer, split, batch, counts, observe)
-        if store and UNKNOWN not in counts.sources:
+        # A file that changed while it was read: its hash is of another content.
+        if store and UNKNOWN not in counts.sources and are_unchanged(counts.sources):
             store.write(result, counts)
             result = store.read(is_quiet=True) or result  # views of files take less memory
     if needs_mismatched and result.examples:

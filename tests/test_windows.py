@@ -7,9 +7,11 @@ import pytest
 
 from engine.data.examples import Example
 from engine.data.windows import TokenStream, Windows, num_targets
+from engine.run.online import examples_to_fit
 from engine.step.layout import lay_out, num_fed_tokens
 from engine.step.splitting import split_for_ranks
 from engine.step.window_source import Blend, TokenWindows, permuted
+from tests.configs import make_settings
 
 
 def stream(*lengths: int, name: str = "text", first: int = 0) -> TokenStream:
@@ -40,6 +42,12 @@ def test_each_token_is_predicted_once_an_epoch(lengths: tuple[int, ...]) -> None
     firsts = {*text.offsets.tolist()}
     expected = Counter(token for token in range(sum(lengths)) if token not in firsts)
     assert predicted([each for batch in masked.batches() for each in batch]) == expected
+
+
+def test_memory_is_measured_on_the_longest_window() -> None:
+    windows = Windows([stream(3), stream(5, 30), stream(9)], 16, document_mask=False)
+    (longest,) = examples_to_fit(make_settings(), windows)
+    assert num_fed_tokens(longest) == max(map(num_fed_tokens, windows)) == 16 > num_fed_tokens(windows[0])
 
 
 def test_windows_by_hand() -> None:

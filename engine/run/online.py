@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.data.corpus import TextWindows
 from engine.data.examples import Example, Split
+from engine.data.windows import Windows
 from engine.models.sampling_engines import check_engine
 from engine.placement.placement import Placement
 from engine.run.critic import Critic
@@ -108,8 +109,9 @@ def examples_to_fit(settings: Settings, examples: Sequence[Example]) -> Sequence
 
     Where examples may be cut, only two responses: the measure takes no more, and no group needs to fit as a whole.
     """
-    if settings.loss.learns_windows:
-        return examples[:1]  # the others are as long, or shorter
+    if isinstance(examples, Windows):  # the first window of the longest stream: no other is longer
+        longest_stream = max(range(len(examples.streams)), key=lambda number: len(examples.streams[number].tokens))
+        return [examples[examples.first_of(longest_stream)]]
     if not settings.loss.is_online:
         return examples
     num_responses = settings.rollout.num_responses

@@ -160,6 +160,21 @@ def test_a_damaged_store_is_read_again(tmp_path, tokenizer, num_read, store, dam
     assert num_read["read"] == 2
 
 
+def test_rows_of_a_file_that_changes_while_it_is_read_are_not_stored(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    real = files.read_rows
+
+    def read_late(*args, **kwargs):
+        write(path, [*ROWS, *ROWS[:1]])
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "read_rows", read_late)
+        assert load_split(settings_of(tmp_path, path), tokenizer, "train", "pairs").counts["rows"] == 5
+    write(path, ROWS)
+    assert load_split(settings_of(tmp_path, path), tokenizer, "train", "pairs").counts["rows"] == 4
+
+
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, tokenizer, num_read, monkeypatch, capsys):
     """As before splits were stored: a read-only cache with the tokens is enough for a run with other lengths."""
     path = write(tmp_path / "rows.jsonl", ROWS)
