@@ -1,6 +1,7 @@
 """A judge by URL, against a local server with faults."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -159,6 +160,19 @@ def test_a_fault_that_stays(server, tmp_path):
     server.faults = [status(400, b"too long")]  # of this request: no use to repeat it
     (refused,) = ask(client(server, tmp_path), "c")
     assert str(refused.error) == f"{server.url}: HTTP 400 too long" and len(server.requests) == 8
+
+
+def test_a_server_that_is_down_delays_nothing_more(server, tmp_path):
+    """Four requests in a row fail, and those not yet sent stay so. The next call asks again."""
+    server.faults = [status(500)] * 100
+    replies = ask(client(server, tmp_path, concurrency=4, retries=1), *map(str, range(20)))
+    assert all(reply.error is not None for reply in replies)
+    attempts = [reply.num_attempts for reply in replies]
+    assert set(attempts) == {0, 2} and 4 <= attempts.count(2) <= 7  # up to three were under way
+    assert len(server.requests) == 2 * attempts.count(2)
+    assert re.fullmatch(rf"{server.url}: not asked, as [4-7] requests failed", str(replies[-1].error))
+    server.faults = []
+    assert ask(client(server, tmp_path), "a")[0].error is None
 
 
 def test_a_server_may_say_how_long_to_wait(server, tmp_path):

@@ -27,6 +27,7 @@ BUSY = {408, 409, 425, 429}  # statuses of requests worth repeating, beside thos
 OF_REQUEST = {400, 413, 422}  # statuses of a request that the server does not take; others may be fine
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a request is repeated; each wait doubles
 MAX_REPLY_BYTES = 10 * 2**20
+MIN_FAILED = 4  # requests in a row, after all their retries, before a server counts as down
 
 
 class JudgeError(Exception):
@@ -116,15 +117,19 @@ class JudgeClient:
             raise UserError("CONFIG", problem, "correct it, or name another as key_variable")
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._stop = threading.Event()
+        self._num_failed = 0  # in a row
 
     def replies(self, conversations: Sequence[Messages]) -> Iterator[Reply]:
         """The reply to each conversation, in order. Equal ones are asked once.
+
+        A server that fails as many requests in a row as are sent at a time gets no others: each takes minutes.
 
         Raises:
             UserError: CONFIG if the server refuses all requests, as for a wrong key or model.
         """
         texts = [self._body(messages) for messages in conversations]
         self._stop.clear()
+        self._num_failed = 0
         with ThreadPoolExecutor(self._server.concurrency) as pool:
             futures = {text: pool.submit(self._reply, text) for text in dict.fromkeys(texts)}
             seen: set[str] = set()
@@ -147,6 +152,8 @@ class JudgeClient:
             return Reply(json.loads(path.read_bytes())["reply"], is_cached=True)
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none, or damaged
+        if self._num_failed >= max(self._server.concurrency, MIN_FAILED):
+            return Reply("", JudgeError(f"{self._server.url}: not asked, as {self._num_failed} requests failed"))
         for attempt in range(self._server.retries + 1):
             try:
                 text = self._request(body)
@@ -160,9 +167,11 @@ class JudgeClient:
                 wait = min(self._server.first_wait * 2**attempt, LONGEST_WAIT) * random.Random().uniform(0.5, 1)
                 self._stop.wait(max(wait, min(error.wait, LONGEST_WAIT)))
             else:
+                self._num_failed = 0
                 if text:  # an empty one may be a limit of tokens or a fault: ask again next time
                     write_atomically(path, json.dumps({"reply": text}).encode())
                 return Reply(text, None, attempt + 1)
+        self._num_failed += 1
         return Reply("", JudgeError(f"{self._server.url}: {reason}, after {attempt + 1} requests"), attempt + 1)
 
     def _request(self, body: str) -> str:
