@@ -13,10 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from engine.settings.annotations import WrongValue, accepts, checked
 from engine.settings.keys import key_types, unknown_key
 from engine.settings.messages import bracketed, did_you_mean, nearest
-from engine.settings.rules import broken_rules
+from engine.settings.rules import broken_rules, learns_windows
 from engine.settings.schema import LossSettings, Names, Settings
 from engine.settings.secrets import keys_with_secrets
-from losses import LOSSES
 from utils import UserError, clipped
 
 EXAMPLES = {"loss.beta": "0.1", "model.name_or_path": "EleutherAI/pythia-70m"}
@@ -37,7 +36,7 @@ def read_settings(config: DictConfig, dataset_names: Collection[str]) -> Setting
     types = chosen_types(written, problems)
     problems |= unknown_keys(written, types)
     valid = valid_values(config, written, types, problems)
-    may_be_on_hub = valid.get("loss.name") in LOSSES and LOSSES[valid["loss.name"]].batch == "tokens"
+    may_be_on_hub = "loss.name" in valid and learns_windows(valid["loss.name"])
     if "datasets" in valid and (problem := unknown_datasets(valid["datasets"], dataset_names, may_be_on_hub)):
         problems["datasets"] = problem
     for key in keys_with_secrets(config):

@@ -103,14 +103,14 @@ def decay_goes_down(min_lr: float, lr: float, schedule: str) -> Problem:
 
 @rule("document_mask", "batching", "loss.name")
 def padded_rows_are_one_document(document_mask: bool, batching: str, loss: str) -> Problem:
-    if not document_mask or batching == "packed" or not _learns_windows(loss):
+    if not document_mask or batching == "packed" or not learns_windows(loss):
         return None
     return "true needs batching=packed: a padded row is one text"
 
 
 @rule("max_length", "document_mask", "loss.name")
 def windows_have_targets(max_length: int, document_mask: bool, loss: str) -> Problem:
-    if max_length > 1 or not document_mask or not _learns_windows(loss):
+    if max_length > 1 or not document_mask or not learns_windows(loss):
         return None
     return "must be at least 2 with document_mask: a window of one token may have nothing to predict"
 
@@ -119,9 +119,9 @@ def windows_have_targets(max_length: int, document_mask: bool, loss: str) -> Pro
 def trained_tokenizer_is_of_a_new_model(
     size: int | None, loss: str, architecture: dict[str, Any] | None, archive: str | None
 ) -> Problem:
-    if size is None or (_learns_windows(loss) and architecture is not None and archive is None):
+    if size is None or (learns_windows(loss) and architecture is not None and archive is None):
         return None
-    if not _learns_windows(loss):
+    if not learns_windows(loss):
         return f"{size} is for loss=pretrain, not loss={loss}: leave it out, and give the tokenizer of that run"
     return f"{size} needs a new model, as a trained one has a tokenizer: model=15m, model.archive=null"
 
@@ -133,7 +133,8 @@ def byte_level_tokenizer_has_all_bytes(size: int | None, loss: str) -> Problem:
     return f"must be at least {SMALLEST_TOKENIZER}, one for each byte and the special tokens, not {size}"
 
 
-def _learns_windows(loss: str) -> bool:
+def learns_windows(loss: str) -> bool:
+    """Whether a loss learns windows of text."""
     from losses import LOSSES  # imports torch, which takes seconds
 
     return LOSSES[loss].batch == "tokens"
