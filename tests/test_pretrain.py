@@ -448,6 +448,10 @@ def test_a_decay_ends_at_min_lr(program: Program) -> None:
         ("loss=pretrain tokenizer.train=300 model.architecture=null", "needs a new model"),
         ("loss=pretrain model=15m", "model.tokenizer_name_or_path: a new model needs a tokenizer"),
         ("loss=pretrain keep_best=logps_eval/chosen", "keep_best: logps_eval/chosen is not measured"),
+        (
+            "loss=pretrain model=15m tokenizer.train=300 model.tokenizer_name_or_path=gpt2",
+            "would change nothing: tokenizer.train=300 trains one",
+        ),
         ("text_field=body", 'text_field: "body" would change nothing'),
         ("document_mask=false", "document_mask: false would change nothing"),
         ("loss=pretrain format=messages", 'format: "messages" would change nothing: loss=pretrain learns text'),

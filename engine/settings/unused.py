@@ -61,6 +61,11 @@ def _without_windows(run: Context) -> str | None:
     return None if loss.learns_windows else f"loss={loss.name} learns responses, not text"
 
 
+def _with_trained_tokenizer(run: Context) -> str | None:
+    size = run.settings.tokenizer.train
+    return None if size is None else f"tokenizer.train={size} trains one"
+
+
 def _only_named(run: Context) -> str | None:
     if run.settings.loss.learns_windows:
         return _of_windows(run)
@@ -172,6 +177,7 @@ UNUSED = (
     Unused("text_field", lambda run: _without_windows(run) or _without_files(run), is_mistake=True),
     Unused("document_mask", _without_windows, is_mistake=True),
     Unused("length_grouping", _of_windows),
+    Unused("model.tokenizer_name_or_path", _with_trained_tokenizer, is_mistake=True),
     Unused("min_lr", lambda run: "lr_schedule=constant" if run.settings.lr_schedule == "constant" else None),
     Unused("reference", _without_reference),
     Unused("model.reference_dtype", _without_reference),
