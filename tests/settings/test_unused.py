@@ -63,11 +63,26 @@ WARNED = {
     "keep_checkpoints": (("keep_checkpoints=7", "debug=true"), ("keep_checkpoints=7",)),
     "keep_best": (("keep_best=loss/eval", "debug=true"), ("keep_best=loss/eval",)),
     "eval_batch_size": (("eval_batch_size=3", "loss=grpo"), ("eval_batch_size=3", *DPO)),
+    **{
+        setting.partition("=")[0]: ((setting,), (setting, "-m"))
+        for setting in ("sweep.jobs=2", "sweep.gpus_per_job=2", "sweep.dir=a")
+    },
+    "length_grouping": (("length_grouping=true", "loss=pretrain"), ("length_grouping=true",)),
+    "min_lr": (("min_lr=1e-9",), ("min_lr=1e-9", "lr_schedule=linear")),
     "on_bad_reward": (("on_bad_reward=drop",), ("on_bad_reward=drop", "loss=grpo")),
 }
 REFUSED = {
     "format": (("format=strings", "datasets=[hh,films]"), ("format=strings", f"datasets=[hh,{__file__}]")),
     "data_dir": (("data_dir=.", "datasets=films"), ("data_dir=.", "datasets=[films,shp]")),
+    "text_field": (
+        ("text_field=body", "datasets=films", "loss=pretrain"),
+        ("text_field=body", f"datasets={__file__}", "loss=pretrain"),
+    ),
+    "document_mask": (("document_mask=false",), ("document_mask=false", "loss=pretrain")),
+    "model.tokenizer_name_or_path": (
+        ("loss=pretrain", "model=15m", "tokenizer.train=300", "model.tokenizer_name_or_path=gpt2"),
+        ("loss=pretrain", "model=15m", "model.tokenizer_name_or_path=gpt2"),
+    ),
     "reference_refresh.every": (("reference_refresh.every=4",), ("reference_refresh.every=4", *DPO)),
     "reference_refresh.mix": (
         ("reference_refresh.mix=0.5", *DPO),
@@ -106,7 +121,8 @@ REFUSED = {
 
 def warnings_of(*overrides: str) -> list[str]:
     has_experiment = any(override.startswith("+experiment") for override in overrides)
-    return check_unused(make_settings(*overrides), DATASETS, has_experiment)
+    given = [override for override in overrides if override != "-m"]
+    return check_unused(make_settings(*given), DATASETS, has_experiment, is_sweep="-m" in overrides)
 
 
 def test_dialogues_of_online_training_give_their_last_prompt() -> None:
