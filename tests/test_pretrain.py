@@ -90,6 +90,14 @@ def test_the_ends_of_few_text_files_are_held_out(tmp_path: Path) -> None:
     assert train.text.endswith("\n") and 0.05 <= len(test.text) / len(whole) < 0.07
 
 
+def test_a_long_line_is_not_held_out(tmp_path: Path) -> None:
+    (tmp_path / "it.txt").write_text("A title\n" + "word " * 999 + "\n" + "The end.\n" * 9)
+    train, test = read(tmp_path / "it.txt")
+    assert train.text.startswith("A title\nword") and test.text == "The end.\n" * 9
+    (tmp_path / "it.txt").write_text("A title\n" + "word " * 999)
+    assert [each.split for each in read(tmp_path / "it.txt")] == ["train"]
+
+
 def test_large_text_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_files, "PART_BYTES", 500)
     whole = sentences("café", 60)

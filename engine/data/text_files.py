@@ -175,7 +175,7 @@ def _of_text_file(path: Path, fraction: float) -> Iterator[tuple[str, bool]]:
                 start = file.tell() - len(part)
                 cut = first_test - start
                 if 0 < cut < len(part):
-                    cut = part.rfind(b"\n", 0, cut) + 1 or len(part)  # a text of one line stays whole
+                    cut = _end_of_line(part, cut)
                     first_test = start + cut
                 cut = min(max(cut, 0), len(part))
                 for piece, held_out in ((part[:cut], False), (part[cut:], True)):
@@ -183,6 +183,14 @@ def _of_text_file(path: Path, fraction: float) -> Iterator[tuple[str, bool]]:
                         yield _decode(piece, path), held_out
     except OSError as error:
         raise UserError("DATA", f"datasets: {path} cannot be read ({error})", "correct the path") from error
+
+
+def _end_of_line(part: bytes, place: int) -> int:
+    """The end of a line before a place; of the line there, if it began so early that too much would be held out."""
+    before = part.rfind(b"\n", 0, place) + 1
+    if before and place - before <= len(part) - place:
+        return before
+    return part.find(b"\n", place) + 1 or len(part)  # a text of one line stays whole
 
 
 def _decode(data: bytes, path: Path) -> str:
