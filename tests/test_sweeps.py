@@ -1,6 +1,7 @@
 """Sweeps: jobs in child processes, GPUs from a pool, the table and the page, and launchers of Hydra's plugins."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -116,6 +117,22 @@ def test_more_gpus_than_there_are_fail_a_job(tmp_path: Path, capfd) -> None:
     runner.run()
     assert [job.status for job in jobs] == [2, 2]
     assert "error[CONFIG] job 0: sweep.gpus_per_job: 2 GPUs for a job, and there are 1; fix: " in capfd.readouterr().err
+
+
+def test_a_job_that_cannot_be_started_leaves_the_others(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, runner = pooled(["time.sleep(0.5)", "", ""], tmp_path, ["0", "1"])
+    start, started = pool.WorkerGroup.start, []
+
+    def start_or_fail(workers: pool.WorkerGroup, *arguments: Any) -> None:
+        started.append(workers)
+        if len(started) == 2:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        start(workers, *arguments)
+
+    monkeypatch.setattr(pool.WorkerGroup, "start", start_or_fail)
+    assert runner.run() is None and [job.status for job in jobs] == [0, 7, 0]
+    assert "error[DISTRIBUTED] job 1: cannot be started ([Errno 11]" in capfd.readouterr().err
+    assert given_to(tmp_path, 2)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_gpus_asked_for_where_there_are_none_are_told_once(tmp_path: Path, capfd) -> None:

@@ -99,9 +99,17 @@ class Pool:
         self._waiting.popleft()
         gpus, self._free = self._free[:num_gpus], self._free[num_gpus:]
         workers = WorkerGroup(job.label, self._environment(gpus, num_processes), self._is_prefixed)
-        self._running.append(Running(job, settings, workers, gpus))
+        running = Running(job, settings, workers, gpus)
+        self._running.append(running)
         _print_start(job, settings)
-        workers.start(settings_to_text(settings, names_of(settings)), num_processes, self._command, selector, stop)
+        text = settings_to_text(settings, names_of(settings))
+        try:
+            workers.start(text, num_processes, self._command, selector, stop)
+        except OSError as error:  # the machine has no memory or no process left for it
+            self._release(running, selector)
+            failure = UserError("DISTRIBUTED", f"{job.label}: cannot be started ({error})", "lower sweep.jobs")
+            print(failure, file=sys.stderr)
+            job.status = failure.exit_status
         return True
 
     def _needs(self, settings: Settings) -> tuple[int, int]:
@@ -129,17 +137,21 @@ class Pool:
         return environment
 
     def _finish(self, running: Running, selector: selectors.BaseSelector, stopped_by: int | None) -> None:
-        """Note how a job ended, and free its GPUs."""
+        """Free the GPUs of a job, and note how it ended."""
         job, settings = running.job, running.settings
-        running.workers.close(selector)
-        self._running.remove(running)
-        self._free += running.gpus
+        self._release(running, selector)
         job.status = running.workers.status(stopped_by)
         run_dir = Path(names_of(settings)["local_run_dir"])
         job.run_dir = run_dir if (run_dir / "config.yaml").is_file() else None
         if job.status in STOPPED:
             notice = stop_notice(job.status - 128, settings, job.overrides)
             print(f"{job.label}: {notice}", file=sys.stderr)
+
+    def _release(self, running: Running, selector: selectors.BaseSelector) -> None:
+        """End the workers of a job, and free its GPUs."""
+        running.workers.close(selector)
+        self._running.remove(running)
+        self._free += running.gpus
 
 
 def run_jobs(jobs: Sequence[Job], is_prefixed: bool = False) -> int | None:
