@@ -139,6 +139,7 @@ def test_texts_are_escaped_everywhere(votes):
     pages.append(vote(client, session, "a").text)
     pages.append(client.post("/ask", data={"number": XSS}).text)
     assert client.post("/ask", data={"number": XSS}).status_code == 409
+    assert client.post("/ask", data={"number": "9" * 5000}).status_code == 409
     html = [page for page in pages if page.startswith("<!DOCTYPE")]
     assert len(html) == 5 and all("<script>alert" not in page and "<img" not in page for page in html)
     assert all(page.count("<script") == 1 for page in html)

@@ -153,7 +153,8 @@ def make_app(session: Session, token: str, cookie: str = "compare") -> Guard:
 
 def ask(session: Session, values: dict[str, str]) -> None:
     if "number" in values:
-        session.ask_prompt(int(values["number"]) if values["number"].isdecimal() else -1)
+        number = values["number"]
+        session.ask_prompt(int(number) if number.isdecimal() and len(number) < 10 else -1)
     else:
         session.ask(values.get("prompt", "").replace("\r\n", "\n"))
 
