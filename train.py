@@ -262,6 +262,7 @@ def prepare_job(config: DictConfig, varied: Sequence[str], started: str) -> Job:
         return job
     try:
         settings = prepare(config, varied)
+        check_loggers(settings)
         settings = settings.with_source(resolve_hydra(settings.source))  # the child has no Hydra
         job.settings = settings.named(**derive_names(settings, f"{started}_{job.number}"))
     except Exception as error:

@@ -208,6 +208,13 @@ def test_varied_values() -> None:
     assert varied_values(overrides, ["loss.beta", "datasets"]) == {"loss.beta": "0.1", "datasets": "[a,b]"}
 
 
+def test_a_logger_that_is_not_installed_fails_each_job_before_it_begins(program: Program, monkeypatch) -> None:
+    monkeypatch.setattr("engine.run.logger_packages.find_spec", lambda name: None)
+    run = program("-m", "seed=1,2", "mlflow.enabled=true")
+    assert run.status == 2 and run.err.count("mlflow.enabled=true needs the package mlflow") == 2
+    assert "error[CONFIG] job 1: " in run.err
+
+
 def test_settings_of_the_sweep_are_one(program: Program) -> None:
     run = program("-m", "sweep.jobs=1,2")
     assert run.status == 2 and "error[CONFIG] sweep.jobs: is the same for all jobs of a sweep" in run.err
