@@ -1,5 +1,6 @@
 """Run directories: their places, their leftovers, and runs that race for one."""
 
+import errno
 import os
 import shutil
 import threading
@@ -19,6 +20,27 @@ from trainers import BasicTrainer, Batch, Step
 from utils import UserError, write_atomically
 
 DPO = ("loss=dpo", "loss.beta=0.1")
+
+
+# ---- A disk without links ----
+
+
+def test_a_mounted_bucket_takes_no_links(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is saved and resumes without them."""
+
+    def refuse(path: Path, target: str, *_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "symlink_to", refuse)
+        directory = f"local_run_dir={program.directory / 'run'}"
+        first = program.ok(*DPO, directory, "n_examples=4", "keep_best=loss/eval")
+        assert f"{first.dir} takes no links: LATEST is step-4\n" in first.out and "BEST is step-" in first.out
+        again = program.ok(
+            *DPO, directory, "n_examples=8", "keep_best=loss/eval", "resume=auto", "resume_allow=[n_examples]"
+        )
+    assert [row["counters/examples"] for row in again.steps] == [4, 8]
+    assert not any(path.is_symlink() for path in first.dir.iterdir())
 
 
 # ---- A complete run ----

@@ -20,14 +20,24 @@ TEMPORARY = re.compile(
     rf"\.(step-\d+|LATEST|BEST|base|(config\.yaml|{re.escape(RECORD)}|run\.json|report\.html|nonfinite-\d+\.json)\.\d+)\.tmp"
 )
 LOG_FILES = ("metrics.jsonl", "samples.jsonl", "histograms.jsonl", "warnings.jsonl", "win_rates.jsonl")
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # of a disk without links
 EARLY_FILES = ("config.yaml", RECORD, RECORD_FILE, "base")  # of a run that has not begun to train
 
 
 def update_link(target: Path, name: str = "LATEST") -> None:
-    """Point a link of a run, LATEST or BEST, to its checkpoint target."""
+    """Point a link of a run, LATEST or BEST, to its checkpoint target.
+
+    A mounted bucket may take no links. A run resumes without.
+    """
     link = target.with_name(f".{name}.tmp")
     link.unlink(missing_ok=True)
-    link.symlink_to(target.name)
+    try:
+        link.symlink_to(target.name)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        print(f"{target.parent} takes no links: {name} is {target.name}", flush=True)
+        return
     link.replace(target.with_name(name))
     fsync(target.parent)
 
