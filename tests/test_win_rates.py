@@ -324,6 +324,21 @@ def test_a_run_judges_by_a_server_and_says_what_failed(server, program: Program)
     assert refused.status == 2 and "win_rate.judge" in refused.err and "refuses requests (HTTP 401" in refused.err
 
 
+def test_a_server_that_refuses_later_ends_no_run(server, program: Program) -> None:  # noqa: F811
+    """A key may expire after hours. One that is wrong from the start ends the run."""
+
+    def reply(text: str) -> str:  # in the first evaluation, one pair needs requests
+        server.faults = [status(401)] * 100 if len(server.requests) == 2 else []
+        return "[[A]]"
+
+    server.reply = reply
+    judge = (f"win_rate.judge={server.url}", "win_rate.endpoint.model=m", "win_rate.endpoint.concurrency=1")
+    run = program.ok(*DPO, *judge, "win_rate.prompts=4", "n_examples=4", "seed=3")
+    assert ["win_rate_eval" in row for row in run.evals] == [True, False] and "kl_eval" in run.evals[-1]
+    assert "win rate over the reference: none in this evaluation (win_rate.judge: http" in run.out
+    assert len(pairs_in(run)) == 4
+
+
 def test_a_run_judges_by_a_reward_model(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores are those of evaluate.py, if the responses have ends as those of a file do."""
     pairs = WinRates._pairs

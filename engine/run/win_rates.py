@@ -104,6 +104,7 @@ class WinRates:
         self.indices = sorted(first.values())[:count]
         self.prompts = [examples[index].prompt for index in self.indices]
         self.reference_samples: Samples = []
+        self._has_judged = False
         self._judge, self._settings, self._tokenizer = judge, settings, tokenizer
         self._placement, self._say = placement, say
         self._texts = tokenizer.batch_decode(self.prompts, skip_special_tokens=True)
@@ -150,9 +151,9 @@ class WinRates:
         of_policy = [*samples[: len(self.prompts)]]
         if len(of_policy) < len(self.prompts):
             of_policy += self.sample(policy, len(of_policy), POLICY)
-        judged = judge_pairs(self._judge, self._pairs(of_policy), ("policy", "reference")) if self._is_first else None
-        judged = self._placement.gather_from_data_ranks(judged)[0]
-        assert judged is not None
+        judged = self._placement.gather_from_data_ranks(self._judged(of_policy) if self._is_first else None)[0]
+        if judged is None:
+            return {}
         if self._is_first:
             self._write(judged, num_examples)
         left_out = {"win_rate_eval/unparsed": judged.num_unparsed, "win_rate_eval/failed": judged.num_failed}
@@ -161,6 +162,22 @@ class WinRates:
         about = "no pair has a verdict" if result is None else describe(result)
         self._say(f"win rate over the reference: {'; '.join(filter(None, (about, describe_left_out(judged))))}")
         return metrics if result is None else metrics | metrics_of(result)
+
+    def _judged(self, of_policy: Sequence[np.ndarray]) -> Judged | None:
+        """The judged pairs; None after a notice if a judge that worked before refuses: the run continues.
+
+        Raises:
+            UserError: of the first evaluation of this process, as for a wrong key.
+        """
+        try:
+            judged = judge_pairs(self._judge, self._pairs(of_policy), ("policy", "reference"))
+        except UserError as error:
+            if not self._has_judged:
+                raise
+            self._say(f"win rate over the reference: none in this evaluation ({error.what})")
+            return None
+        self._has_judged = True
+        return judged
 
     @property
     def _is_first(self) -> bool:
