@@ -38,7 +38,8 @@ def as_in_training(compiled: Call, layer: nn.Module, has_trained_input: bool) ->
 
     def call(*arguments: Any, **options: Any) -> Any:
         samples = any(isinstance(value, Cache) for value in (*arguments, *options.values()))
-        if torch.is_grad_enabled() or samples:  # a cache would keep the graphs of all its tokens
+        # A cache would keep the graphs of all its tokens. Some models of the hub name their arguments.
+        if torch.is_grad_enabled() or samples or not arguments:
             return compiled(*arguments, **options)
         hidden, *others = arguments
         hidden = hidden.detach().requires_grad_(has_trained_input)
