@@ -155,7 +155,7 @@ def test_the_default_cache_is_used(program: Program, monkeypatch: pytest.MonkeyP
         assert os.listdir(".") == [".cache"] and [path.name for path in Path(".cache").glob("*/*")] != ["cache"]
     cache = program.directory / "user" / "preference-trainer"
     assert all(f"cache directory: {cache}\n" in out for out in outputs)
-    (reference,) = (cache / "reference").iterdir()
+    (reference,) = (cache / "reference").glob("*.sqlite")
     assert [f"all log-probs are in {reference}" in out for out in outputs] == [False, True]
 
 

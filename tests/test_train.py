@@ -174,10 +174,11 @@ def test_a_sweep_may_name_a_directory_for_each_job(names: str, program: Program)
         "n_examples=4",
         "do_first_eval=false",
         "local_run_dir=" + names.replace("{}", str(program.directory)).replace("\\", ""),
+        f"sweep.dir={program.directory / 'sweep'}",
     ]
     run = program.ok("-m", *sweep, *(["seed=1,2"] if "," not in names else []))
     assert run.out.count("run_dir: ") == 2
-    assert {path.name for path in program.directory.iterdir()} in ({"1", "2"}, {"0", "1"})
+    assert {path.name for path in program.directory.iterdir()} in ({"1", "2", "sweep"}, {"0", "1", "sweep"})
 
 
 @pytest.mark.parametrize(

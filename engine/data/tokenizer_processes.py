@@ -1,7 +1,7 @@
 """Encodes texts in several processes: the tokenizer's threads share a lock, and stop at a few cores."""
 
+import json
 import os
-import pickle
 import subprocess
 import sys
 from collections import deque
@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def encode_in_processes(requests: Iterable[Request], tokenizer: "PreTrainedToken
         UserError: MEMORY if a process ends.
     """
     count = num_processes()
-    state = pickle.dumps(tokenizer.backend_tokenizer.to_str())
+    state = as_line(tokenizer.backend_tokenizer.to_str())
     idle = SimpleQueue[subprocess.Popen[bytes]]()
     children = [_start() for _ in range(count)]
     for child in children:
@@ -65,11 +65,12 @@ def encode_in_processes(requests: Iterable[Request], tokenizer: "PreTrainedToken
             if child.pid not in ready:
                 ready.add(child.pid)
                 child.stdin.write(state)
-            pickle.dump(request, child.stdin, pickle.HIGHEST_PROTOCOL)
+            child.stdin.write(as_line(request))
             child.stdin.flush()
-            reply: Encoded = pickle.load(child.stdout)
-            return reply
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            num_ids, num_texts = json.loads(child.stdout.readline())
+            ids, lengths = child.stdout.read(4 * num_ids), child.stdout.read(8 * num_texts)
+            return np.frombuffer(ids, np.int32, num_ids), np.frombuffer(lengths, np.int64, num_texts)
+        except (BrokenPipeError, ValueError) as error:  # no reply, or a part of one
             problem = f"tokenizing: a child process ended with status {child.wait()}; it may need more memory"
             raise UserError("MEMORY", problem, "free memory, or run on fewer cores (taskset)") from error
         finally:
@@ -89,6 +90,10 @@ def encode_in_processes(requests: Iterable[Request], tokenizer: "PreTrainedToken
             child.kill()
             with suppress(BrokenPipeError):  # text that it never read
                 child.communicate()
+
+
+def as_line(value: Any) -> bytes:
+    return json.dumps(value).encode() + b"\n"
 
 
 def _start() -> subprocess.Popen[bytes]:

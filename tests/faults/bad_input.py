@@ -51,7 +51,8 @@ def bad_values(annotation: Any) -> list[str]:
     if "list of" in words:
         empty = [] if accepts(annotation, []) else ["[]"]
         single = [] if accepts(annotation, "hh") else ["hh"]
-        return [*empty, *single, "3", "null", "[3]", "[null]", "['']", "{a: 1}", "true", "[[hh]]", "[true]"]
+        missing = [] if accepts(annotation, None) else ["null"]
+        return [*empty, *single, *missing, "3", "[3]", "[null]", "['']", "{a: 1}", "true", "[[hh]]", "[true]"]
     if "existing" in words or "file" in words:
         return [*for_any_type, "3", "true", "/no/such/place", "''", "[x]", "'/tmp/\\x00'"]
     if words == "null or auto or a path":

@@ -197,7 +197,7 @@ def test_two_runs_fill_one_cache(inputs: Path, uninterrupted_run: Path, tmp_path
         assert [run.wait() for run in runs] == [0, 0], [run.err for run in runs]
     for name in arguments:
         assert_equal_runs(tmp_path / name, uninterrupted_run)
-    assert len(list((cache / "tokens").iterdir())) == 2  # train and test
+    assert len(list((cache / "tokens").glob("[!.]*"))) == 2  # train and test
     (reference,) = (cache / "reference").glob("*.sqlite")
     status, out, err = complete(command(inputs, tmp_path / "three", f"cache_dir={cache}"), tmp_path / "output")
     assert status == 0 and f"all log-probs are in {reference}" in out, err
