@@ -50,7 +50,7 @@ COMMON = (
 MODEL = {name: (f"model.architecture={value}",) for name, value in ARCHITECTURES.items()}
 LLAMA = MODEL["llama"]
 # Samples differ between placements, so these metrics do too.
-SAMPLE_METRICS = ("ground_truth/", "kl_eval", "forward_kl_eval", "samples_eval/", "win_rate_eval/")
+SAMPLE_METRICS = ("ground_truth/", "kl_eval", "forward_kl_eval", "samples_eval/", "win_rate_eval")
 
 
 def command(directory: Path, name: str, overrides: tuple[str, ...]) -> list[str]:
