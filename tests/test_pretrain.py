@@ -134,7 +134,9 @@ def test_files_named_by_split_are_the_splits(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_of_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_the_hub_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "snapshot" / "small"
     folder.mkdir(parents=True)
     for name, text in (("train-00.jsonl", "a"), ("test.jsonl", "b"), ("README.md", "about")):
@@ -154,6 +156,13 @@ def test_a_folder_of_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.M
     (folder / "train-00.jsonl").rename(folder / "rows.jsonl")
     assert [*TextData("me/texts/small", only_paths).documents("text", 0, RowCounts())] == [Document("a", "train")]
     assert asked == [("me/texts", "dataset", False)] * 2
+
+    def no_network(*arguments: Any, **named: Any) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", no_network)
+    TextData("me/texts/small", only_paths)
+    assert asked[-1][-1] and "which may hold a part alone: the hub fails: no route" in capsys.readouterr().out
 
 
 def test_without_network_and_cache_a_data_set_of_the_hub_is_missed(

@@ -68,8 +68,9 @@ def download_folder(name: str, suffixes: Sequence[str]) -> Path:
         HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT)
     except Exception as error:  # no network, HF_HUB_OFFLINE, 404
         reason = str(error).split("\n")[0] or type(error).__name__
+    is_cached = bool(reason)
     try:
-        root = snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns, local_files_only=bool(reason))
+        root = snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns, local_files_only=is_cached)
         found = Path(root, folder)
         if not found.is_dir():
             reason = reason or f"it has no folder {folder} with files {', '.join(suffixes)}"
@@ -78,4 +79,8 @@ def download_folder(name: str, suffixes: Sequence[str]) -> Path:
         reason = reason or str(error).split("\n")[0] or type(error).__name__
         problem = f"datasets: {name} is no path here and not in the hub's local cache, and the hub fails: {reason}"
         raise UserError("DATA", problem, "correct it, or try again with a network") from error
+    if is_cached:
+        print(
+            f"warning: {name} is read from the hub's local cache, which may hold a part alone: the hub fails: {reason}"
+        )
     return found
