@@ -3,6 +3,7 @@
 import asyncio
 import json
 import secrets
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -218,9 +219,12 @@ def serve(session: Session, listener: socket.socket) -> None:
         KeyboardInterrupt: after Ctrl-C.
     """
 
+    received: list[int] = []
+
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             session.is_closed = True  # streams end, so connections can be closed
+            received.append(sig)
             super().handle_exit(sig, frame)
 
     port = listener.getsockname()[1]
@@ -237,3 +241,5 @@ def serve(session: Session, listener: socket.socket) -> None:
     listener.listen()  # so the address works once it is printed
     print(f"compare: http://{HOST}:{port}/?token={token} (Ctrl-C ends it)", flush=True)
     server.run(sockets=[listener])
+    if signal.SIGINT in received:  # uvicorn raises it again, but a shell's background jobs ignore it
+        raise KeyboardInterrupt
