@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from utils import UserError, clipped, content_hash, printable, write_atomically
@@ -59,6 +59,27 @@ class Reply:
     is_cached: bool = False
 
 
+class ServerOptions(Protocol):
+    """What users set of a server; see the judge of rewards.py, and Endpoint."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def max_tokens(self) -> int | None: ...
+    @property
+    def extra(self) -> dict[str, Any]: ...
+    @property
+    def key_variable(self) -> str: ...
+    @property
+    def timeout(self) -> float: ...
+    @property
+    def retries(self) -> int: ...
+    @property
+    def concurrency(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Server:
     """A model on an OpenAI-compatible server.
@@ -83,6 +104,21 @@ class Server:
     retries: int = 5
     concurrency: int = 8
     first_wait: float = FIRST_WAIT
+
+    @classmethod
+    def of(cls, key: str, url: str, options: ServerOptions) -> "Server":
+        """The server of a user's options. Those that are None are left to it."""
+        parameters = {"temperature": options.temperature, "max_tokens": options.max_tokens}
+        return cls(
+            key=key,
+            url=url,
+            model=options.model,
+            parameters={name: value for name, value in parameters.items() if value is not None} | options.extra,
+            key_variable=options.key_variable,
+            timeout=options.timeout,
+            retries=options.retries,
+            concurrency=options.concurrency,
+        )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

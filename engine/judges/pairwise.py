@@ -39,18 +39,7 @@ class PairwiseJudge:
     """
 
     def __init__(self, key: str, url: str, options: Endpoint, cache: Path):
-        parameters = {"temperature": options.temperature, "max_tokens": options.max_tokens}
-        server = Server(
-            key=key,
-            url=url,
-            model=options.model,
-            parameters={name: value for name, value in parameters.items() if value is not None} | options.extra,
-            key_variable=options.key_variable,
-            timeout=options.timeout,
-            retries=options.retries,
-            concurrency=options.concurrency,
-        )
-        self._client, self._prompt = JudgeClient(server, cache), options.prompt
+        self._client, self._prompt = JudgeClient(Server.of(key, url, options), cache), options.prompt
 
     def __call__(self, pairs: Sequence[tuple[str, str, str]]) -> Iterator[Verdict]:
         """The verdict on each pair, in order.

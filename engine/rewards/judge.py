@@ -32,17 +32,7 @@ class JudgeReward(BatchReward):
         if not self._pattern.groups:
             problem = f"{key}.pattern: {options.pattern!r} has no group"
             raise UserError("CONFIG", problem, r"put the number in parentheses, as in Score: (\d+)")
-        parameters = {"temperature": options.temperature, "max_tokens": options.max_tokens}
-        server = Server(
-            key=f"{key}.url",
-            url=options.url,
-            model=options.model,
-            parameters={name: value for name, value in parameters.items() if value is not None} | options.extra,
-            key_variable=options.key_variable,
-            timeout=options.timeout,
-            retries=options.retries,
-            concurrency=options.concurrency,
-        )
+        server = Server.of(f"{key}.url", options.url, options)
         self._client, self._options, self._transcript = JudgeClient(server, cache), options, transcript
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[float | Exception | None]:

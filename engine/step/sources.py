@@ -75,15 +75,44 @@ class Source(Protocol):
         ...
 
 
-class StoredExamples:
+class FixedSource:
+    """The part that sources share whose batches do not depend on the policy, but follow from the data and the seed.
+
+    Args:
+        data: all examples of an epoch.
+        n_epochs, n_examples: the run ends at the first limit reached; one of them may be None.
+    """
+
+    may_prefetch = True
+
+    def __init__(self, data: Sequence[Example], batch_size: int, n_epochs: int | None, n_examples: int | None):
+        self.num_examples = num_planned(len(data), n_epochs, n_examples)
+        self.num_updates = math.ceil(self.num_examples / batch_size)
+        self._batch_size = batch_size
+
+    def take_metrics(self, log_samples: Callable[..., None]) -> dict[str, float]:
+        return {}
+
+    def resample(self, num_examples: int) -> None:
+        """Nothing: no example depends on the policy."""
+
+    def ends_iteration(self, num_examples: int) -> bool:
+        return False
+
+    def state(self, num_examples: int) -> Callable[[Path], None] | None:
+        return None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Nothing: the order follows from the seed and the number of examples."""
+
+
+class StoredExamples(FixedSource):
     """Stored examples in a seeded order. Equal arguments give equal batches.
 
     Args:
         n_epochs, n_examples: the run ends at the first limit reached; one of them may be None.
         length_grouping, mixture: see plan_batches.
     """
-
-    may_prefetch = True
 
     def __init__(
         self,
@@ -96,18 +125,10 @@ class StoredExamples:
         length_grouping: bool = False,
         mixture: Mixture | None = None,
     ):
-        self.examples = examples
-        self._batch_size, self._seed = batch_size, seed
+        super().__init__(examples, batch_size, n_epochs, n_examples)
+        self.examples, self._seed = examples, seed
         self._n_epochs, self._n_examples = n_epochs, n_examples
         self._length_grouping, self._mixture = length_grouping, mixture
-
-    @property
-    def num_examples(self) -> int:
-        return num_planned(len(self.examples), self._n_epochs, self._n_examples)
-
-    @property
-    def num_updates(self) -> int:
-        return math.ceil(self.num_examples / self._batch_size)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -128,23 +149,8 @@ class StoredExamples:
             if found:
                 yield [self.examples[index] for index in batch]
 
-    def take_metrics(self, log_samples: Callable[..., None]) -> dict[str, float]:
-        return {}
-
     def epochs(self, num_examples: int) -> dict[str, float]:
         return {}
-
-    def resample(self, num_examples: int) -> None:
-        """Nothing: stored responses do not depend on the policy."""
-
-    def ends_iteration(self, num_examples: int) -> bool:
-        return False
-
-    def state(self, num_examples: int) -> Callable[[Path], None] | None:
-        return None
-
-    def restore(self, checkpoint: Path) -> None:
-        """Nothing: the batches follow from the examples and the seed."""
 
     def _plan(self, start: int = 0) -> Iterator[list[int]]:
         return plan_batches(

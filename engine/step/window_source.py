@@ -2,21 +2,20 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
 from engine.data.examples import Example
 from engine.data.windows import Windows, with_token_weights
 from engine.step.mixing import apportion
-from engine.step.sources import num_planned
+from engine.step.sources import FixedSource
 
 LONGEST_BLEND = 1_000_000  # windows after which a blend repeats
 
 
-class TokenWindows:
+class TokenWindows(FixedSource):
     """Windows in a seeded order. Window n of the run is a function of the seed and n, for any number of ranks.
 
     Without weights an epoch has each window of all streams once. With weights the streams take turns, and each has
@@ -27,8 +26,6 @@ class TokenWindows:
         n_epochs, n_examples: the run ends at the first limit reached; one of them may be None.
         data_hash: of the streams.
     """
-
-    may_prefetch = True
 
     def __init__(
         self,
@@ -41,18 +38,10 @@ class TokenWindows:
         weights: Sequence[float] | None = None,
         data_hash: str = "",
     ):
-        self._windows, self._batch_size, self._seed = windows, batch_size, seed
-        self._n_epochs, self._n_examples = n_epochs, n_examples
+        super().__init__(windows, batch_size, n_epochs, n_examples)
+        self._windows, self._seed = windows, seed
         self._blend = None if weights is None else Blend(weights)
         self.fingerprint = data_hash
-
-    @property
-    def num_examples(self) -> int:
-        return num_planned(len(self._windows), self._n_epochs, self._n_examples)
-
-    @property
-    def num_updates(self) -> int:
-        return math.ceil(self.num_examples / self._batch_size)
 
     def index(self, number: int) -> int:
         """The index of window `number` of the run, counted from 0."""
@@ -71,9 +60,6 @@ class TokenWindows:
     def new_batches(self) -> Iterator[list[Example]]:
         return iter(())  # no reference reads them
 
-    def take_metrics(self, log_samples: Callable[..., None]) -> dict[str, float]:
-        return {}
-
     def epochs(self, num_examples: int) -> dict[str, float]:
         names = [stream.name for stream in self._windows.streams]
         if self._blend is None:
@@ -82,18 +68,6 @@ class TokenWindows:
         return {
             f"epochs/{name}": count / size for name, count, size in zip(names, counts, self._windows.sizes, strict=True)
         }
-
-    def resample(self, num_examples: int) -> None:
-        """Nothing: windows do not depend on the policy."""
-
-    def ends_iteration(self, num_examples: int) -> bool:
-        return False
-
-    def state(self, num_examples: int) -> Callable[[Path], None] | None:
-        return None
-
-    def restore(self, checkpoint: Path) -> None:
-        """Nothing: the order follows from the seed and the number of windows."""
 
 
 class Blend:
