@@ -1,5 +1,6 @@
 """Settings for tests, composed from config/ as the command line does."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,12 @@ def make_settings(*overrides: str) -> Settings:
 def with_model(settings: Settings, **values: Any) -> Settings:
     """Settings with other values of model.*, unchecked."""
     return settings.model_copy(update={"model": settings.model.model_copy(update=values)})
+
+
+def write_configs(texts: Mapping[str, str], directory: Path) -> Path:
+    """Write configs of a user, by path; MADE in them is a path that must not appear. Returns their directory."""
+    for name, text in texts.items():
+        path = directory / "configs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace("MADE", str(directory / "made")))
+    return directory / "configs"

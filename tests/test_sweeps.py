@@ -28,7 +28,7 @@ from engine.sweep import jobs as sweep_jobs
 from engine.sweep import plugins, pool, summary
 from engine.sweep.jobs import Job
 from preference_datasets import DATASETS
-from tests.configs import composed, make_settings
+from tests.configs import composed, make_settings, write_configs
 from tests.prose import ROOT
 from tests.runs import QUICK, SMALL, Program
 from utils import UserError, one_at_a_time
@@ -358,11 +358,7 @@ LAUNCHERS = {
 
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
-    for name, text in LAUNCHERS.items():
-        path = tmp_path / "configs" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.replace("MADE", str(tmp_path / "made")))
-    return tmp_path / "configs"
+    return write_configs(LAUNCHERS, tmp_path)
 
 
 @pytest.mark.parametrize(

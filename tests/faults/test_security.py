@@ -18,6 +18,7 @@ from engine.run.tensorboard_logger import as_markdown
 from engine.settings.keys import all_keys
 from engine.settings.secrets import REDACTED, comparable, is_secret_name, public, redact, secrets_of
 from engine.sweep.jobs import Job
+from tests.configs import write_configs
 from tests.prose import tree_files
 from tests.runs import QUICK, SMALL, Program
 
@@ -379,11 +380,7 @@ CONFIGS = {
 @pytest.fixture
 def configs(tmp_path) -> Path:
     """A directory of configs; most of them name code to make a directory."""
-    for name, text in CONFIGS.items():
-        path = tmp_path / "configs" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.replace("MADE", str(tmp_path / "made")))
-    return tmp_path / "configs"
+    return write_configs(CONFIGS, tmp_path)
 
 
 @pytest.mark.parametrize(
