@@ -69,6 +69,16 @@ def test_a_tie_has_no_weight(votes, choice, name):
     assert session.tally.win_rate.value == 0.5
 
 
+def test_a_nul_byte_does_not_reach_the_file(votes):
+    """Models of bytes sample it, and train.py refuses rows with one."""
+    session = compared(votes, Fake("sft", ["a\0b"]), Fake("dpo", ["c"]))
+    client = browser(session)
+    ask(client, session, "d\0e")
+    assert vote(client, session, "a").status_code == 200
+    assert "\\u0000" not in votes.path.read_text() and "a\ufffdb" in votes.path.read_text()
+    assert votes.rows[0]["prompt"][-1]["content"] == "d\ufffde"
+
+
 def test_equal_responses_have_no_better_one(votes):
     session = compared(votes, Fake("sft", ["same"]), Fake("dpo", [" same"]))
     client = browser(session)

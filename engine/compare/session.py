@@ -41,6 +41,11 @@ class Refused(Exception):
     """A request out of turn, with a reason for the user."""
 
 
+def readable(text: str) -> str:
+    """The text without NUL bytes: rows of train.py may have none."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
 @dataclass
 class Round:
     """A prompt and its responses.
@@ -132,7 +137,7 @@ class Session:
         """Let the models respond to a question."""
         if not question.strip():
             raise Refused("The prompt is empty.")
-        self._start([*self.dialogue, {"role": "user", "content": question.strip()}])
+        self._start([*self.dialogue, {"role": "user", "content": readable(question.strip())}])
 
     def ask_prompt(self, index: int) -> None:
         """Let the models respond to a prompt of the file."""
@@ -224,7 +229,7 @@ class Session:
             for place, index in enumerate(current.order):
                 responder = self.responders[index]
                 for piece in responder.respond(current.messages, stops[place]):
-                    current.texts[place] += piece
+                    current.texts[place] += readable(piece)
                 current.cut[place] = responder.was_cut
                 if stop.is_set():
                     break
