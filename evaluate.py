@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from engine.export.benchmark_command import BenchmarkOptions, run_benchmarks
 from engine.export.score_command import ScoreOptions, score_file
 from engine.rewards.judge_command import JudgeOptions, Project, judge_models
-from engine.settings.options import Options, help_text, run_command
+from engine.settings.options import Options, asks_for_help, help_text, print_help, run_command
 from utils import UserError
 
 if TYPE_CHECKING:  # it takes seconds to import
@@ -125,9 +125,8 @@ def keys_in(arguments: Sequence[str]) -> list[str]:
 
 def main() -> int:
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print("\n\n".join(help_text(mode.usage, mode.options) for mode in MODES))
-        return 0
+    if asks_for_help(arguments):
+        return print_help("\n\n".join(help_text(mode.usage, mode.options) for mode in MODES))
     mode = choose_mode(arguments)
     return run_command(mode.function, mode.usage, mode.options, arguments)
 

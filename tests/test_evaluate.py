@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -573,3 +575,18 @@ def test_files_of_both_benchmarks(run_evaluate: Evaluate, reward_run: Path, tmp_
     assert [found[subset] for subset in subsets] == [f"{score:.4f}" for score in best]
     score = ties_score(lines[5:])
     assert score is not None and found["RewardBench 2"] == f"{(sum(best) + score) / 6:.4f}"
+
+
+@pytest.mark.parametrize("command", ["evaluate.py", "compare.py"])
+def test_help_in_a_pipe_that_ends_early(command: str) -> None:
+    """As in `evaluate.py --help | head -1`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as closed:
+        run = subprocess.run(
+            [sys.executable, Path(evaluate.__file__).with_name(command), "--help"],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (run.returncode, run.stderr) == (0, "")

@@ -96,20 +96,37 @@ def help_text(usage: str, options: type[Options]) -> str:
     return "\n".join(lines)
 
 
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    return bool({"-h", "--help"} & set(arguments))
+
+
+def print_help(text: str) -> int:
+    """Print a text, also into a pipe that ends before it; returns the exit status."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop_output()
+    return 0
+
+
+def _drop_output() -> None:
+    """Write the rest of the output nowhere: the reader of a pipe has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_command(function: Callable[[O], None], usage: str, options: type[O], arguments: Sequence[str]) -> int:
     """Run a function on parsed arguments and print its error, if any, on one line; returns the exit status."""
     process_start.open_missing_streams()
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(usage, options))
-        return 0
+    if asks_for_help(arguments):
+        return print_help(help_text(usage, options))
     try:
         function(parse_arguments(options, arguments))
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _drop_output()
         return 1
     except Exception as error:
         user_error = as_user_error(error)
