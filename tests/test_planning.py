@@ -1,8 +1,9 @@
 """Batches planned in numpy are those of a plain plan, and a plan from the middle is the rest of it."""
 
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import accumulate, chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -25,16 +26,36 @@ def plain_order(
     for index, example in enumerate(examples):
         by_prompt.setdefault(example.prompt_index, []).append(index)
     prompts = list(by_prompt.values())
-    mixed = mixture.epochs(prompts, seed) if mixture else None
-    epoch = 0
-    while True:
+    for epoch, taken in enumerate(plain_mixture(prompts, mixture, seed) if mixture else repeat(prompts)):
         rng = random.Random(f"{seed}/{epoch}")
-        if mixed is not None:
-            prompts = next(mixed)
-        rng.shuffle(prompts)
+        order = list(taken)
+        rng.shuffle(order)
         num_begun = epoch * len(examples) % batch_size
-        yield from plain_groups(prompts, examples, batch_size, num_begun, rng) if is_grouped else chain(*prompts)
-        epoch += 1
+        yield from plain_groups(order, examples, batch_size, num_begun, rng) if is_grouped else chain(*order)
+
+
+def plain_mixture(prompts: Sequence[Prompt], mixture: Mixture, seed: int) -> Iterator[list[Prompt]]:
+    """The prompts of endless epochs: each data set in one shuffle after another."""
+    ends = list(accumulate(mixture.sizes))
+    data_sets = [
+        [prompt for prompt in prompts if bisect_right(ends, prompt[0]) == number] for number in range(len(ends))
+    ]
+    left: list[list[Prompt]] = [[] for _ in ends]
+    passes = [0 for _ in ends]
+    while True:
+        taken: list[Prompt] = []
+        for number, missing in enumerate(mixture.counts):
+            while missing > 0:
+                if not left[number]:
+                    left[number] = list(data_sets[number])
+                    random.Random(f"{seed}/data set {number}/{passes[number]}").shuffle(left[number])
+                    passes[number] += 1
+                prompt = left[number].pop()
+                if len(prompt) > missing:  # it goes on in the next epoch
+                    left[number].append(prompt[missing:])
+                taken.append(prompt[:missing])
+                missing -= len(taken[-1])
+        yield taken
 
 
 def plain_groups(

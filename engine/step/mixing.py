@@ -2,16 +2,15 @@
 
 import math
 import random
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+
+import numpy as np
 
 from engine.data.examples import Split
 from engine.settings.schema import Settings
+from engine.step.prompts import Prompts, shuffled
 from utils import UserError
-
-Prompt = list[int]  # indices of its examples
 
 
 @dataclass(frozen=True)
@@ -26,44 +25,60 @@ class Mixture:
     sizes: Sequence[int]
     counts: Sequence[int]
 
-    def epochs(self, prompts: Sequence[Prompt], seed: int) -> Iterator[list[Prompt]]:
-        """The prompts of each epoch, by data set. Endless; equal arguments give equal epochs.
 
-        Each data set goes on where it stopped in the epoch before. So a small one repeats, and a large one is seen in
-        part.
-        """
-        ends = list(accumulate(self.sizes))
-        by_dataset: list[list[Prompt]] = [[] for _ in ends]
-        for prompt in prompts:
-            by_dataset[bisect_right(ends, prompt[0])].append(prompt)
-        streams = [_Stream(part, f"{seed}/data set {number}") for number, part in enumerate(by_dataset)]
-        while True:
-            taken = [stream.take(count) for stream, count in zip(streams, self.counts, strict=True)]
-            yield [prompt for part in taken for prompt in part]
+class MixedPrompts:
+    """The prompts of a mixture in each epoch. Equal arguments give equal epochs.
+
+    Each data set goes on where it stopped in the epoch before. So a small one repeats, and a large one is seen in part.
+
+    Args:
+        prompts: of all data sets.
+    """
+
+    def __init__(self, mixture: Mixture, prompts: Prompts, seed: int):
+        self._prompts, self._counts = prompts, mixture.counts
+        of_dataset = np.searchsorted(np.cumsum(mixture.sizes), prompts.members[prompts.starts], side="right")
+        self._streams = [
+            _Stream(prompts.in_order(np.flatnonzero(of_dataset == number)), f"{seed}/data set {number}")
+            for number in range(len(mixture.sizes))
+        ]
+
+    def epoch(self, number: int) -> Prompts:
+        """The prompts of an epoch, by data set."""
+        parts = [
+            part
+            for stream, count in zip(self._streams, self._counts, strict=True)
+            for part in stream.take(number * count, (number + 1) * count)
+        ]
+        starts, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Prompts(starts, counts, self._prompts.members)
 
 
 class _Stream:
-    """The prompts of a data set, in one seeded shuffle after another."""
+    """The prompts of a data set, in one seeded shuffle after another. Endless."""
 
-    def __init__(self, prompts: Sequence[Prompt], seed: str):
+    def __init__(self, prompts: Prompts, seed: str):
         self._prompts, self._seed = prompts, seed
-        self._num_passes = 0
-        self._left: list[Prompt] = []
+        self._size = int(prompts.counts.sum())
+        self._last: tuple[int, Prompts] | None = None  # a pass, and its prompts: the next epoch may need them again
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next count examples, by prompt. The last prompt continues in the next call, if it has more."""
-        taken: list[Prompt] = []
-        while count > 0:
-            if not self._left:
-                self._left = list(self._prompts)
-                random.Random(f"{self._seed}/{self._num_passes}").shuffle(self._left)
-                self._num_passes += 1
-            prompt = self._left.pop()
-            if len(prompt) > count:
-                self._left.append(prompt[count:])
-            taken.append(prompt[:count])
-            count -= len(taken[-1])
-        return taken
+    def take(self, first: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Starts and counts of the prompts that hold examples first to end. Those at the ends may be cut."""
+        for number in range(first // self._size, math.ceil(end / self._size)):
+            prompts = self._pass(number)
+            before, after = first - number * self._size, end - number * self._size
+            ends = np.cumsum(prompts.counts)
+            lower = np.clip(ends - prompts.counts, before, after)
+            counts = np.clip(ends, before, after) - lower
+            is_taken = counts > 0
+            starts = prompts.starts + lower - (ends - prompts.counts)
+            yield starts[is_taken], counts[is_taken]
+
+    def _pass(self, number: int) -> Prompts:
+        if self._last is None or self._last[0] != number:
+            order = shuffled(len(self._prompts), random.Random(f"{self._seed}/{number}"))
+            self._last = number, self._prompts.in_order(order[::-1])
+        return self._last[1]
 
 
 def choose_mixture(settings: Settings, split: Split) -> Mixture | None:

@@ -2,19 +2,18 @@
 
 import math
 import random
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from engine.data.example_table import prompt_indices
 from engine.data.examples import Example, fingerprint
 from engine.step.layout import fed_tokens
-from engine.step.mixing import Mixture
+from engine.step.mixing import MixedPrompts, Mixture
+from engine.step.prompts import Prompts, shuffled
 
 
 class Source(Protocol):
@@ -192,83 +191,36 @@ def plan_batches(
         length_grouping: put prompts of similar lengths into the same batch, the batches in random order. A prompt
             split at the end of a batch may continue in any other.
         mixture: the data sets in each epoch; None to have each example once.
-        start: examples of the plan to leave out. Epochs before it are shuffled, and not laid out.
+        start: examples of the plan to leave out. Epochs before it cost nothing.
     """
     num_examples = num_planned(len(examples), n_epochs, n_examples)
     if num_examples <= start:
         return
-    epochs = _mixed_epochs(examples, mixture, seed) if mixture else _shuffled_epochs(examples, seed)
+    data = Prompts.of(examples)
+    mixed = MixedPrompts(mixture, data, seed) if mixture else None
     lengths = fed_tokens(examples) if length_grouping else None
     begun = np.empty(0, np.int64)  # of a batch that goes on in the next epoch
-    for number, (prompts, rng) in enumerate(epochs):
+    for number in count(start // len(examples)):
         first, end = number * len(examples), min((number + 1) * len(examples), num_examples)
-        if end > start:
-            order = prompts.indices()
-            if lengths is not None:
-                order = _grouped_by_length(prompts, lengths, batch_size, first % batch_size, rng)
-            order = np.concatenate([begun, order[max(start - first, 0) : end - first]])
-            num_whole = len(order) if end == num_examples else len(order) // batch_size * batch_size
-            for place in range(0, num_whole, batch_size):
-                yield order[place : place + batch_size].tolist()
-            begun = order[num_whole:]
+        prompts, rng = _epoch(data, mixed, seed, number)
+        order = prompts.indices()
+        if lengths is not None:
+            order = _grouped_by_length(prompts, lengths, batch_size, first % batch_size, rng)
+        order = np.concatenate([begun, order[max(start - first, 0) : end - first]])
+        num_whole = len(order) if end == num_examples else len(order) // batch_size * batch_size
+        for place in range(0, num_whole, batch_size):
+            yield order[place : place + batch_size].tolist()
+        begun = order[num_whole:]
         if end == num_examples:
             return
 
 
-class _Prompts:
-    """Prompts in an order, each with its examples.
-
-    Args:
-        starts, counts: of each prompt, int64 [prompts]: its part of members.
-        members: indices of examples.
-    """
-
-    def __init__(self, starts: np.ndarray, counts: np.ndarray, members: np.ndarray):
-        self.starts, self.counts, self.members = starts, counts, members
-
-    @classmethod
-    def of(cls, examples: Sequence[Example]) -> "_Prompts":
-        """In the order of their first examples."""
-        _, first, inverse = np.unique(prompt_indices(examples), return_index=True, return_inverse=True)
-        ranks = np.empty(len(first), np.int64)
-        ranks[np.argsort(first)] = np.arange(len(first))
-        ranks = ranks[inverse]
-        counts = np.bincount(ranks, minlength=len(first))
-        return cls(np.cumsum(counts) - counts, counts, np.argsort(ranks, kind="stable"))
-
-    def in_order(self, order: "np.ndarray | slice") -> "_Prompts":
-        """The prompts of these numbers."""
-        return _Prompts(self.starts[order], self.counts[order], self.members)
-
-    def indices(self) -> np.ndarray:
-        """The examples of all prompts in turn."""
-        ends = np.cumsum(self.counts)
-        if not len(ends):
-            return np.empty(0, np.int64)
-        places = np.arange(ends[-1]) - np.repeat(ends - self.counts, self.counts)
-        return self.members[np.repeat(self.starts, self.counts) + places]
-
-
-def _shuffled_epochs(examples: Sequence[Example], seed: int) -> Iterator[tuple[_Prompts, random.Random]]:
-    """All prompts in the order of each epoch, and its random numbers. Endless."""
-    prompts = _Prompts.of(examples)
-    order = array("q", range(len(prompts.counts)))
-    for epoch in count():
-        rng = random.Random(f"{seed}/{epoch}")
-        rng.shuffle(order)
-        yield prompts.in_order(np.array(order)), rng
-
-
-def _mixed_epochs(examples: Sequence[Example], mixture: Mixture, seed: int) -> Iterator[tuple[_Prompts, random.Random]]:
-    """The prompts of a mixture in the order of each epoch, and its random numbers. Endless."""
-    prompts = _Prompts.of(examples)
-    groups = [members.tolist() for members in np.split(prompts.members, np.cumsum(prompts.counts)[:-1])]
-    for epoch, taken in enumerate(mixture.epochs(groups, seed)):
-        rng = random.Random(f"{seed}/{epoch}")
-        rng.shuffle(taken)
-        counts = np.fromiter(map(len, taken), np.int64, len(taken))
-        members = np.fromiter(chain.from_iterable(taken), np.int64)
-        yield _Prompts(np.cumsum(counts) - counts, counts, members), rng
+def _epoch(prompts: Prompts, mixture: MixedPrompts | None, seed: int, number: int) -> tuple[Prompts, random.Random]:
+    """All prompts in the order of an epoch, and its random numbers. No epoch needs the one before."""
+    if mixture is not None:
+        prompts = mixture.epoch(number)
+    rng = random.Random(f"{seed}/{number}")
+    return prompts.in_order(shuffled(len(prompts), rng)), rng
 
 
 # Batches sorted by length together. More of them make lengths more alike, and the order less random.
@@ -276,7 +228,7 @@ GROUPED_BATCHES = 50
 
 
 def _grouped_by_length(
-    prompts: _Prompts, lengths: np.ndarray, batch_size: int, num_begun: int, rng: random.Random
+    prompts: Prompts, lengths: np.ndarray, batch_size: int, num_begun: int, rng: random.Random
 ) -> np.ndarray:
     """Order the examples of prompts so that batches hold similar lengths.
 
