@@ -54,6 +54,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "num_attention_heads": 8,
     },
+    "smollm2-135m": {
+        **LLAMA,
+        "tie_word_embeddings": True,
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
     "llama-110m": {
         **LLAMA,
         "vocab_size": 32000,

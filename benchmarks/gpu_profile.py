@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-# The first match counts. Kernels of the LM head are told by their time, see _head_marked.
+# The first match counts. Kernels of the LM head are told by their time, see head_marked.
 GROUPS = {
     "attention": r"flash|fmha|attention|softmax_warp",
     "gemm": r"gemm|nvjet|cutlass|xmma|sm90_|sm80_|cublas|splitk",
@@ -28,7 +28,7 @@ def grouped_seconds(step: Callable[[], Any], on_gpu: bool) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler, _head_marked():
+    with profile(activities=activities) as profiler, head_marked():
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
@@ -37,7 +37,7 @@ def grouped_seconds(step: Callable[[], Any], on_gpu: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def _head_marked() -> Iterator[None]:
+def head_marked() -> Iterator[None]:
     """Mark the work of the LM head in the profile."""
     import torch
 
@@ -84,12 +84,12 @@ def group_events(events: list[dict[str, Any]]) -> dict[str, Any]:
         "idle": round(max(0.0, span - busy) / 1e6, 5),
         "span": round(span / 1e6, 5),
         "num_kernels": len(kernels),
-        "longest": _most(longest, 25),
-        "calls_of_the_host": _most(calls, 8),
+        "longest": most(longest, 25),
+        "calls_of_the_host": most(calls, 8),
     }
 
 
-def _most(totals: dict[str, list[float]], count: int) -> dict[str, list[float]]:
+def most(totals: dict[str, list[float]], count: int) -> dict[str, list[float]]:
     """The largest of name -> (seconds, calls)."""
     largest = sorted(totals.items(), key=lambda item: -item[1][0])[:count]
     return {name: [round(seconds, 5), number] for name, (seconds, number) in largest}

@@ -33,6 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import MODELS, TRL_PYTHON, add_results_option, machine, shown_command, write_model, write_result
+from benchmarks.cpu_profile import print_profile
 from benchmarks.pairs import (
     Pair,
     fed_tokens,
@@ -60,7 +61,7 @@ SYSTEMS: dict[str, tuple[str, Any]] = {
     "trl-weights-bf16": ("trl", {**TRL_BEST, "bf16": True, "dtype": "bfloat16"}),
 }
 CPU_SYSTEMS = "ours-bf16,ours,ours-padded,trl-default,trl-best,trl-best-fp32"
-Steps = dict[str, list[dict[str, float]]]  # system -> its steps
+Steps = dict[str, list[dict[str, Any]]]  # system -> its steps
 
 
 # ---- Measuring ----
@@ -73,7 +74,7 @@ def run_systems(
     arguments: argparse.Namespace,
 ) -> Steps:
     """The steps of each system, one for every batch."""
-    first_memory = len(batches) - arguments.memory_steps
+    first_memory = arguments.warmup + arguments.steps
     steps: Steps = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         write_model(model, Path(folder), gives_scores=arguments.task == "reward")
@@ -81,7 +82,7 @@ def run_systems(
         def start(name: str) -> Worker:
             worker, settings = SYSTEMS[name]
             job = {"worker": worker, "settings": settings, "model": folder, "batches": batches}
-            sizes = {"batch_size": arguments.batch_size, "task": arguments.task}
+            sizes = {"batch_size": arguments.batch_size, "task": arguments.task, "profile": arguments.profile}
             started = Worker(Path(folder, name), job | sizes, arguments.threads, arguments.trl_python)
             print(f"{name}: ready after {started.seconds_to_start:.0f} s", flush=True)
             return started
@@ -179,7 +180,7 @@ def summary(steps: Steps, batches: list[list[Pair]], arguments: argparse.Namespa
     flops = step_flops(MODELS[arguments.model], timed, has_lm_head=not is_reward) * len(timed)
     first = next(iter(steps))
     table = {name: row_of(name, steps, first, len(pairs), fed, measured, flops, peaks) for name in steps}
-    losses = {name: [step["loss"] for step in steps[name][:4]] for name in steps}
+    losses = {name: [step["loss"] for step in steps[name][:4] if "loss" in step] for name in steps}
     print("\nlosses of the first steps:")
     for name, values in losses.items():
         print(f"  {name:17}" + " ".join(f"{loss:9.6f}" for loss in values))
@@ -188,11 +189,15 @@ def summary(steps: Steps, batches: list[list[Pair]], arguments: argparse.Namespa
         f" ({padded / fed:.1f} times)"
     )
     print_table(table)
+    profiles = {name: step["profile"] for name in steps for step in steps[name] if "profile" in step}
+    for name, profile in profiles.items():
+        print_profile(name, profile)
     return {
         "gemm_peak_gflops": {dtype: round(peak / 1e9) for dtype, peak in peaks.items()},
         "tokens_per_step": {"packed": fed / len(timed), "padded": padded / len(timed)},
         "first_losses": losses,
         "systems": table,
+        **({"profiles": profiles} if profiles else {}),
     }
 
 
@@ -210,6 +215,7 @@ def parse(texts: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="measured steps, after --warmup")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--memory-steps", type=int, default=2, help="steps whose memory is measured, after the others")
+    parser.add_argument("--profile", action="store_true", help="profile one more step of ours, on a CPU")
     parser.add_argument("--grouped", action="store_true", help="batches of similar lengths, for all systems")
     parser.add_argument("--one-at-a-time", action="store_true", help="run one system after another; always on a GPU")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -238,7 +244,7 @@ def main(texts: Sequence[str]) -> None:
         names = [name for name in names if SYSTEMS[name][0] != "trl"]
     model = MODELS[arguments.model]
     vocabulary = model["vocab_size"]
-    count = arguments.batch_size * (arguments.warmup + arguments.steps + arguments.memory_steps)
+    count = arguments.batch_size * (arguments.warmup + arguments.steps + arguments.memory_steps + arguments.profile)
     pairs = hh_pairs(arguments.data, vocabulary, count) if arguments.data else synthetic_pairs(vocabulary, count)
     pairs = with_more_responses(pairs, arguments.responses)
     batches = make_batches(pairs, arguments.batch_size, arguments.grouped)

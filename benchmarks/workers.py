@@ -21,6 +21,7 @@ from typing import IO, Any, Self
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import TRL_PYTHON, compose_settings, make_trainer, measured, model_overrides, take_step
+from benchmarks.cpu_profile import grouped_seconds
 from benchmarks.pairs import Pair, make_example, make_ranking, responses_of
 
 BETA, LEARNING_RATE = 0.1, 1e-5
@@ -35,7 +36,8 @@ class Worker:
 
     Args:
         folder: gets the job and the caches.
-        job: worker ("ours" or "trl"), settings, model (folder), batches, batch_size, task ("dpo" or "reward").
+        job: worker ("ours" or "trl"), settings, model (folder), batches, batch_size, task ("dpo" or "reward"),
+            profile (whether ours profile their last step).
         trl_python: the interpreter of TRL's environment.
         threads: of the CPU.
         script: reads the job, and calls serve().
@@ -66,8 +68,8 @@ class Worker:
     def __exit__(self, *error: object) -> None:
         self._end()
 
-    def step(self, of_memory: bool) -> dict[str, float]:
-        """Take the next step; returns loss, seconds and, if asked, memory."""
+    def step(self, of_memory: bool) -> dict[str, Any]:
+        """Take the next step; returns loss, seconds and, if asked, memory. Or the step's profile."""
         stdin = self._process.stdin
         assert stdin is not None
         with contextlib.suppress(BrokenPipeError):  # _line() prints why the worker died
@@ -127,10 +129,13 @@ def work_ours(job: dict[str, Any]) -> None:
     batches = [[make(pair) for pair in batch] for batch in job["batches"]]
     trainer = make_trainer(settings, Path(job["cache"]), [example for batch in batches for example in batch])
     answer(READY)
-    for examples in batches:
+    for index, examples in enumerate(batches):
         of_memory = wait_for_turn()
         batch = trainer.prepare(trainer.split_batch(examples))
-        answer(json.dumps(take_step(trainer, batch, of_memory)))
+        if job.get("profile") and index == len(batches) - 1:
+            answer(json.dumps({"profile": grouped_seconds(lambda: take_step(trainer, batch, False))}))  # noqa: B023
+        else:
+            answer(json.dumps(take_step(trainer, batch, of_memory)))
 
 
 def trl_settings(job: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ import pytest
 from benchmarks import (
     bf16,
     common,
+    cpu_profile,
     data,
     demo,
     gpu,
@@ -120,7 +121,7 @@ def test_step(one_at_a_time, tmp_path, monkeypatch):
         [
             *("--model", "tiny", "--systems", systems, "--batch-size", "2", "--steps", "2", "--warmup", "1"),
             *("--memory-steps", "1", "--threads", "1", "--results", str(tmp_path)),
-            *(["--one-at-a-time"] if one_at_a_time else []),
+            *(["--one-at-a-time"] if one_at_a_time else ["--profile"]),
         ]
     )
     record = result(tmp_path, "step-tiny-b2")
@@ -133,6 +134,9 @@ def test_step(one_at_a_time, tmp_path, monkeypatch):
     if not one_at_a_time:
         first, padded = record["first_losses"].values()
         assert first == pytest.approx(padded, abs=1e-5)
+        shares = record["profiles"]["ours"]["shares"]
+        assert {"GEMM", "attention", "head", "elementwise", "optimizer", "Python"} <= shares.keys()
+        assert sum(shares.values()) == pytest.approx(1, abs=0.01) and min(shares.values()) >= 0
 
 
 @pytest.mark.slow
@@ -469,6 +473,27 @@ def test_kernels_of_a_profile_are_grouped():
     assert found["seconds"] == {"gemm": 1e-4, "attention": 5e-5, "elementwise": 4e-5, "head": 2e-5}
     assert found["span"] == 32e-5 and found["idle"] == pytest.approx(13e-5)  # 100 to 150, 220 to 300
     assert found["num_kernels"] == 5 and found["calls_of_the_host"] == {"cudaLaunchKernel": [1e-5, 2]}
+
+
+def test_operations_of_a_profile_are_grouped():
+    """Times by hand, in microseconds. What an operation calls is not counted twice."""
+    operations = [
+        ("aten::linear", 10, 30),
+        ("aten::mm", 15, 20),
+        ("attention", 50, 20),
+        ("aten::bmm", 55, 10),
+        ("Optimizer.step#AdamW.step", 70, 10),
+        ("aten::add_", 72, 5),
+        ("aten::mul", 80, 10),
+        ("aten::mul", 150, 10),  # after the step
+    ]
+    events = [{"cat": "cpu_op", "name": name, "ts": start, "dur": length} for name, start, length in operations]
+    events += [{"cat": "user_annotation", "name": "step", "ts": 0, "dur": 100}]
+    found = cpu_profile.group_events([event | {"tid": 1} for event in events] + [events[0] | {"tid": 2}])
+    assert found["seconds"] == {
+        **{"GEMM": 3e-5, "Python": 3e-5, "attention": 2e-5, "optimizer": 1e-5, "elementwise": 1e-5}
+    }
+    assert found["total"] == 1e-4 and found["longest"]["GEMM: aten::mm"] == [2e-5, 1]
 
 
 @pytest.mark.slow
