@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from engine.data import corpus, text_files
+from engine.data import corpus, encoding, text_files, tokenizer_processes
 from engine.data.corpus import TextWindows, load_windows, stream_names
 from engine.data.films import film_tokenizer
 from engine.data.rows import RowCounts
 from engine.data.text_files import Document, TextData
+from engine.data.tokenizer_processes import encode_in_processes
 from engine.data.tokenizer_training import BOS, EOS, train_tokenizer
 from engine.run.window_evaluation import token_bytes
 from inspect_data import InspectOptions, read_overrides, run_inspection
@@ -246,6 +248,45 @@ def test_long_documents_are_encoded_in_pieces(tmp_path: Path, texts: Path, monke
     (in_pieces, _) = load(tmp_path / "other", texts)
     content = [each.windows.streams[0] for each in (whole, in_pieces)]
     assert np.array_equal(content[0].offsets, content[1].offsets) and whole.content == in_pieces.content
+
+
+def test_other_processes_write_the_same_stores(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (texts / "24.txt").write_text("A document with <eos> and <pad>, which are text here.\n" * 3)
+    here = load(tmp_path, texts)
+    asked: list[int] = []
+
+    def encode(requests: Any, tokenizer: Any) -> Any:
+        for each in encode_in_processes(requests, tokenizer):
+            asked.append(len(each[1]))
+            yield each
+
+    monkeypatch.setattr(encoding, "encode_in_processes", encode)
+    monkeypatch.setattr(encoding, "num_processes", lambda: 2)
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(corpus, "BATCH_CHARACTERS", 1000)
+    there = load(tmp_path / "other", texts)
+    assert len(asked) > 8 and sum(asked) > 60  # pieces
+    for one, other in zip(here, there, strict=True):
+        assert one.content == other.content and one.counts == other.counts
+        assert np.array_equal(one.windows.streams[0].tokens, other.windows.streams[0].tokens)
+        assert np.array_equal(one.windows.streams[0].offsets, other.windows.streams[0].offsets)
+    assert re.search(r"tokenized .*texts: 0\.0 MB in [\d.]+ s, [\d.]+ MB/s", capsys.readouterr().out)
+
+
+def test_a_bad_row_ends_the_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "num_processes", lambda: 2)
+    monkeypatch.setattr(corpus, "BATCH_CHARACTERS", 100)
+    started: list[Any] = []
+    start = tokenizer_processes._start
+    monkeypatch.setattr(tokenizer_processes, "_start", lambda: started.append(start()) or started[-1])
+    rows = "".join(json.dumps({"text": f"Row {n} of many."}) + "\n" for n in range(200))
+    (tmp_path / "rows.jsonl").write_text(rows + "no JSON\n")
+    with pytest.raises(UserError, match="line 201"):
+        load(tmp_path, tmp_path / "rows.jsonl")
+    assert started and all(each.poll() is not None for each in started)
+    assert not list(tmp_path.glob("cache/streams/*/*"))
 
 
 def test_stores_are_read_again_and_stale_or_damaged_ones_rebuilt(

@@ -2,23 +2,25 @@
 
 import hashlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.data.encoding import encode_texts, eos_token_id
+from engine.data.encoding import encode_pieces, eos_token_id, with_ends
 from engine.data.examples import Split
 from engine.data.preferences import SplitName
 from engine.data.rows import RowCounts
 from engine.data.text_files import Document, ReadNamed, TextData
 from engine.data.token_cache import num_ids, tokenizer_state
 from engine.data.token_store import TokenStore, TokenStoreWriter, open_store
+from engine.data.tokenizer_processes import Request
 from engine.data.windows import TokenStream, Windows
-from utils import UserError, content_hash, one_at_a_time
+from utils import Progress, UserError, content_hash, one_at_a_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 CORPUS_VERSION = 1  # raise it when documents are read or encoded differently
 SPLITS: tuple[SplitName, ...] = ("train", "test")
 PIECE_CHARACTERS = 2**18  # longer documents are encoded in pieces, cut at ends of lines
-BATCH_CHARACTERS = 2**21  # encoded together: the tokenizer shares them among threads
+BATCH_CHARACTERS = 2**20  # encoded together
+MIN_PROCESS_BATCHES = 4  # fewer are encoded before other processes have started
 
 
 class TextWindows(Split):
@@ -153,35 +156,62 @@ def _write(
     started = time.monotonic()
     counts = RowCounts(on_bad_row=settings.on_bad_row)
     num_bytes, hashes = Counter[SplitName](), {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
-    start, end = [_first_token(tokenizer)], [eos_token_id(tokenizer)]
+    documents = data.documents(settings.text_field, settings.test_fraction, counts)
     with ExitStack() as stack:
+        progress = stack.enter_context(Progress(f"tokenizing {Path(name).name}", unit="MB"))
         writers = {
             split: stack.enter_context(
-                TokenStoreWriter(
-                    directory / split,
-                    num_ids(tokenizer),
-                    inputs,
-                    description=f"tokenizing {Path(name).name}",
-                    show_progress=split == "train",
-                )
+                TokenStoreWriter(directory / split, num_ids(tokenizer), inputs, show_progress=False)
             )
             for split in SPLITS
         }
-        for batch in _batches(data.documents(settings.text_field, settings.test_fraction, counts)):
-            pieces = [_pieces(document.text) for document in batch]
-            ids = iter(encode_texts([piece for of_one in pieces for piece in of_one], tokenizer, False))
-            for document, of_one in zip(batch, pieces, strict=True):
-                parts = [start, *(next(ids) for _ in of_one), end]
-                tokens = np.concatenate([np.asarray(part, writers["train"].dtype) for part in parts])
-                writers[document.split].add([tokens])
-                hashes[document.split].update(tokens.tobytes())
-                hashes[document.split].update(len(tokens).to_bytes(8, "little"))
+        for batch, tokens, lengths in _encode(documents, tokenizer):
+            for split in SPLITS:
+                in_split = np.array([document.split == split for document in batch])
+                _add(writers[split], hashes[split], tokens[np.repeat(in_split, lengths)], lengths[in_split])
+            for document in batch:
                 num_bytes[document.split] += len(document.text.encode())
+            progress.update(num_bytes.total() // 10**6 - progress.num_done)
         for split, writer in writers.items():
             dropped = dict(counts.dropped) if split == "train" else {}
             writer.meta |= {"bytes": num_bytes[split], "dropped": dropped, "content": hashes[split].hexdigest()}
     size, seconds = num_bytes.total() / 1e6, time.monotonic() - started
     print(f"tokenized {name}: {size:,.1f} MB in {seconds:,.1f} s, {size / seconds:,.1f} MB/s", flush=True)
+
+
+def _add(writer: TokenStoreWriter, content: Any, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    """Add documents to a store, and to the hash of its content."""
+    writer.add_stream(tokens, lengths)
+    stored, start = tokens.astype(writer.dtype), 0
+    for length in lengths.tolist():
+        content.update(stored[start : start + length])
+        content.update(length.to_bytes(8, "little"))
+        start += length
+
+
+def _encode(
+    documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[list[Document], np.ndarray, np.ndarray]]:
+    """Documents in batches, with their tokens one after another and the number of tokens of each.
+
+    Many are encoded in other processes, a few batches ahead.
+    """
+    batches = _batches(documents)
+    first = list(islice(batches, MIN_PROCESS_BATCHES))
+    asked = deque[tuple[list[Document], list[int]]]()
+
+    def requests() -> Iterator[Request]:
+        for batch in chain(first, batches):
+            pieces = [_pieces(document.text) for document in batch]
+            asked.append((batch, list(map(len, pieces))))
+            yield [piece for of_one in pieces for piece in of_one], False
+
+    start, end = [_first_token(tokenizer)], eos_token_id(tokenizer)
+    for tokens, piece_lengths in encode_pieces(requests(), tokenizer, len(first) == MIN_PROCESS_BATCHES):
+        batch, num_pieces = asked.popleft()
+        ends = np.cumsum(piece_lengths, dtype=np.int64)
+        lengths = np.diff(np.concatenate([[0], ends])[np.cumsum([0, *num_pieces])])
+        yield batch, with_ends(tokens, lengths, start, end), lengths + len(start) + 1
 
 
 def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:

@@ -1,7 +1,7 @@
 """Texts as token ids: each distinct text is encoded once."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from engine.data.special_tokens import MARK, special_token_ids, special_token_marker
-from engine.data.tokenizer_processes import encode_in_processes, is_plain, num_processes
+from engine.data.tokenizer_processes import Encoded, Request, encode_in_processes, is_plain, num_processes
 from utils import Progress, UserError
 
 if TYPE_CHECKING:
@@ -83,19 +83,28 @@ def encode_chunks(
     Many texts are encoded in several processes.
     """
     prefix, eos = token_prefix(tokenizer), eos_token_id(tokenizer)
-    if len(texts) >= MIN_PROCESS_TEXTS and num_processes() > 1 and is_plain(tokenizer):
-        encoded = _encode_in_processes(texts, tokenizer)
+    uses_processes = len(texts) >= MIN_PROCESS_TEXTS
+    for tokens, lengths in encode_pieces(_chunks(texts), tokenizer, uses_processes):
+        yield with_ends(tokens, lengths, prefix, eos), lengths
+
+
+def encode_pieces(
+    pieces: Iterable[Request], tokenizer: "PreTrainedTokenizerBase", uses_processes: bool
+) -> Iterator[Encoded]:
+    """The ids of the texts of each piece, in order, without BOS and EOS, as encode_texts gives them.
+
+    Args:
+        uses_processes: encode in one process for each core. They take a moment to start.
+    """
+    if uses_processes and num_processes() > 1 and is_plain(tokenizer):
+        yield from _encode_in_processes(pieces, tokenizer)
     else:
-        chunks = ((chunk, encode_texts(chunk, tokenizer, is_template)) for chunk, is_template in _chunks(texts))
-        encoded = (
-            (
-                np.fromiter(chain.from_iterable(ids), np.int32, sum(map(len, ids))),
-                np.array(list(map(len, ids)), np.int64),
-            )
-            for _, ids in chunks
-        )
-    for tokens, lengths in encoded:
-        yield _with_ends(tokens, lengths, prefix, eos), lengths
+        yield from (_joined(encode_texts(texts, tokenizer, is_template)) for texts, is_template in pieces)
+
+
+def _joined(ids: list[list[int]]) -> Encoded:
+    tokens = np.fromiter(chain.from_iterable(ids), np.int32, sum(map(len, ids)))
+    return tokens, np.array(list(map(len, ids)), np.int64)
 
 
 def _chunks(texts: Sequence[Text]) -> Iterator[tuple[list[str], bool]]:
@@ -105,31 +114,27 @@ def _chunks(texts: Sequence[Text]) -> Iterator[tuple[list[str], bool]]:
             yield chunk, from_template
 
 
-def _encode_in_processes(
-    texts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The ids of pieces of texts, and their lengths, as encode_texts gives them."""
+def _encode_in_processes(pieces: Iterable[Request], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Encoded]:
+    """encode_pieces() by other processes."""
     special = np.array(sorted(special_token_ids(tokenizer)), np.int32)
-    asked = deque[tuple[list[str], bool]]()
+    asked = deque[Request]()
 
-    def requests() -> Iterator[tuple[list[str], bool]]:
-        for chunk, is_template in _chunks(texts):
-            asked.append((chunk, is_template))
-            yield [piece for text in chunk for piece in text.split(MARK)], is_template
+    def requests() -> Iterator[Request]:
+        for texts, is_template in pieces:
+            asked.append((texts, is_template))
+            yield [part for text in texts for part in text.split(MARK)], is_template
 
     for tokens, lengths in encode_in_processes(requests(), tokenizer):
-        chunk, is_template = asked.popleft()
+        texts, is_template = asked.popleft()
         if not is_template and np.isin(tokens, special).any():  # a rare word of the vocabulary
-            ids = encode_texts(chunk, tokenizer, is_template)
-            tokens = np.fromiter(chain.from_iterable(ids), np.int32)
-            lengths = np.array(list(map(len, ids)), np.int64)
-        elif len(lengths) > len(chunk):
-            num_pieces = np.array([text.count(MARK) + 1 for text in chunk])
-            lengths = np.add.reduceat(lengths, np.cumsum(num_pieces) - num_pieces)
+            tokens, lengths = _joined(encode_texts(texts, tokenizer, is_template))
+        elif len(lengths) > len(texts):
+            num_parts = np.array([text.count(MARK) + 1 for text in texts])
+            lengths = np.add.reduceat(lengths, np.cumsum(num_parts) - num_parts)
         yield tokens, lengths
 
 
-def _with_ends(tokens: np.ndarray, lengths: np.ndarray, prefix: list[int], eos: int) -> np.ndarray:
+def with_ends(tokens: np.ndarray, lengths: np.ndarray, prefix: list[int], eos: int) -> np.ndarray:
     """`prefix + text + EOS` of texts that lie one after another."""
     ends = np.cumsum(lengths + len(prefix) + 1)
     whole = np.empty(len(tokens) + len(lengths) * (len(prefix) + 1), np.int32)
