@@ -66,6 +66,7 @@ def run(settings: Settings) -> int:
     if given or num_processes == 1:
         status = run_here(settings)
     else:
+        process_start.collect_garbage()
         names = derive_names(settings)
         status = launcher.launch(settings_to_text(settings, names), num_processes)
         if status in STOPPED:
@@ -173,6 +174,7 @@ def load_data(settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[Split]
     from losses import LOSSES
     from preference_datasets import format_counts, load_split, num_shared_prompts, read_texts
 
+    process_start.collect_garbage()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with process_group.rank_0_first():  # the other ranks read a new tokenizer from cache_dir
@@ -408,8 +410,10 @@ def compose_and_run() -> int:
         return next((status for status in statuses if status), 0)
     if plugin:
         jobs = [read_result(number, job, directory) for number, job in enumerate(sweep.jobs)]
-    elif (stopped_by := run_jobs(jobs)) is not None:
-        return 128 + stopped_by
+    else:
+        process_start.collect_garbage()
+        if (stopped_by := run_jobs(jobs)) is not None:
+            return 128 + stopped_by
     from engine.sweep.summary import finish
 
     return finish(sweep, jobs, directory)

@@ -25,6 +25,8 @@ class Logger(Protocol):
 class BackgroundLogger:
     """Runs a logger in the background. Its calls never block, and its errors end only the logger.
 
+    The thread starts with the first call. The imports of a logger would slow down the start of the run.
+
     Args:
         name: shown in messages.
         build: makes the logger; gets a function for lines to the user.
@@ -41,7 +43,7 @@ class BackgroundLogger:
         self._lock = threading.Lock()  # of _is_abandoned
         # A daemon: the process ends without waiting for it.
         self._thread = threading.Thread(target=self._run, args=(build,), name=f"logger {name}", daemon=True)
-        self._thread.start()
+        self._is_started = False
 
     def _run(self, build: Callable[[WriteLine], Logger]) -> None:
         try:
@@ -59,6 +61,9 @@ class BackgroundLogger:
                 self._write(line)
 
     def _call(self, call: Callable[[Logger], None]) -> None:
+        if not self._is_started:
+            self._is_started = True
+            self._thread.start()
         if not self._thread.is_alive():  # it has failed, with a message
             return
         try:
