@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.data.chat import ASSISTANT_TURN, HUMAN_TURN
-from engine.data.example_table import prompt_hashes
+from engine.data.example_table import of_all_turns, prompt_hashes
 from engine.data.examples import COUNTED, Example, Observe, Split, TruncationMode, tokenize
 from engine.data.files import load_file
 from engine.data.films import film_reward, film_rows
@@ -305,12 +305,15 @@ def format_counts(split_counts: dict[str, Any]) -> str:
     """
     kind = next(name for name in COUNTED.values() if name in split_counts)
     line = ", ".join(f"{split_counts[name]:,} {name}" for name in dict.fromkeys(("rows", "prompts", kind)))
+    if "joined" in split_counts:
+        line += f" in {split_counts['joined']:,} examples"
     if "desirable" in split_counts:
         line += f" ({split_counts['desirable']:,} desirable)"
     if "compared_pairs" in split_counts:
         line += f" of {split_counts['compared_pairs']:,} pairs"
     if split_counts["truncated"]:
-        line += f", {split_counts['truncated']:,} of them truncated to max_length={split_counts['max_length']}"
+        of_them = f"{kind} of them" if "joined" in split_counts else "of them"
+        line += f", {split_counts['truncated']:,} {of_them} truncated to max_length={split_counts['max_length']}"
     if split_counts["dropped"]:
         dropped = split_counts["dropped"].items()
         line += "\n  dropped: " + ", ".join(f"{number:,} {reason}" for reason, number in dropped)
@@ -331,5 +334,7 @@ def format_counts(split_counts: dict[str, Any]) -> str:
 
 def num_shared_prompts(train: Split, test: Split) -> tuple[int, int]:
     """Numbers of truncated prompts: in both splits, and in the test split."""
-    train_prompts, test_prompts = (np.unique(prompt_hashes(split.examples)) for split in (train, test))
+    train_prompts, test_prompts = (
+        np.unique(of_all_turns("prompt_hash", split.examples, prompt_hashes(split.examples))) for split in (train, test)
+    )
     return len(np.intersect1d(train_prompts, test_prompts, assume_unique=True)), len(test_prompts)

@@ -2,12 +2,14 @@
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from utils import ContentHash
+from engine.data.dialogues import Turn
+from utils import ContentHash, content_hash
 
 if TYPE_CHECKING:
     from engine.data.encoding import EncodedTexts
@@ -25,6 +27,21 @@ COLUMNS: dict[str, type[np.signedinteger[Any]]] = {
     "label": np.int8,
     "prompt_hash": np.int64,  # of the truncated prompt
 }
+# Those that an earlier turn of a dialogue has too. Its prompt is the start of the prompt of the example.
+TURN_COLUMNS = ("prompt_index", "prompt_hash", "start_0", "length_0", "weight")
+
+
+@dataclass(frozen=True, eq=False)
+class TurnTable:
+    """Earlier turns of the examples of a table.
+
+    Args:
+        offsets: int64 [examples + 1], of the turns of each example, and the end.
+        columns: one value a turn: those of TURN_COLUMNS, and num_prompt, the tokens of its prompt.
+    """
+
+    offsets: np.ndarray
+    columns: Mapping[str, np.ndarray]
 
 
 class ExampleTable(Sequence["Example"]):
@@ -37,6 +54,7 @@ class ExampleTable(Sequence["Example"]):
         make: the class Example.
         fingerprint: a hash of the content of all examples; None if it is not known.
         texts: the key of the store.
+        turns: of dialogues; None if no example has any.
     """
 
     def __init__(
@@ -46,9 +64,10 @@ class ExampleTable(Sequence["Example"]):
         make: "type[Example]",
         fingerprint: str | None = None,
         texts: str = "",
+        turns: TurnTable | None = None,
     ):
         self.columns, self.tokens, self.fingerprint, self._make = columns, tokens, fingerprint, make
-        self.texts = texts
+        self.texts, self.turns = texts, turns
         self.num_responses = sum(name.startswith("start_") for name in columns)
 
     def __len__(self) -> int:
@@ -84,7 +103,14 @@ class ExampleTable(Sequence["Example"]):
             label=None if label == NO_LABEL else bool(label),
             weight=columns["weight"].item(index),
             mismatched=mismatched,
+            turns=() if self.turns is None else self._turns(self.turns, index),
         )
+
+    def _turns(self, table: TurnTable, index: int) -> tuple[Turn, ...]:
+        columns = (table.columns[name] for name in ("num_prompt", "start_0", "length_0", "weight"))
+        start, end = table.offsets[index : index + 2].tolist()
+        rows = zip(*(column[start:end].tolist() for column in columns), strict=True)
+        return tuple(Turn(num_prompt, self._view(place, length), weight) for num_prompt, place, length, weight in rows)
 
     def _prompt(self, index: int) -> np.ndarray:
         start, num_back = (self.columns[name].item(index) for name in ("prompt_start", "num_back"))
@@ -136,14 +162,25 @@ class TableBuilder:
         self._encoded, self._parts, self._hash = encoded, parts, ContentHash()
         self._integers, self._weights = array("q"), array("d")
         self._num_responses = num_responses
+        self._earlier: dict[int, int] = {}  # row of a turn -> that of the turn before it
 
-    def append(self, example: "Example", prompt_text: int, responses: Sequence[int], num_front: int) -> None:
+    def append(
+        self,
+        example: "Example",
+        prompt_text: int,
+        responses: Sequence[int],
+        num_front: int,
+        earlier: int | None = None,
+    ) -> None:
         """Add an example.
 
         Args:
             prompt_text, responses: the numbers of its texts.
             num_front: tokens that a truncated prompt keeps of its start, at most.
+            earlier: the number of an example added before. It becomes a turn of this one.
         """
+        if earlier is not None:
+            self._earlier[len(self._weights)] = earlier
         encoded, num_prompt = self._encoded, len(example.prompt)
         start, end = encoded.prompt_span(prompt_text)
         num_front = num_prompt if num_prompt == end - start else min(num_front, num_prompt)
@@ -164,7 +201,28 @@ class TableBuilder:
         rows = np.frombuffer(self._integers, np.int64).reshape(-1, len(types))
         columns = {name: rows[:, place].astype(dtype) for place, (name, dtype) in enumerate(types.items())}
         columns["weight"] = np.array(self._weights)
-        return ExampleTable(columns, self._encoded.tokens, make, self._hash.hexdigest(), self._encoded.key)
+        if not self._earlier:
+            return ExampleTable(columns, self._encoded.tokens, make, self._hash.hexdigest(), self._encoded.key)
+        columns, turns = self._join_turns(columns)
+        joined = ExampleTable(columns, self._encoded.tokens, make, texts=self._encoded.key, turns=turns)
+        joined.fingerprint = content_hash(part for example in joined for part in self._parts(example))
+        return joined
+
+    def _join_turns(self, columns: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], TurnTable]:
+        """Divide rows into the last turns of dialogues, which are examples, and the turns before them."""
+        is_last = np.ones(len(self._weights), bool)
+        is_last[[*self._earlier.values()]] = False
+        counts, turns = [], list[int]()
+        for row in np.flatnonzero(is_last).tolist():
+            before = []
+            while (row := self._earlier.get(row, -1)) >= 0:
+                before.append(row)
+            counts.append(len(before))
+            turns += reversed(before)
+        of_turns = {name: columns[name][turns] for name in TURN_COLUMNS}
+        of_turns["num_prompt"] = columns["num_front"][turns] + columns["num_back"][turns]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return {name: values[is_last] for name, values in columns.items()}, TurnTable(offsets, of_turns)
 
 
 def prompt_hash(prompt: np.ndarray) -> int:
@@ -173,6 +231,17 @@ def prompt_hash(prompt: np.ndarray) -> int:
 
 
 # ---- Columns of tables and of lists of examples ----
+
+
+def of_all_turns(name: str, examples: "Sequence[Example]", of_examples: np.ndarray) -> np.ndarray:
+    """A column of examples with that of their earlier turns.
+
+    Args:
+        of_examples: [examples].
+    """
+    if not isinstance(examples, ExampleTable) or examples.turns is None:
+        return of_examples
+    return np.concatenate([of_examples, examples.turns.columns[name]])
 
 
 def prompt_indices(examples: "Sequence[Example]") -> np.ndarray:

@@ -3,13 +3,14 @@
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from engine.data.dialogues import DialogueRows, Turn
 from engine.data.encoding import EncodedTexts, Text
 from engine.data.example_table import NUM_RESPONSES, ExampleTable, TableBuilder
 from engine.data.preferences import Preference, Preferences
@@ -30,6 +31,7 @@ from utils import content_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from engine.data.parts import Part
     from losses import BatchKind  # imports torch, and data need none
 
 TruncationMode = Literal["keep_end", "keep_start"]
@@ -95,52 +97,23 @@ class Example:
     part: "Part | None" = None  # of an example too large for a microbatch
     documents: np.ndarray | None = None  # of a window of tokens: where documents begin in prompt + response, after its
     # first token; empty without a document mask
+    turns: tuple[Turn, ...] = ()  # of a dialogue: earlier responses that are learned too, in order
 
     @property
     def group_key(self) -> bytes:
-        """Equal for examples with one prompt. A window of tokens shares its first token with no other."""
-        return self.prompt.tobytes() if self.documents is None else f"window {self.prompt_index}".encode()
+        """Equal for examples with one prompt and the same turns.
+
+        A window of tokens shares its first token with no other.
+        """
+        if self.documents is not None:
+            return f"window {self.prompt_index}".encode()
+        turns = b"".join(f"turn {turn.num_prompt}".encode() + turn.response.tobytes() for turn in self.turns)
+        return turns + self.prompt.tobytes()
 
     @property
     def is_sampled(self) -> bool:
         """Whether its responses are sampled. They may be none, if all are left out."""
         return self.row is not None
-
-
-class Part(NamedTuple):
-    """What an example is a part of.
-
-    Args:
-        whole: the example with all responses.
-        number: of the part, 0 for the first.
-    """
-
-    whole: Example
-    number: int
-
-
-def cut_responses(example: Example, starts: Sequence[int]) -> list[Example]:
-    """Parts of an example of sampled responses.
-
-    Args:
-        starts: the first response of each part.
-    """
-    parts = []
-    for number, (start, end) in enumerate(pairwise([*starts, len(example.responses)])):
-        rollout = example.rollout
-        if rollout is not None:
-            values = {each.name: getattr(rollout, each.name) for each in fields(rollout)}
-            cut: dict[str, Any] = {name: None if each is None else each[start:end] for name, each in values.items()}
-            rollout = Rollout(**cut)
-        responses = example.responses[start:end]
-        parts.append(replace(example, responses=responses, rollout=rollout, part=Part(example, number)))
-    return parts
-
-
-def join_parts(examples: Iterable[Example]) -> list[Example]:
-    """Examples, with a whole in place of its parts. A batch may hold an example twice, where an epoch ends in it."""
-    first_parts = [example for example in examples if example.part is None or example.part.number == 0]
-    return [example if example.part is None else example.part.whole for example in first_parts]
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -161,6 +134,9 @@ def _parts(example: Example) -> Iterator[bytes]:
     if example.comparisons is not None:
         pairs, margins, weights, _ = example.comparisons
         yield from (array.tobytes() for array in (pairs, margins, weights))
+    for turn in example.turns:
+        yield repr((turn.num_prompt, turn.weight)).encode()
+        yield turn.response.tobytes()
     if example.row is not None:
         yield repr((example.row.text, dict(example.row.columns))).encode()
 
@@ -176,9 +152,9 @@ class Split:
         sizes: number of examples of each data set.
         counts: rows, prompts, pairs (for SFT: targets; for unpaired responses: examples, and desirable ones), dropped
             {reason: number}, truncated (examples) and max_length; for ranked responses, rankings and their
-            compared_pairs. Only if above 0: duplicates (of pairs or examples), contradictions (those with their
-            opposite), ties and truncated_responses (ranked responses; the latter lost their end). Only if there is one:
-            first_bad_row.
+            compared_pairs; for dialogues with several targets, joined (examples). Only if above 0: duplicates (of pairs
+            or examples), contradictions (those with their opposite), ties and truncated_responses (ranked responses;
+            the latter lost their end). Only if there is one: first_bad_row.
         prompt_texts: of each ranking or prompt, the number of its prompt before truncation. Data sets may share it.
     """
 
@@ -201,6 +177,7 @@ class TokenizedExample(NamedTuple):
         reason: for dropping it.
         num_pairs: compared, those dropped by tokenization too.
         num_made_equal: of them, distinct responses that truncation made equal.
+        earlier: the turn of a dialogue that this example continues; both are one example in training.
     """
 
     example: Example
@@ -212,6 +189,7 @@ class TokenizedExample(NamedTuple):
     reason: str | None
     num_pairs: int
     num_made_equal: int
+    earlier: Example | None = None
 
 
 Observe = Callable[[TokenizedExample], None]
@@ -234,8 +212,8 @@ def tokenize(
     Args:
         data: each data set, with the end of a prompt that truncation keeps.
         tokenizer: needs an EOS token.
-        batch: an example is a demonstration or SFT target ("sft"), a pair, a labelled response ("unpaired"; two a
-            pair), or a prompt: with all its pairs ("ranked"), or alone ("rollout").
+        batch: an example is a demonstration or SFT target ("sft"; one a dialogue), a pair, a labelled response
+            ("unpaired"; two a pair), or a prompt: with all its pairs ("ranked"), or alone ("rollout").
         counts: rows read and dropped so far; rows dropped here are added.
         max_length: of prompt + response, in tokens.
         max_prompt_length: of a truncated prompt, in tokens, with BOS.
@@ -247,10 +225,11 @@ def tokenize(
     encoded = encode_cached(texts := list(drafts.texts), tokenizer, cache_dir)
     examples, prompt_texts, num_truncated = list[Example](), list[int](), 0
     table = TableBuilder(encoded, NUM_RESPONSES[batch], _parts) if batch in NUM_RESPONSES else None
+    dialogues = DialogueRows(drafts.examples)
     prompt_indices: dict[int, int] = {}  # by prompt number; prompts without examples get none
     limit = max_prompt_length if batch == "rollout" else max_length  # a sampled response has any length
     ends, sizes = list(accumulate(len(preferences) for preferences, _ in data)), [0] * len(data)  # ends: of prompts
-    for draft in drafts.examples:
+    for number, draft in enumerate(drafts.examples):
         whole = prompt, responses = encoded.prompt(draft.prompt), tuple(map(encoded.response, draft.responses))
         num_tokens = len(prompt) + sum(map(len, responses))
         num_front = max_prompt_length if draft.truncation_mode == "keep_start" else num_bos(prompt, encoded, tokenizer)
@@ -258,10 +237,12 @@ def tokenize(
         has_text = [encoded.lengths[index] > 0 for index in draft.responses]
         prompt_index = prompt_indices.get(draft.prompt_number, len(prompt_indices))
         outcome = _example(draft, prompt, responses, has_text, prompt_index, needs_order)
-        for reason, number in outcome.dropped.items():
-            counts.drop(reason, _place(texts[draft.prompt].text), number)
+        for reason, num_dropped in outcome.dropped.items():
+            counts.drop(reason, _place(texts[draft.prompt].text), num_dropped)
+        earlier = dialogues.add(number, draft, outcome.example) if outcome.example else None
         if observe is not None:
-            observe(_tokenized(draft, texts, whole, (prompt, responses), num_front, outcome))
+            tokenized = _tokenized(draft, texts, whole, (prompt, responses), num_front, outcome)
+            observe(tokenized._replace(earlier=earlier[1]) if earlier else tokenized)
         if outcome.example is None:
             continue
         prompt_indices[draft.prompt_number] = prompt_index
@@ -269,8 +250,8 @@ def tokenize(
             examples.append(outcome.example)
             prompt_texts.append(draft.prompt)
         else:
-            table.append(outcome.example, draft.prompt, draft.responses, num_front)
-        sizes[bisect_right(ends, draft.prompt_number)] += 1
+            table.append(outcome.example, draft.prompt, draft.responses, num_front, earlier[0] if earlier else None)
+        sizes[bisect_right(ends, draft.prompt_number)] += earlier is None
         num_truncated += len(prompt) + sum(map(len, responses)) < num_tokens
     made = examples if table is None else table.finish(Example)
     truncation = {"truncated": num_truncated, "max_length": max_length}
@@ -288,6 +269,7 @@ class Group(NamedTuple):
     Args:
         comparisons: of a ranking.
         row: of a prompt for online training, without responses.
+        previous: of a demonstration, prompt and response of the turn before it.
     """
 
     responses: tuple[str, ...]
@@ -295,6 +277,7 @@ class Group(NamedTuple):
     weight: float = 1.0
     comparisons: Comparisons | None = None
     row: PromptRow | None = None
+    previous: tuple[str, str] | None = None
 
     @property
     def opposite(self) -> "Group":
@@ -303,13 +286,18 @@ class Group(NamedTuple):
 
 
 class ExampleDraft(NamedTuple):
-    """An example before encoding; texts are given by their index."""
+    """An example before encoding; texts are given by their index.
+
+    Args:
+        previous: the number of the draft with the turn before it.
+    """
 
     prompt_number: int
     truncation_mode: TruncationMode
     prompt: int
     responses: tuple[int, ...]
     group: Group
+    previous: int | None = None
 
 
 @dataclass
@@ -320,11 +308,18 @@ class Drafts:
     texts: dict[Text, int] = field(default_factory=dict)  # to their index
     num_duplicates: int = 0
     num_contradictions: int = 0
+    turns: dict[tuple[int, ...], int] | None = None  # drafts of a data set by their texts, if it has dialogues
 
     def add(self, prompt_number: int, mode: TruncationMode, from_template: bool, prompt: str, group: Group) -> None:
         texts = (Text(from_template, text) for text in (prompt, *group.responses))
         prompt_index, *indices = (self.texts.setdefault(text, len(self.texts)) for text in texts)
-        self.examples.append(ExampleDraft(prompt_number, mode, prompt_index, tuple(indices), group))
+        previous = None
+        if self.turns is not None:
+            if group.previous is not None:
+                before = (self.texts.get(Text(from_template, text), -1) for text in group.previous)
+                previous = self.turns.pop(tuple(before), None)  # one dialogue continues it
+            self.turns[prompt_index, *indices] = len(self.examples)
+        self.examples.append(ExampleDraft(prompt_number, mode, prompt_index, tuple(indices), group, previous))
 
     def count_repeats(self, groups: list[Group]) -> None:
         distinct = {Group(group.responses, group.label) for group in groups}
@@ -341,6 +336,8 @@ def _draft(
     drafts = Drafts()
     prompt_number = 0
     for preferences, mode in data:
+        has_dialogues = batch == "sft" and any("previous" in each for each in preferences.values())
+        drafts.turns = {} if has_dialogues else None
         for prompt, preference in preferences.items():
             # Each response gets an EOS; one that its author wrote would be learned as letters.
             if batch == "ranked":
@@ -349,7 +346,7 @@ def _draft(
             else:
                 groups = [
                     group._replace(responses=tuple(without_eos(text, tokenizer) for text in group.responses))
-                    for group in _groups(preference, batch, counts, prompt)
+                    for group in _groups(preference, batch, counts, prompt, tokenizer)
                 ]
                 if batch not in ("sft", "rollout"):
                     drafts.count_repeats(groups)
@@ -395,7 +392,13 @@ def _ranking(preference: Preference, responses: Sequence[str], counts: RowCounts
         yield Group(tuple(responses[index] for index in kept), comparisons=comparisons)
 
 
-def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts, prompt: str) -> list[Group]:
+def _groups(
+    preference: Preference,
+    batch: "BatchKind",
+    counts: RowCounts,
+    prompt: str,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> list[Group]:
     """The examples of a prompt, each with the weight of its row."""
     responses, target = preference["responses"], preference["sft_target"]
     weights = preference.get("weights", [1.0] * len(responses))
@@ -409,7 +412,11 @@ def _groups(preference: Preference, batch: "BatchKind", counts: RowCounts, promp
             demonstrations = [*demonstrations, target]
         # Of rows with an equal response the first counts, as later ones are dropped.
         by_text = dict(reversed([*zip(responses, weights, strict=True)]))
-        return [Group((text,), weight=by_text.get(text, 1.0)) for text in demonstrations]
+        previous = {
+            text: (before, without_eos(response, tokenizer))
+            for text, (before, response) in preference.get("previous", {}).items()
+        }
+        return [Group((text,), weight=by_text.get(text, 1.0), previous=previous.get(text)) for text in demonstrations]
     pairs = [(responses[chosen], responses[rejected], weights[chosen]) for chosen, rejected in preference["pairs"]]
     if batch == "pairs":
         return [Group((chosen, rejected), weight=weight) for chosen, rejected, weight in pairs]

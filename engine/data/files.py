@@ -190,6 +190,7 @@ class FilePreferences:
         # Dialogues with a common beginning share prompts, so they share a hash.
         known = [self.hashes[turn.prompt] for turn in turns if turn.prompt in self.hashes]
         row_hash = known[0] if known else content_hash([row.key])
+        previous: tuple[str, str] | None = None  # of a dialogue
         for turn in turns:
             target = None if turn.label is False or not turn.responses else turn.responses[turn.best]
             preference = add_preference(
@@ -204,6 +205,9 @@ class FilePreferences:
                 preference.setdefault("labels", []).append((len(preference["responses"]) - 1, turn.label))
             if target is not None and (turn.is_demonstration or turn.label):
                 preference.setdefault("demonstrations", []).append(target)
+                if previous is not None:
+                    preference.setdefault("previous", {}).setdefault(target, previous)
+                previous = turn.prompt, target
             self.hashes.setdefault(turn.prompt, row_hash)
         self.num_rows[row.prompt] += 1
         self.num_plain_text += row.is_plain_text

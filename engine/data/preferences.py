@@ -18,6 +18,7 @@ class Preference(TypedDict):
     sft_target: str | None  # None: all responses are labelled undesirable
     labels: NotRequired[list[tuple[int, bool]]]  # (index into responses, whether it is desirable)
     demonstrations: NotRequired[list[str]]  # further responses for SFT
+    previous: NotRequired[dict[str, tuple[str, str]]]  # prompt and response of the turn before a demonstration
     margins: NotRequired[dict[tuple[int, int], float]]  # of pairs: by how much the preferred one is better
     from_template: NotRequired[bool]  # written by a chat template, so its special tokens are encoded as such
     rows: NotRequired[dict[str, tuple[Mapping[str, Any], float]]]  # for rewards: columns and weight, by what differs

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.data.example_table import labels_of, prompt_indices
+from engine.data.example_table import labels_of, of_all_turns, prompt_indices
 from engine.data.rankings import count_ties
 from engine.data.rows import RowCounts
 
@@ -28,12 +28,15 @@ def count_split(
         truncation: truncated examples, and max_length.
         repeats: duplicates and contradictions, beside those inside of rankings.
     """
+    indices = of_all_turns("prompt_index", examples, prompt_indices(examples))
     found: dict[str, Any] = {
         "rows": counts.rows,
-        "prompts": len(np.unique(prompt_indices(examples))),
-        kind: len(examples),
+        "prompts": len(np.unique(indices)),
+        kind: len(indices),
         "dropped": dict(counts.dropped),
     }
+    if len(indices) > len(examples):
+        found["joined"] = len(examples)
     if kind == "examples":
         found["desirable"] = labels_of(examples).count(True)
     rankings: list[Example] = [] if kind != "rankings" else [*examples]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.chat_templates import template_to_record
 from engine.data.encoding import eos_token_id, token_prefix
-from engine.data.example_table import NUM_RESPONSES, ExampleTable
+from engine.data.example_table import NUM_RESPONSES, ExampleTable, TurnTable
 from engine.data.examples import Example, Split
 from engine.data.read_sources import are_unchanged
 from engine.data.rows import RowCounts
@@ -26,11 +26,13 @@ from engine.data.token_store import install_store, read_arrow, remove_leftovers,
 from utils import content_hash
 
 if TYPE_CHECKING:
+    import pyarrow
     from transformers import PreTrainedTokenizerBase
 
     from engine.settings.schema import Settings
 
 EXAMPLES = "examples.arrow"
+TURN = "turn_"  # before the name of a column of turns, which are lists
 # Settings that examples follow from, beside datasets.
 KEYS = (
     *("data_dir", "format", "chat_template", "sft_turns", "test_fraction", "on_bad_row"),
@@ -87,10 +89,11 @@ class SplitStore:
         encoded = read_texts(self._cache_dir, meta["texts"], token_prefix(self._tokenizer))
         if encoded is None:
             return None
+        turns = _read_turns({name: arrays.pop(name) for name in [*arrays] if name.startswith(TURN)})
         columns = {name: to_numpy(values) for name, values in arrays.items()}
         for line in [] if is_quiet else meta["notices"]:
             print(line, flush=True)
-        examples = ExampleTable(columns, encoded.tokens, Example, meta["fingerprint"], encoded.key)
+        examples = ExampleTable(columns, encoded.tokens, Example, meta["fingerprint"], encoded.key, turns)
         return Split(examples, meta["counts"], meta["sizes"])
 
     def write(self, split: Split, counts: RowCounts) -> None:
@@ -114,13 +117,34 @@ class SplitStore:
         try:
             remove_leftovers(self.path)
             temporary.mkdir(parents=True)
-            write_arrow(temporary / EXAMPLES, examples.columns)
+            write_arrow(temporary / EXAMPLES, {**examples.columns, **_lists(examples.turns)})
             write_meta(temporary, meta)
             install_store(temporary, self.path, self._inputs, may_stay=False)
         except OSError as error:
             print(f"note: {self.path} cannot be written ({error}), so the next run reads the rows again", flush=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _lists(turns: TurnTable | None) -> "dict[str, pyarrow.Array]":
+    """The columns of turns, a list for each example."""
+    import pyarrow
+
+    columns = {} if turns is None else turns.columns
+    return {
+        TURN + name: pyarrow.LargeListArray.from_arrays(turns.offsets, pyarrow.array(values))
+        for name, values in columns.items()
+        if turns is not None
+    }
+
+
+def _read_turns(lists: "dict[str, pyarrow.Array]") -> TurnTable | None:
+    """What _lists() has made."""
+    if not lists:
+        return None
+    offsets = next(iter(lists.values())).offsets
+    columns = {name.removeprefix(TURN): to_numpy(values.values) for name, values in lists.items()}
+    return TurnTable(to_numpy(offsets), columns)
 
 
 def _hash_code(*loaders: Callable[..., Any]) -> str:

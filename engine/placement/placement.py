@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.data.examples import Example, join_parts
+from engine.data.dialogues import count_turns
+from engine.data.examples import Example
+from engine.data.parts import join_parts
 from engine.models.compiled_layers import compile_layers
 from engine.models.layers import find_layers
 from engine.models.optimizers import build_optimizer, load_optimizer_state, with_weight_decay
@@ -112,12 +114,12 @@ class Placement:
         """Lay out this rank's microbatches of a batch, on the device."""
         examples = [example for examples in microbatches for example in examples]
         mismatched = self.split_mismatched(examples, num_parts, token_budget)
-        num_by_rank = [sum(map(len, microbatches[rank :: self.num_data_ranks])) for rank in range(self.data_rank)]
+        of_ranks = [microbatches[rank :: self.num_data_ranks] for rank in range(self.data_rank)]
         return Batch(
             join_parts(examples),
             token_budget,
             [runner.prepare(part) for part in self.rank_slice(microbatches)],
-            first_example=sum(num_by_rank),
+            first_example=sum(count_turns(part) for parts in of_ranks for part in parts),
             mismatched=[runner.prepare(part) for part in self.rank_slice(mismatched)],
         )
 

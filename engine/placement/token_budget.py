@@ -78,7 +78,7 @@ def halve_budget(token_budget: int, batch: Batch, reason: str, loss: LossSetting
 
     def size(microbatch: Microbatch) -> int:
         cut = microbatch.samples if loss.cuts_examples else None
-        return microbatch.num_examples if cut is None else len(cut.lengths)
+        return microbatch.num_examples - microbatch.num_turns if cut is None else len(cut.lengths)
 
     if max(size(microbatch) for microbatch, _ in batch.microbatches) == 1:
         shorter = "rollout.max_new_tokens or max_length" if loss.is_online else "max_length"

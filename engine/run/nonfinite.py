@@ -94,8 +94,10 @@ class NonFinitePolicy:
 
 
 def _as_json(example: Example) -> dict[str, object]:
+    turns = [{"num_prompt": turn.num_prompt, "response": turn.response.tolist()} for turn in example.turns]
     return {
         "prompt_index": example.prompt_index,
         "prompt": example.prompt.tolist(),
         "responses": [response.tolist() for response in example.responses],
+        **({"turns": turns} if turns else {}),
     }

@@ -46,9 +46,11 @@ class Work:
         """
         responses: dict[bytes, dict[bytes, int]] = {}  # prompt -> its distinct responses -> their lengths
         lengths: dict[bytes, int] = {}
+        num_of_turns: dict[bytes, int] = {}  # targets of earlier turns, inside the prompt
         for example in examples:
             key = example.group_key
             lengths[key] = len(example.prompt)
+            num_of_turns[key] = sum(len(turn.response) for turn in example.turns)
             responses.setdefault(key, {}).update({each.tobytes(): len(each) for each in example.responses})
         every = [(lengths[key], length) for key in responses for length in responses[key].values()]
         if layout == "padded":
@@ -57,7 +59,7 @@ class Work:
             return cls(tokens, len(every) if scores else tokens, tokens * longest / 2)
         return cls(
             tokens=sum(lengths.values()) + sum(length - (not scores) for _, length in every),
-            targets=len(every) if scores else sum(length for _, length in every),
+            targets=len(every) if scores else sum(length for _, length in every) + sum(num_of_turns.values()),
             pairs=sum(length**2 / 2 for length in lengths.values())
             + sum(length * (prompt + length / 2) for prompt, length in every),
         )

@@ -5,18 +5,21 @@ packed: one row without padding, made of groups. A group is a prompt and its res
 - A response's last token predicts nothing and is not fed. The prompt's last position predicts its first token.
 - A score head reads the last token of a response, so it is fed.
 - A window of tokens is a group for each of its documents: the prompt is the document's first token.
+- An earlier turn of a dialogue feeds nothing: its response stands in the prompt of the last one, and has targets there.
 
 padded: one row per response. It gives the same log-probs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.data.dialogues import split_turns
 from engine.data.example_table import ExampleTable
 from engine.data.examples import Example
 from engine.step.attention import Segments
@@ -26,7 +29,10 @@ from utils import to_device
 
 @dataclass(frozen=True)
 class GroupSpan:
-    """Targets, responses and examples of consecutive groups of a microbatch."""
+    """Targets, responses and examples of consecutive groups of a microbatch.
+
+    An earlier turn of a dialogue is a group and an example of its own here.
+    """
 
     targets: slice
     responses: slice
@@ -73,6 +79,7 @@ class Microbatch:
     samples: Samples | None = None  # of rollouts
     num_left_out: int = 0  # further examples, without responses; their loss is 0
     num_continued: int = 0  # examples that are a later part of one
+    num_turns: int = 0  # examples that are an earlier turn of one
 
     @property
     def num_examples(self) -> int:
@@ -101,8 +108,14 @@ class _Group:
     indices: dict[bytes, int] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
     documents: list[np.ndarray] = field(default_factory=list)  # of a window of tokens, its last token included
+    turns: list["_Group"] = field(default_factory=list)  # earlier turns of a dialogue, inside the prompt
 
     def add(self, example: Example) -> None:
+        *earlier, _ = split_turns(example)
+        if not self.turns:
+            self.turns = [_Group(turn.prompt) for turn in earlier]
+        for group, turn in zip(self.turns, earlier, strict=True):
+            group.add(turn)
         for response in example.responses:
             if self.indices.setdefault(response.tobytes(), len(self.responses)) == len(self.responses):
                 self.responses.append(response)
@@ -156,7 +169,8 @@ def lay_out(
         with_shared: fill the fields named shared_.
         feeds_last_token: of responses, for a score head.
     """
-    groups = _groups(examples)
+    fed_groups = _groups(examples)
+    groups = [each for group in fed_groups for each in (*group.turns, group)]
     assert groups
     spans: list[GroupSpan] = []
     responses: list[tuple[np.ndarray, np.ndarray]] = []
@@ -190,11 +204,13 @@ def lay_out(
         "groups": spans,
         "responses": responses,
         "prompt_indices": sorted({example.prompt_index for example in examples}),
+        "num_turns": sum(len(group.turns) * len(group.examples) for group in fed_groups),
         "samples": lay_out_samples(in_order, numbers, lengths) if in_order[0].is_sampled else None,
     }
     if with_shared and shared["rejected"] is not None:  # sampled responses are single
         shared |= _shared_targets(np.array(numbers), lengths)
-    rows = _packed_row(groups, feeds_last_token) if layout == "packed" else _padded_rows(responses, pad_token_id)
+    is_packed = layout == "packed"
+    rows = _packed_row(fed_groups, feeds_last_token) if is_packed else _padded_rows(fed_groups, pad_token_id)
     if not feeds_last_token:
         rows["score_index"] = None
     return Microbatch(**shared, **rows)
@@ -307,6 +323,8 @@ def _packed_row(groups: Sequence[_Group], feeds_last_token: bool) -> dict[str, A
         if group.documents:
             score_index.append(end - 1)
             continue
+        assert not group.turns or not feeds_last_token
+        predict_index += [end + index for index in _predict_turns(group)]
         segments.append((len(group.prompt), *(len(response) - num_left_out for response in group.responses)))
         tokens.append(group.prompt)
         positions.append(np.arange(len(group.prompt)))
@@ -329,7 +347,16 @@ def _packed_row(groups: Sequence[_Group], feeds_last_token: bool) -> dict[str, A
     }
 
 
-def _padded_rows(responses: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int) -> dict[str, Any]:
+def _predict_turns(group: _Group) -> list[np.ndarray]:
+    """Positions in the prompt that predict the response of each earlier turn."""
+    return [len(turn.prompt) - 1 + np.arange(len(turn.responses[0])) for turn in group.turns]
+
+
+def _padded_rows(groups: Sequence[_Group], pad_token_id: int) -> dict[str, Any]:
+    responses = [(group.prompt, response) for group in groups for response in group.responses]
+    turns = {}  # by the row of their group's first response
+    for group, row in zip(groups, accumulate((len(group.responses) for group in groups), initial=0), strict=False):
+        turns[row] = _predict_turns(group)
     lengths = [len(prompt) + len(response) for prompt, response in responses]
     input_ids = np.full((len(responses), max(lengths)), pad_token_id, dtype=np.int64)
     attention_mask = np.zeros_like(input_ids)
@@ -337,6 +364,7 @@ def _padded_rows(responses: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_i
     for row, (prompt, response) in enumerate(responses):
         input_ids[row, : lengths[row]] = np.concatenate([prompt, response])
         attention_mask[row, : lengths[row]] = 1
+        predict_index += [row * max(lengths) + index for index in turns.get(row, ())]
         predict_index.append(row * max(lengths) + len(prompt) - 1 + np.arange(len(response)))
     return {
         "input_ids": torch.from_numpy(input_ids),

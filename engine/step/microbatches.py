@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from engine.data.dialogues import count_turns
 from engine.data.examples import Example
 from engine.models.precision import run_in_dtype
 from engine.step.first_pass import FirstPass, gather_inputs, run_whole_batch
@@ -39,7 +40,7 @@ class Batch:
     """The examples of one step on all ranks, and the microbatches of this rank.
 
     Args:
-        first_example: the number of this rank's first example, with the examples in the order of ranks.
+        first_example: the number of this rank's first loss, with the examples in the order of ranks.
         mismatched: microbatches with the mismatched responses of the examples, for losses with the need "kl".
     """
 
@@ -48,6 +49,11 @@ class Batch:
     microbatches: list[Prepared]
     first_example: int = 0
     mismatched: Sequence[Prepared] = ()
+
+    @property
+    def num_losses(self) -> int:
+        """Losses in the mean: one of each example, and of each earlier turn of a dialogue."""
+        return count_turns(self.examples)
 
 
 class MicrobatchRunner:
@@ -186,7 +192,7 @@ class MicrobatchRunner:
             batch.microbatches = [self.with_reference(prepared) for prepared in batch.microbatches]
             inputs = [inputs for prepared in batch.microbatches for inputs in self._read(prepared)]
             local = slice(batch.first_example, batch.first_example + sum(len(each.weights) for each in inputs))
-            of_batch = gather_inputs(inputs, local, len(batch.examples), all_reduce_sum)
+            of_batch = gather_inputs(inputs, local, batch.num_losses, all_reduce_sum)
             if trains:
                 first = first._replace(state=objective.next_state(of_batch, first.state))
         first.scalars.extend(first.state.values())
@@ -243,7 +249,7 @@ class MicrobatchRunner:
         """Each microbatch's share of the mean loss of the batch, a scalar for backward()."""
         first_example = 0
         for prepared in batch.microbatches:
-            yield self.loss(prepared, len(batch.examples), first, metrics, first_example)
+            yield self.loss(prepared, batch.num_losses, first, metrics, first_example)
             first_example += prepared.microbatch.num_examples
             metrics.num_continued += prepared.microbatch.num_continued
             if prepared.microbatch.num_left_out:
@@ -257,7 +263,7 @@ class MicrobatchRunner:
         metrics: MetricAccumulator,
         first_example: int = 0,
     ) -> Tensor:
-        """A microbatch's share of the mean loss over num_examples examples, a scalar for backward().
+        """A microbatch's share of the mean of num_examples losses, a scalar for backward().
 
         Args:
             first_example: of the microbatch, among this rank's.

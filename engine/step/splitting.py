@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from engine.data.examples import Example, cut_responses
+from engine.data.examples import Example
+from engine.data.parts import cut_responses
 
 Extent = tuple[int, int]  # tokens of a row, rows
 

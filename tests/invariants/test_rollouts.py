@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.data.examples import Example, PromptRow, Rollout, join_parts
+from engine.data.examples import Example, PromptRow, Rollout
+from engine.data.parts import join_parts
 from engine.settings.keys import keyword_names
 from engine.settings.schema import LossSettings
 from engine.step.first_pass import FirstPass
