@@ -25,10 +25,13 @@ def row_counts(data: Data) -> Section:
         num_prompts = len({each.example.prompt_index for each in kept})
         numbers = (split.counts.rows, num_prompts, sum(len(pairs_of(each)) for each in kept), split.dropped.total())
         rows.append([split.name, *(f"{number:,}" for number in numbers)])
+        num_joined = sum(each.earlier is not None for each in kept)
+        if num_joined:
+            notes.append(f"{split.name}: training joins the turns of dialogues to {len(kept) - num_joined:,} examples")
         for reason, number in split.dropped.items():
             notes.append(f"{split.name}: {number:,} dropped: {reason}")
             notes += [f"  {place}" for place in split.counts.places.get(reason, ())]
-    if not notes:
+    if not any(split.dropped for split in data.splits):
         notes.append("no row is dropped")
     if data.holds_out:
         notes.append(f"training holds out {HELD_OUT} of train, as there is no test split")
@@ -129,8 +132,10 @@ def fed_tokens(data: Data) -> list[Section]:
     if not data.has_responses:
         return []
     rng = np.random.default_rng(data.settings.seed)
-    examples = [each.example for split, each in data.kept() if split.split == "train"]
+    kept = [each for split, each in data.kept() if split.split == "train"]
+    examples = [each.example for each in kept]
     packed = sum(num_fed_tokens(example, feeds_last_token=data.is_ranked) for example in examples)
+    packed -= sum(num_fed_tokens(each.earlier) for each in kept if each.earlier is not None)  # inside a later prompt
     separate = sum(_num_separate(example) for example in examples)
     padded = _num_padded(examples, rng.permutation(len(examples)), data.settings.batch_size)
     formula = "2P+C+R" if data.batch == "pairs" else "P+R"

@@ -25,12 +25,16 @@ CHATML = (
 
 
 def byte_tokenizer(
-    template: str | None = None, num_merges: int = 0, chat_template: str | None = None
+    template: str | None = None,
+    num_merges: int = 0,
+    chat_template: str | None = None,
+    text: str = "the cat sat on the mat and the dog sat on the cat",
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE with special tokens <eos>, <s>, <|user|>.
 
     Args:
         template: its post-processor: "<s> $A".
+        text: to learn the merges from.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,7 +46,7 @@ def byte_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the cat"] * 4, trainer)
+    tokenizer.train_from_iterator([text] * 4, trainer)
     if template:
         ids = [(token, tokenizer.token_to_id(token)) for token in special]
         tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
