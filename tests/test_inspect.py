@@ -285,6 +285,20 @@ def test_lengths_and_truncation_by_hand(inspector: Inspector) -> None:
     assert [*fed.values()] == [6 + 20 + 29, 6 + 21 + 6 + 30, 2 * (6 + 30)]
 
 
+def test_turns_of_a_dialogue_share_a_row(inspector: Inspector) -> None:
+    def messages(*texts: str) -> Row:
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+    inspector.train, inspector.test = [messages("hi", "yes", "so", "a"), messages("b", "c")], [messages("x", "y")]
+    inspection = inspector("loss=sft", "chat_template=hh")
+    rows = next(section for section in inspection.sections if section.title == "Rows")
+    assert rows.table is not None and rows.table.rows[0][1:] == ["2", "3", "3", "0"]
+    assert rows.notes == ["rows train: training joins the turns of dialogues to 2 examples", "no row is dropped"]
+    fed = {name: int(row["tokens"]) for name, row in table(inspection, "Tokens fed").items()}
+    first, second, other = (len("\n\nHuman: \n\nAssistant:") + size for size in (2 + 4, 2 + 2, 1 + 2))
+    assert [*fed.values()][:2] == [first + second + other, first + 1 + first + second + 1 + other + 1]
+
+
 # ---- Tokens ----
 
 

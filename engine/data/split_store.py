@@ -128,13 +128,13 @@ class SplitStore:
 
 def _lists(turns: TurnTable | None) -> "dict[str, pyarrow.Array]":
     """The columns of turns, a list for each example."""
+    if turns is None:
+        return {}
     import pyarrow
 
-    columns = {} if turns is None else turns.columns
     return {
         TURN + name: pyarrow.LargeListArray.from_arrays(turns.offsets, pyarrow.array(values))
-        for name, values in columns.items()
-        if turns is not None
+        for name, values in turns.columns.items()
     }
 
 
