@@ -17,6 +17,7 @@ from benchmarks import (
     cpu_profile,
     data,
     demo,
+    dialogues,
     gpu,
     gpu_plan,
     gpu_profile,
@@ -53,7 +54,7 @@ def result(folder, name):
 
 SCRIPTS = (
     *("step", "growth", "memory", "data", "scaling", "demo", "losses", "sentiment", "frontier", "online"),
-    *("online_demo", "digits", "bf16", "gpu", "gpu_plan"),
+    *("online_demo", "digits", "bf16", "gpu", "gpu_plan", "dialogues"),
 )
 # Forks a process for each script: torch and transformers are imported once.
 ASK_FOR_HELP = """
@@ -253,6 +254,18 @@ def test_growth(tmp_path):
     curves = result(tmp_path, "growth")["curves"]
     assert [*curves["vocabulary"]] == ["8192"] and [*curves["responses"]] == ["2"]
     assert curves["responses"]["2"]["fed_tokens"] == 8 * (3 * 128 - 2)
+
+
+def test_dialogues(tmp_path):
+    dialogues.main(
+        [
+            *("--model", "tiny", "--turns", "3", "--batch", "2", "--steps", "1", "--mixed-precision", "null"),
+            *("--threads", "1", "--results", str(tmp_path)),
+        ]
+    )
+    found = result(tmp_path, "dialogues")
+    assert found["steps"]["joined"]["loss"] == pytest.approx(found["steps"]["apart"]["loss"], rel=1e-5)
+    assert 1.7 < found["ratios"]["tokens"] < 2.3  # two for turns of equal length
 
 
 @pytest.mark.slow
