@@ -16,7 +16,6 @@ from tests.invariants.test_runs import assert_close, numbers, weights
 from tests.models import random_examples
 from tests.ranks import Job, make_trainer, on_ranks
 from tests.runs import Program, Run, copy_stopped
-from trainers import BasicTrainer
 
 FP64 = ("loss=sft", "model.policy_dtype=float64", "chat_template=hh", "test_fraction=0.2", "n_examples=12")
 
@@ -82,7 +81,7 @@ def trajectories(jobs: Sequence[Job], directory: Path, one_example_per_turn: boo
     rank = dist.get_rank() if dist.is_initialized() else 0
     found = []
     for index, job in enumerate(jobs):
-        trainer: BasicTrainer = make_trainer(job, directory / f"{index}-{rank}")
+        trainer = make_trainer(job, directory / f"{index}-{rank}")
         trainer.source.examples = some_dialogues()
         batches = map(trainer.split_batch, trainer.source.batches())
         if one_example_per_turn:

@@ -66,14 +66,19 @@ class DialogueRows:
         self._open: dict[int, tuple[int, Example]] = {}  # by the number of their draft
         self._num_rows = 0
 
-    def add(self, number: int, draft: "ExampleDraft", example: "Example") -> "tuple[int, Example] | None":
-        """The row and the example of the turn before, if the prompt of this example begins with them.
+    def add(
+        self, number: int, draft: "ExampleDraft", example: "Example | None"
+    ) -> "tuple[int, Example] | tuple[None, None]":
+        """Row and example of the turn before, if the prompt of this example begins with it.
 
         Args:
             number: of the draft.
+            example: None if it is dropped.
         """
         earlier = None if draft.previous is None else self._open.pop(draft.previous, None)
+        if example is None:
+            return None, None
         if number in self._continued:
             self._open[number] = self._num_rows, example
         self._num_rows += 1
-        return earlier if earlier is not None and continues(example, earlier[1]) else None
+        return earlier if earlier is not None and continues(example, earlier[1]) else (None, None)

@@ -225,8 +225,7 @@ def tokenize(
     encoded = encode_cached(texts := list(drafts.texts), tokenizer, cache_dir)
     examples, prompt_texts, num_truncated = list[Example](), list[int](), 0
     table = TableBuilder(encoded, NUM_RESPONSES[batch], _parts) if batch in NUM_RESPONSES else None
-    dialogues = DialogueRows(drafts.examples)
-    prompt_indices: dict[int, int] = {}  # by prompt number; prompts without examples get none
+    dialogues, prompt_indices = DialogueRows(drafts.examples), dict[int, int]()  # by prompt number, of kept ones
     limit = max_prompt_length if batch == "rollout" else max_length  # a sampled response has any length
     ends, sizes = list(accumulate(len(preferences) for preferences, _ in data)), [0] * len(data)  # ends: of prompts
     for number, draft in enumerate(drafts.examples):
@@ -239,10 +238,9 @@ def tokenize(
         outcome = _example(draft, prompt, responses, has_text, prompt_index, needs_order)
         for reason, num_dropped in outcome.dropped.items():
             counts.drop(reason, _place(texts[draft.prompt].text), num_dropped)
-        earlier = dialogues.add(number, draft, outcome.example) if outcome.example else None
+        row, earlier = dialogues.add(number, draft, outcome.example)
         if observe is not None:
-            tokenized = _tokenized(draft, texts, whole, (prompt, responses), num_front, outcome)
-            observe(tokenized._replace(earlier=earlier[1]) if earlier else tokenized)
+            observe(_tokenized(draft, texts, whole, (prompt, responses), num_front, outcome, earlier))
         if outcome.example is None:
             continue
         prompt_indices[draft.prompt_number] = prompt_index
@@ -250,13 +248,12 @@ def tokenize(
             examples.append(outcome.example)
             prompt_texts.append(draft.prompt)
         else:
-            table.append(outcome.example, draft.prompt, draft.responses, num_front, earlier[0] if earlier else None)
+            table.append(outcome.example, draft.prompt, draft.responses, num_front, row)
         sizes[bisect_right(ends, draft.prompt_number)] += earlier is None
         num_truncated += len(prompt) + sum(map(len, responses)) < num_tokens
     made = examples if table is None else table.finish(Example)
     truncation = {"truncated": num_truncated, "max_length": max_length}
-    repeats = (drafts.num_duplicates, drafts.num_contradictions)
-    split_counts = count_split(made, COUNTED[batch], counts, truncation, repeats, tokenizer.eos_token_id)
+    split_counts = count_split(made, COUNTED[batch], counts, truncation, drafts.repeats, tokenizer.eos_token_id)
     return Split(made, split_counts, sizes, prompt_texts)
 
 
@@ -320,6 +317,11 @@ class Drafts:
                 previous = self.turns.pop(tuple(before), None)  # one dialogue continues it
             self.turns[prompt_index, *indices] = len(self.examples)
         self.examples.append(ExampleDraft(prompt_number, mode, prompt_index, tuple(indices), group, previous))
+
+    @property
+    def repeats(self) -> tuple[int, int]:
+        """Numbers of duplicates and contradictions."""
+        return self.num_duplicates, self.num_contradictions
 
     def count_repeats(self, groups: list[Group]) -> None:
         distinct = {Group(group.responses, group.label) for group in groups}
@@ -544,6 +546,7 @@ def _tokenized(
     truncated: tuple[np.ndarray, tuple[np.ndarray, ...]],
     num_front: int,
     outcome: Outcome,
+    earlier: Example | None,
 ) -> TokenizedExample:
     """What an observer gets of a draft, its prompt and its responses."""
     example, kept = outcome.example, outcome.kept
@@ -563,6 +566,7 @@ def _tokenized(
         reason=", ".join(outcome.dropped) if outcome.example is None else None,
         num_pairs=len(pairs),
         num_made_equal=_count_made_equal(pairs, whole[1], truncated[1]),
+        earlier=earlier,
     )
 
 

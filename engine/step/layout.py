@@ -172,22 +172,7 @@ def lay_out(
     fed_groups = _groups(examples)
     groups = [each for group in fed_groups for each in (*group.turns, group)]
     assert groups
-    spans: list[GroupSpan] = []
-    responses: list[tuple[np.ndarray, np.ndarray]] = []
-    numbers: list[tuple[int, ...]] = []  # of the responses of each example
-    num_targets = 0
-    for group in groups:
-        first_response, first_example, first_target = len(responses), len(numbers), num_targets
-        responses += [(group.prompt, response) for response in group.responses]
-        numbers += [group.responses_of(example, first_response) for example in group.examples]
-        num_targets += sum(len(response) for response in group.responses)
-        spans.append(
-            GroupSpan(
-                targets=slice(first_target, num_targets),
-                responses=slice(first_response, len(responses)),
-                examples=slice(first_example, len(numbers)),
-            )
-        )
+    spans, responses, numbers = _number(groups)
     # All in numpy. This code runs in a thread beside the model. Torch operations here would start more threads.
     # These slow down every operation of the model, by a third with GNU's OpenMP on two cores.
     lengths = np.array([len(response) for _, response in responses])
@@ -214,6 +199,29 @@ def lay_out(
     if not feeds_last_token:
         rows["score_index"] = None
     return Microbatch(**shared, **rows)
+
+
+def _number(
+    groups: Sequence[_Group],
+) -> tuple[list[GroupSpan], list[tuple[np.ndarray, np.ndarray]], list[tuple[int, ...]]]:
+    """The span of each group, prompt and tokens of each response, and the numbers of each example's responses."""
+    spans: list[GroupSpan] = []
+    responses: list[tuple[np.ndarray, np.ndarray]] = []
+    numbers: list[tuple[int, ...]] = []
+    num_targets = 0
+    for group in groups:
+        first_response, first_example, first_target = len(responses), len(numbers), num_targets
+        responses += [(group.prompt, response) for response in group.responses]
+        numbers += [group.responses_of(example, first_response) for example in group.examples]
+        num_targets += sum(len(response) for response in group.responses)
+        spans.append(
+            GroupSpan(
+                targets=slice(first_target, num_targets),
+                responses=slice(first_response, len(responses)),
+                examples=slice(first_example, len(numbers)),
+            )
+        )
+    return spans, responses, numbers
 
 
 def _rejected(first: Example, numbers: Sequence[tuple[int, ...]]) -> Tensor | None:
