@@ -20,7 +20,7 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from email import message_from_bytes
+from email import message_from_string
 from inspect import cleandoc
 from pathlib import Path
 from statistics import median
@@ -89,7 +89,7 @@ def docstrings(path: Path) -> list[str]:
 
 def readme(path: Path) -> list[str]:
     """The README in a METADATA file."""
-    message = message_from_bytes(path.read_bytes())
+    message = message_from_string(path.read_text(encoding="utf-8", errors="replace"))
     return [cleandoc(str(message.get_payload()))]
 
 
