@@ -280,7 +280,12 @@ def test_a_bad_row_ends_the_other_processes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(corpus, "BATCH_CHARACTERS", 100)
     started: list[Any] = []
     start = tokenizer_processes._start
-    monkeypatch.setattr(tokenizer_processes, "_start", lambda: started.append(start()) or started[-1])
+
+    def start_and_note() -> Any:
+        started.append(start())
+        return started[-1]
+
+    monkeypatch.setattr(tokenizer_processes, "_start", start_and_note)
     rows = "".join(json.dumps({"text": f"Row {n} of many."}) + "\n" for n in range(200))
     (tmp_path / "rows.jsonl").write_text(rows + "no JSON\n")
     with pytest.raises(UserError, match="line 201"):

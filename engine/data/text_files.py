@@ -157,7 +157,7 @@ def _of_rows(path: Path, text_field: str, fraction: float, counts: RowCounts) ->
     for row in read_rows(path, counts.reject):
         with counts.catch_bad_row():
             text = row.text(text_field)
-            yield text, int(content_hash([text])[:8], 16) < fraction * 2**32
+            yield text, fraction > 0 and int(content_hash([text])[:8], 16) < fraction * 2**32
 
 
 def _of_text_file(path: Path, fraction: float) -> Iterator[tuple[str, bool]]:
