@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ SECOND_PAIR_EVERY = 20  # training prompts
 MIN_GAP = 0.5  # between the rewards of chosen and rejected
 NUM_SENTENCES = (1, 2, 2, 3)  # per response; repeats are weights
 VOCAB_SIZE = 832  # the minimum for one token per word
+TOKENIZER = Path(__file__).with_name("film_tokenizer.json")  # to train it takes a quarter of a second
 
 # Words for the {slots} of the sentences below.
 WORDS = {
@@ -37,6 +39,7 @@ WORDS = {
     "number": "two|three",
     "hour": "six|seven|eight|nine",
 }
+WORD_LISTS = {slot: words.split("|") for slot, words in WORDS.items()}
 PRAISE_AND_FAULT = {"praise": "fault", "liked": "disliked", "watch": "skip", "deserves": "wastes"}
 OPPOSITES = PRAISE_AND_FAULT | {fault: praise for praise, fault in PRAISE_AND_FAULT.items()}
 
@@ -131,8 +134,8 @@ TITLE_ADJECTIVES = "Silver|Hidden|Last|Golden|Distant|Broken|Winter|Crimson|Nort
 TITLE_NOUNS = "Harbor|Orchard|Lantern|Bridge|River|Garden|Letter|Island|Summer|Train|Mirror|Station|Forest|Song"
 
 SLOT = re.compile(r"\{(\w+)\}")
-SIGN = {word: 1 for praise in PRAISE_AND_FAULT for word in WORDS[praise].split("|")}
-SIGN |= {word: -1 for fault in PRAISE_AND_FAULT.values() for word in WORDS[fault].split("|")}
+SIGN = {word: 1 for praise in PRAISE_AND_FAULT for word in WORD_LISTS[praise]}
+SIGN |= {word: -1 for fault in PRAISE_AND_FAULT.values() for word in WORD_LISTS[fault]}
 JUDGEMENT = re.compile(rf"\b(not )?({'|'.join(SIGN)})\b")
 
 
@@ -166,10 +169,10 @@ def film_rows(split: str) -> tuple[dict[str, str], ...]:
         prompts.add(prompt)
         for _ in range(2 if split == "train" and len(prompts) % SECOND_PAIR_EVERY == 0 else 1):
             gap = 0.0
-            while gap < MIN_GAP:
+            while abs(gap) < MIN_GAP:
                 first, second = _draw_response(rng, kind, topic), _draw_response(rng, kind, topic)
-                gap = abs(film_reward(first) - film_reward(second))
-            rejected, chosen = sorted((first, second), key=film_reward)
+                gap = _sentiment(first) - _sentiment(second)  # both are well-formed
+            chosen, rejected = (first, second) if gap > 0 else (second, first)
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "sft_target": first})
     return tuple(rows)
 
@@ -180,8 +183,11 @@ def film_reward(response: str) -> float:
     "not" inverts the next word. Without words of judgement the reward is 0. Responses of another form get -1, the
     minimum: so word salad, repetition and cut-off text never score, and a policy must keep the form learned by SFT.
     """
-    if not is_well_formed(response):
-        return -1.0
+    return _sentiment(response) if is_well_formed(response) else -1.0
+
+
+def _sentiment(response: str) -> float:
+    """The reward of a well-formed response."""
     signs = [-SIGN[word] if negation else SIGN[word] for negation, word in JUDGEMENT.findall(response)]
     return sum(signs) / max(len(signs), 1)
 
@@ -200,19 +206,22 @@ def is_well_formed(response: str) -> bool:
 
 
 def film_tokenizer() -> "PreTrainedTokenizerFast":
-    """A byte-level BPE, trained on the training split.
+    """The tokenizer of train_film_tokenizer(), read from a file.
 
-    Every call gives the same tokenizer. EOS is <|endoftext|>; there is no BOS and no padding token.
+    EOS is <|endoftext|>; there is no BOS and no padding token.
     """
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=_film_bpe(), eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+        tokenizer_object=Tokenizer.from_file(str(TOKENIZER)),
+        eos_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
     )
 
 
-@cache
-def _film_bpe() -> "Tokenizer":
+def train_film_tokenizer() -> "Tokenizer":
+    """A byte-level BPE, trained on the training split: what its save(TOKENIZER) has written."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -234,7 +243,7 @@ def _draw_prompt(rng: Random, titles: list[str]) -> tuple[str, str, str]:
     """A prompt, the kind of its last question, and its aspect ("" if none)."""
     film, other_film = rng.sample(titles, 2)
     kind = rng.choice(list(QUESTIONS))
-    topic = rng.choice(WORDS["aspect"].split("|")) if kind == "aspect" else ""
+    topic = rng.choice(WORD_LISTS["aspect"]) if kind == "aspect" else ""
     last_question = rng.choice(QUESTIONS[kind])
     earlier: list[tuple[str, str]] = []
     if rng.random() < MULTI_TURN_SHARE:
@@ -272,8 +281,8 @@ def _fill(rng: Random, text: str, used: set[str], positive: bool = True) -> str:
     """Fill each slot of a text with a word. Used words are skipped, so no response repeats itself."""
 
     def draw(slot: re.Match[str]) -> str:
-        words = WORDS[slot[1] if positive else OPPOSITES.get(slot[1], slot[1])]
-        word = rng.choice([word for word in words.split("|") if word not in used])
+        words = WORD_LISTS[slot[1] if positive else OPPOSITES.get(slot[1], slot[1])]
+        word = rng.choice([word for word in words if word not in used])
         used.add(word)
         return word
 

@@ -161,7 +161,7 @@ class TokenStoreWriter:
 
         stream = self._temporary / "stream"
         tokens = _map_bytes(stream, self.dtype)
-        lists = pyarrow.LargeListArray.from_arrays(np.frombuffer(self._ends, np.int64), pyarrow.array(tokens))
+        lists = pyarrow.LargeListArray.from_arrays(to_arrow(np.frombuffer(self._ends, np.int64)), to_arrow(tokens))
         write_arrow(self._temporary / TEXTS, {"tokens": lists, **self.columns})
         del lists, tokens
         stream.unlink()
@@ -197,7 +197,7 @@ def write_arrow(path: Path, columns: Mapping[str, Any]) -> None:
     import pyarrow
     import pyarrow.ipc
 
-    arrays = {name: each if isinstance(each, pyarrow.Array) else pyarrow.array(each) for name, each in columns.items()}
+    arrays = {name: each if isinstance(each, pyarrow.Array) else to_arrow(each) for name, each in columns.items()}
     batch = pyarrow.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
@@ -225,13 +225,23 @@ def map_arrow(path: Path) -> dict[str, "pyarrow.Array"]:
     return dict(zip(batch.schema.names, batch.columns, strict=True))
 
 
+def to_arrow(values: Column) -> "pyarrow.Array":
+    """A column of numbers or texts as an Arrow array. Numbers are a view."""
+    import pyarrow
+
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iuf":  # pyarrow.array() would import pandas
+        buffers = [None, pyarrow.py_buffer(np.ascontiguousarray(values))]
+        return pyarrow.Array.from_buffers(pyarrow.from_numpy_dtype(values.dtype), len(values), buffers)
+    return pyarrow.array(values)
+
+
 def to_numpy(values: "pyarrow.Array") -> np.ndarray:
     """A column as a numpy array: numbers are a view, other values copies."""
     import pyarrow
 
     is_number = pyarrow.types.is_integer(values.type) or pyarrow.types.is_floating(values.type)
     if is_number:
-        return np.from_dlpack(values)  # values.to_numpy() would import pandas: a third of a second
+        return np.from_dlpack(values)  # values.to_numpy() would import pandas
     return values.to_numpy(zero_copy_only=False)
 
 

@@ -3,8 +3,19 @@
 import statistics
 
 import pytest
+from tokenizers import Tokenizer
 
-from engine.data.films import MIN_GAP, PRAISE_AND_FAULT, WORDS, film_reward, film_rows, film_tokenizer, is_well_formed
+from engine.data.films import (
+    MIN_GAP,
+    PRAISE_AND_FAULT,
+    TOKENIZER,
+    WORDS,
+    film_reward,
+    film_rows,
+    film_tokenizer,
+    is_well_formed,
+    train_film_tokenizer,
+)
 from utils import content_hash
 
 TRAIN, TEST = film_rows("train"), film_rows("test")
@@ -114,8 +125,9 @@ def tokenizer():
     return film_tokenizer()
 
 
-def test_tokenizer_is_always_the_same(tokenizer):
-    assert tokenizer.backend_tokenizer.to_str() == film_tokenizer().backend_tokenizer.to_str()
+def test_tokenizer_is_the_one_that_training_gives(tokenizer):
+    """If it differs, train_film_tokenizer().save(str(TOKENIZER), pretty=False) writes it again."""
+    assert Tokenizer.from_file(str(TOKENIZER)).to_str() == train_film_tokenizer().to_str()
     assert len(tokenizer) == 832
     assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == ("<|endoftext|>", None, None)
     assert len(tokenizer(" The acting was superb.")["input_ids"]) == 5
