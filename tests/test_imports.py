@@ -42,7 +42,7 @@ def test_a_file_imports_only_from_lower_layers(name: str) -> None:
 
 
 # Packages that take a tenth of a second or more.
-SLOW = "torch transformers pandas pyarrow scipy datasets peft bitsandbytes wandb sympy matplotlib aiohttp jinja2 sklearn"
+SLOW = "torch transformers pandas pyarrow scipy datasets peft bitsandbytes wandb sympy matplotlib aiohttp jinja2"
 IMPORTED = f"print('imported:', *(name for name in {SLOW.split()} if name in sys.modules), flush=True)"
 HELP = f"""
 import atexit, runpy, sys
