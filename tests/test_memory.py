@@ -1,7 +1,9 @@
 """Saved bytes of a forward pass and the tokens that fit, by hand."""
 
+import ctypes
 import gc
 import math
+import resource
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,17 @@ import engine.placement.memory
 import trainers
 from engine.data.examples import Example
 from engine.data.films import film_tokenizer
-from engine.placement.memory import FEWEST_TOKENS, SHARE, max_efficient_tokens, saved_bytes, tokens_that_fit
+from engine.placement.memory import (
+    FEWEST_TOKENS,
+    MALLOC_VARIABLES,
+    MMAP_THRESHOLD,
+    SHARE,
+    TRIM_THRESHOLD,
+    keep_freed_memory,
+    max_efficient_tokens,
+    saved_bytes,
+    tokens_that_fit,
+)
 from engine.placement.placement import Placement
 from engine.placement.token_budget import halve_budget
 from engine.step.microbatches import Batch, MicrobatchRunner
@@ -67,6 +79,42 @@ def test_counting_keeps_no_parameter() -> None:
     hook = count()
     gc.collect()
     assert hook() is None
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library")
+def test_freed_memory_serves_the_next_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor of 64 MB has 16,384 pages."""
+    for name in MALLOC_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    set_option = ctypes.CDLL(None).mallopt
+    try:
+        set_option(MMAP_THRESHOLD, 2**25)
+        keep_freed_memory(torch.device("cuda"))
+        assert min(new_pages() for _ in range(3)) > 10_000
+        keep_freed_memory(torch.device("cpu"))
+        assert min(new_pages() for _ in range(20)) < 1_000  # alignment costs bytes, so the first ones do not fit
+    finally:
+        set_option(MMAP_THRESHOLD, 2**25)
+        set_option(TRIM_THRESHOLD, 2**26)
+
+
+@pytest.mark.parametrize("name", [None, *MALLOC_VARIABLES])
+def test_a_users_own_choice_of_malloc_stays(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in MALLOC_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    if name is not None:
+        monkeypatch.setenv(name, "1")
+    calls: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda *option: calls.append(option))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    keep_freed_memory(torch.device("cpu"))
+    assert len(calls) == (2 if name is None else 0)
 
 
 def test_auto_recomputes_nothing_if_the_wanted_tokens_fit() -> None:

@@ -1,5 +1,6 @@
-"""How many tokens fit into memory."""
+"""How many tokens fit into memory, and what becomes of freed memory."""
 
+import ctypes
 import os
 import resource
 import sys
@@ -19,6 +20,9 @@ from engine.step.microbatches import MicrobatchRunner
 FEWEST_TOKENS = 512
 # The fraction of memory for saved activations. Temporaries, gradients and fragmentation take the rest.
 SHARE = 0.6
+# Parameters of glibc's mallopt(): the smallest block from the system itself, and the most free memory that is kept.
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")  # a user's own choice
 SECOND_MODEL_SHARE = 0.6  # of the memory for a second model. Copies in a low dtype and activations take the rest.
 
 
@@ -44,6 +48,20 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let this process keep freed memory for its next tensors, if device is a CPU.
+
+    By default glibc returns each freed block above 32 MB to the system. Then each step gets gradients and logits anew,
+    page by page and filled with zeros. Other C libraries stay as they are.
+    """
+    if device.type != "cpu" or any(name in os.environ for name in MALLOC_VARIABLES):
+        return
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(MMAP_THRESHOLD, 2**30)
+        set_option(TRIM_THRESHOLD, 2**31 - 1)
 
 
 def fits_twice(model: PreTrainedModel) -> bool:
