@@ -161,16 +161,23 @@ def compressed(train: bytes, test: bytes) -> dict[str, float]:
 
 
 def train(corpus: Path, work: Path, num_windows: int, overrides: Sequence[str]) -> dict[str, float]:
-    """Run train.py; returns its time on the clock and of all its processors, in seconds."""
+    """Run train.py; returns its time on the clock and of all its processors, in seconds, with that of earlier parts."""
     paths = [f"datasets={corpus}", f"local_run_dir={work / 'run'}", f"cache_dir={work / 'cache'}"]
     command = [sys.executable, "-u", "train.py", *SETTINGS, *paths, f"n_examples={num_windows}", *overrides]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     status = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode
     after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - start
+    spent = {
+        "seconds": seconds,
+        "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    }
+    record = work / "spent.json"
+    if record.exists():
+        spent = {key: value + spent[key] for key, value in json.loads(record.read_text()).items()}
+    record.write_text(json.dumps(spent), encoding="utf-8")
     if status:
         raise SystemExit(f"{' '.join(command)} ended with status {status}")
-    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "processor_seconds": processor}
+    return spent
 
 
 def sample(run_dir: Path, length: int) -> tuple[list[dict[str, str]], dict[str, int]]:
