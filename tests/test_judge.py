@@ -127,7 +127,7 @@ def server(monkeypatch) -> Iterator[StandIn]:
 
 
 def client(server: StandIn, tmp_path: Path, **settings: Any) -> JudgeClient:
-    defaults = Server("judge.url", server.url, "m", timeout=0.3, first_wait=0.01)
+    defaults = Server("judge.url", server.url, "m", timeout=10, first_wait=0.01)
     return JudgeClient(replace(defaults, **settings), tmp_path / "cache")
 
 
@@ -147,7 +147,8 @@ def ask(asked: JudgeClient, *texts: str) -> list[Any]:
 )
 def test_a_fault_is_tried_again(server, tmp_path, fault):
     server.faults = [fault, fault]
-    (reply,) = ask(client(server, tmp_path), "a")
+    timeout = 0.5 if fault in (silence, drip) else 10  # the last reply must come in time, too
+    (reply,) = ask(client(server, tmp_path, timeout=timeout), "a")
     assert (reply.text, reply.error, reply.num_attempts) == ("Good. Score: 7", None, 3)
     assert server.requests == [{"model": "m", "messages": [{"role": "user", "content": "a"}]}] * 3
 
@@ -179,7 +180,7 @@ def test_a_server_may_say_how_long_to_wait(server, tmp_path):
     server.faults = [status(429, Retry_After="1")]
     start = time.monotonic()
     ask(client(server, tmp_path), "a")
-    assert 1 <= time.monotonic() - start < 3
+    assert 1 <= time.monotonic() - start < 20
 
 
 def test_replies_are_kept_by_content(server, tmp_path):
@@ -253,7 +254,7 @@ def test_a_key_that_no_header_can_hold(server, tmp_path, monkeypatch):
 
 
 def reward(server: StandIn, tmp_path: Path, **options: Any) -> JudgeReward:
-    defaults = Judge(url=server.url, model="m", timeout=0.3)
+    defaults = Judge(url=server.url, model="m", timeout=10)
     return JudgeReward(replace(defaults, **options), tmp_path / "cache", tmp_path / "judge.jsonl")
 
 

@@ -119,7 +119,7 @@ def test_a_stopped_rank_ends_the_run(tmp_path) -> None:
     wait_until(lambda: process_state(pids[1]) == "T")
     start = time.monotonic()
     status, _, err = outcome(process)
-    assert time.monotonic() - start < 3 + 5
+    assert time.monotonic() - start < 3 + 20
     assert status == 7 and err.count("\n") == 1
     assert err.startswith("error[DISTRIBUTED] rank 1 is stopped, and rank 0 timed out waiting; fix: ")
     assert not any(map(is_alive, pids))

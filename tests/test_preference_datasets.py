@@ -115,14 +115,14 @@ def test_malformed_se(tmp_path):
     ],
 )
 def test_se_html_too_slow_to_parse(tmp_path, html, problem):
-    begun = time.monotonic()
+    begun = time.process_time()
     rows = [se("q", ("a", 1), ("b", 2)), se("r", ("a", 1), (html, 2)), se("s", ("a", 1))]
     with pytest.raises(UserError, match=rf"line 2: field 'answers\[1\]\.text' {problem}"):
         load_named("se", rows, tmp_path, split="test")
     counts = RowCounts(on_bad_row="drop")
     preferences = DATASETS["se"].function("test", RowSource("se", str(tmp_path), counts))
     assert len(preferences) == 2 and counts.dropped == {"malformed": 1}
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_many_rows_are_stripped_by_several_processes(tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def test_code_that_gets_nowhere(reward, code):
     "code",
     [
         "while True: pass",
-        "import time; time.sleep(100)",
+        "import time; time.sleep(1000)",
         "import signal\nfor number in (15, 24): signal.signal(number, signal.SIG_IGN)\nwhile True: pass",
         "while True: print('x' * 10**5)",
         "import os\nwhile True: [os.write(number, b'x' * 10**5) for number in range(1, 4)]",  # its reply, too
@@ -97,7 +97,7 @@ def test_code_that_gets_nowhere(reward, code):
 def test_code_without_an_end(reward, code):
     start = time.monotonic()
     assert rewards_of(reward, code) == [0]
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_a_fork_bomb_that_does_not_ask_python(reward):
@@ -128,10 +128,11 @@ def test_the_environment_holds_no_keys(reward, monkeypatch):
     assert rewards_of(reward, "import os", tests="assert 'sk-secret' not in os.environ.values()") == [1]
 
 
-def test_several_run_at_a_time(reward):
+def test_several_run_at_a_time():
+    reward = PythonTestsReward(PythonTests(seconds=20, memory_mb=MEMORY_MB, processes=2))
     start = time.monotonic()
-    assert rewards_of(reward, *["import time; time.sleep(1)"] * 2) == [1, 1]
-    assert time.monotonic() - start < 1.9
+    assert rewards_of(reward, *["import time; time.sleep(2)"] * 2) == [1, 1]
+    assert time.monotonic() - start < 3.9
 
 
 def test_a_row_without_tests(reward):

@@ -363,12 +363,12 @@ def test_a_run_without_a_step_leaves_no_report(monkeypatch: pytest.MonkeyPatch, 
 def test_a_signal_ends_the_last_report_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The run has saved, and must say how to resume."""
     tmp_path.joinpath("metrics.jsonl").touch()
-    tmp_path.joinpath("slow.py").write_text("import time; time.sleep(60)")
+    tmp_path.joinpath("slow.py").write_text("import time; time.sleep(600)")
     monkeypatch.setattr(report_writer, "COMMAND", tmp_path / "slow.py")
     threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()
     ReportWriter(make_settings(), tmp_path, pytest.fail).close(is_done=True)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 300
 
 
 def test_a_failing_report_ends_reports_with_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def pairs_of(*responses: tuple[str, str]) -> list[Pair]:
 
 
 def endpoint_judge(server: StandIn, tmp_path: Path, **options: Any) -> EndpointJudge:  # noqa: F811
-    endpoint = replace(Endpoint(model="m", timeout=0.3, retries=0, concurrency=1), **options)
+    endpoint = replace(Endpoint(model="m", timeout=10, retries=0, concurrency=1), **options)
     return EndpointJudge(PairwiseJudge("judge", server.url, endpoint, tmp_path / "cache"))
 
 

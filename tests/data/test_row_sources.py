@@ -85,7 +85,7 @@ def test_without_network_and_cache_the_error_names_the_fix_within_seconds(no_net
     start = time.monotonic()
     with pytest.raises(UserError) as error:
         DATASETS["shp"].function("train", RowSource("shp"))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     assert str(error.value) == (
         "error[DATA] datasets: shp: stanfordnlp/SHP is not in the hub's local cache, and the hub fails: Name or "
         "service not known; fix: put its rows in DATA_DIR/shp/train.jsonl and test.jsonl (or .jsonl.gz) and set "

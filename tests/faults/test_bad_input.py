@@ -21,7 +21,7 @@ from tests.faults.bad_input import BadConfig, BadData, bad_configs, bad_data
 from tests.runs import QUICK, SMALL, Program
 from utils import UserError
 
-SECONDS = 10  # time limit of each case
+SECONDS = 30  # time limit of each case
 
 
 SETTINGS = make_settings("chat_template=hh", "test_fraction=0.25", "max_length=64", "max_prompt_length=32")

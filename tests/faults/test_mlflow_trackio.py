@@ -214,7 +214,7 @@ def test_a_blocking_logger_is_abandoned(
     calls[name].blocks = where
     start = time.monotonic()
     run = program.ok(f"{name}.enabled=true", "n_examples=4")
-    assert time.monotonic() - start < 20 and run.err == ""
+    assert time.monotonic() - start < 50 and run.err == ""
     assert f"{name}: not finished in 0.3 s, abandoned; metrics.jsonl is complete" in run.out
     assert run.out.splitlines()[-1].startswith("run_dir: ")
 

@@ -113,7 +113,7 @@ def test_a_read_only_directory(inputs: Path, tmp_path: Path, has_run: bool) -> N
         status, out, err = complete(command(inputs, run_dir), tmp_path / "output")
         assert status == 6 and err.count("\n") == 1, err
         assert err.startswith(f"error[STORAGE] local_run_dir: cannot write to {run_dir} (Read-only file system)")
-        assert "training on" not in out and time.monotonic() - begun < 10
+        assert "training on" not in out and time.monotonic() - begun < 60
 
 
 def test_a_directory_with_other_files(inputs: Path, tmp_path: Path) -> None:
