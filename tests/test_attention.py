@@ -107,6 +107,21 @@ def test_blocks_round_bfloat16_once_at_the_end(num_key_heads: int, window: int |
         torch.testing.assert_close(ours.double(), truth, rtol=2**-8, atol=1e-6)  # half a unit in the last place
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("num_key_heads", [2, HEADS])
+def test_blocks_write_all_memory_that_they_read(dtype: torch.dtype, num_key_heads: int) -> None:
+    """In deterministic mode, torch fills uninitialised memory with NaN."""
+    tensors = states(num_key_heads, dtype)
+    expected = run(by_blocks, tensors, None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = run(by_blocks, tensors, None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, found, expected))
+    assert all(values.isfinite().all() for values in found)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_varlen_in_bfloat16_is_near_the_dense_mask(window: int | None) -> None:
     tensors = states(2, torch.bfloat16)
@@ -128,9 +143,9 @@ def test_branches_by_hand() -> None:
     """The row P P r | (empty) | s s s | Q (empty)."""
     prompt, other = slice(0, 2), slice(6, 7)
     assert Segments([(2, 1, 0, 3), (1, 0)]).branches == [
-        Branch(prompt, slice(2, 3), True, rows=slice(0, 3), num_keys=3),
-        Branch(prompt, slice(3, 6), False, rows=slice(3, 6), num_keys=5),
-        Branch(other, slice(7, 7), True, rows=slice(6, 7), num_keys=1),
+        Branch(prompt, slice(2, 3), True, rows=slice(0, 3), num_keys=3, is_last=False),
+        Branch(prompt, slice(3, 6), False, rows=slice(3, 6), num_keys=5, is_last=True),
+        Branch(other, slice(7, 7), True, rows=slice(6, 7), num_keys=1, is_last=True),
     ]
 
 

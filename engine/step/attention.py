@@ -9,7 +9,7 @@ packed_dense: builds the full mask. It is the readable twin, and every other ver
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -32,7 +32,7 @@ from engine.step.attention_kernels import (
 from utils import to_device
 
 # Queries of a block. Larger tiles waste work on masked keys, smaller ones make small matrix products.
-BLOCK = 128
+BLOCK = 64
 
 # Kernels for a GPU, the quickest first. Where none of them runs, packed() computes by blocks.
 GPU_KERNELS: tuple[str, ...] = ("flash", "efficient")
@@ -58,18 +58,28 @@ class Branch:
     is_first: bool
     rows: slice  # queries of this branch
     num_keys: int
+    is_last: bool  # of its prompt
 
-    def gather(self, states: Tensor) -> Tensor:
-        """Prompt and response of states: [heads, tokens, head_dim] -> [heads, num_keys, head_dim]."""
-        if self.is_first:
-            return states[:, self.rows]
-        return torch.cat([states[:, self.prompt], states[:, self.response]], dim=1)
+    @property
+    def new_keys(self) -> slice:
+        """Keys of the branch that the one before it in the row lacks."""
+        return slice(0 if self.is_first else self.prompt.stop - self.prompt.start, self.num_keys)
 
-    def scatter_add(self, states: Tensor, gathered: Tensor) -> None:
-        """Add gathered states where gather() reads them."""
+    def gather(self, states: Tensor, keys: Tensor) -> None:
+        """Copy states of this branch to keys, which hold those of the one before it.
+
+        Args:
+            states: [heads, tokens, head_dim].
+            keys: [heads, num_keys or more, head_dim].
+        """
+        keys[:, self.new_keys] = states[:, self.rows]
+
+    def scatter(self, keys: Tensor, states: Tensor) -> None:
+        """Copy keys to the places in states where gather() reads them; those of a prompt after its last branch."""
         num_prompt = self.prompt.stop - self.prompt.start
-        states[:, self.prompt] += gathered[:, :num_prompt]
-        states[:, self.response] += gathered[:, num_prompt:]
+        states[:, self.response] = keys[:, num_prompt : self.num_keys]
+        if self.is_last:
+            states[:, self.prompt] = keys[:, :num_prompt]
 
     def blocks(self, sliding_window: int | None) -> list[Block]:
         """Split the queries evenly into blocks of at most BLOCK."""
@@ -117,7 +127,8 @@ class Segments:
                 end = response.stop
                 rows = slice(prompt.start, end) if index == 0 else response
                 if index == 0 or length:
-                    branches.append(Branch(prompt, response, index == 0, rows, prompt_length + length))
+                    is_last = not any(response_lengths[index + 1 :])
+                    branches.append(Branch(prompt, response, index == 0, rows, prompt_length + length, is_last))
         return branches
 
     def blocks(self, sliding_window: int | None) -> list[tuple[Branch, list[Block]]]:
@@ -351,6 +362,33 @@ def packed_varlen(
     return flash_attention(query, key, value, segments.varlen(query.device), scaling, sliding_window, kernel)
 
 
+class _Buffers:
+    """Memory that blocks use in turn: fresh memory is cold, and costs page faults.
+
+    Args:
+        like: gives dtype and device.
+    """
+
+    def __init__(self, like: Tensor):
+        self._like = like
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The named buffer in a shape, uninitialised."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = self._like.new_empty(size)
+        return self._buffers[name][:size].view(shape)
+
+    def stack(self, name: str, states: Tensor, num_key_heads: int) -> Tensor:
+        """A copy of states with heads of shared keys stacked as more rows.
+
+        [heads, rows, head_dim] -> [key heads, heads per key head * rows, head_dim].
+        """
+        copy = self.take(name, *states.shape).copy_(states)
+        return copy.view(num_key_heads, -1, states.shape[-1])
+
+
 class _PackedAttention(torch.autograd.Function):
     """softmax(query key^T) value, one block of queries at a time, forward and backward.
 
@@ -358,6 +396,7 @@ class _PackedAttention(torch.autograd.Function):
     - The backward pass recomputes the weights of each block. So memory is linear in the tokens, not quadratic.
     - Heads with shared keys are stacked as more queries.
     - Computes in fp32, or fp64 for fp64 states. On a CPU, lower dtypes are no faster for products this small.
+    - Copies in that dtype are of one branch and one block, in memory that the next ones reuse.
     """
 
     @staticmethod
@@ -373,72 +412,83 @@ class _PackedAttention(torch.autograd.Function):
         """All [heads, tokens, head_dim]; key and value may have fewer heads."""
         ctx.save_for_backward(query, key, value)
         ctx.arguments = segments, scaling, sliding_window
-        wide_query, wide_key, wide_value = _widen(query, key, value)
-        wide_query = wide_query * scaling
+        buffers, (keys, values) = _Buffers(_wide_empty(query, 0)), _branch_states(segments, key, value)
         output = torch.empty_like(query)
         for branch, blocks in segments.blocks(sliding_window):
-            keys, values = branch.gather(wide_key), branch.gather(wide_value)
+            branch.gather(key, keys)
+            branch.gather(value, values)
             for block in blocks:
-                queries = _stack(wide_query[:, block.rows], len(key))
-                weights = _weights(queries, keys[:, block.keys], segments, block, sliding_window)
-                output[:, block.rows] = _unstack(weights @ values[:, block.keys], len(query))
+                queries = buffers.stack("queries", query[:, block.rows], len(key))
+                weights = _weights(queries, keys[:, block.keys], scaling, segments, block, sliding_window, buffers)
+                result = torch.bmm(weights, values[:, block.keys], out=buffers.take("result", *queries.shape))
+                output[:, block.rows] = _unstack(result, len(query))
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         segments, scaling, sliding_window = ctx.arguments
-        wide_query, wide_key, wide_value, grad_output = _widen(query, key, value, grad_output)
-        wide_query = wide_query * scaling
-        grad_query = torch.empty_like(wide_query)
-        grad_key, grad_value = torch.zeros_like(wide_key), torch.zeros_like(wide_value)
+        buffers, (keys, values) = _Buffers(_wide_empty(query, 0)), _branch_states(segments, key, value)
+        grad_keys, grad_values = torch.empty_like(keys), torch.empty_like(values)
+        grad_query, grad_key, grad_value = (torch.empty_like(states) for states in (query, key, value))
         for branch, blocks in segments.blocks(sliding_window):
-            keys, values = branch.gather(wide_key), branch.gather(wide_value)
-            grad_keys, grad_values = branch.gather(grad_key), branch.gather(grad_value)
-            if not branch.is_first:  # gather() made copies
-                grad_keys.zero_()
-                grad_values.zero_()
+            branch.gather(key, keys)
+            branch.gather(value, values)
+            # Gradients of a prompt add up over its branches.
+            grad_keys[:, branch.new_keys] = 0
+            grad_values[:, branch.new_keys] = 0
             for block in blocks:
-                queries = _stack(wide_query[:, block.rows], len(key))
-                weights = _weights(queries, keys[:, block.keys], segments, block, sliding_window)
-                grad = _stack(grad_output[:, block.rows], len(key))
+                block_keys = keys[:, block.keys]
+                queries = buffers.stack("queries", query[:, block.rows], len(key))
+                grad = buffers.stack("grad", grad_output[:, block.rows], len(key))
+                weights = _weights(queries, block_keys, scaling, segments, block, sliding_window, buffers)
                 grad_values[:, block.keys].baddbmm_(weights.mT, grad)
-                grad_weights = grad @ values[:, block.keys].mT
-                grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-                grad_query[:, block.rows] = _unstack(grad_scores @ keys[:, block.keys], len(query))
-                grad_keys[:, block.keys].baddbmm_(grad_scores.mT, queries)
-            if not branch.is_first:
-                branch.scatter_add(grad_key, grad_keys)
-                branch.scatter_add(grad_value, grad_values)
-        grad_query *= scaling
-        return *(grad.to(query.dtype) for grad in (grad_query, grad_key, grad_value)), None, None, None
+                grad_weights = torch.bmm(grad, values[:, block.keys].mT, out=buffers.take("scores", *weights.shape))
+                grad_scores = torch.ops.aten._softmax_backward_data.out(
+                    grad_weights, weights, -1, weights.dtype, grad_input=buffers.take("grad_scores", *weights.shape)
+                )
+                result = buffers.take("result", *queries.shape)
+                result.baddbmm_(grad_scores, block_keys, beta=0, alpha=scaling)
+                grad_query[:, block.rows] = _unstack(result, len(query))
+                grad_keys[:, block.keys].baddbmm_(grad_scores.mT, queries, alpha=scaling)
+            branch.scatter(grad_keys, grad_key)
+            branch.scatter(grad_values, grad_value)
+        return grad_query, grad_key, grad_value, None, None, None
 
 
-def _widen(*states: Tensor) -> Iterator[Tensor]:
-    return (state.to(torch.promote_types(state.dtype, torch.float32)) for state in states)
+def _wide_empty(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised memory in the dtype of sums."""
+    return like.new_empty(shape, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-def _stack(states: Tensor, num_key_heads: int) -> Tensor:
-    """Stack heads with shared keys.
-
-    [heads, rows, head_dim] -> [key heads, heads per key head * rows, head_dim].
-    """
-    return states if len(states) == num_key_heads else states.reshape(num_key_heads, -1, states.shape[-1])
+def _branch_states(segments: Segments, *states: Tensor) -> list[Tensor]:
+    """Memory for states of one branch, each [heads, keys of the longest branch, head_dim]."""
+    longest = max(branch.num_keys for branch in segments.branches)
+    return [_wide_empty(each, each.shape[0], longest, each.shape[-1]) for each in states]
 
 
 def _unstack(states: Tensor, num_heads: int) -> Tensor:
-    return states if len(states) == num_heads else states.reshape(num_heads, -1, states.shape[-1])
+    return states.view(num_heads, -1, states.shape[-1])
 
 
-def _weights(queries: Tensor, keys: Tensor, segments: Segments, block: Block, sliding_window: int | None) -> Tensor:
+def _weights(
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    segments: Segments,
+    block: Block,
+    sliding_window: int | None,
+    buffers: _Buffers,
+) -> Tensor:
     """Attention weights of a block, [key heads, stacked queries, keys]."""
-    scores = queries @ keys.mT
-    num_queries, num_keys = block.rows.stop - block.rows.start, scores.shape[-1]
+    scores = buffers.take("scores", *queries.shape[:2], keys.shape[1])
+    scores.baddbmm_(queries, keys.mT, beta=0, alpha=scaling)
+    num_queries, num_keys = block.rows.stop - block.rows.start, keys.shape[1]
     # Without a window, all queries of the block see all keys before it. Only the last columns need the mask.
     num_masked = num_queries if sliding_window is None else num_keys
     mask = segments.mask(num_queries, num_masked, sliding_window, scores)
     scores.unflatten(1, (-1, num_queries))[..., num_keys - num_masked :] += mask
-    return scores.softmax(-1)
+    return torch.softmax(scores, -1, out=buffers.take("weights", *scores.shape))
 
 
 def register_packed_attention() -> None:
