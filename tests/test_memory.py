@@ -171,13 +171,17 @@ def test_a_halved_budget_splits_the_largest_microbatch(
     budget: int, sizes: list[tuple[int, int]], expected: int
 ) -> None:
     """Half of a budget far above the largest microbatch would split nothing."""
-    microbatches = [(SimpleNamespace(num_tokens=tokens, num_examples=examples), None) for tokens, examples in sizes]
+    microbatches = [
+        (SimpleNamespace(num_tokens=tokens, num_examples=examples, num_turns=0), None) for tokens, examples in sizes
+    ]
     batch = Batch([], budget, microbatches)  # type: ignore[arg-type]
     assert halve_budget(budget, batch, "no room", make_settings("loss=dpo", "loss.beta=0.1").loss) == expected
 
 
-def test_one_example_at_a_time_is_the_end_of_halving() -> None:
-    microbatches = [(SimpleNamespace(num_tokens=9, num_examples=1), None)]
+@pytest.mark.parametrize("num_turns", [0, 5])
+def test_one_example_at_a_time_is_the_end_of_halving(num_turns: int) -> None:
+    """Earlier turns of a dialogue cannot run apart."""
+    microbatches = [(SimpleNamespace(num_tokens=9, num_examples=1 + num_turns, num_turns=num_turns), None)]
     with pytest.raises(UserError, match=r"one example at a time \(no room\)") as raised:
         halve_budget(4096, Batch([], 4096, microbatches), "no room", make_settings("loss=sft").loss)  # type: ignore[arg-type]
     assert raised.value.code == "MEMORY"
@@ -186,7 +190,7 @@ def test_one_example_at_a_time_is_the_end_of_halving() -> None:
 def test_sampled_responses_are_halved_until_each_is_alone() -> None:
     def batch(num_samples: int) -> Batch:
         samples = SimpleNamespace(lengths=torch.ones(num_samples))
-        return Batch([], 4096, [(SimpleNamespace(num_tokens=100, num_examples=1, samples=samples), None)])  # type: ignore
+        return Batch([], 4096, [(SimpleNamespace(num_tokens=100, num_examples=1, num_turns=0, samples=samples), None)])  # type: ignore
 
     loss = make_settings("loss=grpo").loss
     assert halve_budget(4096, batch(2), "no room", loss) == 50
