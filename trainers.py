@@ -23,7 +23,7 @@ from engine.models.layers import recompute_activations
 from engine.models.parameters import move_weights, num_weights
 from engine.models.score_head import has_score_head, name_padding_token
 from engine.placement.determinism import set_deterministic
-from engine.placement.memory import keep_freed_memory, peak_memory_gb
+from engine.placement.memory import peak_memory_gb
 from engine.placement.placement import Placement
 from engine.placement.process_group import is_lost_peer
 from engine.placement.sharded import FSDP, TensorParallel
@@ -514,7 +514,6 @@ class BasicTrainer:
         torch.set_float32_matmul_precision(settings.matmul_precision)
         self.placement = self.placement_class(settings)(settings, tokenizer, run_dir)
         set_deterministic(settings.deterministic, self.device)
-        keep_freed_memory(self.device)
         self.policy = self.placement.place_model(getattr(torch, settings.model.policy_dtype))
         print(describe_parameters(*num_weights(self.policy)), flush=True)
         self.runner = MicrobatchRunner(

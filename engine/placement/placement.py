@@ -24,7 +24,7 @@ from engine.models.policy import load_policy
 from engine.models.score_head import head_of, head_of_loss
 from engine.models.shards import ShardPermutations, copy_to_shard
 from engine.models.weight_files import checkpoint_weights
-from engine.placement.memory import measure_bytes_per_token, total_memory
+from engine.placement.memory import keep_freed_memory, measure_bytes_per_token, total_memory
 from engine.settings.schema import QLoraSettings, Settings
 from engine.step.attention import flash_serves
 from engine.step.microbatches import Batch, MicrobatchRunner
@@ -54,6 +54,7 @@ class Placement:
         self.settings, self.tokenizer, self.run_dir = settings, tokenizer, run_dir
         self.rank, self.num_ranks, self.data_rank, self.num_data_ranks = 0, 1, 0, 1
         self.device = self.choose_device()
+        keep_freed_memory(self.device)
         self.mixed_precision = getattr(torch, settings.mixed_precision) if settings.mixed_precision else None
         self.compute_dtype = self.mixed_precision
         self.feeds_last_token = head_of_loss(settings) == "score"
