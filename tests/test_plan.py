@@ -2,9 +2,11 @@
 
 import ctypes
 import gc
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -84,6 +86,7 @@ def padding_tokenizer() -> Any:
     return tokenizer
 
 
+@patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": str(2**16)})  # a user's own choice: the trainer leaves it
 def measured(settings: Settings, directory: Path) -> dict[str, int]:
     """Measure the state of a real trainer, and the peak of a step above it, in bytes."""
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)  # freed large tensors return to the system
