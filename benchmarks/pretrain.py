@@ -4,6 +4,7 @@ Each system runs in its own process, on the same weights, windows, optimizer (Ad
 norm. They take turns step by step. litgpt feeds microbatches of 4 windows (its default); ours has its own default.
 
 - A window is one sequence for litgpt. So it is for `ours` (document_mask=false). `ours-documents` has a document mask.
+- compiled: litgpt compiles the model, which is its default. Ours compiles each layer (compile=true).
 - bf16: fp32 weights, and bfloat16 in matrix products (litgpt's bf16-mixed). Others are fp32.
 - MFU: operations of a step, over its processor time and the speed of a large matrix product between the steps.
 
@@ -72,6 +73,7 @@ SYSTEMS: dict[str, tuple[str, Any]] = {
     "ours-bf16": ("ours", [BF16, "document_mask=false"]),
     "litgpt-bf16": ("litgpt", {"precision": "bf16-mixed", "compile": False}),
     "litgpt-bf16-compiled": ("litgpt", {"precision": "bf16-mixed", "compile": True}),
+    "ours-bf16-compiled": ("ours", [BF16, "document_mask=false", "compile=true"]),
     "ours": ("ours", ["document_mask=false"]),
     "litgpt": ("litgpt", {"precision": "32-true", "compile": False}),
     "litgpt-compiled": ("litgpt", {"precision": "32-true", "compile": True}),
