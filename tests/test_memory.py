@@ -110,11 +110,28 @@ def test_a_users_own_choice_of_malloc_stays(name: str | None, monkeypatch: pytes
         monkeypatch.delenv(variable, raising=False)
     if name is not None:
         monkeypatch.setenv(name, "1")
-    calls: list[tuple[int, int]] = []
-    library = SimpleNamespace(mallopt=lambda *option: calls.append(option))
+    options: dict[int, int] = {}
+    library = SimpleNamespace(mallopt=lambda option, value: options.setdefault(option, value))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     keep_freed_memory(torch.device("cpu"))
-    assert len(calls) == (2 if name is None else 0)
+    assert len(options) == (2 if name is None else 0)
+
+
+def test_an_old_glibc_gets_the_most_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else blocks of 128 kB and more would come from the system, each time."""
+    for variable in MALLOC_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    options: dict[int, int] = {}
+
+    def mallopt(option: int, value: int) -> int:
+        if option == MMAP_THRESHOLD and value > 2**25:
+            return 0
+        options[option] = value
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    keep_freed_memory(torch.device("cpu"))
+    assert options == {MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**31 - 1}
 
 
 def test_auto_recomputes_nothing_if_the_wanted_tokens_fit() -> None:

@@ -59,9 +59,12 @@ def keep_freed_memory(device: torch.device) -> None:
     if device.type != "cpu" or any(name in os.environ for name in MALLOC_VARIABLES):
         return
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(MMAP_THRESHOLD, 2**30)
-        set_option(TRIM_THRESHOLD, 2**31 - 1)
+    if set_option is None:
+        return
+    # Before 2.35 glibc refuses more than 32 MB. The second option alone would fix the threshold at its start of 128 kB.
+    if not set_option(MMAP_THRESHOLD, 2**30):
+        set_option(MMAP_THRESHOLD, 2**25)
+    set_option(TRIM_THRESHOLD, 2**31 - 1)
 
 
 def fits_twice(model: PreTrainedModel) -> bool:
