@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sqlite3
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from engine.step.layout import Microbatch, lay_out
 from engine.step.packing_check import use_packed_attention
 from engine.step.reference import LiveReference, fill_cache, reference_key
 from engine.step.reference_cache import CachedReference
+from tests.invariants.test_dialogue_packing import dialogue
 from tests.models import pair_examples, random_examples, tiny_model
 from tests.runs import Program
 from trainers import BasicTrainer
@@ -67,6 +69,15 @@ def test_two_processes_may_fill_one_cache(tmp_path, model) -> None:
     first.add(batch, logps)
     second.add(batch, logps + 1)
     assert torch.equal(CachedReference(tmp_path / "key.sqlite").logps(batch).float(), logps)
+
+
+def test_a_fill_computes_the_earlier_turns_of_a_dialogue(tmp_path, model) -> None:
+    example = dialogue([(3, 4), (2, 5)], 0)
+    cache, live = CachedReference(tmp_path / "key.sqlite"), LiveReference(model)
+    last = lay_out([replace(example, turns=())])
+    cache.add(last, live.logps(last))
+    fill_cache(cache, live, [[[example]]], lay_out, data_rank=0, num_data_ranks=1)
+    assert len(cache) == 2 and len(cache.logps(lay_out([example]))) == 2
 
 
 def test_a_fill_commits_by_time(tmp_path, model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,15 @@ from engine.data.examples import Example, Split
 from engine.data.read_sources import are_unchanged
 from engine.data.rows import RowCounts
 from engine.data.token_cache import read_texts, tokenizer_state
-from engine.data.token_store import install_store, read_arrow, remove_leftovers, to_numpy, write_arrow, write_meta
+from engine.data.token_store import (
+    install_store,
+    read_arrow,
+    remove_leftovers,
+    to_arrow,
+    to_numpy,
+    write_arrow,
+    write_meta,
+)
 from utils import content_hash
 
 if TYPE_CHECKING:
@@ -133,7 +141,7 @@ def _lists(turns: TurnTable | None) -> "dict[str, pyarrow.Array]":
     import pyarrow
 
     return {
-        TURN + name: pyarrow.LargeListArray.from_arrays(turns.offsets, pyarrow.array(values))
+        TURN + name: pyarrow.LargeListArray.from_arrays(to_arrow(turns.offsets), to_arrow(values))
         for name, values in turns.columns.items()
     }
 

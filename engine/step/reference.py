@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from engine.data.dialogues import split_turns
 from engine.data.examples import Example
 from engine.models.adapters import as_reference
 from engine.models.precision import run_in_dtype
@@ -108,9 +109,8 @@ def fill_cache(
         for start in range(0, len(parts), num_data_ranks):  # one microbatch per rank
             microbatches = parts[start : start + num_data_ranks]
             examples = [example for microbatch in microbatches for example in microbatch]
-            missing = cached.missing(
-                (example.prompt, response) for example in examples for response in example.responses
-            )
+            turns = (turn for example in examples for turn in split_turns(example))
+            missing = cached.missing((turn.prompt, response) for turn in turns for response in turn.responses)
             if missing - planned:
                 rounds.append(microbatches)
                 planned |= missing
