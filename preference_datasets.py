@@ -187,8 +187,9 @@ def load_split(
             max_prompt_length, seed and cache_dir are read; of ranked responses loss too.
         tokenizer: needs an EOS token.
         split: "train" or "test".
-        batch: "sft": one example per demonstration and SFT target; "pairs": one per pair; "unpaired": one per labelled
-            response, two per pair; "ranked": one per prompt, with all its pairs; "rollout": the prompts alone.
+        batch: "sft": one example per demonstration and SFT target, those of a dialogue in one; "pairs": one per pair;
+            "unpaired": one per labelled response, two per pair; "ranked": one per prompt, with all its pairs;
+            "rollout": the prompts alone.
         needs_mismatched: give each example the response to another prompt.
         counts: gets the rows read and dropped.
         observe: gets each example beside its text, those dropped by tokenization too.
