@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 LINK_VARIABLE = "TRAIN_WORKER"  # set by the launcher, for a worker
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 10.0  # seconds to leave with blocks after a signal
+KEPT_KERNELS = 64  # of oneDNN; more than the shapes of a step
 MERGE_SECONDS = 1.0  # a job and its launcher may send the same signal
 
 
@@ -19,6 +20,7 @@ def begin() -> None:
     open_missing_streams()
     end_on_signals()
     let_segments_grow()
+    forget_old_shapes()
     gc.disable()  # until collect_garbage()
 
 
@@ -41,6 +43,16 @@ def let_segments_grow() -> None:
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():  # the second is the older name
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def forget_old_shapes() -> None:
+    """Let oneDNN keep few kernels for products of past shapes, unless the user has chosen. Call it before a product.
+
+    Rows of tokens vary in length, and each length makes kernels. By default torch and oneDNN keep 1,024 of them each:
+    memory would grow by some 7 MB a step. To make one again takes under a millisecond.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KEPT_KERNELS))
 
 
 def open_missing_streams() -> None:

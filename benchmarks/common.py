@@ -176,8 +176,10 @@ def make_trainer(settings: "Settings", run_dir: Path, examples: Sequence[Any]) -
 
     from engine.data.examples import Split
     from engine.models.tokenizers import load_tokenizer
+    from process_start import forget_old_shapes
     from trainers import TRAINERS
 
+    forget_old_shapes()  # as train.py does
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(settings.model)
     return TRAINERS[settings.trainer](settings, run_dir, tokenizer, Split(list(examples)), Split([]))

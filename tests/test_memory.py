@@ -3,7 +3,10 @@
 import ctypes
 import gc
 import math
+import os
 import resource
+import subprocess
+import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +82,43 @@ def test_counting_keeps_no_parameter() -> None:
     hook = count()
     gc.collect()
     assert hook() is None
+
+
+GROWTH = """
+import ctypes, process_start
+process_start.forget_old_shapes()
+import torch
+
+fields = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+MemoryInfo = type("MemoryInfo", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in fields]})
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = MemoryInfo
+torch.set_num_threads(1)
+weight = torch.ones(256, 256, dtype=torch.bfloat16)
+
+def used(rows):
+    for number in rows:
+        torch.ones(number, 256, dtype=torch.bfloat16) @ weight
+    return library.mallinfo2().uordblks
+
+start = used(range(100, 200))
+print(used(range(200, 600)) - start)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="another C library, or an old one")
+def test_rows_of_new_lengths_take_no_memory() -> None:
+    """By default, kernels of 400 lengths take 200 MB."""
+
+    def growth(**chosen: str) -> int:
+        names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+        environment = {name: value for name, value in os.environ.items() if name not in names} | chosen
+        command = [sys.executable, "-c", GROWTH]
+        return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+    assert growth() < 5e6
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert growth(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024", LRU_CACHE_CAPACITY="1024") > 5e7  # a user's own choice
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library")

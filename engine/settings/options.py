@@ -117,6 +117,7 @@ def _drop_output() -> None:
 def run_command(function: Callable[[O], None], usage: str, options: type[O], arguments: Sequence[str]) -> int:
     """Run a function on parsed arguments and print its error, if any, on one line; returns the exit status."""
     process_start.open_missing_streams()
+    process_start.forget_old_shapes()
     if asks_for_help(arguments):
         return print_help(help_text(usage, options))
     try:
