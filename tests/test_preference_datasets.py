@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from engine.data import html as html_module
+from engine.data.dialogues import split_turns
 from engine.data.forms import PROMPTS_DIFFER
 from engine.data.row_sources import RowSource
 from engine.data.rows import RowCounts
@@ -276,11 +277,10 @@ def test_all_demonstrations_of_a_prompt_are_learned(tmp_path, tokenizer):
     path = write(tmp_path / "own.jsonl", rows)
     options = {"datasets": [str(path)], "test_fraction": 0, "chat_template": "hh"}
     split = load_split(config(tmp_path, **options), tokenizer, "train", "sft")
-    responses = [tokenizer.decode(example.responses[0]) for example in split.examples]
-    assert responses == [" yes?<eos>", " no?<eos>", " b<eos>", " b<eos>"]
+    responses = [[tokenizer.decode(turn.responses[0]) for turn in split_turns(example)] for example in split.examples]
+    assert responses == [[" yes?<eos>", " b<eos>"], [" no?<eos>", " b<eos>"]]
     assert split.counts["rows"] == 3 and split.counts["prompts"] == 3 and split.counts["targets"] == 4
     assert split.counts["dropped"] == {"duplicate response": 2}
-    assert split.examples[0].prompt_index == split.examples[1].prompt_index  # fed once
 
 
 def test_a_rejected_response_is_no_demonstration(tmp_path, tokenizer):
