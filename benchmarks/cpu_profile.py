@@ -3,17 +3,14 @@
 Times are of one thread, and of operations without those that they call. Time outside of all operations is Python's.
 """
 
-import json
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.gpu_profile import HEAD, head_marked, most
+from benchmarks.gpu_profile import HEAD, head_marked, most, trace_events
 
 ATTENTION, ROUNDING, OPTIMIZER, PYTHON = "attention", "rounding of weights", "optimizer", "Python"
 MARKED = (HEAD, ATTENTION, ROUNDING)
@@ -35,10 +32,7 @@ def grouped_seconds(step: Callable[[], Any]) -> dict[str, Any]:
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler, _marked(), record_function("step"):
         step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        return group_events(json.loads(path.read_text())["traceEvents"])
+    return group_events(trace_events(profiler))
 
 
 @contextmanager

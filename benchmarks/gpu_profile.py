@@ -30,10 +30,16 @@ def grouped_seconds(step: Callable[[], Any], on_gpu: bool) -> dict[str, Any]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler, head_marked():
         step()
+    return group_events(trace_events(profiler))
+
+
+def trace_events(profiler: Any) -> list[dict[str, Any]]:
+    """The events of a finished torch.profiler.profile."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
-        return group_events(json.loads(path.read_text())["traceEvents"])
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return events
 
 
 @contextmanager

@@ -6,8 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import engine.step.attention
 import engine.step.logprobs
@@ -15,14 +13,11 @@ from engine.data.dialogues import Turn, count_turns, split_turns
 from engine.data.examples import Example
 from engine.run.workload import Work
 from engine.settings.schema import LossSettings
-from engine.step.first_pass import FirstPass
 from engine.step.layout import lay_out, num_fed_tokens
-from engine.step.metrics import MetricAccumulator
-from engine.step.microbatches import Batch, MicrobatchRunner
-from engine.step.objectives import make_objective
 from engine.step.packing_check import use_packed_attention
 from engine.step.splitting import split_batch, split_for_ranks
-from tests.invariants.test_packing import ARCHITECTURES, assert_same, gradient, make_logits_twice
+from tests.invariants.batches import run_batch
+from tests.invariants.test_packing import ARCHITECTURES, assert_same, make_logits_twice
 from tests.models import VOCABULARY, exact_norms, random_examples, tiny_model
 
 LOSS = LossSettings(name="sft", keywords={})
@@ -55,27 +50,6 @@ def mixed_examples() -> list[Example]:
     return [first, *single, dialogue([(1, 1), (1, 1), (2, 9)], 1, weight=3.0), first, sibling]
 
 
-def loss_gradient_and_metrics(
-    model: PreTrainedModel, microbatches: Sequence[list[Example]], layout: str = "packed"
-) -> tuple[tuple[float, Tensor], dict[str, float], int]:
-    """Of a batch, by the runner of training; the last is the number of tokens fed."""
-    runner = MicrobatchRunner(
-        model,
-        make_objective(LOSS),
-        layout=layout,
-        pad_token_id=0,
-        device=torch.device("cpu"),
-        compute_dtype=None,
-    )
-    examples = [example for part in microbatches for example in part]
-    batch, metrics = Batch(examples, 0, [runner.prepare(part) for part in microbatches]), MetricAccumulator()
-    losses = list(runner.losses(batch, FirstPass([], {}), metrics))
-    torch.stack(losses).sum().backward()
-    means, num_tokens, _ = metrics.reduce(lambda totals: None)
-    logged = {name: value.item() for name, value in means.items()}
-    return (sum(each.item() for each in losses), gradient(model)), logged, int(num_tokens)
-
-
 def one_example_per_turn(examples: Sequence[Example]) -> list[Example]:
     return [turn for example in examples for turn in split_turns(example)]
 
@@ -89,10 +63,10 @@ def test_a_dialogue_is_its_turns(architecture: str, layout: str, monkeypatch: py
     examples = mixed_examples()
     single = one_example_per_turn(examples)
     assert len(single) == count_turns(examples) == 4 + 2 + 3 + 4 + 1
-    truth, logged, _ = loss_gradient_and_metrics(model, [[each] for each in single], layout)
+    truth, logged, _ = run_batch(LOSS, model, [[each] for each in single], layout)
 
     def check(microbatches: Sequence[list[Example]]) -> None:
-        found, metrics, _ = loss_gradient_and_metrics(model, microbatches, layout)
+        found, metrics, _ = run_batch(LOSS, model, microbatches, layout)
         assert_same(found, truth, torch.float64)
         assert metrics == pytest.approx(logged, rel=1e-12)
 
@@ -130,8 +104,8 @@ def test_turns_of_other_places_do_not_share_a_row() -> None:
     model = exact_norms(tiny_model("llama", torch.float64))
     use_packed_attention(model)
     examples = [example, divided]
-    truth, _, _ = loss_gradient_and_metrics(model, [[each] for each in one_example_per_turn(examples)])
-    assert_same(loss_gradient_and_metrics(model, [examples])[0], truth, torch.float64)
+    truth, _, _ = run_batch(LOSS, model, [[each] for each in one_example_per_turn(examples)])
+    assert_same(run_batch(LOSS, model, [examples])[0], truth, torch.float64)
 
 
 def test_ranks_know_the_place_of_their_losses() -> None:

@@ -13,11 +13,8 @@ from transformers import PreTrainedModel
 from engine.data.examples import Example
 from engine.data.windows import TokenStream, Windows, with_token_weights
 from engine.settings.schema import LossSettings
-from engine.step.first_pass import FirstPass
-from engine.step.metrics import MetricAccumulator
-from engine.step.microbatches import Batch, MicrobatchRunner
-from engine.step.objectives import make_objective
 from engine.step.packing_check import use_packed_attention
+from tests.invariants.batches import run_batch
 from tests.invariants.test_packing import ARCHITECTURES, gradient
 from tests.models import VOCABULARY, exact_norms, tiny_model
 
@@ -36,21 +33,9 @@ def packed(
     model: PreTrainedModel, microbatches: Sequence[list[Example]], layout: str = "packed"
 ) -> tuple[float, Tensor]:
     """The loss of a batch by the runner of training, and its gradient."""
-    runner = MicrobatchRunner(
-        model,
-        make_objective(LOSS),
-        layout=layout,
-        pad_token_id=0,
-        device=torch.device("cpu"),
-        compute_dtype=None,
-    )
-    examples = [example for part in microbatches for example in part]
-    batch, metrics = Batch(examples, 0, [runner.prepare(part) for part in microbatches]), MetricAccumulator()
-    losses = list(runner.losses(batch, FirstPass([], {}), metrics))
-    torch.stack(losses).sum().backward()
-    loss = sum(each.item() for each in losses)
-    assert loss == pytest.approx(metrics.reduce(lambda totals: None).means["loss"].item(), rel=1e-6)
-    return loss, gradient(model)
+    (loss, found), logged, _ = run_batch(LOSS, model, microbatches, layout)
+    assert loss == pytest.approx(logged["loss"], rel=1e-6)
+    return loss, found
 
 
 def alone(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[float, Tensor]:
