@@ -169,8 +169,8 @@ def test_a_planned_gpu_has_no_wide_copy_of_a_low_head(
         dtypes.add(weight.dtype)
         compute(inputs, weight, out)
 
-    compute = engine.step.logprobs._products
-    monkeypatch.setattr(engine.step.logprobs, "_products", products)
+    compute = engine.step.logprobs.wide_product
+    monkeypatch.setattr(engine.step.logprobs, "wide_product", products)
     planned(configured("llama", "model.policy_dtype=bfloat16", hardware))
     assert dtypes == {dtype}
 

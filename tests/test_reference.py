@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import engine.step.reference
 from engine.models.hashing import weights_hash
 from engine.step import reference_cache
 from engine.step.heads import response_logps
@@ -201,6 +202,9 @@ def test_the_key_depends_on_everything_affecting_the_values(monkeypatch: pytest.
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
     keys.append(key(model, "packed"))
     keys.append(reference_key(weights_hash(model, {}), ["packed"], torch.device("meta")))
+    has_units = engine.step.reference.cpu_rounds_products()
+    monkeypatch.setattr(engine.step.reference, "cpu_rounds_products", lambda: not has_units)
+    keys.append(key(model, "packed"))
     monkeypatch.setattr(torch, "__version__", "1.0")
     keys.append(key(model, "packed"))
     assert len(set(keys)) == len(keys)

@@ -255,8 +255,7 @@ def test_rows_of_a_gpu_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for is_padded in (False, True):
         with monkeypatch.context() as patch:
-            for module in (engine.models.wide_products, engine.step.logprobs):
-                patch.setattr(module, "has_wide_products", lambda device, is_padded=is_padded: is_padded)
+            patch.setattr(engine.models.wide_products, "has_wide_products", lambda device, padded=is_padded: padded)
             leaves = head_leaves(batch, seed=0)
             loss, logps = chunked_head(*leaves, batch, any_loss, needs=needs)
             results.append((loss, logps, *torch.autograd.grad(loss, leaves)))

@@ -97,8 +97,7 @@ def run_rank(rank: int, directory: Path) -> None:
             engine.step.logprobs.CHUNK_LOGITS = {"cpu": chunk * largest}
             results[num_shards, bias, chunk] = head_results(lay_out(pair_examples()), bias, rows, shard)
         with pytest.MonkeyPatch.context() as patch:  # rows as on a GPU: the next shard's tokens stand beyond the last
-            for module in (engine.models.wide_products, engine.step.logprobs):
-                patch.setattr(module, "has_wide_products", lambda device: True)
+            patch.setattr(engine.models.wide_products, "has_wide_products", lambda device: True)
             results[num_shards, "rows of a GPU"] = head_results(lay_out(pair_examples()), True, rows, shard)
         for needs in NEEDS:
             engine.step.logprobs.CHUNK_LOGITS = {"cpu": 36 * largest}  # of 12 targets, with three buffers

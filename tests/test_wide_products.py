@@ -1,4 +1,4 @@
-"""Products of low dtype with fp32 sums, by stand-ins for a GPU's, and the head with them."""
+"""Products of low dtype with fp32 sums, of CPUs and by stand-ins for a GPU's, and the head with them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,9 @@ from torch import Tensor
 import engine.models.precision
 import engine.models.wide_products
 import engine.step.logprobs
-from engine.models.precision import low_weight, run_in_dtype
-from engine.models.wide_products import add_product, copy_for_products
+from engine.models.precision import HEAD, low_weight, run_in_dtype
+from engine.models.rounding import Thresholds, round_by, weight_thresholds
+from engine.models.wide_products import add_product, copy_for_products, wide_product
 from engine.step.heads import response_logps, run_head
 from engine.step.layout import lay_out
 from engine.step.logprobs import chunk_logits, chunked_head, plain_head, scatter_selected, sum_by_response
@@ -43,8 +44,7 @@ def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     engine.models.wide_products._can_add_in_place.cache_clear()
     monkeypatch.setattr(torch, "addmm", request.param)
     monkeypatch.setattr(torch, "mm", wide_mm)
-    for module in (engine.models.wide_products, engine.models.precision, engine.step.logprobs):
-        monkeypatch.setattr(module, "has_wide_products", lambda device: True)
+    monkeypatch.setattr(engine.models.wide_products, "has_wide_products", lambda device: True)
     request.addfinalizer(engine.models.wide_products._can_add_in_place.cache_clear)
 
 
@@ -145,9 +145,9 @@ def count_copies(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The weights of all copies from now on."""
     copied = []
 
-    def copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def copy(weight: Tensor, dtype: torch.dtype, thresholds: Thresholds | None = None) -> Tensor:
         copied.append(weight)
-        return copy_for_products(weight, dtype)
+        return copy_for_products(weight, dtype, thresholds)
 
     for module in (engine.models.precision, engine.step.logprobs):
         monkeypatch.setattr(module, "copy_for_products", copy)
@@ -175,7 +175,7 @@ def test_the_head_is_cast_once_for_all_microbatches(architecture: str, monkeypat
         with torch.no_grad(), run_in_dtype(model, LOW):  # as of a reference that shares the policy's weights
             response_logps(model, batch)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(loss_and_gradient(), first, strict=True))
-    assert len(copied) == 1 and low_weight(head, LOW) is None
+    assert len(copied) == 1 and not hasattr(head, "low_weight")
     with torch.no_grad():
         head.weight.mul_(1.5)  # an optimizer's step
     with run_in_dtype(model, LOW):
@@ -190,18 +190,109 @@ def test_the_head_is_cast_once_for_all_microbatches(architecture: str, monkeypat
 def test_a_copy_of_another_weight_is_not_used() -> None:
     head = tiny_model("llama").get_output_embeddings()
     with engine.models.precision.low_weight_in(head, LOW, is_trained=True):
-        assert low_weight(head, LOW) is not None and low_weight(head, torch.float16) is None
+        kept = low_weight(head, LOW)
+        assert kept is not None and low_weight(head, LOW) is kept and low_weight(head, torch.float16) is not kept
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        assert low_weight(head, LOW) is None
+        assert low_weight(head, LOW) is not kept
 
 
-def test_without_gradients_a_cpu_makes_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("takes_low", [False, True])
+def test_without_gradients_a_cpu_copies_where_its_products_take_the_copy(
+    takes_low: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.models.precision, "takes_low_weight", lambda device, dtype: takes_low)
     model = tiny_model("llama")
     copied = count_copies(monkeypatch)
     with torch.no_grad(), run_in_dtype(model, LOW):
-        assert low_weight(model.get_output_embeddings(), LOW) is None
+        assert (low_weight(model.get_output_embeddings(), LOW) is not None) == takes_low
     with run_in_dtype(model.requires_grad_(False), LOW):
-        assert not copied
+        assert bool(copied) == takes_low
+
+
+# ---- A CPU with matrix units ----
+
+
+@pytest.fixture
+def low_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the head's products from its bf16 copy, as a CPU with matrix units does."""
+    for module in (engine.models.precision, engine.step.logprobs):
+        monkeypatch.setattr(module, "takes_low_weight", lambda device, dtype: dtype == LOW)
+
+
+def test_products_of_a_cpu_are_exact_for_bf16_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With matrix units and without, a part of the weight at a time."""
+    monkeypatch.setattr(engine.models.wide_products, "CPU_BLOCK", 48)
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = (torch.randn(size, 96, generator=generator).to(LOW) for size in (70, 130))
+    out = torch.empty(70, 130)
+    wide_product(inputs, weight, out)
+    assert relative_error(out, inputs.double() @ weight.double().T) < 1e-6
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_only_the_products_of_the_head_may_round(precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        engine.models.wide_products.cpu_rounds_products.cache_clear()
+        engine.models.wide_products.cpu_rounds_products()
+        assert torch.get_float32_matmul_precision() == precision
+        if precision == "highest":
+            values = torch.full((64, 64), 1 + 2**-10)
+            assert torch.equal(values @ torch.eye(64), values)
+        with pytest.raises(RuntimeError):
+            wide_product(torch.ones(2, 3).to(LOW), torch.ones(4, 5).to(LOW), torch.empty(2, 4))
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_low_head_equals_its_rounded_weights(low_head: None) -> None:
+    """Log-probs are those of fp32 products with weights rounded by thresholds, not of logits rounded to bf16."""
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    batch = lay_out(pair_examples())
+    batch.segments = None
+    head = model.get_output_embeddings()
+    rounded = round_by(head.weight.detach(), weight_thresholds(HEAD, head.weight)).float()
+    assert not torch.equal(rounded, head.weight.to(LOW).float())
+    with torch.no_grad(), run_in_dtype(model, LOW):
+        found = response_logps(model, batch)
+        output = model.base_model(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        _, logps = plain_head(output.last_hidden_state[0], rounded, None, batch, lambda logps, span: logps.sum())
+    torch.testing.assert_close(found, sum_by_response(logps, batch.response_lengths), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # qwen2 with tied embeddings
+def test_a_tiny_step_makes_no_leap_in_the_low_head(
+    architecture: str, low_head: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights stored in fp16 often lie halfway between two values of bf16: to the nearest, a tiny step tips them."""
+    batch = lay_out(pair_examples())
+    batch.segments = None
+
+    def moved(dtype: torch.dtype | None) -> float:
+        """How far the log-probs move when the head moves along their gradient."""
+        model = tiny_model(architecture)
+        model.set_attn_implementation("eager")
+        head = model.get_output_embeddings().weight
+        with torch.no_grad():
+            head.copy_(head.half())
+
+        def total() -> float:
+            with torch.no_grad(), run_in_dtype(model, dtype):
+                return response_logps(model, batch).double().sum().item()
+
+        before = total()
+        run_head(model, batch, lambda logps, span: logps.sum())[0].backward()
+        with torch.no_grad():
+            head += 1e-7 * head.grad.sign()
+        return total() - before
+
+    exact = moved(None)
+    assert abs(moved(LOW) - exact) < 0.02
+    monkeypatch.setattr(engine.models.precision, "has_thresholds", lambda values, dtype: False)
+    assert moved(LOW) > 0.05
 
 
 # ---- Gradients of hidden states ----

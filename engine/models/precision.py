@@ -19,9 +19,10 @@ from engine.models.rounding import (
 )
 from engine.models.score_head import has_score_head, head_of
 from engine.models.shards import ShardPermutations, local_shard
-from engine.models.wide_products import copy_for_products, has_wide_products
+from engine.models.wide_products import copy_for_products, takes_low_weight
 
 UPPER_HALF = -1 << CUT_OFF  # of the bits of an int32
+HEAD = "head"  # its name for thresholds, in every model
 
 
 @contextmanager
@@ -55,11 +56,11 @@ def low_weight_in(head: nn.Module, dtype: torch.dtype, is_trained: bool) -> Iter
         is_trained: whether the model has trained weights. A CPU needs the copy for gradients alone.
     """
     weight: Tensor = head.weight  # type: ignore[assignment]
-    is_needed = has_wide_products(weight.device) or (is_trained and torch.is_grad_enabled())
-    if not is_needed or low_weight(head, dtype) is not None:  # an outer block has made it
+    is_needed = takes_low_weight(weight.device, dtype) or (is_trained and torch.is_grad_enabled())
+    if not is_needed or _kept_copy(head, dtype) is not None:  # an outer block has made it
         yield
         return
-    head.low_weight = weight, copy_for_products(weight, dtype)  # type: ignore[assignment]
+    head.low_weight = weight, _low_copy(head, dtype)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -67,9 +68,26 @@ def low_weight_in(head: nn.Module, dtype: torch.dtype, is_trained: bool) -> Iter
 
 
 def low_weight(head: nn.Module, dtype: torch.dtype) -> Tensor | None:
-    """The head's copy in dtype, [rows of copy_for_products(), hidden size]; None outside of low_weight_in()."""
+    """This rank's copy of the head's weight in dtype, [rows of copy_for_products(), hidden size].
+
+    It is the one of low_weight_in() inside of that block. Without gradients it is None where fp32 weights are used.
+    """
+    kept = _kept_copy(head, dtype)
+    if kept is not None:
+        return kept
+    is_needed = torch.is_grad_enabled() or takes_low_weight(head.weight.device, dtype)  # type: ignore[arg-type]
+    return _low_copy(head, dtype) if is_needed else None
+
+
+def _kept_copy(head: nn.Module, dtype: torch.dtype) -> Tensor | None:
     weight, copy = getattr(head, "low_weight", (None, None))
     return copy if weight is head.weight and copy is not None and copy.dtype == dtype else None
+
+
+def _low_copy(head: nn.Module, dtype: torch.dtype) -> Tensor:
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    thresholds = weight_thresholds(HEAD, weight) if has_thresholds(weight, dtype) else None
+    return copy_for_products(local_shard(weight), dtype, thresholds)
 
 
 def cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

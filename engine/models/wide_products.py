@@ -1,15 +1,20 @@
 """Matrix products of low dtype with sums in fp32.
 
-Tensor cores of a GPU take bf16 or fp16, and sum and return fp32. CPU products in low dtype return low dtype.
+Tensor cores of a GPU take bf16 or fp16, and sum and return fp32. CPU products in low dtype return low dtype. But a CPU
+with matrix units (AMX) can take fp32, round it to bf16 on the way, and sum and return fp32.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
-# A GPU's products of an odd number of rows take up to eight times as long.
-ROW_MULTIPLE = 64
+from engine.models.rounding import Thresholds, round_by
+
+ROW_MULTIPLE = 64  # a GPU's products of an odd number of rows take up to eight times as long
+CPU_BLOCK = 4096  # rows of a weight in fp32 at a time
 
 
 def has_wide_products(device: torch.device) -> bool:
@@ -17,17 +22,70 @@ def has_wide_products(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def copy_for_products(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def takes_low_weight(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products that return fp32 are quicker with a weight in dtype than in fp32."""
+    on_cpu = device.type == "cpu" and dtype == torch.bfloat16 and cpu_rounds_products()
+    return on_cpu or has_wide_products(device)
+
+
+@cache
+def cpu_rounds_products() -> bool:
+    """Whether products of fp32 round their factors to bf16 on this CPU where that is allowed.
+
+    oneDNN does so where it has matrix units. Its other kernels ignore the setting.
+    """
+    size = 64  # other libraries have products below 32 x 32
+    with _rounded_products():
+        product = torch.full((size, size), 1 + 2**-10) @ torch.eye(size)
+    return bool((product == 1).all())
+
+
+@contextmanager
+def _rounded_products() -> Iterator[None]:
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def wide_product(inputs: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write inputs @ weight.T to out, summed in its dtype.
+
+    Args:
+        inputs: [rows, columns], in the dtype of out or a lower one.
+        weight: [columns of out, columns]; in the dtype of inputs if takes_low_weight(), else in that of out.
+    """
+    if has_wide_products(inputs.device) and inputs.dtype != out.dtype:
+        torch.mm(inputs, weight.T, out_dtype=out.dtype, out=out)
+    elif weight.dtype == out.dtype:
+        torch.mm(inputs.to(out.dtype), weight.T, out=out)
+    else:  # a CPU takes fp32: one copy would need twice the memory of the weight
+        wide_inputs, starts = inputs.to(out.dtype), range(0, len(weight), CPU_BLOCK)
+        buffer = wide_inputs.new_empty(min(CPU_BLOCK, len(weight)), weight.shape[1])
+        with _rounded_products():  # of factors that are bf16 already
+            for part in (slice(start, start + CPU_BLOCK) for start in starts):
+                block = buffer[: len(weight[part])].copy_(weight[part])
+                torch.mm(wide_inputs, block.T, out=out[:, part])
+
+
+def copy_for_products(weight: Tensor, dtype: torch.dtype, thresholds: Thresholds | None = None) -> Tensor:
     """A weight in dtype, with rows of zeros up to ROW_MULTIPLE on a GPU.
 
     It is the weight itself where that has both already.
+
+    Args:
+        thresholds: to round to bf16 by; None to round to the nearest.
     """
     weight, num_rows = weight.detach(), len(weight)
     padding = -num_rows % ROW_MULTIPLE if has_wide_products(weight.device) else 0
+    rounded = weight if thresholds is None else round_by(weight, thresholds)
     if not padding:
-        return weight.to(dtype)
+        return rounded.to(dtype)
     copy = weight.new_empty(num_rows + padding, *weight.shape[1:], dtype=dtype)
-    copy[:num_rows], copy[num_rows:] = weight, 0
+    copy[:num_rows], copy[num_rows:] = rounded, 0
     return copy
 
 

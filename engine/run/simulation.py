@@ -196,8 +196,9 @@ class Simulated(Placement):
     def simulated(self) -> Iterator[None]:
         """Make tensors without memory inside a with block, and count it."""
         # Fake tensors are on the CPU, also for a planned GPU.
-        products = patch("engine.step.logprobs.has_wide_products", lambda device: self.is_on_gpu)
-        with self.fake, self.live, patch.dict(CHUNK_LOGITS, cpu=self.chunk_logits), products:
+        products = patch("engine.step.logprobs.takes_low_weight", lambda device, dtype: self.is_on_gpu)
+        low = patch("engine.models.precision.takes_low_weight", lambda device, dtype: self.is_on_gpu)
+        with self.fake, self.live, patch.dict(CHUNK_LOGITS, cpu=self.chunk_logits), products, low:
             yield
 
     def gather_from_data_ranks(self, value: Any) -> list[Any]:

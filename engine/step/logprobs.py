@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.models.wide_products import add_product, copy_for_products, has_wide_products
+from engine.models.wide_products import add_product, copy_for_products, takes_low_weight, wide_product
 from engine.step.head_kernels import gradient_of_logits, has_triton, normalize
 from engine.step.layout import GroupSpan, Microbatch
 from engine.step.token_needs import DIFFERENTIABLE, NO_NEEDS, ReferenceHead, TokenNeeds, plain_token_columns
@@ -125,8 +125,8 @@ def chunked_head(
 class _HeadInChunks:
     """Computes log-probs of some targets at a time, in one buffer.
 
-    Logits are fp32 (or fp64) whatever the dtype. They come from the weights as stored, except on a GPU: products of
-    low dtype with wide sums are faster there.
+    Logits are fp32 (or fp64) whatever the dtype. They come from the weights as stored, except where products of low
+    dtype with wide sums are faster: on a GPU, and on a CPU with matrix units.
 
     Args:
         selected: hidden states at the predicting positions, [targets, hidden size].
@@ -148,13 +148,14 @@ class _HeadInChunks:
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         # For the gradients' products. On a GPU it has more rows than weight, for speed.
         self.low_weight = copy_for_products(weight, selected.dtype) if low_weight is None else low_weight
-        self._wide_weight = self.low_weight if has_wide_products(selected.device) else weight.to(self.dtype)
+        is_low = takes_low_weight(selected.device, selected.dtype)
+        self._weight = self.low_weight if is_low else weight.to(self.dtype)
         self._selected, self._bias, self._targets, self._vocabulary = selected, bias, targets, len(weight)
         self._shard = shard
         limit = chunk_logits(selected.device.type, _memory_limit(selected.device)) // num_buffers
         self.max_targets = max(CHUNK_TOKENS, limit // (shard.largest if shard else len(weight)))
         rows = min(self.max_targets, len(selected))
-        self._buffer = selected.new_empty(rows, len(self._wide_weight), dtype=self.dtype)
+        self._buffer = selected.new_empty(rows, len(self._weight), dtype=self.dtype)
         self._has_kernels = has_triton(selected.device) and self.dtype == torch.float32 and shard is None
         self._normalize = _normalize_on_gpu if self._has_kernels else softmax_
         if shard is not None:
@@ -250,7 +251,7 @@ class _HeadInChunks:
     def _logits(self, targets: slice) -> Tensor:
         """Logits of a slice of targets, in the buffer."""
         logits = self._buffer[: targets.stop - targets.start]
-        _products(self._selected[targets], self._wide_weight, logits)
+        wide_product(self._selected[targets], self._weight, logits)
         if self._bias is not None:
             logits[:, : self._vocabulary] += self._bias
         if logits.shape[1] > self._vocabulary:
@@ -418,14 +419,6 @@ class _ChunkedHead(torch.autograd.Function):
         if grad_loss.is_cuda or grad_loss != 1:  # reading the value on a GPU would wait for the queue
             gradients = tuple(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients)
         return (*gradients, None, None, None, None, None, None)
-
-
-def _products(inputs: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Write inputs @ weight.T to out, summed in its dtype."""
-    if has_wide_products(inputs.device) and inputs.dtype != out.dtype:
-        torch.mm(inputs, weight.T, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(inputs.to(out.dtype), weight.T, out=out)
 
 
 def softmax_(logits: Tensor, targets: Tensor) -> tuple[Tensor, GradientOfLogits]:

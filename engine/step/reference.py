@@ -13,6 +13,7 @@ from engine.data.dialogues import split_turns
 from engine.data.examples import Example
 from engine.models.adapters import as_reference
 from engine.models.precision import run_in_dtype
+from engine.models.wide_products import cpu_rounds_products
 from engine.step.heads import head_at_hand, run_head, run_reference
 from engine.step.layout import Microbatch
 from engine.step.logprobs import sum_by_response
@@ -81,6 +82,8 @@ def reference_key(weights: str, settings: Iterable[Any], device: torch.device) -
         device: its kind, the version of torch and our kernels affect the last bits.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cpu" and cpu_rounds_products():
+        name += " with matrix units"
     return content_hash([weights, *settings, name, torch.__version__, KERNELS])
 
 
