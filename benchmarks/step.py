@@ -50,6 +50,7 @@ from benchmarks.workers import Worker
 TRL_BEST = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
 SYSTEMS: dict[str, tuple[str, Any]] = {
     "ours-bf16": ("ours", ["mixed_precision=bfloat16"]),
+    "ours-bf16-compiled": ("ours", ["mixed_precision=bfloat16", "compile=true"]),
     "ours": ("ours", []),
     "ours-padded": ("ours", ["batching=padded"]),
     "trl-default": ("trl", {}),

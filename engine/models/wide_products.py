@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.models.rounding import Thresholds, round_by
 
 ROW_MULTIPLE = 64  # a GPU's products of an odd number of rows take up to eight times as long
-CPU_BLOCK = 4096  # rows of a weight in fp32 at a time
+CPU_BLOCK = 4096  # rows of a weight at a time
 
 
 def has_wide_products(device: torch.device) -> bool:
@@ -62,13 +62,12 @@ def wide_product(inputs: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(inputs, weight.T, out_dtype=out.dtype, out=out)
     elif weight.dtype == out.dtype:
         torch.mm(inputs.to(out.dtype), weight.T, out=out)
-    else:  # a CPU takes fp32: one copy would need twice the memory of the weight
-        wide_inputs, starts = inputs.to(out.dtype), range(0, len(weight), CPU_BLOCK)
-        buffer = wide_inputs.new_empty(min(CPU_BLOCK, len(weight)), weight.shape[1])
+    else:  # a CPU takes fp32: a copy of all rows would need twice the memory of the weight
+        wide_inputs = inputs.to(out.dtype)
         with _rounded_products():  # of factors that are bf16 already
-            for part in (slice(start, start + CPU_BLOCK) for start in starts):
-                block = buffer[: len(weight[part])].copy_(weight[part])
-                torch.mm(wide_inputs, block.T, out=out[:, part])
+            for start in range(0, len(weight), CPU_BLOCK):
+                part = slice(start, start + CPU_BLOCK)
+                torch.mm(wide_inputs, weight[part].to(out.dtype).T, out=out[:, part])
 
 
 def copy_for_products(weight: Tensor, dtype: torch.dtype, thresholds: Thresholds | None = None) -> Tensor:
@@ -98,7 +97,11 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.
     if left.dtype == dtype:
         return left @ right if total is None else total.addmm_(left, right)
     if not has_wide_products(left.device):
-        return (left @ right).to(dtype) if total is None else total.add_(left @ right)
+        total = left.new_zeros(len(left), right.shape[1], dtype=dtype) if total is None else total
+        for start in range(0, len(left), CPU_BLOCK):  # a product of all rows would need half of the total's memory
+            part = slice(start, start + CPU_BLOCK)
+            total[part].add_(left[part] @ right)
+        return total
     if total is None:
         return torch.mm(left, right, out_dtype=dtype)
     if _can_add_in_place(left.device, left.dtype, dtype):
