@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from engine.models.compiled_layers import as_in_training
+from engine.models.compiled_layers import as_in_training, check_compiler
 from tests.runs import Program
+from utils import UserError
 
 
 class Layer(nn.Module):
@@ -93,6 +94,19 @@ def test_training_and_sampling_are_left_alone(recorder: Recorder) -> None:
         assert not call(hidden, past_key_values=DynamicCache())[0].requires_grad
     assert [each["grad"] for each in recorder.calls] == [True, False]
     assert [each["training"][0] for each in recorder.calls] == [False, False]
+
+
+@pytest.mark.parametrize("variable", ["CXX", "CC"])
+def test_compiling_without_a_compiler_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda" if variable == "CC" else "cpu")
+    monkeypatch.setattr("engine.models.compiled_layers.has_c_compiler", lambda: False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=rf"no C(\+\+)? compiler was found; fix: .*{variable}") as caught:
+        check_compiler(device)
+    assert caught.value.exit_status == 2
+    monkeypatch.setattr("engine.models.compiled_layers.has_c_compiler", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    check_compiler(device)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Compile transformer layers. With and without gradients, they give the same bits."""
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,27 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache
 
+from utils import UserError, has_c_compiler
+
 Call = Callable[..., Any]
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where nothing builds the code: Triton wants a C compiler, a CPU's code one of C++.
+
+    Raises:
+        UserError: there is none.
+    """
+    if device.type == "cuda":
+        has_compiler, name, variable = has_c_compiler(), "C", "CC"
+    else:
+        from torch._inductor import config  # slow to import
+
+        names = config.cpp.cxx if isinstance(config.cpp.cxx, tuple) else (config.cpp.cxx,)
+        has_compiler, name, variable = any(shutil.which(each) for each in names if each), "C++", "CXX"
+    if not has_compiler:
+        what = f"compile=true: no {name} compiler was found"
+        raise UserError("CONFIG", what, f"install gcc and g++, name a compiler in {variable}, or set compile=false")
 
 
 def compile_layers(layers: Sequence[nn.Module], embeddings: nn.Module) -> None:

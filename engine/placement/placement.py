@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine.data.dialogues import count_turns
 from engine.data.examples import Example
 from engine.data.parts import join_parts
-from engine.models.compiled_layers import compile_layers
+from engine.models.compiled_layers import check_compiler, compile_layers
 from engine.models.layers import find_layers
 from engine.models.optimizers import build_optimizer, load_optimizer_state, with_weight_decay
 from engine.models.parameters import named_aliases, named_state
@@ -160,6 +160,7 @@ class Placement:
     def compile_layers(self, model: PreTrainedModel) -> PreTrainedModel:
         """Compile the layers of a model, if the settings say so."""
         if self.settings.compile:
+            check_compiler(self.device)
             is_packed = model.config._attn_implementation == "packed"
             if is_packed and flash_serves(model, self.mixed_precision or model.dtype, self.device):
                 model.set_attn_implementation("packed_compiled")
