@@ -56,6 +56,7 @@ SYSTEMS: dict[str, tuple[str, Any]] = {
     "trl-default": ("trl", {}),
     # TRL 1.16 has switched padding_free off. Its head is fused by default.
     "trl-best": ("trl", {**TRL_BEST, "bf16": True}),
+    "trl-best-compiled": ("trl", {**TRL_BEST, "bf16": True, "torch_compile": True}),
     "trl-liger": ("trl", {**TRL_BEST, "bf16": True, "use_liger_kernel": True}),  # Liger's layers; on GPUs only
     "trl-best-fp32": ("trl", {**TRL_BEST, "bf16": False}),
     "ours-weights-bf16": ("ours", ["model.policy_dtype=bfloat16", "mixed_precision=null"]),
