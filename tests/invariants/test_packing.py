@@ -223,11 +223,18 @@ def test_frozen_tensors_get_no_gradient(frozen: tuple[int, ...]) -> None:
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_bf16_hidden_states_meet_unrounded_head_weights() -> None:
-    """Mixed precision: the head's weights are not rounded to the dtype of the hidden states, on a CPU."""
+@pytest.mark.parametrize("takes_low", [False, True])
+def test_bf16_hidden_states_meet_unrounded_weights_or_their_copy(
+    takes_low: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed precision on a CPU: the head's products take its copy only where there are matrix units. Sums are fp32."""
+    monkeypatch.setattr(engine.step.logprobs, "takes_low_weight", lambda device, dtype: takes_low)
     batch = lay_out(pair_examples())
-    leaves = head_leaves(batch, torch.bfloat16)
-    (_, ours), (_, plain) = (head(*leaves, batch, pair_loss(batch, 5)) for head in (chunked_head, plain_head))
+    hidden, weight, bias = head_leaves(batch, torch.bfloat16)
+    truth = weight.detach().bfloat16().float() if takes_low else weight
+    loss = pair_loss(batch, 5)
+    _, ours = chunked_head(hidden, weight, bias, batch, loss)
+    _, plain = plain_head(hidden, truth, bias, batch, loss)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
 
