@@ -16,6 +16,7 @@ os.environ["TRACKIO_DIR"] = str(Path(os.environ["XDG_CACHE_HOME"], "trackio"))
 
 import pytest
 import torch
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigSource
 
@@ -25,6 +26,7 @@ sources: list[Any] = Plugins.instance().discover(ConfigSource)
 (CONFIG_DIRECTORIES,) = [source for source in sources if source.scheme() == "file"]
 load_config = CONFIG_DIRECTORIES.load_config
 CONFIG_FILES: dict[tuple[str, int], Any] = {}
+CONFIG = Path(__file__).resolve().parent.parent / "config"
 
 
 def load_config_once(source: Any, config_path: str) -> Any:
@@ -38,6 +40,22 @@ def load_config_once(source: Any, config_path: str) -> Any:
     return copy.deepcopy(CONFIG_FILES[key])
 
 
+merge_files = ConfigLoaderImpl._compose_config_from_defaults_list
+MERGED_FILES: dict[str, Any] = {}
+
+
+def merge_files_once(loader: Any, defaults: list[Any], repo: Any) -> Any:
+    """Copy the merged files of config/. Merging takes a third of a composition. The command line is applied later."""
+    places = {source.path for source in repo.get_sources() if source.scheme() == "file"}
+    if places != {str(CONFIG)}:  # with files of a test
+        return merge_files(loader, defaults, repo)
+    key = repr(defaults)
+    if key not in MERGED_FILES:
+        MERGED_FILES[key] = merge_files(loader, defaults, repo)
+    return copy.deepcopy(MERGED_FILES[key])
+
+
+ConfigLoaderImpl._compose_config_from_defaults_list = merge_files_once  # type: ignore[method-assign, assignment]
 CONFIG_DIRECTORIES.load_config = load_config_once
 
 
