@@ -12,6 +12,7 @@ from engine.export.saved_models import find_saved
 from engine.models.archives import MANIFEST_FILE, STATE_FILE, checkpoints, find_checkpoint, find_corruption
 from engine.run.resume_check import read_state_file
 from tests.faults.processes import assert_equal_runs, command, complete, damaged_copies, saved
+from tests.quick import slow_except
 from utils import UserError
 
 
@@ -31,8 +32,9 @@ def flip(path: Path, bit: int = 77) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("num_places", slow_except([1, 5], 1))
 @pytest.mark.parametrize("how", ["flip", "truncate"])
-def test_damage_to_any_file_of_a_checkpoint_is_found(stopped_run: Path, how: str) -> None:
+def test_damage_to_any_file_of_a_checkpoint_is_found(stopped_run: Path, how: str, num_places: int) -> None:
     """Includes policy.pt and the tokenizer. A damaged LATEST names a missing checkpoint."""
     checkpoint = checkpoints(stopped_run)[-1]
     assert find_corruption(checkpoint) is None
@@ -40,7 +42,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_found(stopped_run: Path, how: str
     assert {path.suffix for path in files} >= {".safetensors", ".json", ".pt"}
     chance = random.Random(0)
     for path in files:
-        for where in damaged_copies(path, how, 5, chance):
+        for where in damaged_copies(path, how, num_places, chance):
             assert find_corruption(checkpoint), (path.name, how, where)
     assert find_corruption(checkpoint) is None
 

@@ -20,11 +20,12 @@ from tests.faults.processes import (
     saved,
     temporaries,
 )
+from tests.quick import slow_except
 
 FSDP = TWO_RANK_TRAINERS["FSDPTrainer"]
 
 
-@pytest.mark.parametrize("num_kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", slow_except((2, 4, 10), 2))
 def test_random_kills(inputs: Path, uninterrupted_run: Path, num_kills: int) -> None:
     rng, num_killed, num_runs = random.Random(num_kills), 0, 0
     while num_killed < num_kills:
@@ -34,22 +35,34 @@ def test_random_kills(inputs: Path, uninterrupted_run: Path, num_kills: int) -> 
         num_runs += 1
 
 
-@pytest.mark.parametrize("num_kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [1, 3])
 def test_kills_of_one_rank(inputs: Path, uninterrupted_run_on_two: Path, num_kills: int) -> None:
     run_dir, rng = uninterrupted_run_on_two.parent / f"rank-killed-{num_kills}", random.Random(1)
     assert interrupt_randomly(command(inputs, run_dir, *FSDP), run_dir, num_kills, rng, num_ranks=2, seconds=0.6)
     assert_equal_runs(run_dir, uninterrupted_run_on_two)
 
 
-def test_a_kill_at_each_point_of_a_save(inputs: Path, uninterrupted_run: Path) -> None:
-    fail_at_each_point(inputs, uninterrupted_run.parent / "points", (), 1, "kill", tuple(POINTS))
-    assert_equal_runs(uninterrupted_run.parent / "points", uninterrupted_run)
+SOME_POINTS = ("half_file", "before_manifest", "before_pointer")
 
 
-def test_no_room_at_each_point_of_a_save(inputs: Path, uninterrupted_run: Path) -> None:
-    points = tuple(point for point in POINTS if point != "during_retention")  # it needs no room
-    fail_at_each_point(inputs, uninterrupted_run.parent / "no-room", (), 1, errno.errorcode[errno.ENOSPC], points)
-    assert_equal_runs(uninterrupted_run.parent / "no-room", uninterrupted_run)
+@pytest.mark.parametrize(
+    "points", [SOME_POINTS, pytest.param(tuple(POINTS), marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_a_kill_at_each_point_of_a_save(inputs: Path, uninterrupted_run: Path, points: tuple[str, ...]) -> None:
+    run_dir = uninterrupted_run.parent / f"{len(points)}-points"
+    fail_at_each_point(inputs, run_dir, (), 1, "kill", points)
+    assert_equal_runs(run_dir, uninterrupted_run)
+
+
+# Retention needs no room.
+@pytest.mark.parametrize(
+    "points", [SOME_POINTS, pytest.param(tuple(POINTS)[:-1], marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_no_room_at_each_point_of_a_save(inputs: Path, uninterrupted_run: Path, points: tuple[str, ...]) -> None:
+    run_dir = uninterrupted_run.parent / f"no-room-{len(points)}"
+    fail_at_each_point(inputs, run_dir, (), 1, errno.errorcode[errno.ENOSPC], points)
+    assert_equal_runs(run_dir, uninterrupted_run)
 
 
 # Between the parts of both ranks, and between the two renames. One process is killed at all points above.
@@ -64,9 +77,8 @@ def test_a_kill_at_points_of_a_save_on_two_ranks(
     assert_equal_runs(run_dir, uninterrupted_run_on_two)
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param("half_file#3@0=ENOSPC", marks=pytest.mark.slow), "before_fsync#3@1=ENOSPC"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["half_file#3@0=ENOSPC", "before_fsync#3@1=ENOSPC"])
 def test_no_room_for_the_part_of_one_rank(inputs: Path, uninterrupted_run_on_two: Path, fault: str) -> None:
     """All ranks learn of it, and remove their parts."""
     run_dir = uninterrupted_run_on_two.parent / f"no-room-{fault.partition('#')[0]}"
@@ -81,6 +93,7 @@ def test_no_room_for_the_part_of_one_rank(inputs: Path, uninterrupted_run_on_two
     assert_equal_runs(run_dir, uninterrupted_run_on_two)
 
 
+@pytest.mark.slow
 def test_a_kill_after_the_last_save(inputs: Path, uninterrupted_run: Path) -> None:
     """The resumed run only cleans up."""
     for fault in ("before_pointer#15=kill", "during_retention#13=kill"):

@@ -11,10 +11,14 @@ from engine.export.run_record import read_run
 from engine.export.saved_models import find_saved
 from engine.models.archives import checkpoints, find_checkpoint
 from engine.run.run_files import rewind
+from tests.quick import slow_except
 from tests.runs import Program, Run
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-STEPS = ("batch_size=4", "save_every=4", "eval_every=4", "sample_during_eval=true", "n_eval_model_samples=1")
+STEPS = (
+    "batch_size=4", "save_every=4", "eval_every=4", "sample_during_eval=true", "n_eval_model_samples=1",
+    "max_length=96", "max_prompt_length=80",
+)  # fmt: skip
 
 
 def move_checkpoints(run_dir: Path, disk: Path, prefix: str = "") -> None:
@@ -29,7 +33,7 @@ def train(program: Program, *overrides: str) -> Run:
     return program.ok(*STEPS, f"local_run_dir={program.directory / 'run'}", *overrides)
 
 
-@pytest.mark.parametrize("prefix", ["", "a-"])
+@pytest.mark.parametrize("prefix", slow_except(["", "a-"], "a-"))
 def test_a_linked_checkpoint_is_the_runs_own(program: Program, prefix: str) -> None:
     """It resumes in place, keeps its logs, and removes links alone."""
     first = train(program, "n_examples=8")

@@ -161,6 +161,7 @@ def test_an_abandoned_logger_stays_silent(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(messages) == 1
 
 
+@pytest.mark.slow
 def test_blocking_exit_hooks_do_not_change_the_exit_status(tmp_path) -> None:
     (tmp_path / "wandb.py").write_text(
         textwrap.dedent("""

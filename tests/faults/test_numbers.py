@@ -22,6 +22,7 @@ from engine.step.metrics import MetricAccumulator
 from engine.step.microbatches import Batch, MicrobatchRunner, Prepared
 from tests.faults.processes import TIMINGS, TWO_RANK_TRAINERS, assert_checkpoints_intact, command, complete, saved
 from tests.faults.processes import rows as rows_of
+from tests.quick import slow_except
 from tests.runs import Program, Run
 from trainers import BasicTrainer, Step
 
@@ -155,7 +156,7 @@ def test_a_rollback_restores_the_last_checkpoint(program: Program, make_nonfinit
     assert first.status == 5 and "no checkpoint to roll back to" in first.err
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "RMSprop"])
+@pytest.mark.parametrize("optimizer", slow_except(["AdamW", "SGD", "RMSprop"], "AdamW"))
 def test_deferred_logging_does_not_change_a_step(
     program: Program, make_nonfinite: Callable[..., None], request: pytest.FixtureRequest, optimizer: str
 ) -> None:
@@ -282,7 +283,9 @@ def poison(target: str, rank: int) -> None:
     BasicTrainer.accumulate_with_oom_retry = broken  # type: ignore[method-assign, assignment]
 
 
-@pytest.mark.parametrize("target, trainer", [("gradient", "FSDPTrainer"), ("loss", "TensorParallelTrainer")])
+@pytest.mark.parametrize(
+    "target, trainer", slow_except([("gradient", "FSDPTrainer"), ("loss", "TensorParallelTrainer")], "gradient")
+)
 def test_ranks_skip_alike(inputs: Path, tmp_path: Path, target: str, trainer: str) -> None:
     """Only one rank has the NaN; the result equals one process."""
     settings = ("on_nonfinite=skip", "n_examples=24", "save_every=24", "sample_during_eval=false")
@@ -304,7 +307,8 @@ def test_ranks_skip_alike(inputs: Path, tmp_path: Path, target: str, trainer: st
         assert torch.allclose(theirs[name], value, rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("target", [pytest.param("loss", marks=pytest.mark.slow), "gradient"])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["loss", "gradient"])
 def test_ranks_abort_or_roll_back_alike(inputs: Path, tmp_path: Path, target: str) -> None:
     prepare = partial(poison, target, 1)
     abort, rollback = (

@@ -22,6 +22,7 @@ from tests.faults.processes import (
     saved,
     temporaries,
 )
+from tests.quick import slow_except
 from trainers import BasicTrainer, Batch, Step
 
 
@@ -46,6 +47,7 @@ def set_variable(name: str, value: str) -> None:
     os.environ[name] = value
 
 
+@pytest.mark.slow
 def test_a_learning_rate_changed_by_the_environment(inputs: Path, tmp_path: Path) -> None:
     """The same command gives other settings."""
     arguments = command(inputs, tmp_path / "run", "n_examples=8", "lr='${oc.decode:${oc.env:MY_LR}}'")
@@ -56,7 +58,7 @@ def test_a_learning_rate_changed_by_the_environment(inputs: Path, tmp_path: Path
         assert status == 0 or "lr was 0.001 and is 0.1;" in err
 
 
-@pytest.mark.parametrize("trainer", ["BasicTrainer", "package"])
+@pytest.mark.parametrize("trainer", slow_except(["BasicTrainer", "package"], "BasicTrainer"))
 def test_another_optimizer_resets_its_state(inputs: Path, tmp_path: Path, trainer: str) -> None:
     arguments = [f"trainer={trainer}"]
     if trainer == "package":
@@ -126,6 +128,7 @@ def test_a_finished_run_stays_unchanged(inputs: Path, uninterrupted_run: Path, t
     assert_equal_runs(uninterrupted_run, uninterrupted_run)
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_best_link_loses_no_best_checkpoint(inputs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = command(inputs, run_dir, "keep_best=loss/eval", "save_every=16", "n_examples=48", "lr=1e-4")
@@ -165,7 +168,7 @@ def test_a_save_in_progress_survives_a_failed_run(inputs: Path, tmp_path: Path) 
 # ---- The checkpoint to resume from ----
 
 
-@pytest.mark.parametrize("how", ["auto", "the same"])
+@pytest.mark.parametrize("how", slow_except(["auto", "the same"], "auto"))
 def test_a_branch_killed_before_its_first_save(inputs: Path, uninterrupted_run: Path, tmp_path: Path, how: str) -> None:
     """It resumes from its origin, never from scratch; after two kills with either command."""
     origin, run_dir = uninterrupted_run / "step-56", tmp_path / "branch"
@@ -186,6 +189,7 @@ def test_a_branch_killed_before_its_first_save(inputs: Path, uninterrupted_run: 
         assert status == 2 and f"{run_dir} holds a run; fix: resume=auto" in err, err
 
 
+@pytest.mark.slow
 def test_a_branch_with_a_deleted_origin(inputs: Path, uninterrupted_run: Path, tmp_path: Path) -> None:
     origin = Path(shutil.copytree(uninterrupted_run, tmp_path / "run", symlinks=True)) / "step-56"
     arguments = command(inputs, tmp_path / "branch", f"resume={origin}")

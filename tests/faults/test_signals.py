@@ -25,6 +25,7 @@ from engine.run.evaluation import Evaluator
 from engine.step.microbatches import MicrobatchRunner
 from engine.step.reference import LiveReference
 from tests.faults.processes import Process, assert_checkpoints_intact, assert_equal_runs, command, complete, rows, saved
+from tests.quick import slow_except
 from trainers import BasicTrainer, Batch, Step
 from utils import StopRequest
 
@@ -47,7 +48,7 @@ def signal_in_step(update: int, signal_number: int, on_rank: int) -> None:
 
 @pytest.mark.parametrize(
     ("signal_number", "update"),
-    [(signal.SIGTERM, 3), (signal.SIGINT, 4)],  # the fourth is followed by an evaluation
+    slow_except([(signal.SIGTERM, 3), (signal.SIGINT, 4)], signal.SIGTERM),  # an evaluation follows the fourth
 )
 def test_a_signal_ends_the_run_after_its_step(
     inputs: Path, uninterrupted_run: Path, tmp_path: Path, signal_number: int, update: int
@@ -70,7 +71,7 @@ def close_terminal(is_ignored: bool) -> None:
     signal_in_step(3, signal.SIGHUP, 0)
 
 
-@pytest.mark.parametrize("is_ignored", [False, True])
+@pytest.mark.parametrize("is_ignored", slow_except([False, True], False))
 def test_a_terminal_that_closes_ends_the_run_but_not_under_nohup(
     inputs: Path, uninterrupted_run: Path, tmp_path: Path, is_ignored: bool
 ) -> None:
@@ -110,7 +111,7 @@ def signal_in_evaluation(update: int, on_rank: int) -> None:
 
 @pytest.mark.parametrize(
     "num_ranks, update",
-    [(1, 0), (1, 8), (1, 15), (2, 8)],  # before the first step, between steps, after the last
+    slow_except([(1, 0), (1, 8), (1, 15), (2, 8)], (1, 8)),  # before the first step, between steps, after the last
 )
 def test_a_signal_ends_an_evaluation(
     tmp_path: Path, request: pytest.FixtureRequest, num_ranks: int, update: int
@@ -215,7 +216,7 @@ def handles(pid: int, signal_number: int) -> bool:
 
 @pytest.mark.parametrize(
     ("signal_number", "begun"),  # "": during the first imports; "run directory: ": while data are loaded
-    [(signal.SIGTERM, "run directory: "), (signal.SIGINT, ""), (signal.SIGHUP, "")],
+    slow_except([(signal.SIGTERM, "run directory: "), (signal.SIGINT, ""), (signal.SIGHUP, "")], signal.SIGINT),
 )
 def test_a_signal_before_training(inputs: Path, tmp_path: Path, signal_number: int, begun: str) -> None:
     process = subprocess.Popen(
@@ -275,6 +276,7 @@ def test_the_last_line_of_a_stopped_run_resumes_it(inputs: Path, uninterrupted_r
     assert_equal_runs(run_dir, uninterrupted_run)
 
 
+@pytest.mark.slow
 def test_a_stopped_job_of_a_sweep_is_resumed_alone(inputs: Path, tmp_path: Path) -> None:
     arguments = [each for each in command(inputs, tmp_path) if not each.startswith(("local_run_dir=", "resume="))]
     sweep = ["seed=5,6", *arguments, "-m", f"local_dirs=[{tmp_path}]", "n_epochs=10", "n_examples=600"]
@@ -333,7 +335,8 @@ def test_a_second_signal_ends_the_run_at_once(
     assert_equal_runs(run_dir, uninterrupted_run)
 
 
-@pytest.mark.parametrize("how", [*(pytest.param(how, marks=SLOW) for how in ("once", "all", "twice")), "all, twice"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["once", "all", "twice", "all, twice"])
 def test_a_launched_run_is_signalled(inputs: Path, uninterrupted_run_on_two: Path, tmp_path: Path, how: str) -> None:
     """A real command with launcher and workers.
 
@@ -369,6 +372,7 @@ def test_a_launched_run_is_signalled(inputs: Path, uninterrupted_run_on_two: Pat
     assert_equal_runs(run_dir, uninterrupted_run_on_two)
 
 
+@pytest.mark.slow
 def test_a_lost_terminal_loses_no_step(inputs: Path, uninterrupted_run: Path, tmp_path: Path) -> None:
     """As with `| tee`: Ctrl-C ends tee too, and nobody reads the output."""
     run_dir = tmp_path / "run"

@@ -33,6 +33,7 @@ from tests.faults.processes import (
     saved,
     small_disk,
 )
+from tests.quick import slow_except
 from trainers import BasicTrainer, Batch, Step
 from utils import as_os_errors
 
@@ -43,7 +44,7 @@ def size(uninterrupted_run: Path) -> int:
     return sum(path.stat().st_size for path in (uninterrupted_run / "LATEST").iterdir())
 
 
-@pytest.mark.parametrize("num_runs", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_runs", slow_except([1, 4], 1))
 def test_a_full_disk_during_a_save(
     inputs: Path, uninterrupted_run: Path, size: int, tmp_path: Path, num_runs: int
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_directory_in_use(inputs: Path, uninterrupted_run: Path, tmp_path: Pat
     assert_equal_runs(run_dir, uninterrupted_run)
 
 
+@pytest.mark.slow
 def test_two_runs_fill_one_cache(inputs: Path, uninterrupted_run: Path, tmp_path: Path) -> None:
     """Both fill the token cache and the reference cache at the same time, and train as alone."""
     cache = tmp_path / "cache"
@@ -221,6 +223,7 @@ def write_until_a_later_step() -> None:
     CheckpointWriter._write, BasicTrainer.step = writing, stepping  # type: ignore[method-assign, assignment]
 
 
+@pytest.mark.slow
 def test_training_does_not_wait_for_the_disk(inputs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = command(inputs, run_dir, "save_every=40", "keep_checkpoints=null")
