@@ -16,6 +16,7 @@ from engine.settings.reading import read_settings
 from engine.settings.schema import Settings
 from losses import LOSSES, Loss
 from preference_datasets import DATASETS
+from tests.quick import slow_except
 from utils import UserError
 
 PRESETS = sorted(
@@ -68,7 +69,7 @@ def check_error(error: UserError) -> str:
     return message
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", slow_except(PRESETS, *PRESETS[::4]))
 def test_preset_composes_and_validates(preset):
     settings = read(composed(preset, *MANDATORY.get(preset, [])))
     group, _, name = preset.lstrip("+").partition("=")

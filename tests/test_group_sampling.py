@@ -1,5 +1,6 @@
 """Groups of sampled responses: independent of their batch, drawn from the model."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from engine.models.group_sampling import Sampling, _choose, sample_groups, seeded_uniforms
 from engine.step.packing_check import use_packed_attention
 from tests.models import SIZES, VOCABULARY, random_examples, tiny_model
+from tests.quick import slow_except
 
 LENGTHS = (4, 9, 1, 6)
 
@@ -45,8 +47,13 @@ def reference_samples(model, prompt, numbers, eos):
     return response
 
 
-@pytest.mark.parametrize("architecture", SIZES)
-@pytest.mark.parametrize("max_rows", [1, 3, 6, 100])
+@pytest.mark.parametrize(
+    "architecture, max_rows",
+    slow_except(
+        itertools.product(SIZES, (1, 3, 6, 100)),
+        *[("gpt2", 1), ("gpt_neox", 3), ("llama", 3), ("qwen2", 6), ("mistral", 100)],
+    ),
+)
 def test_a_response_does_not_depend_on_its_batch(architecture, max_rows):
     model = tiny_model(architecture, torch.float64)
     prompts = prompts_of(*LENGTHS)

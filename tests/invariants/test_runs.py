@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from engine.run.resume_check import check_settings, settings_of
 from tests.configs import make_settings
+from tests.quick import slow_except
 from tests.runs import QUICK, Program, Run, copy_stopped
 from utils import UserError
 
@@ -81,6 +82,7 @@ def test_step_0_is_exact_in_other_dtypes(program: Program, dtype: str) -> None:
     assert run.steps[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-7 if dtype == "bfloat16" else 1e-15)
 
 
+@pytest.mark.slow
 def test_step_0_of_the_other_losses(program: Program) -> None:
     cdpo = program.ok(*PAIR_LOSSES["cdpo"], "n_examples=4")
     assert cdpo.steps[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-7)
@@ -101,6 +103,7 @@ def test_cached_reference_equals_the_live_one(program: Program, loss: str) -> No
     assert numbers(again) == numbers(live)
 
 
+@pytest.mark.slow
 def test_the_cache_serves_any_beta_loss_and_batch(program: Program) -> None:
     cache = f"cache_dir={program.directory / 'own'}"
     program.ok(*DPO, cache)
@@ -130,7 +133,7 @@ def test_packed_training_equals_padded_training(program: Program) -> None:
     assert_close(program.ok(*common), program.ok(*common, "batching=padded"), rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["sft", "dpo"])
+@pytest.mark.parametrize("loss", slow_except(["sft", "dpo"], "dpo"))
 def test_a_resumed_run_equals_the_uninterrupted_run(program: Program, loss: str) -> None:
     """N steps == k steps, stop, resume, N - k steps: every number and weight, bitwise; no row twice."""
     common = (*PAIR_LOSSES.get(loss, ("loss=sft",)), "batch_size=4", "eval_every=8", "save_every=4", "optimizer=AdamW")
