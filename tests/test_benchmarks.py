@@ -70,11 +70,9 @@ for script in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize(
-    "names", [("step", "frontier", "gpu_plan"), pytest.param(SCRIPTS, marks=pytest.mark.slow)], ids=["some", "all"]
-)
-def test_help_from_another_folder(names, tmp_path):
-    scripts = [str(ROOT / "benchmarks" / f"{script}.py") for script in names]
+@pytest.mark.slow
+def test_help_from_another_folder(tmp_path):
+    scripts = [str(ROOT / "benchmarks" / f"{script}.py") for script in SCRIPTS]
     command = [sys.executable, "-u", "-c", ASK_FOR_HELP, *scripts]
     outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     helps = re.split(r"^(/.*\.py: .*)\n", outcome.stdout, flags=re.MULTILINE)
@@ -96,6 +94,7 @@ def test_data(tmp_path):
     assert list(phases) == ["cached", "batches"] and phases["cached"]["examples"] == 500
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path):
     """All variants, one step each. A tiny step tips many copies rounded to the nearest, and few of the product's."""
     sizes = ("--steps", "1", "--max-tokens", "128", "--lr", "1e-5", "--leap-lr", "1e-9", "--threads", "1")
@@ -114,7 +113,8 @@ def test_bf16(tmp_path):
 # ---- step.py ----
 
 
-@pytest.mark.parametrize("one_at_a_time", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("one_at_a_time", [False, True])
 def test_step(one_at_a_time, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "TRL_PYTHON", tmp_path / "none")
     systems = "ours,ours-padded,trl-default" if not one_at_a_time else "ours-bf16"
@@ -205,7 +205,8 @@ def test_dead_worker_shows_its_error(tmp_path):
 # ---- online.py ----
 
 
-@pytest.mark.parametrize("systems", ["ours,trl", pytest.param("ours,ours-bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("systems", ["ours,trl", "ours,ours-bf16"])
 def test_online(systems, tmp_path):
     """Without TRL's environment, ours alone."""
     online.main(

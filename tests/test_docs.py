@@ -62,8 +62,7 @@ def cases() -> list[object]:
     found: dict[str, object] = {}
     for page in PAGES:
         for number, block in enumerate(blocks(page)) if page.stem != "extend" else ():
-            is_slow = page.stem != "README" and num_runs(block) > 1
-            marks = [pytest.mark.slow] if is_slow else []
+            marks = [pytest.mark.slow] * (page.stem != "README")
             text = "\n".join(map(nearest_form, block))
             found.setdefault(text, pytest.param(block, id=f"{page.stem}-{number}", marks=marks))
     return list(found.values())

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from engine.settings.presets import CONFIG_DIR
 from tests.configs import composed, make_settings
+from tests.quick import slow_except
 from tests.runs import QUICK, SMALL, Program
 
 NAMES = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -16,7 +17,7 @@ REFERENCE = (
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_except(NAMES, "demo_dpo", "demo_grpo", "llama3_8b_se_qlora_sft"))
 def test_experiment_validates_and_runs(name: str, program: Program) -> None:
     settings = make_settings(f"+experiment={name}")
     sizes = ("n_examples=4", "batch_size=4", "max_length=260", "max_prompt_length=200", "n_eval_model_samples=2")
