@@ -27,6 +27,7 @@ from engine.step.reference import LiveReference
 from engine.step.reference_cache import CachedReference
 from tests.invariants.test_runs import numbers
 from tests.models import random_examples, tiny_model
+from tests.quick import slow_except
 from tests.ranks import Job, make_trainer, on_ranks
 from tests.runs import Program, stop_after
 from utils import UserError
@@ -119,7 +120,7 @@ def test_one_sample_has_no_standard_error() -> None:
 # ---- Runs ----
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_except(KINDS, "cached", "live", "unpaired"))
 def test_runs_measure_kl(program: Program, kind: str) -> None:
     """Both are exactly 0 before the first step. Without a loaded reference, kl_eval is of the end alone."""
     run = program.ok(*DPO, *SAMPLES, *KINDS[kind])
@@ -142,7 +143,7 @@ def test_kinds_of_references_agree(program: Program) -> None:
             assert row[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), key
 
 
-@pytest.mark.parametrize("overrides", [(), ("peft=lora",)])
+@pytest.mark.parametrize("overrides", [(), pytest.param(("peft=lora",), marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_kl(program: Program, overrides: tuple[str, ...]) -> None:
     run = program.ok(*DPO, *SAMPLES, *overrides)
     expected = numbers(run)
@@ -312,7 +313,7 @@ MEASURED: list[Job] = [
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
+@pytest.mark.parametrize("trainer", slow_except(["FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer"))
 def test_sharded_models_measure_the_same(tmp_path: Path, trainer: str) -> None:
     basic = [job for job in MEASURED if trainer == "FSDPTrainer" or "peft=lora" not in job[2]]
     expected = kl_after_training(basic, tmp_path / "basic")

@@ -88,6 +88,7 @@ def listening(pids: list[int]) -> list[str]:
     return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_workers(tmp_path) -> None:
     status, out, err = outcome(toy(tmp_path))
     assert (status, err) == (0, "")
@@ -100,9 +101,16 @@ def test_a_run_of_two_workers(tmp_path) -> None:
     "act, status, message, shown",
     [
         ("killed", 7, "error[DISTRIBUTED] rank 1 was killed by SIGKILL; fix: ", True),
-        ("exception", 1, "error[INTERNAL] rank 1: ZeroDivisionError: a bug; traceback in {}/crash-rank1.log", True),
+        pytest.param(
+            "exception",
+            1,
+            "error[INTERNAL] rank 1: ZeroDivisionError: a bug; traceback in {}/crash-rank1.log",
+            True,
+            marks=pytest.mark.slow,
+        ),
         pytest.param("user error", 3, "error[DATA] rank 1: row 7 is bad; fix: mend it", False, marks=pytest.mark.slow),
-        ("no directory", 6, "error[STORAGE] no room; fix: make some", False),  # the same on all ranks, so none is named
+        # The same on all ranks, so none is named.
+        pytest.param("no directory", 6, "error[STORAGE] no room; fix: make some", False, marks=pytest.mark.slow),
     ],
 )
 def test_the_first_failed_rank_is_named(act: str, status: int, message: str, shown: bool, tmp_path) -> None:
@@ -163,6 +171,7 @@ def test_the_first_cause_is_reported(script: str, status: int, message: str, cap
 # ---- Signals, sockets, secrets ----
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_launcher(tmp_path) -> None:
     with running(tmp_path) as (process, pids):
         os.kill(pids[1], signal.SIGSTOP)
@@ -185,6 +194,7 @@ def test_workers_listen_on_loopback_only_get_signals_and_show_no_secrets(tmp_pat
         assert not any(map(is_alive, pids))
 
 
+@pytest.mark.slow
 def test_a_small_shared_memory_is_enough(tmp_path) -> None:
     """As in containers: gloo and the launcher need none."""
     script = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"'

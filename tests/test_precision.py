@@ -19,6 +19,7 @@ from engine.models.shards import full_tensor
 from engine.step.heads import response_logps, run_head
 from engine.step.layout import lay_out
 from tests.models import pair_examples, tiny_model
+from tests.quick import slow_except
 from tests.ranks import make_trainer, on_ranks
 from tests.runs import Program
 
@@ -312,7 +313,7 @@ def test_step_0_is_exact_in_every_placement(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
+@pytest.mark.parametrize("trainer", slow_except(["FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer"))
 def test_step_0_is_exact_in_shards(trainer: str, tmp_path: Path) -> None:
     for found in on_ranks(2, first_step, (f"trainer={trainer}",), tmp_path):
         check_exact(found)
@@ -341,7 +342,7 @@ def copies(overrides: tuple[str, ...], directory: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
+@pytest.mark.parametrize("trainer", slow_except(["FSDPTrainer", "TensorParallelTrainer"], "TensorParallelTrainer"))
 def test_shards_are_rounded_as_the_full_weights(trainer: str, tmp_path: Path) -> None:
     """Tensor parallelism permutes the fused weights of GPT-2. Its head is tied to the embeddings: it has no copy."""
     expected = copies((), tmp_path / "basic")

@@ -1,5 +1,6 @@
 """Online training on shards equals online training in one process."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from engine.run.sampler import Group
 from rewards import REWARDS, BatchReward, Sample
 from tests.models import tiny_reward_model
+from tests.quick import slow_except
 from tests.ranks import Job, make_trainer, on_ranks
 from tests.tokenizer_files import byte_level
 
@@ -74,23 +76,39 @@ def all_rolled_out(jobs: dict[str, Job], directory: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found = all_rolled_out(JOBS, tmp_path_factory.mktemp("one"))
-    del REWARDS["parity"]
+def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Rolls out a job by its name, once."""
+
+    @functools.cache
+    def found(name: str) -> Any:
+        results = all_rolled_out({name: JOBS[name]}, tmp_path_factory.mktemp("one"))
+        del REWARDS["parity"]
+        return results[name]
+
     return found
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
-def test_two_processes_equal_one(tmp_path: Path, trainer: str, in_one_process: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "trainer, names",
+    [
+        ("FSDPTrainer", ("masked", "ppo")),
+        ("TensorParallelTrainer", ("rloo", "online_dpo")),
+        pytest.param("FSDPTrainer", [*JOBS], marks=pytest.mark.slow),
+        pytest.param("TensorParallelTrainer", [name for name in JOBS if name != "adapters"], marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_equal_one(
+    tmp_path: Path, trainer: str, names: Sequence[str], in_one_process: Callable[[str], Any]
+) -> None:
     jobs = {
         name: (architecture, loss, (*overrides, f"trainer={trainer}"))
         for name, (architecture, loss, overrides) in JOBS.items()
-        if trainer == "FSDPTrainer" or "peft=lora" not in overrides
+        if name in names
     }
     for of_rank in on_ranks(2, all_rolled_out, jobs, tmp_path):
         for name, (steps, tokens, metrics) in of_rank.items():
-            expected, expected_tokens, expected_eval = in_one_process[name]
+            expected, expected_tokens, expected_eval = in_one_process(name)
             assert sorted(tokens) == sorted(expected_tokens), name
             for found, step in zip(steps, expected, strict=True):
                 assert found == pytest.approx(step, rel=1e-6, abs=1e-9, nan_ok=True), name
@@ -100,13 +118,13 @@ def test_two_processes_equal_one(tmp_path: Path, trainer: str, in_one_process: d
             assert [ratio == 1 for ratio in ratios] == [True, False] * (len(ratios) // 2), name
 
 
-def test_the_jobs_leave_responses_and_groups_out(in_one_process: dict[str, Any]) -> None:
-    left_out = {
-        name: sum(step.get("rollout/left_out", 0) for step in steps) for name, (steps, *_) in in_one_process.items()
-    }
-    assert all(left_out[name] for name in ("masked", "rloo", "remax", "online_dpo", "xpo"))
-    for name, (steps, *_) in in_one_process.items():
-        assert any(step["grad_norm"] > 0.01 for step in steps), name
+@pytest.mark.alone
+@pytest.mark.parametrize("name", slow_except(JOBS, "masked", "rloo", "online_dpo", "ppo"))
+def test_the_jobs_leave_responses_and_groups_out(name: str, in_one_process: Callable[[str], Any]) -> None:
+    steps, *_ = in_one_process(name)
+    if name in ("masked", "rloo", "remax", "online_dpo", "xpo"):
+        assert sum(step.get("rollout/left_out", 0) for step in steps)
+    assert any(step["grad_norm"] > 0.01 for step in steps)
 
 
 class Recorded(BatchReward):
@@ -131,7 +149,7 @@ def scored_on_each(job: Job, directory: Path) -> tuple[int, list[float]]:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
+@pytest.mark.parametrize("trainer", slow_except(["FSDPTrainer", "TensorParallelTrainer"], "TensorParallelTrainer"))
 def test_a_response_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str) -> None:
     """Ranks with the same prompts share the scores of the first."""
     monkeypatch.setitem(REWARDS, "recorded", Recorded)
@@ -142,6 +160,7 @@ def test_a_response_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert first > 0 and (second > 0) == (trainer == "FSDPTrainer")
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_reward_model_scores_on_each_process(tmp_path: Path) -> None:
     path = tmp_path / "reward-model"
@@ -180,6 +199,7 @@ def resumed(job: Job, directory: Path, checkpoint: Path) -> dict[str, float]:
     return trainer.step(trainer.prepare(next(trainer.train_batches(trainer.counters["examples"])))).values.read()
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_critic_resumes_under_another_trainer(tmp_path: Path) -> None:
     """From two processes into one, and back."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from engine.export.saved_models import load_saved
+from tests.quick import slow_except
 from tests.ranks import Job, Trajectory, make_trainer, on_ranks, trajectories
 
 pytestmark = pytest.mark.alone
@@ -44,18 +46,33 @@ SHARDED = {
 }
 
 
+# Each architecture, trainer and kind of adapter; `make soak` runs the others.
+QUICK = ("lora", "lora-tdpo2", "qlora-gpt2", "qlora-live-checkpointed", "qlora-offloaded", "freeze-tensor-gpt2")
+Results = tuple[dict[str, Trajectory], dict[str, Trajectory]]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> tuple[dict[str, Trajectory], dict[str, Trajectory]]:
-    directory = tmp_path_factory.mktemp("ranks")
-    jobs: dict[str, Job] = {name: (*job[:2], (*job[2], "n_epochs=1")) for name, job in SETTINGS.items()}
+def quick_results(tmp_path_factory) -> Results:
+    return run_all(QUICK, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def slow_results(tmp_path_factory) -> Results:
+    return run_all([name for name in SETTINGS if name not in QUICK], tmp_path_factory.mktemp("ranks"))
+
+
+def run_all(names: Sequence[str], directory: Path) -> Results:
+    """Trajectories in one process and on two."""
+    jobs: dict[str, Job] = {name: (*SETTINGS[name][:2], (*SETTINGS[name][2], "n_epochs=1")) for name in names}
     sharded = [(*job[:2], (*job[2], *SHARDED.get(name, (FSDP,)))) for name, job in jobs.items()]
     basic = trajectories([*jobs.values()], directory / "basic")
     on_two = on_ranks(2, trajectories, sharded, directory / "fsdp")[0]
-    return dict(zip(SETTINGS, basic, strict=True)), dict(zip(SETTINGS, on_two, strict=True))
+    return dict(zip(names, basic, strict=True)), dict(zip(names, on_two, strict=True))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_train_as_one(name: str, results) -> None:
+@pytest.mark.parametrize("name", slow_except(SETTINGS, *QUICK))
+def test_two_processes_train_as_one(name: str, request: pytest.FixtureRequest) -> None:
+    results = request.getfixturevalue("quick_results" if name in QUICK else "slow_results")
     (expected_losses, expected_norms, expected), (losses, norms, weights) = (result[name] for result in results)
     tolerance = 2e-2 if "bf16" in name else 1e-5
     torch.testing.assert_close(losses, expected_losses, rtol=tolerance, atol=1e-6)
@@ -84,7 +101,7 @@ def train_job(job: Job, run_dir: Path, checkpoint: Path | None = None) -> torch.
 
 
 def sharded_runs(directory: Path) -> torch.Tensor:
-    job = (*RUN[:2], (*RUN[2], "trainer=FSDPTrainer", "sample_during_eval=true", "max_length=80"))
+    job = (*RUN[:2], (*RUN[2], "trainer=FSDPTrainer", "sample_during_eval=true", "max_length=40"))
     train_job(job, directory / "fsdp")
     train_job(job, directory / "again", directory / "fsdp" / "step-20")
     train_job(job, directory / "from-basic", directory / "basic" / "step-20")

@@ -23,6 +23,7 @@ from engine.models.weight_files import tensors_of
 from engine.placement import launcher
 from engine.placement.tensor_parallel import check_divides
 from tests.invariants.test_runs import ARCHITECTURES, numbers
+from tests.quick import slow_except
 from tests.runs import Run, call_main
 from tests.sharded_worker import run as run_here
 from utils import UserError
@@ -43,7 +44,7 @@ COMMON = (
     "model=blank_model", "model.name_or_path=tiny", "model.tokenizer_name_or_path=films", "wandb.enabled=false",
     "report=null",
     "optimizer=AdamW", "lr=1e-3", "warmup_steps=2", "max_grad_norm=1.0", "batch_size=4",
-    "gradient_accumulation_steps=2", "token_budget=300", "max_length=112", "max_prompt_length=80", "n_examples=21",
+    "gradient_accumulation_steps=2", "token_budget=300", "max_length=96", "max_prompt_length=80", "n_examples=21",
     "collective_timeout=20", "n_eval_examples=5", "eval_batch_size=2", "n_eval_model_samples=5", "eval_every=8",
     "keep_checkpoints=null",
 )  # fmt: skip
@@ -141,11 +142,8 @@ OTHERS: Commands = {  # run by BasicTrainer, FSDPTrainer and TensorParallelTrain
     "kto": ("loss=kto", "loss.beta=0.1", "sample_during_eval=false", "n_examples=9"),
     "bco": ("loss=bco", "sample_during_eval=false", "n_examples=9"),
 }
-# These losses need no sums over ranks that others lack.
-PER_EXAMPLE = ("wpo", "ld-dpo", "tdpo2-bf16")
-# (trainer, run of OTHERS): each with one of the trainers, "live" with both; the others belong to `make soak`.
-ON_TWO = [(("fsdp", "tensor")[index % 2], other) for index, other in enumerate(OTHERS) if other not in PER_EXAMPLE]
-ON_TWO += [("tensor", "live")]
+# (trainer, run of OTHERS): "live" with both trainers, other sums over ranks with one; `make soak` runs all.
+ON_TWO = [("fsdp", "live"), ("tensor", "live"), ("fsdp", "aot"), ("tensor", "tdpo2"), ("fsdp", "bco")]
 MORE_ON_TWO = [(name, other) for other in OTHERS for name in ("fsdp", "tensor") if (name, other) not in ON_TWO]
 IN_ORDER = (*DPO, "deterministic=true", "optimizer=RMSprop", "sample_during_eval=false", "n_examples=9")
 BY_PACKAGE = ("llama", "gpt_neox", "gpt2")
@@ -164,12 +162,22 @@ def launched(directory: Path) -> Run:
     return run
 
 
+def run_basic(directory: Path, runs: Commands) -> Runs:
+    found = runs_on(1, directory, {f"basic-{name}": overrides for name, overrides in runs.items()})
+    return {name.removeprefix("basic-"): run for name, run in found.items()}
+
+
 @pytest.fixture(scope="module")
 def basic(directory: Path, launched: Run) -> Runs:
     """Runs of BasicTrainer; the first reads the cached reference of `launched`."""
-    runs = {name: (*DPO, *MODEL[name]) for name in BY_PACKAGE} | OTHERS | {"in-order": IN_ORDER}
-    found = runs_on(1, directory, {f"basic-{name}": overrides for name, overrides in runs.items()})
-    return {name.removeprefix("basic-"): run for name, run in found.items()}
+    runs = {name: (*DPO, *MODEL[name]) for name in ("llama", "gpt2")} | {"in-order": IN_ORDER}
+    return run_basic(directory, runs | {other: OTHERS[other] for _, other in ON_TWO})
+
+
+@pytest.fixture(scope="module")
+def more_basic(directory: Path, basic: Runs) -> Runs:
+    runs = {"gpt_neox": (*DPO, *MODEL["gpt_neox"])} | OTHERS
+    return basic | run_basic(directory, {name: run for name, run in runs.items() if name not in basic})
 
 
 def others_on_two(cases: list[tuple[str, str]]) -> Commands:
@@ -178,20 +186,10 @@ def others_on_two(cases: list[tuple[str, str]]) -> Commands:
 
 
 @pytest.fixture(scope="module")
-def more_on_two(directory: Path) -> Runs:
-    return runs_on(2, directory, others_on_two(MORE_ON_TWO))
-
-
-@pytest.fixture(scope="module")
-def on_two(directory: Path, launched: Run, basic: Runs) -> Runs:
-    runs = others_on_two(ON_TWO)
+def more_on_two(directory: Path, basic: Runs) -> Runs:
     gpt2, silent = (*DPO, *MODEL["gpt2"]), "sample_during_eval=false"
-    runs |= {
-        "fsdp-in-order": (*IN_ORDER, *FSDP),
-        "fsdp-in-order-from-basic": (*IN_ORDER, *FSDP, f"resume={basic['in-order'].dir}/step-8"),
-        "fsdp-resumed": (*DPO, *FSDP, f"resume={launched.dir}/step-8"),
+    runs = others_on_two(MORE_ON_TWO) | {
         "fsdp-from-basic": (*DPO, *FSDP, f"resume={basic['llama'].dir}/step-8", silent),
-        "tensor-from-fsdp": (*DPO, *TENSOR, f"resume={launched.dir}/step-8", silent),
         "tensor-gpt2": (*gpt2, *TENSOR),
         "tensor-gpt2-resumed": (*gpt2, *TENSOR, f"resume={directory}/tensor-gpt2/step-8"),
         "tensor-gpt2-from-basic": (*gpt2, *TENSOR, f"resume={basic['gpt2'].dir}/step-8", silent),
@@ -200,20 +198,36 @@ def on_two(directory: Path, launched: Run, basic: Runs) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def on_four(directory: Path, launched: Run, on_two: Runs) -> Runs:
+def on_two(directory: Path, launched: Run, basic: Runs) -> Runs:
+    runs = others_on_two(ON_TWO) | {
+        "fsdp-in-order": (*IN_ORDER, *FSDP),
+        "fsdp-in-order-from-basic": (*IN_ORDER, *FSDP, f"resume={basic['in-order'].dir}/step-8"),
+        "fsdp-resumed": (*DPO, *FSDP, f"resume={launched.dir}/step-8"),
+        "tensor-from-fsdp": (*DPO, *TENSOR, f"resume={launched.dir}/step-8", "sample_during_eval=false"),
+    }
+    return runs_on(2, directory, runs)
+
+
+@pytest.fixture(scope="module")
+def on_four(directory: Path, launched: Run, more_on_two: Runs) -> Runs:
     gpt2, one_prompt = MODEL["gpt2"], ("n_eval_examples=1", "n_eval_model_samples=1")
     runs = {
         "replicas": (*DPO, *FSDP, "fsdp.replicas=2", "fsdp.cpu_offload=true"),
         "replicas-live": (*OTHERS["live"], *FSDP, "fsdp.replicas=2"),
         "grid-from-fsdp": (*DPO, *BOTH, f"resume={launched.dir}/step-8", *one_prompt),
-        "grid-gpt2-from-tensor": (*DPO, *gpt2, *BOTH, f"resume={on_two['tensor-gpt2'].dir}/step-16", *one_prompt),
+        "grid-gpt2-from-tensor": (*DPO, *gpt2, *BOTH, f"resume={more_on_two['tensor-gpt2'].dir}/step-16", *one_prompt),
     }
     return runs_on(4, directory, runs)
 
 
 @pytest.fixture(scope="module")
 def packaged(directory: Path) -> Runs:
-    runs: Commands = {f"package-{name}": (*DPO, *MODEL[name], *PACKAGE) for name in BY_PACKAGE}
+    return runs_on(1, directory, {"package-gpt2": (*DPO, *MODEL["gpt2"], *PACKAGE)})
+
+
+@pytest.fixture(scope="module")
+def more_packaged(directory: Path) -> Runs:
+    runs: Commands = {f"package-{name}": (*DPO, *MODEL[name], *PACKAGE) for name in BY_PACKAGE if name != "gpt2"}
     return runs_on(1, directory, runs)
 
 
@@ -274,12 +288,11 @@ def test_a_reference_computed_on_several_ranks_is_complete(launched: Run, basic:
     assert all("all log-probs are in" in run.out for run in others)
 
 
-@pytest.mark.parametrize(
-    ("name", "other"), [*ON_TWO, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_ON_TWO)]
-)
-def test_two_processes_train_like_one(name: str, other: str, basic: Runs, request: pytest.FixtureRequest) -> None:
-    run = request.getfixturevalue("on_two" if (name, other) in ON_TWO else "more_on_two")[f"{name}-{other}"]
-    assert_same(run, basic[other], rel=1e-2 if other.endswith("bf16") else 1e-5)
+@pytest.mark.parametrize(("name", "other"), slow_except([*ON_TWO, *MORE_ON_TWO], *ON_TWO))
+def test_two_processes_train_like_one(name: str, other: str, request: pytest.FixtureRequest) -> None:
+    on_two, on_one = ("on_two", "basic") if (name, other) in ON_TWO else ("more_on_two", "more_basic")
+    run = request.getfixturevalue(on_two)[f"{name}-{other}"]
+    assert_same(run, request.getfixturevalue(on_one)[other], rel=1e-2 if other.endswith("bf16") else 1e-5)
     assert len(run.steps) == 3
 
 
@@ -300,43 +313,59 @@ def test_replicas_and_offloading_train_like_one_process(on_four: Runs, basic: Ru
     assert len(on_four["replicas-live"].samples) == 3  # one prompt, before, at 8 and at the end
 
 
-@pytest.mark.parametrize("name", BY_PACKAGE)
-def test_the_package_trains_like_one_process(name: str, packaged: Runs, basic: Runs) -> None:
-    assert_same(packaged[f"package-{name}"], basic[name])
-    assert len(packaged[f"package-{name}"].samples) == 4 * 5
+@pytest.mark.parametrize("name", slow_except(BY_PACKAGE, "gpt2"))
+def test_the_package_trains_like_one_process(name: str, request: pytest.FixtureRequest) -> None:
+    packaged, basic = ("packaged", "basic") if name == "gpt2" else ("more_packaged", "more_basic")
+    run = request.getfixturevalue(packaged)[f"package-{name}"]
+    assert_same(run, request.getfixturevalue(basic)[name])
+    assert len(run.samples) == 4 * 5
 
 
-def test_fused_projections_are_saved_in_their_original_order(on_two: Runs, basic: Runs) -> None:
-    assert_same(on_two["tensor-gpt2"], basic["gpt2"])
-    assert len(on_two["tensor-gpt2"].samples) == 4 * 5
+@pytest.mark.slow
+def test_fused_projections_are_saved_in_their_original_order(more_on_two: Runs, basic: Runs) -> None:
+    assert_same(more_on_two["tensor-gpt2"], basic["gpt2"])
+    assert len(more_on_two["tensor-gpt2"].samples) == 4 * 5
 
 
 # ---- Resume, under the same and other placements ----
 
 
 def test_a_resumed_run_equals_the_uninterrupted_run_bitwise(launched: Run, on_two: Runs) -> None:
-    for resumed, uninterrupted in (("fsdp-resumed", launched), ("tensor-gpt2-resumed", on_two["tensor-gpt2"])):
-        assert "resumed from" in on_two[resumed].out
-        assert numbers(on_two[resumed]) == [row for row in numbers(uninterrupted) if row["counters/examples"] > 8]
-        assert_equal_weights(on_two[resumed], uninterrupted)
+    assert_equal_after_8(on_two["fsdp-resumed"], launched)
 
 
-def test_a_run_resumes_under_another_trainer(
-    launched: Run, on_two: Runs, packaged: Runs, basic: Runs, directory: Path
+@pytest.mark.slow
+def test_a_resumed_run_under_tensor_parallelism_too(more_on_two: Runs) -> None:
+    assert_equal_after_8(more_on_two["tensor-gpt2-resumed"], more_on_two["tensor-gpt2"])
+
+
+def assert_equal_after_8(resumed: Run, uninterrupted: Run) -> None:
+    assert "resumed from" in resumed.out
+    assert numbers(resumed) == [row for row in numbers(uninterrupted) if row["counters/examples"] > 8]
+    assert_equal_weights(resumed, uninterrupted)
+
+
+def test_a_run_resumes_under_another_trainer(launched: Run, on_two: Runs, basic: Runs, directory: Path) -> None:
+    runs: Commands = {"basic-from-fsdp": (*DPO, f"resume={launched.dir}/step-8", "sample_during_eval=false")}
+    assert_resumed(runs_on(1, directory, runs) | {"tensor-from-fsdp": on_two["tensor-from-fsdp"]}, basic)
+
+
+@pytest.mark.slow
+def test_more_runs_resume_under_another_trainer(
+    more_on_two: Runs, packaged: Runs, basic: Runs, directory: Path
 ) -> None:
     gpt2 = (*DPO, *MODEL["gpt2"])
-    resumed = runs_on(
-        1,
-        directory,
-        {
-            "basic-from-fsdp": (*DPO, f"resume={launched.dir}/step-8"),
-            "basic-gpt2-from-tensor": (*gpt2, f"resume={on_two['tensor-gpt2'].dir}/step-8"),
-            "basic-gpt2-from-package": (*gpt2, f"resume={packaged['package-gpt2'].dir}/step-8"),
-            "package-gpt2-from-tensor": (*gpt2, *PACKAGE, f"resume={on_two['tensor-gpt2'].dir}/step-8"),
-        },
-    )
-    resumed |= {name: on_two[name] for name in ("fsdp-from-basic", "tensor-from-fsdp", "tensor-gpt2-from-basic")}
-    for name, run in resumed.items():
+    runs = {
+        "basic-gpt2-from-tensor": (*gpt2, f"resume={more_on_two['tensor-gpt2'].dir}/step-8"),
+        "basic-gpt2-from-package": (*gpt2, f"resume={packaged['package-gpt2'].dir}/step-8"),
+        "package-gpt2-from-tensor": (*gpt2, *PACKAGE, f"resume={more_on_two['tensor-gpt2'].dir}/step-8"),
+    }
+    sharded = {name: more_on_two[name] for name in ("fsdp-from-basic", "tensor-gpt2-from-basic")}
+    assert_resumed(runs_on(1, directory, runs) | sharded, basic)
+
+
+def assert_resumed(runs: Runs, basic: Runs) -> None:
+    for name, run in runs.items():
         assert "resumed from" in run.out, name
         assert_same(run, basic["gpt2" if "gpt2" in name else "llama"], after=8)
 

@@ -1,11 +1,13 @@
 """Every trainer and world size gives the same losses, gradient norms and weights."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.placement.sharding import make_mesh
+from tests.quick import slow_except
 from tests.ranks import Job, Trajectory, on_ranks, trajectories
 
 pytestmark = pytest.mark.alone
@@ -19,60 +21,51 @@ PLACEMENTS = {
     "fsdp-4": (4, (FSDP,)),
     "fsdp-2-tensor-2": (4, (FSDP, "tensor_parallel_size=2")),
 }
-IN_ORDER = ("deterministic=true", "gradient_accumulation_steps=4", "optimizer=RMSprop")
 
 
-def is_slow(name: str, architecture: str, loss: str) -> bool:
-    """Whether a case belongs to `make soak`: it is unusual in more than one way."""
-    return (PLACEMENTS[name][0] == 4) + (loss == "sft") + (architecture not in ("llama", "gpt2")) > 1
-
-
-CASES = [
-    pytest.param(name, architecture, loss, marks=[pytest.mark.slow] if is_slow(name, architecture, loss) else [])
-    for name in PLACEMENTS
-    for architecture in ARCHITECTURES
-    for loss in LOSSES
+CASES = [*itertools.product(PLACEMENTS, ARCHITECTURES, LOSSES)]
+# Both trainers with both losses, and each architecture; `make soak` runs all cases.
+QUICK_CASES = [
+    ("fsdp-2", "llama", "dpo"),
+    ("fsdp-2", "qwen2", "sft"),
+    ("tensor-2", "gpt2", "dpo"),
+    ("tensor-2", "gpt_neox", "sft"),
 ]
 Results = dict[tuple[str, Job], Trajectory]
 
 
-def run_all(directory: Path, num_ranks: int, slow: bool) -> Results:
-    """Trajectories of all jobs on num_ranks ranks, in the same processes."""
-    run_jobs: list[tuple[str, Job]] = []
-    for loss in LOSSES:
-        for architecture in ARCHITECTURES:
-            if num_ranks == 1:
+def run_all(cases: list[tuple[str, str, str]], directory: Path) -> Results:
+    """Trajectories of all cases and of one process; jobs of the same number of ranks share processes."""
+    found: Results = {}
+    for num_ranks in (1, 2, 4):
+        run_jobs: list[tuple[str, Job]] = []
+        for name, architecture, loss in cases:
+            if num_ranks == 1 and ("basic", (architecture, loss, ())) not in run_jobs:
                 run_jobs.append(("basic", (architecture, loss, ())))
-            for name, (size, overrides) in PLACEMENTS.items():
-                if size == num_ranks and is_slow(name, architecture, loss) == slow:
-                    run_jobs.append((name, (architecture, loss, overrides)))
-    if not slow:
-        run_jobs.append((f"in-order-{num_ranks}", ("llama", "dpo", (*IN_ORDER, *([FSDP] if num_ranks > 1 else [])))))
-    arguments = ([job for _, job in run_jobs], directory)
-    run = trajectories(*arguments) if num_ranks == 1 else on_ranks(num_ranks, trajectories, *arguments)[0]
-    return dict(zip(run_jobs, run, strict=True))
+            elif PLACEMENTS[name][0] == num_ranks:
+                run_jobs.append((name, (architecture, loss, PLACEMENTS[name][1])))
+        if run_jobs:
+            arguments = ([job for _, job in run_jobs], directory / str(num_ranks))
+            run = trajectories(*arguments) if num_ranks == 1 else on_ranks(num_ranks, trajectories, *arguments)[0]
+            found |= dict(zip(run_jobs, run, strict=True))
+    return found
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Results:
-    found: Results = {}
-    for num_ranks in (1, 2, 4):
-        found |= run_all(tmp_path_factory.mktemp("ranks"), num_ranks, slow=False)
-    return found
+def quick_results(tmp_path_factory) -> Results:
+    return run_all(QUICK_CASES, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def slow_results(tmp_path_factory) -> Results:
-    found: Results = {}
-    for num_ranks in (2, 4):
-        found |= run_all(tmp_path_factory.mktemp("ranks"), num_ranks, slow=True)
-    return found
+    return run_all([case for case in CASES if case not in QUICK_CASES], tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name, architecture, loss", CASES)
-def test_all_placements_train_the_same(name: str, architecture: str, loss: str, results, request) -> None:
-    found = request.getfixturevalue("slow_results") if is_slow(name, architecture, loss) else results
-    losses, norms, weights = found[name, (architecture, loss, PLACEMENTS[name][1])]
+@pytest.mark.parametrize("name, architecture, loss", slow_except(CASES, *QUICK_CASES))
+def test_all_placements_train_the_same(name: str, architecture: str, loss: str, request) -> None:
+    is_quick = (name, architecture, loss) in QUICK_CASES
+    results = request.getfixturevalue("quick_results" if is_quick else "slow_results")
+    losses, norms, weights = results[name, (architecture, loss, PLACEMENTS[name][1])]
     expected_losses, expected_norms, expected_weights = results["basic", (architecture, loss, ())]
     assert len(losses) == 20 and norms.max() > 1.0  # clipping takes part
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
@@ -111,11 +104,11 @@ def test_compiled_layers_of_several_processes_train_as_plain_ones(trainer: str, 
     assert 0 < num_graphs <= 4  # shared by all layers, and by the reference
 
 
-def test_ordered_sums_are_bitwise_equal(results) -> None:
-    overrides = ("llama", "dpo", (*IN_ORDER, FSDP))
-    losses, norms, weights = results["in-order-1", ("llama", "dpo", IN_ORDER)]
-    for num_ranks in (2, 4):
-        others = results[f"in-order-{num_ranks}", overrides]
-        assert torch.equal(others[1], norms)
-        torch.testing.assert_close(others[0], losses, rtol=1e-12, atol=0)
-        assert all(torch.equal(others[2][name], value) for name, value in weights.items())
+@pytest.mark.parametrize("num_ranks", slow_except([2, 4], 2))
+def test_ordered_sums_are_bitwise_equal(num_ranks: int, tmp_path: Path) -> None:
+    in_order = ("deterministic=true", "gradient_accumulation_steps=4", "optimizer=RMSprop")
+    ((losses, norms, weights),) = trajectories([("llama", "dpo", in_order)], tmp_path / "one")
+    (others,), *_ = on_ranks(num_ranks, trajectories, [("llama", "dpo", (*in_order, FSDP))], tmp_path / "sharded")
+    assert torch.equal(others[1], norms)
+    torch.testing.assert_close(others[0], losses, rtol=1e-12, atol=0)
+    assert all(torch.equal(others[2][name], value) for name, value in weights.items())
