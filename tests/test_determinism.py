@@ -41,7 +41,14 @@ def test_another_workspace_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_operation_lacks_a_deterministic_form(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU. The losses are those without it."""
-    arguments = ("loss=dpo", "loss.beta=0.1", "sample_during_eval=true", "n_eval_model_samples=1", "n_examples=8")
+    arguments = (
+        "loss=dpo",
+        "loss.beta=0.1",
+        "sample_during_eval=true",
+        "max_length=280",
+        "n_eval_model_samples=1",
+        "n_examples=8",
+    )
     plain = program.ok(*arguments)
     calls = []
 

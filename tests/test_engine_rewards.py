@@ -183,6 +183,7 @@ def test_a_judge_that_is_away(online, server):  # noqa: F811
     assert run.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_python_tests_score_a_run(online, tmp_path):
     path = prompts_file(tmp_path / "questions.jsonl", tests="assert True")
     run = online(f"datasets={path}", "rewards=[python_tests,length]", "reward_options.python_tests.seconds=5")

@@ -78,6 +78,7 @@ def test_help_needs_no_slow_imports(name: str) -> None:
     assert not imported_by(HELP, f"{name}.py", "--help")
 
 
+@pytest.mark.slow
 def test_training_starts_without_packages_that_it_does_not_use(tmp_path: Path) -> None:
     directories = (f"local_dirs=[{tmp_path}]", f"cache_dir={tmp_path}/cache")
     defaults = [each for each in (*SMALL, *QUICK) if not each.startswith(("wandb", "report"))]

@@ -106,6 +106,7 @@ print(used(range(200, 600)) - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="another C library, or an old one")
 def test_rows_of_new_lengths_take_no_memory() -> None:
     """By default, kernels of 400 lengths take 200 MB."""

@@ -97,7 +97,9 @@ class Broken:
 
 def test_a_failed_logger_is_dropped(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.run.loggers, "Wandb", Broken)
-    run = program.ok("wandb.enabled=true", "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=1")
+    run = program.ok(
+        "wandb.enabled=true", "n_examples=8", "sample_during_eval=true", "max_length=280", "n_eval_model_samples=1"
+    )
     assert run.out.count("wandb: logging stopped, the run continues (ConnectionError: the server is gone)") == 1
     assert len(run.steps) == 2
 
@@ -109,7 +111,9 @@ def test_wandb_without_an_account_logs_offline_with_a_notice(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    run = program.ok("wandb.enabled=true", "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=1")
+    run = program.ok(
+        "wandb.enabled=true", "n_examples=8", "sample_during_eval=true", "max_length=280", "n_eval_model_samples=1"
+    )
     lines = [line for line in run.out.splitlines() if line.startswith("wandb")]
     assert len(lines) == 1 and "no account is set up, so the run is logged offline" in lines[0]
     assert list((run.dir / "wandb").glob("offline-run-*"))
@@ -155,7 +159,9 @@ def test_a_log_write_error_ends_the_run(number: int, program: Program, monkeypat
 def test_tensorboard_holds_metrics_and_samples(program: Program) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = program.ok(*DPO, "tensorboard=true", "n_examples=8", "sample_during_eval=true", "n_eval_model_samples=2")
+    run = program.ok(
+        *DPO, "tensorboard=true", "n_examples=8", "sample_during_eval=true", "max_length=280", "n_eval_model_samples=2"
+    )
     events = EventAccumulator(str(run.dir / "tensorboard"))
     events.Reload()
     assert events.Scalars("loss/eval")[-1].value == pytest.approx(run.evals[-1]["loss/eval"])

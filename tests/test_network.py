@@ -38,6 +38,7 @@ def test_a_missing_network_is_reported_within_seconds(script, arguments, environ
     assert len(result.stderr.splitlines()) == 1 + ("HF_ENDPOINT" in environment)
 
 
+@pytest.mark.slow
 def test_models_in_the_cache_of_HF_HOME_are_found_without_a_network(tmp_path: Path) -> None:
     stored = tmp_path / "hub" / "hub" / "models--me--model"
     snapshot = stored / "snapshots" / ("0" * 40)

@@ -17,6 +17,7 @@ from engine.run.rollouts import Rollouts
 from engine.run.tensorboard_logger import as_markdown
 from engine.run.wandb_logger import Wandb
 from rewards import REWARDS
+from tests.quick import slow_except
 from tests.runs import ONLINE, QUICK, SMALL, copy_stopped, vowels
 
 ONLINE_DEFAULTS = (*SMALL, *QUICK, *ONLINE)
@@ -83,7 +84,7 @@ def test_every_loss_trains(online, loss, batching):
     assert weights[0].isfinite().all()
 
 
-@pytest.mark.parametrize("peft", [(), ("peft=lora", "peft.rank=4")])
+@pytest.mark.parametrize("peft", [(), pytest.param(("peft=lora", "peft.rank=4"), marks=pytest.mark.slow)])
 def test_xpo_compares_a_response_of_the_policy_with_one_of_the_reference(online, peft):
     settings = ("loss=xpo", "rollout.num_responses=2", "do_first_eval=false", "warmup_steps=0", *peft)
     still, moving = (online(*settings, f"lr={lr}") for lr in (0, 0.05))
@@ -131,9 +132,11 @@ def test_passes_and_minibatches(online):
 @pytest.mark.parametrize(
     ("step", "settings"),
     [
-        (8, ("rollout.prompts=8", "rollout.epochs=2")),  # between the passes
+        pytest.param(8, ("rollout.prompts=8", "rollout.epochs=2"), marks=pytest.mark.slow),  # between the passes
         (12, ("rollout.prompts=8", "rollout.epochs=2", "loss=rloo", "loss.beta=0.2")),  # inside a pass
-        (16, ("rollout.prompts=8", "rollout.epochs=2", "loss=dapo", "loss.beta=0")),  # between iterations
+        pytest.param(  # between iterations
+            16, ("rollout.prompts=8", "rollout.epochs=2", "loss=dapo", "loss.beta=0"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_resumed_run_is_bitwise_the_same(online, tmp_path, step, settings):
@@ -161,6 +164,7 @@ def test_a_longer_run_continues_a_short_last_iteration(online, tmp_path):
     assert ["objective/scores" in row for row in run.steps] == [True, False, True, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_first", [20, 13])  # inside an iteration, and inside a pass
 def test_an_extended_run_is_bitwise_the_same_after_a_kill(online, tmp_path, num_first):
     settings = ("rollout.prompts=8", "rollout.epochs=2", "save_every=4", "keep_checkpoints=null", "do_first_eval=false")
@@ -224,6 +228,7 @@ def test_the_time_of_training_is_of_an_iteration(online, monkeypatch):
         assert 0 < last["time/train"] < 0.6
 
 
+@pytest.mark.slow
 def test_tensorboard_and_wandb_get_every_iteration_and_its_samples(online, monkeypatch):
     """However short iterations are. Tables of samples keep to the interval."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -376,7 +381,7 @@ def test_groups_of_equal_rewards_are_sampled_again(online, monkeypatch):
     assert sampled[1] > 1.1 * sampled[0]
 
 
-@pytest.mark.parametrize("loss", ["dapo", "online_dpo"])
+@pytest.mark.parametrize("loss", slow_except(["dapo", "online_dpo"], "dapo"))
 def test_scores_of_all_responses_where_groups_are_left_out(online, monkeypatch, loss):
     """Rewards of 0 and 1: the groups of two that are learned have a mean of 0.5, whatever the policy does."""
     monkeypatch.setitem(REWARDS, "vowels", lambda prompt, response, row: float(vowels("", response, {}) > 0.3))
@@ -387,7 +392,7 @@ def test_scores_of_all_responses_where_groups_are_left_out(online, monkeypatch, 
     assert learned_groups.steps[0]["objective/scores"] == every_group.steps[0]["objective/scores"] != 0.5
 
 
-@pytest.mark.parametrize("loss", ["grpo", "ppo"])
+@pytest.mark.parametrize("loss", slow_except(["grpo", "ppo"], "ppo"))
 def test_a_group_larger_than_the_budget_is_cut(online, loss):
     """No microbatch exceeds the budget, and the counts are of whole prompts. Log-probs are those of the parts."""
     settings = ("rollout.num_responses=12", "rollout.epochs=2", "n_examples=8", "model.policy_dtype=float64")
@@ -421,7 +426,7 @@ def test_a_rollback_samples_the_rest_of_an_iteration_again(online, monkeypatch):
     assert run.steps[-1]["policy/ratio_max"] == 1
 
 
-@pytest.mark.parametrize("loss", ["online_dpo", "best_of_n"])
+@pytest.mark.parametrize("loss", slow_except(["online_dpo", "best_of_n"], "best_of_n"))
 def test_the_first_ratio_is_1_where_responses_are_left_out(online, loss):
     """Log-probs come from the microbatches of training, which have fewer responses than were sampled."""
     run = online(f"loss={loss}", "rollout.num_responses=8", "batch_size=8", "n_examples=96", "n_eval_examples=2")

@@ -25,6 +25,7 @@ from engine.step.heads import response_logps
 from engine.step.layout import lay_out
 from tests.configs import make_settings
 from tests.models import pair_examples, tiny_model
+from tests.quick import slow_except
 from tests.ranks import make_trainer, trajectory
 from tests.runs import QUICK, Program, Run
 
@@ -69,13 +70,16 @@ def assert_starts_at_zero(run: Run) -> None:
 # ---- The reference ----
 
 
+PAIRED = [
+    (architecture, peft, ("cached", "live")[(row + column) % 2])
+    for row, architecture in enumerate(ARCHITECTURES)
+    for column, peft in enumerate(("lora", "qlora"))
+]
+
+
 @pytest.mark.parametrize(
     ("architecture", "peft", "reference"),  # each pair of values
-    [
-        (architecture, peft, ("cached", "live")[(row + column) % 2])
-        for row, architecture in enumerate(ARCHITECTURES)
-        for column, peft in enumerate(("lora", "qlora"))
-    ],
+    slow_except(PAIRED, *PAIRED[::4], *PAIRED[3::4]),
 )
 def test_step_0_is_exact(program: Program, architecture: str, peft: str, reference: str) -> None:
     result = run(program, *DPO, *MODEL[architecture], f"peft={peft}", f"reference={reference}", "batch_size=2")
@@ -104,7 +108,10 @@ COMBINATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+QUICK_COMBINATIONS = ("lora-mixed", "lora-bf16-bias-head", "qlora-mixed", "qlora-products", "qlora-int8-mixed")
+
+
+@pytest.mark.parametrize("name", slow_except(COMBINATIONS, *QUICK_COMBINATIONS))
 def test_combinations_of_dtypes_train(program: Program, name: str) -> None:
     sampled = ("sample_during_eval=true", "n_eval_model_samples=2", "max_length=270") if "padded" not in name else ()
     result = run(program, *DPO, *MODEL["qwen2" if "bias" in name else "llama"], *COMBINATIONS[name], *sampled)
@@ -125,6 +132,7 @@ def test_frozen_weights_have_their_compute_dtype(tmp_path: Path) -> None:
         assert found == wide
 
 
+@pytest.mark.slow
 def test_an_unquantised_base_shares_the_reference_of_the_full_model(program: Program) -> None:
     archive = f"model.archive={run(program, 'loss=sft', *LLAMA, 'seed=11').dir}"
     assert "all log-probs are in" not in run(program, *DPO, *LLAMA, archive).out
@@ -199,7 +207,7 @@ def test_compiled_layers_train_as_plain_ones(peft: tuple[str, ...], tmp_path: Pa
 # ---- Checkpoints ----
 
 
-@pytest.mark.parametrize("peft", ["lora", "qlora"])
+@pytest.mark.parametrize("peft", slow_except(["lora", "qlora"], "qlora"))
 def test_a_resumed_run_is_the_uninterrupted_one(program: Program, peft: str) -> None:
     optimizer = "PagedAdamW8bit" if peft == "qlora" else "AdamW"
     command = (*DPO, *LLAMA, f"peft={peft}", "peft.dropout=0.1", "save_every=4", f"optimizer={optimizer}")
@@ -211,7 +219,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(program: Program, peft: str) -> 
     assert other.status == 2 and "peft.rank was 16 and is 2" in other.err
 
 
-@pytest.mark.parametrize("peft", ["lora", "qlora"])
+@pytest.mark.parametrize("peft", slow_except(["lora", "qlora"], "lora"))
 def test_another_base_under_the_same_name_is_refused(program: Program, peft: str) -> None:
     """Also for SFT, without a reference."""
     sft, start = run(program, "loss=sft", *LLAMA), program.directory / "start"
@@ -346,11 +354,16 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize(
     "architecture, variant",
     [
-        ("llama", "plain"), ("qwen2", "biases-head"), ("gpt_neox", "scaling-rank"), ("gpt_neox", "biases-head"),
-        ("gpt2", "plain"), ("gpt2", "biases-head"), ("gpt2", "rs-dora"), ("llama", "rs-dora"),
-        ("gpt_neox", "biases-lora"), ("gpt2", "biases-lora"), ("llama", "nested"),
+        *(("llama", "plain"), ("qwen2", "biases-head"), ("gpt_neox", "scaling-rank"), ("gpt2", "rs-dora")),
+        *(("gpt2", "biases-lora"), ("llama", "nested")),
+        *slow_except(
+            [
+                *(("gpt_neox", "biases-head"), ("gpt2", "plain"), ("gpt2", "biases-head"), ("llama", "rs-dora")),
+                ("gpt_neox", "biases-lora"),
+            ]
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_checkpoint_is_an_adapter_for_peft_and_merges(variant: str, architecture: str, tmp_path: Path) -> None:
     job = (architecture, "sft", ("peft=lora", "peft.rank=4", *VARIANTS[variant], "n_epochs=1", "lr=1e-2"))
     trainer = make_trainer(job, tmp_path)

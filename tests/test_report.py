@@ -284,7 +284,13 @@ def test_errors_are_one_line(
 
 def test_a_run_leaves_a_report(program: Program) -> None:
     run = program.ok(
-        "loss=dpo", "loss.beta=0.1", "report=png", "eval_every=8", "sample_during_eval=true", "n_eval_model_samples=2"
+        "loss=dpo",
+        "loss.beta=0.1",
+        "report=png",
+        "eval_every=8",
+        "sample_during_eval=true",
+        "max_length=280",
+        "n_eval_model_samples=2",
     )
     html = (run.dir / "report.html").read_text(encoding="utf-8")
     assert "python train.py" in html and "loss=dpo loss.beta=0.1" in html and "train: " in html

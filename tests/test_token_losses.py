@@ -464,7 +464,9 @@ def test_the_package_compares_too(program: Program) -> None:
 
 
 def test_the_kl_of_samples_may_choose_the_best_checkpoint(program: Program) -> None:
-    run = program.ok("loss=tdpo2", "keep_best=kl_eval", "sample_during_eval=true", "n_eval_model_samples=2")
+    run = program.ok(
+        "loss=tdpo2", "keep_best=kl_eval", "sample_during_eval=true", "max_length=280", "n_eval_model_samples=2"
+    )
     assert run.evals[-1]["kl_eval"] >= 0
 
 

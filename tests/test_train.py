@@ -276,7 +276,12 @@ def test_a_user_file(program: Program) -> None:
 def test_training_without_evaluation(program: Program) -> None:
     path = write_pairs(program.directory / "mine.jsonl")
     run = program.ok(
-        f"datasets=[{path}]", "test_fraction=0", "n_examples=null", "sample_during_eval=true", "n_eval_model_samples=2"
+        f"datasets=[{path}]",
+        "test_fraction=0",
+        "n_examples=null",
+        "sample_during_eval=true",
+        "max_length=280",
+        "n_eval_model_samples=2",
     )
     assert len(run.steps) == 3 and run.evals == []
     assert (run.dir / "LATEST" / "policy.pt").exists()
@@ -284,7 +289,7 @@ def test_training_without_evaluation(program: Program) -> None:
 
 def test_a_mixture(program: Program) -> None:
     path = write_pairs(program.directory / "mine.jsonl")
-    run = program.ok(f"datasets=[films,{path}]", "sample_during_eval=true", "n_eval_model_samples=2")
+    run = program.ok(f"datasets=[films,{path}]", "sample_during_eval=true", "max_length=280", "n_eval_model_samples=2")
     assert "ground_truth/policy" not in run.evals[0]  # the reward of films does not fit other responses
     assert "train: 3,686 rows, 3,511 prompts, 3,511 targets" in run.out
     assert "test: 513 rows, 513 prompts, 513 targets" in run.out

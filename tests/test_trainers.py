@@ -357,7 +357,7 @@ def test_prompts_of_any_length_are_sampled_within_the_context(program: Program, 
     model = ("model=blank_model", "model.name_or_path=tiny", "model.tokenizer_name_or_path=films")
     architecture = "model.architecture={model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 1, n_positions: 420}"
     common = (*model, architecture, f"datasets=[{path}]", "test_fraction=0.25", "max_length=420")
-    samples = ("sample_during_eval=true", "n_eval_model_samples=2", "n_examples=4")
+    samples = ("sample_during_eval=true", "max_length=280", "n_eval_model_samples=2", "n_examples=4")
     run = program.ok(*common, *samples, "max_prompt_length=20", defaults=QUICK)
     assert len(run.samples) == 4
 
@@ -368,7 +368,9 @@ def test_a_short_context_is_refused(program: Program) -> None:
 
 
 def test_no_samples_without_a_request(program: Program) -> None:
-    run = program.ok(*DPO, "sample_during_eval=true", "n_eval_model_samples=0", "reference=live", "n_examples=4")
+    run = program.ok(
+        *DPO, "sample_during_eval=true", "max_length=280", "n_eval_model_samples=0", "reference=live", "n_examples=4"
+    )
     assert not (run.dir / "samples.jsonl").exists() and "kl_eval" not in run.evals[0]
 
 
