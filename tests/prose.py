@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,14 +49,14 @@ def prose(path: Path) -> str:
     return "\n".join(line for line in source.splitlines() if line.lstrip().startswith("#"))
 
 
-def count(paths: Sequence[Path]) -> tuple[int, int]:
-    """(relative words, words) in files."""
-    texts = [prose(path) for path in paths]
-    return sum(len(RELATIVE.findall(text)) for text in texts), sum(len(WORD.findall(text)) for text in texts)
+def count(path: Path) -> tuple[int, int]:
+    """(relative words, words) in a file."""
+    text = prose(path)
+    return len(RELATIVE.findall(text)), len(WORD.findall(text))
 
 
-def per_1000(paths: Sequence[Path]) -> float:
-    num_relative, num_words = count(paths)
+def per_1000(counts: Iterable[tuple[int, int]]) -> float:
+    num_relative, num_words = (sum(numbers) for numbers in zip(*counts, strict=True))
     return 1000 * num_relative / max(1, num_words)
 
 
@@ -66,10 +66,11 @@ def prose_files() -> list[Path]:
 
 def main(arguments: Sequence[str]) -> None:
     paths = [Path(argument) for argument in arguments] or prose_files()
-    for path in sorted(paths, key=lambda path: per_1000([path])):
-        if count([path])[0]:
-            print(f"{per_1000([path]):6.1f} {path}")
-    print(f"{per_1000(paths):6.1f} in all")
+    counts = {path: count(path) for path in paths}
+    for path in sorted(paths, key=lambda path: per_1000([counts[path]])):
+        if counts[path][0]:
+            print(f"{per_1000([counts[path]]):6.1f} {path}")
+    print(f"{per_1000(counts.values()):6.1f} in all")
 
 
 if __name__ == "__main__":

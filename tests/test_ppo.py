@@ -13,6 +13,7 @@ from engine.run import offload
 from engine.run.critic import Critic
 from losses import LOSSES
 from rewards import REWARDS
+from tests.quick import slow_except
 from tests.runs import ONLINE, QUICK, SMALL, Run, copy_stopped, vowels
 from tests.test_online import without_times
 
@@ -43,7 +44,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize("batching", slow_except(["packed", "padded"], "packed"))
 def test_metrics(ppo, batching):
     run = ppo("n_examples=32", f"batching={batching}", "rollout.temperature=0.8")
     assert run.status == 0, run.err
@@ -85,9 +86,11 @@ def test_the_critic_learns_the_returns(ppo, monkeypatch):
 @pytest.mark.parametrize(
     ("step", "settings"),
     [
-        (8, ()),  # between the passes
+        pytest.param(8, (), marks=pytest.mark.slow),  # between the passes
         (12, ("loss.target_kl=0.001", "loss.kl_horizon=100", "rollout.num_responses=3")),
-        (16, ("loss.target_kl=0.001", "loss.kl_horizon=100")),  # between iterations
+        pytest.param(  # between iterations
+            16, ("loss.target_kl=0.001", "loss.kl_horizon=100"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_resumed_run_is_bitwise_the_same(ppo, tmp_path, monkeypatch, step, settings):
@@ -115,7 +118,7 @@ def test_the_weight_of_the_kl_moves(ppo):
     assert moved[2] == pytest.approx(moved[1] * 1.04) or moved[2] == pytest.approx(moved[1] * 0.96)
 
 
-@pytest.mark.parametrize("loss", ["rloo", "reinforce_pp", "remax"])
+@pytest.mark.parametrize("loss", slow_except(["rloo", "reinforce_pp", "remax"], "rloo"))
 def test_the_weight_of_the_kl_moves_for_other_losses(program, loss):
     run = program.ok(
         f"loss={loss}",
@@ -173,6 +176,7 @@ def test_frozen_layers_are_frozen_in_both(ppo):
         assert not torch.equal(before[name.format(1)], after[name.format(1)])
 
 
+@pytest.mark.slow
 def test_adapters(ppo, tmp_path):
     """Policy and critic train adapters, each its own; the run resumes to the bit."""
     whole = ppo("peft=lora", *RESUMED)
@@ -200,6 +204,7 @@ def test_a_critic_that_breaks_ends_the_run(ppo, monkeypatch):
     assert run.status == 5 and "update 1 has loss nan and gradient norm 1.0" in run.err
 
 
+@pytest.mark.slow
 def test_the_entropy_bonus_keeps_the_policy_varied(ppo):
     settings = ("lr=3e-3", "n_examples=96", "loss.beta=0", "do_first_eval=false")
     entropies = []
@@ -272,7 +277,7 @@ def test_stored_responses_are_learned_beside_sampled_ones(ppo, tmp_path):
     assert without_times(resumed.metrics) == without_times(whole.metrics)
 
 
-@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize("batching", slow_except(["packed", "padded"], "packed"))
 def test_the_stored_loss_alone_is_sft(ppo, program, monkeypatch, batching):
     """Without a loss of its own, each step is one of SFT with the factor ptx.weight."""
 

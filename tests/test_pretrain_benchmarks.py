@@ -12,6 +12,7 @@ from tests.test_benchmarks import result
 # ---- pretrain.py ----
 
 
+@pytest.mark.slow
 def test_pretrain(tmp_path):
     """Ours, and litgpt where it is installed: the same losses."""
     sizes = ("--model", "tiny", "--batch-size", "2", "--length", "32", "--steps", "2", "--warmup", "1")
@@ -81,6 +82,7 @@ def test_compressors_of_corpus():
     assert bits["xz -9e after the training text"] < 0.1 and bits["xz -9e"] > 2.9
 
 
+@pytest.mark.slow
 def test_corpus(tmp_path, installed):
     library, packages = installed
     small = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=2")
@@ -103,6 +105,7 @@ def test_corpus(tmp_path, installed):
 # ---- shards.py ----
 
 
+@pytest.mark.slow
 def test_shards(tmp_path, installed):
     """Each system gives as many tokens."""
     corpus.make_corpus(tmp_path / "corpus", 10**6, *installed)

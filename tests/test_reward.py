@@ -18,6 +18,7 @@ from engine.models.score_head import FAMILIES, prepare_config
 from engine.models.shards import full_tensor
 from engine.step.packing_check import use_packed_attention
 from tests.configs import make_settings
+from tests.quick import slow_except
 from tests.ranks import Job, make_trainer, on_ranks, trajectories
 from tests.runs import SMALL, Program, Run
 
@@ -60,7 +61,7 @@ def test_a_reward_model_starts_from_a_language_model_or_a_reward_model(program: 
         assert evaluation(second, -1) != evaluation(first, -1)
 
 
-@pytest.mark.parametrize("head", ["untied", "tied", "adapter"])
+@pytest.mark.parametrize("head", slow_except(["untied", "tied", "adapter"], "untied", "adapter"))
 def test_a_language_model_does_not_start_from_a_reward_model(program: Program, head: str) -> None:
     """Its LM head would be random, or tied to embeddings that were trained for scores."""
     overrides = {"untied": (), "tied": ("model.architecture.tie_word_embeddings=true",), "adapter": ("peft=lora",)}
@@ -246,7 +247,7 @@ def test_all_pairs_of_a_prompt_are_one_step(program: Program, tmp_path: Path) ->
     assert len(order.steps) == 3
 
 
-@pytest.mark.parametrize("peft", ["lora", "qlora"])
+@pytest.mark.parametrize("peft", slow_except(["lora", "qlora"], "lora"))
 def test_adapters_train_with_the_head_in_full(program: Program, peft: str) -> None:
     common = (*REWARD, f"peft={peft}", "lr=1e-2", "n_examples=32")
     first = program.ok(*common)
@@ -314,9 +315,8 @@ def runs_and_evaluations(names: list[str], directory: Path) -> tuple[list[Any], 
     return trajectories(jobs, directory), evaluations
 
 
-@pytest.mark.parametrize(
-    "num_ranks, names", [(2, ["fsdp", "tensor"]), pytest.param(4, ["both"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks, names", [(2, ["fsdp", "tensor"]), (4, ["both"])])
 def test_every_trainer_gives_the_same_training_and_evaluation(num_ranks: int, names: list[str], tmp_path: Path) -> None:
     (truth,), (evaluation,) = runs_and_evaluations(["basic"], tmp_path / "one")
     for results, evaluations in on_ranks(num_ranks, runs_and_evaluations, names, tmp_path / "several"):

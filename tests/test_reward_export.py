@@ -35,6 +35,7 @@ from engine.step.layout import lay_out
 from engine.step.packing_check import use_packed_attention
 from tests.invariants.test_runs import ARCHITECTURES
 from tests.models import random_examples
+from tests.quick import slow_except
 from tests.runs import QUICK, SMALL, Program, Run, copy_stopped
 from utils import UserError
 
@@ -89,7 +90,7 @@ def small_run(program: Program, architecture: str, *overrides: str) -> Run:
     return program.ok(*REWARD, *model, f"model.architecture={ARCHITECTURES[architecture]}", *overrides, defaults=quick)
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", slow_except(ARCHITECTURES, *[*ARCHITECTURES][:2]))
 def test_an_export_gives_our_scores(program: Program, run_export: RunExport, architecture: str) -> None:
     run = small_run(program, architecture)
     target = program.directory / "exported"
@@ -134,7 +135,7 @@ def test_adapters_merge_with_the_head(program: Program, run_export: RunExport) -
     assert config["reward_std"] == pytest.approx(run.evals[-1]["rewards_eval/std"])
 
 
-@pytest.mark.parametrize("peft", ["lora", "qlora"])
+@pytest.mark.parametrize("peft", slow_except(["lora", "qlora"], "qlora"))
 def test_adapters_on_an_sft_run_score_as_in_training(program: Program, run_export: RunExport, peft: str) -> None:
     """The base on disk has an end-of-text token of zeros: it is the padding token too, and SFT does not feed it."""
     sft = program.ok("loss=sft")
@@ -173,7 +174,7 @@ OWN_EOS = (  # and a newline behind it, as in Qwen's
 )
 
 
-@pytest.mark.parametrize("template", ["hh", "chatml", "own-eos"])
+@pytest.mark.parametrize("template", slow_except(["hh", "chatml", "own-eos"], "own-eos", "chatml"))
 def test_the_chat_template_of_an_export_writes_our_tokens(
     program: Program, run_export: RunExport, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
@@ -230,7 +231,7 @@ def evaluation(run: Run, index: int) -> dict[str, float]:
     return {name: value for name, value in run.evals[index].items() if name.startswith(("rewards_eval", "loss"))}
 
 
-@pytest.mark.parametrize("peft", ["full", "lora"])
+@pytest.mark.parametrize("peft", slow_except(["full", "lora"], "lora"))
 def test_the_head_stays_in_fp32(program: Program, run_export: RunExport, peft: str) -> None:
     common: tuple[str, ...] = ("model.policy_dtype=bfloat16", "n_examples=4")
     name, prefix = "model.safetensors", ""
@@ -369,7 +370,9 @@ def test_chat_scores_a_long_dialogue_as_evaluate_does(
         assert (f"{lost} is truncated" in capsys.readouterr().err) == bool(lost)
 
 
-@pytest.mark.parametrize(("mean", "deviation"), [("text", 1.0), (0.5, float("nan")), (0.5, 0.0), (None, None)])
+@pytest.mark.parametrize(
+    ("mean", "deviation"), slow_except([("text", 1.0), (0.5, float("nan")), (0.5, 0.0), (None, None)], "text", None)
+)
 def test_chat_gives_raw_scores_without_usable_statistics(
     program: Program, run_export: RunExport, capsys: pytest.CaptureFixture[str], mean: Any, deviation: Any
 ) -> None:

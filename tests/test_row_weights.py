@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.data.examples import Example
 from tests.invariants.test_runs import assert_close, numbers, weights
+from tests.quick import slow_except
 from tests.ranks import Job, make_trainer, on_ranks
 from tests.runs import Program
 
@@ -66,7 +67,7 @@ def test_weights_of_1_equal_no_column_bitwise(program: Program) -> None:
     assert all(torch.equal(tensor, weights(weighted)[name]) for name, tensor in weights(plain).items())
 
 
-@pytest.mark.parametrize("loss", ["dpo", "aot"])
+@pytest.mark.parametrize("loss", slow_except(["dpo", "aot"], "aot"))
 def test_layouts_and_splits_give_the_same_result(program: Program, loss: str) -> None:
     path = write(program.directory / "rows.jsonl", WEIGHTED)
     common = (f"loss={loss}", "loss.beta=0.1", *FP64[:1], "test_fraction=0.25", "batch_size=6", "n_epochs=null", path)

@@ -19,6 +19,7 @@ from engine.models.sampling_engines import ContinuousBatching, Loop, Sampled, to
 from engine.models.vllm_engine import Vllm, merged_weights
 from engine.run import sampler
 from online_losses import sampler_ratios
+from tests.quick import slow_except
 from tests.runs import ONLINE, QUICK, SMALL
 from utils import UserError
 
@@ -235,7 +236,10 @@ class Surprised(Loop):
 
 
 @pytest.mark.parametrize(
-    ("loss", "scale"), [("grpo", 2), ("rloo", 2), ("reinforce_pp", 2), ("best_of_n", 1), ("online_dpo", 1)]
+    ("loss", "scale"),
+    slow_except(
+        [("grpo", 2), ("rloo", 2), ("reinforce_pp", 2), ("best_of_n", 1), ("online_dpo", 1)], "grpo", "best_of_n"
+    ),
 )
 def test_ratios_scale_the_loss(loss, scale, online, monkeypatch):
     options = (f"loss={loss}", "n_examples=4", "max_grad_norm=1e9", *(["loss.beta=0"] if scale == 2 else []))

@@ -1,5 +1,6 @@
 """The users' command line: processes, exit statuses, and the last line."""
 
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 
 from engine.settings.hydra_guard import split_arguments
 from engine.settings.sweeps import MAX_LENGTH, sweep_name
+from tests.quick import slow_except
 from tests.runs import QUICK, SMALL, Program
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,9 +211,7 @@ CLOSED = {
 }
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param(how, marks=[pytest.mark.slow] * (how not in ("all", "broken pipe"))) for how in CLOSED]
-)
+@pytest.mark.parametrize("how", slow_except(CLOSED, "all"))
 def test_a_run_needs_no_terminal(how: str, tmp_path: Path) -> None:
     """Python has no sys.stdout then. Files must not get the descriptors of closed streams."""
     overrides = [*SMALL, *QUICK, "n_examples=4", "do_first_eval=false", f"local_run_dir={tmp_path}/run"]
@@ -226,6 +226,7 @@ def test_a_run_needs_no_terminal(how: str, tmp_path: Path) -> None:
         assert result.stdout.splitlines()[-1] == f"run_dir: {tmp_path}/run"
 
 
+@pytest.mark.slow
 def test_a_plain_locale(tmp_path: Path) -> None:
     """LANG=C without Python's own remedies: files are UTF-8 all the same."""
     rows = [{"prompt": f"東京 {n}?", "chosen": f" é{n}.", "rejected": f" ü{n} 🙂"} for n in range(12)]
@@ -242,10 +243,16 @@ def test_a_plain_locale(tmp_path: Path) -> None:
     )
 
 
+SHORT, UNEVALUATED = ("n_examples=4",), ("n_examples=4", "do_first_eval=false", "test_fraction=0")
+
+
 @pytest.mark.parametrize(
-    "overrides", [(), ("n_examples=4",), ("n_examples=4", "do_first_eval=false", "test_fraction=0")]
+    "loss, overrides",
+    slow_except(
+        itertools.product(["sft", "dpo"], [(), SHORT, UNEVALUATED]),
+        *[("dpo", ()), ("sft", SHORT), ("sft", UNEVALUATED)],
+    ),
 )
-@pytest.mark.parametrize("loss", ["sft", "dpo"])
 def test_a_learning_rate_of_1e30(loss: str, overrides: tuple[str, ...], program: Program) -> None:
     """The weights leave the range of fp32 at once. No checkpoint keeps them."""
     path = write_pairs(program.directory / "mine.jsonl", 40)
@@ -256,6 +263,7 @@ def test_a_learning_rate_of_1e30(loss: str, overrides: tuple[str, ...], program:
     assert not list(run_dir.glob("*step-*"))
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_reported_within_seconds(tmp_path) -> None:
     start = time.monotonic()
     result = process("model=pythia28", "wandb.enabled=false", directory=tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
