@@ -357,6 +357,7 @@ def test_digits(tmp_path):
     assert sum(line.startswith("weights and optimizer ") for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_sentiment(tmp_path, monkeypatch):
     """Two steps of a tiny model, by a scorer of its own: the share of e. The package of the real one is optional."""
     monkeypatch.setitem(REWARDS, "vader", None)  # removed at the end

@@ -350,6 +350,7 @@ def test_inspect_page_has_every_finding_and_key() -> None:
     assert all(f"| `{key}=" in text for key in inspect_data.InspectOptions.model_fields)
 
 
+@pytest.mark.slow
 def test_metrics_page_has_every_metric(program: Program) -> None:
     run = program.ok("loss=dpo", "loss.beta=0.1", "reference=live", "sample_during_eval=true", "n_eval_model_samples=2")
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")

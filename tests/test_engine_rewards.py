@@ -44,6 +44,7 @@ def scores_by_hand(path: Path, samples: Sequence[Sample]) -> list[float]:
     return scores
 
 
+@pytest.mark.slow
 def test_a_reward_model_equals_a_function_that_computes_the_same(online, monkeypatch, reward_run):
     class ByHand(BatchReward):
         def __call__(self, samples: Sequence[Sample]) -> list[float]:

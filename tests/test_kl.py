@@ -153,7 +153,10 @@ def test_a_resumed_run_has_the_same_kl(program: Program, overrides: tuple[str, .
     assert numbers(run) == expected and REVERSE in expected[-1]
 
 
-@pytest.mark.parametrize("damage", [None, b"{", b'{"samples": [[1], [2], [3]], "checksum": "0"}'])
+WRONG_SAMPLES = b'{"samples": [[1], [2], [3]], "checksum": "0"}'
+
+
+@pytest.mark.parametrize("damage", slow_except([None, b"{", WRONG_SAMPLES], WRONG_SAMPLES))
 def test_samples_of_the_reference_are_drawn_once(
     program: Program, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
 ) -> None:
@@ -313,9 +316,12 @@ MEASURED: list[Job] = [
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("trainer", slow_except(["FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer"))
-def test_sharded_models_measure_the_same(tmp_path: Path, trainer: str) -> None:
-    basic = [job for job in MEASURED if trainer == "FSDPTrainer" or "peft=lora" not in job[2]]
+@pytest.mark.parametrize(
+    "trainer, num_jobs",
+    slow_except([("FSDPTrainer", 1), ("FSDPTrainer", 4), ("TensorParallelTrainer", 4)], ("FSDPTrainer", 1)),
+)
+def test_sharded_models_measure_the_same(tmp_path: Path, trainer: str, num_jobs: int) -> None:
+    basic = [job for job in MEASURED[:num_jobs] if trainer == "FSDPTrainer" or "peft=lora" not in job[2]]
     expected = kl_after_training(basic, tmp_path / "basic")
     jobs = [(architecture, loss, (*overrides, f"trainer={trainer}")) for architecture, loss, overrides in basic]
     for found in on_ranks(2, kl_after_training, jobs, tmp_path / "sharded"):
@@ -325,6 +331,7 @@ def test_sharded_models_measure_the_same(tmp_path: Path, trainer: str) -> None:
             assert f"before/{FORWARD}" in metrics and REVERSE in metrics
 
 
+@pytest.mark.slow
 def test_the_package_measures_the_same(tmp_path: Path) -> None:
     package = ("trainer=TensorParallelTrainer", "tensor_parallel.backend=package", "tensor_parallel_size=2")
     jobs = [(architecture, loss, (*overrides, *package)) for architecture, loss, overrides in MEASURED[:2]]

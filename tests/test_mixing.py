@@ -15,6 +15,7 @@ from engine.data.examples import Example
 from engine.step.mixing import Mixture, apportion, describe_mixture, make_mixture
 from engine.step.sources import StoredExamples, plan_batches
 from tests.invariants.test_runs import numbers, weights
+from tests.quick import slow_except
 from tests.runs import Program, copy_stopped
 from utils import UserError
 
@@ -162,7 +163,10 @@ def test_a_mixed_run_says_its_shares_and_resumes_bitwise(program: Program, two_f
     assert other.status == 2 and "weights was [1, 3] and is [1, 2]" in other.err
 
 
-@pytest.mark.parametrize("option", ["batch_size=4", "length_grouping=true", "gradient_accumulation_steps=2"])
+@pytest.mark.parametrize(
+    "option",
+    slow_except(["batch_size=4", "length_grouping=true", "gradient_accumulation_steps=2"], "length_grouping=true"),
+)
 def test_the_reference_is_cached_for_all_that_is_drawn(program: Program, two_files: str, option: str) -> None:
     common = (*MIXED, two_files, option, "n_epochs=3")
     cached = program.ok(*common, "reference=cached", f"cache_dir={program.directory / 'own'}")

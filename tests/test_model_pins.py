@@ -45,7 +45,8 @@ def saved(run_dir: Path) -> list[str]:
     return [path.name for path in checkpoints(run_dir)]
 
 
-@pytest.mark.parametrize("peft", [LORA, pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [LORA, ()])
 def test_an_extended_run_keeps_the_checkpoint_that_another_run_needs(
     program: Program, peft: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,7 +160,7 @@ def test_the_frozen_copy_of_adapters_has_no_dropout() -> None:
     assert torch.equal(*reference) and not torch.equal(*policy)
 
 
-@pytest.mark.parametrize("reference", ["cached", "live"])
+@pytest.mark.parametrize("reference", slow_except(["cached", "live"], "live"))
 def test_a_run_resumes_in_place_on_the_base_that_it_saved(program: Program, reference: str) -> None:
     run_dir = program.directory / "in-place"
     common = (
@@ -178,6 +178,7 @@ def test_a_run_resumes_in_place_on_the_base_that_it_saved(program: Program, refe
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter(resumed).items())
 
 
+@pytest.mark.slow
 def test_cached_and_live_references_give_the_same_run(program: Program) -> None:
     for peft in (LORA, QLORA):
         cached, live = (run(program, *DPO, *LLAMA, *peft, f"reference={kind}") for kind in ("cached", "live"))
@@ -238,6 +239,7 @@ def test_another_base_under_the_same_name_is_refused(program: Program, peft: str
     assert "resumed from" in run(program, *again).out
 
 
+@pytest.mark.slow
 def test_an_sft_adapter_becomes_a_dpo_adapter(program: Program) -> None:
     """The reference is the base with the SFT adapter, never the bare base, for any seed."""
     sft = run(program, "loss=sft", *LLAMA, *QLORA)
@@ -328,6 +330,7 @@ def test_an_adapter_without_a_base_takes_the_model_of_the_config(program: Progra
     assert written["base_model_name_or_path"] == f"{sft.dir}/base"
 
 
+@pytest.mark.slow
 def test_a_run_with_another_model_has_another_base(program: Program) -> None:
     run_dir = program.directory / "run"
     command = ("loss=sft", *LLAMA, *LORA, f"local_run_dir={run_dir}", "resume=auto")
@@ -400,6 +403,7 @@ def test_qlora_is_merged_into_the_unquantised_base(tmp_path: Path) -> None:
         assert torch.equal(layer.input_layernorm.weight, start.input_layernorm.weight)
 
 
+@pytest.mark.slow
 def test_exports_of_adapters_are_the_merged_model(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     head = ("peft.full_modules=[lm_head]", "lr=1e-2")
     sft = run(program, "loss=sft", *LLAMA, *QLORA, *head)
@@ -445,7 +449,7 @@ def test_presets_of_target_modules(architecture: str, preset: str, expected: set
     assert lora == {name for name, _ in policy.named_parameters() if ".lora_" in name}
 
 
-@pytest.mark.parametrize("architecture", ["bloom", "falcon"])
+@pytest.mark.parametrize("architecture", slow_except(["bloom", "falcon"], "falcon"))
 def test_self_attention_is_attention(architecture: str, program: Program) -> None:
     sizes = "{model_type: " + architecture + ", hidden_size: 32, num_hidden_layers: 2, n_layer: 2, n_head: 4, "
     model = (*TINY, f"model.architecture={sizes}num_attention_heads: 4}}", "batching=padded")

@@ -109,6 +109,7 @@ def test_a_resumed_run_is_bitwise_the_same(ppo, tmp_path, monkeypatch, step, set
         assert {"old_logps", "reference_logps", "advantages", "values", "returns"} <= set(np.load(rollouts))
 
 
+@pytest.mark.slow
 def test_the_weight_of_the_kl_moves(ppo):
     run = ppo("n_examples=48", "loss.target_kl=1e-6", "loss.kl_horizon=120", "rollout.num_responses=3")
     assert run.status == 0, run.err
@@ -262,6 +263,7 @@ def test_settings_that_cannot_work(ppo, settings, problem):
     assert run.status in (2, 4) and problem in run.err, run.err
 
 
+@pytest.mark.slow
 def test_stored_responses_are_learned_beside_sampled_ones(ppo, tmp_path):
     """They keep the policy near them; the run resumes to the bit, and its gradient is that of both losses."""
     mixed = ("ptx.datasets=[films]", "ptx.weight=2", *RESUMED)

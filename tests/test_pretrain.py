@@ -185,6 +185,7 @@ def test_hidden_files_are_left_out_below_the_folder_alone(tmp_path: Path) -> Non
     assert [each.text for each in read(folder, 0)] == ["a.txt", "inner/b.txt"]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "BATCH_CHARACTERS", 20_000)
     peaks = []
@@ -447,7 +448,9 @@ def num_windows(run: Run) -> int:
     return int(line.split(", ")[-1].removesuffix(" windows").replace(",", ""))
 
 
-@pytest.mark.parametrize("options", [(), ("weights=[3,1]", "document_mask=false")])
+@pytest.mark.parametrize(
+    "options", [pytest.param((), marks=pytest.mark.slow), ("weights=[3,1]", "document_mask=false")]
+)
 def test_a_killed_run_resumes_bitwise(program: Program, texts: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     (tmp_path / "more.txt").write_text(sentences("more", 40))
     common = (*PRETRAIN, f"datasets=[{texts},{tmp_path / 'more.txt'}]", "n_examples=32", "eval_every=16", *options)

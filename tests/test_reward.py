@@ -61,7 +61,7 @@ def test_a_reward_model_starts_from_a_language_model_or_a_reward_model(program: 
         assert evaluation(second, -1) != evaluation(first, -1)
 
 
-@pytest.mark.parametrize("head", slow_except(["untied", "tied", "adapter"], "untied", "adapter"))
+@pytest.mark.parametrize("head", slow_except(["untied", "tied", "adapter"], "adapter"))
 def test_a_language_model_does_not_start_from_a_reward_model(program: Program, head: str) -> None:
     """Its LM head would be random, or tied to embeddings that were trained for scores."""
     overrides = {"untied": (), "tied": ("model.architecture.tie_word_embeddings=true",), "adapter": ("peft=lora",)}
@@ -109,6 +109,7 @@ def test_a_model_without_some_of_its_weights_is_refused(program: Program) -> Non
         assert run.status == 4 and f"1 weights of the model are not in {directory}, such as {name}" in run.err
 
 
+@pytest.mark.slow
 def test_a_reward_model_in_16_bits_starts_with_its_head_in_fp32(program: Program) -> None:
     first = program.ok(*REWARD, "n_examples=4", "model.policy_dtype=bfloat16")
     head = weights(first)[SCORE]

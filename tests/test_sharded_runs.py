@@ -46,7 +46,7 @@ COMMON = (
     "optimizer=AdamW", "lr=1e-3", "warmup_steps=2", "max_grad_norm=1.0", "batch_size=4",
     "gradient_accumulation_steps=2", "token_budget=300", "max_length=96", "max_prompt_length=80", "n_examples=21",
     "collective_timeout=20", "n_eval_examples=5", "eval_batch_size=2", "n_eval_model_samples=5", "eval_every=8",
-    "keep_checkpoints=null",
+    "keep_checkpoints=null", "win_rate.judge=null",  # tests/test_win_rates.py judges on two processes
 )  # fmt: skip
 MODEL = {name: (f"model.architecture={value}",) for name, value in ARCHITECTURES.items()}
 LLAMA = MODEL["llama"]
@@ -143,7 +143,7 @@ OTHERS: Commands = {  # run by BasicTrainer, FSDPTrainer and TensorParallelTrain
     "bco": ("loss=bco", "sample_during_eval=false", "n_examples=9"),
 }
 # (trainer, run of OTHERS): "live" with both trainers, other sums over ranks with one; `make soak` runs all.
-ON_TWO = [("fsdp", "live"), ("tensor", "live"), ("fsdp", "aot"), ("tensor", "tdpo2"), ("fsdp", "bco")]
+ON_TWO = [("fsdp", "live"), ("tensor", "live"), ("fsdp", "aot"), ("tensor", "bco")]
 MORE_ON_TWO = [(name, other) for other in OTHERS for name in ("fsdp", "tensor") if (name, other) not in ON_TWO]
 IN_ORDER = (*DPO, "deterministic=true", "optimizer=RMSprop", "sample_during_eval=false", "n_examples=9")
 BY_PACKAGE = ("llama", "gpt_neox", "gpt2")

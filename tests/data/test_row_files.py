@@ -160,6 +160,7 @@ def test_a_parquet_bomb_is_data_that_cannot_be_read(tmp_path, monkeypatch):
     assert str(error.value).startswith(f"error[DATA] {path} cannot be read: its rows need more than 1 GB of memory")
 
 
+@pytest.mark.slow
 def test_a_large_row_group_of_parquet_is_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(row_files, "MAX_PARQUET_BYTES", 2**29)
     texts = [os.urandom(2**14).hex() for _ in range(2**13)]  # 256 MB in each column

@@ -14,7 +14,7 @@ from tests.runs import Program, copy_stopped
 
 ALWAYS = ("dpo", "reward", "simpo", "aot", "beta_dpo", "kto", "bco", "tdpo2", "wpo", "ld_dpo")
 FP64 = ("model.policy_dtype=float64", "sample_during_eval=false")
-FEW = ("reward", "beta_dpo", "bco", "tdpo2")  # a head of its own, a running mean, unpaired responses, token KL
+FEW = ("reward", "beta_dpo", "tdpo2")  # a head of its own, a running mean, token KL
 NAMES = [name for name, loss in LOSSES.items() if loss.batch != "rollout"]  # see test_rollouts.py
 WITH_REFERENCE = [
     name
