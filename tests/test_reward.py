@@ -127,6 +127,7 @@ def test_a_reward_model_in_16_bits_starts_with_its_head_in_fp32(program: Program
     assert saved.dtype == torch.float16 and torch.equal(saved.score.weight, head)
 
 
+@pytest.mark.slow
 def test_the_new_head_is_seeded_and_has_a_known_size(program: Program) -> None:
     common = (*REWARD, "lr=0", "n_examples=4", "do_first_eval=false", "model.architecture.hidden_size=256")
     heads = {init: weights(program.ok(*common, f"loss.head_init={init}"))[SCORE] for init in ("width", "depth")}
