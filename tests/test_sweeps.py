@@ -273,6 +273,7 @@ def test_the_table_and_the_results(tmp_path: Path) -> None:
     assert found[2]["run_dir"] == str(tmp_path / "2") and "counters/examples" not in found[0]
 
 
+@pytest.mark.slow
 def test_a_sweep_from_the_command_line(program: Program) -> None:
     """The reference is computed once, a wrong job leaves the others, and the page compares their runs."""
     directory = program.directory / "sweep"

@@ -470,6 +470,7 @@ def test_the_kl_of_samples_may_choose_the_best_checkpoint(program: Program) -> N
     assert run.evals[-1]["kl_eval"] >= 0
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_live_reference(program: Program) -> None:
     of_auto, of_live, of_dpo = (
         [line for line in program.ok(*overrides, "plan=true").out.splitlines() if line.startswith("  reference")]

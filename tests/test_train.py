@@ -108,6 +108,7 @@ def test_help_lists_the_groups_and_keys(program: Program) -> None:
         assert expected in run.out
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_job_in_a_separate_directory(program: Program) -> None:
     cache = f"cache_dir={program.directory / 'cache'}"
     run = program.ok("-m", "loss=dpo", "loss.beta=0.05,0.1,0.5", "n_examples=4", cache)
@@ -125,6 +126,7 @@ def test_a_sweep_runs_every_job_in_a_separate_directory(program: Program) -> Non
     assert not (ROOT / "multirun.yaml").exists()
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_are_named_by_what_varies(program: Program) -> None:
     run = program.ok("loss=dpo,ipo", "-m", "++loss.beta=0.1,0.5", "n_examples=4", "lr=1e-5")
     names = [line.rpartition("/")[2] for line in run.out.splitlines() if line.startswith("run_dir: ")]
@@ -170,6 +172,7 @@ def test_two_jobs_in_one_directory_are_refused(overrides: list[str], jobs: str, 
     assert "run directory" not in run.out and list(program.directory.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", ["{}/1,{}/2", "{}/$\\{seed\\}", "'{}/${hydra:job.num}'"])
 def test_a_sweep_may_name_a_directory_for_each_job(names: str, program: Program) -> None:
     sweep = [
