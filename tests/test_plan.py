@@ -158,6 +158,7 @@ def test_work_counts_the_tokens_of_the_row() -> None:
     assert Work.of(examples, "padded").tokens == batch.input_ids.numel()
 
 
+@pytest.mark.slow
 def test_more_processes_need_less_and_are_faster() -> None:
     config = configured("llama", ONE_LAYER, FSDP, "plan_hardware=h100")
     plans = [planned(config, num) for num in (1, 2, 8)]

@@ -114,6 +114,7 @@ def test_gradients_are_scaled_down_to_max_grad_norm(program: Program) -> None:
     assert lengths == [pytest.approx(0.01, rel=1e-3), pytest.approx(norms[1], rel=1e-3)]
 
 
+@pytest.mark.slow
 def test_another_seed_evaluates_on_other_examples(program: Program) -> None:
     start = program.ok("n_examples=4", "n_eval_examples=2")
     common = (f"model.archive={start.dir}", "lr=0", "n_examples=4", "n_eval_examples=6")
@@ -121,6 +122,7 @@ def test_another_seed_evaluates_on_other_examples(program: Program) -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 def test_sampling_and_evaluating_do_not_change_training(program: Program) -> None:
     plain = program.ok(*DPO, "do_first_eval=false", "eval_every=1000")
     busy = program.ok(
