@@ -177,7 +177,6 @@ def test_frozen_layers_are_frozen_in_both(ppo):
         assert not torch.equal(before[name.format(1)], after[name.format(1)])
 
 
-@pytest.mark.slow
 def test_adapters(ppo, tmp_path):
     """Policy and critic train adapters, each its own; the run resumes to the bit."""
     whole = ppo("peft=lora", *RESUMED)
@@ -263,7 +262,6 @@ def test_settings_that_cannot_work(ppo, settings, problem):
     assert run.status in (2, 4) and problem in run.err, run.err
 
 
-@pytest.mark.slow
 def test_stored_responses_are_learned_beside_sampled_ones(ppo, tmp_path):
     """They keep the policy near them; the run resumes to the bit, and its gradient is that of both losses."""
     mixed = ("ptx.datasets=[films]", "ptx.weight=2", *RESUMED)

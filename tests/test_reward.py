@@ -317,8 +317,7 @@ def runs_and_evaluations(names: list[str], directory: Path) -> tuple[list[Any], 
     return trajectories(jobs, directory), evaluations
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_ranks, names", [(2, ["fsdp", "tensor"]), (4, ["both"])])
+@pytest.mark.parametrize("num_ranks, names", slow_except([(2, ["fsdp", "tensor"]), (4, ["both"])], 2))
 def test_every_trainer_gives_the_same_training_and_evaluation(num_ranks: int, names: list[str], tmp_path: Path) -> None:
     (truth,), (evaluation,) = runs_and_evaluations(["basic"], tmp_path / "one")
     for results, evaluations in on_ranks(num_ranks, runs_and_evaluations, names, tmp_path / "several"):

@@ -307,8 +307,7 @@ def test_ranks_skip_alike(inputs: Path, tmp_path: Path, target: str, trainer: st
         assert torch.allclose(theirs[name], value, rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["loss", "gradient"])
+@pytest.mark.parametrize("target", slow_except(["loss", "gradient"], "gradient"))
 def test_ranks_abort_or_roll_back_alike(inputs: Path, tmp_path: Path, target: str) -> None:
     prepare = partial(poison, target, 1)
     abort, rollback = (

@@ -224,7 +224,6 @@ def test_a_secret_in_an_override_is_refused_and_not_repeated(
         assert secret not in run.out + run.err + read_all(program.directory)
 
 
-@pytest.mark.slow
 def test_a_run_leaves_no_secret(tmp_path) -> None:
     """Secrets come from the environment and from overrides; one run succeeds, one crashes."""
     secrets = {
