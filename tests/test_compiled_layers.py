@@ -100,6 +100,7 @@ def test_training_and_sampling_are_left_alone(recorder: Recorder) -> None:
 def test_compiling_without_a_compiler_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda" if variable == "CC" else "cpu")
     monkeypatch.setattr("engine.models.compiled_layers.has_c_compiler", lambda: False)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "g++"))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=rf"no C(\+\+)? compiler was found; fix: .*{variable}") as caught:
         check_compiler(device)

@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
 import engine.models.wide_products
 import engine.step.logprobs
+from engine.models.precision import low_weight
 from engine.placement.rendezvous import choose_interface
 from engine.step.layout import GroupSpan, Microbatch, empty_microbatch, lay_out
 from engine.step.logprobs import VocabularyShard, chunked_head, sum_by_response
@@ -76,6 +78,23 @@ def summed(column: Tensor) -> Tensor:
     return (column * column.detach().sin()).sum()
 
 
+def head_of_copies() -> nn.Linear:
+    head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(0)))
+    return head
+
+
+def copy_of_shard(group: dist.ProcessGroup) -> Tensor:
+    """This rank's bf16 copy of a head's weights."""
+    head = head_of_copies()
+    mesh = DeviceMesh.from_group(group, "cpu")
+    head.weight = nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+    copy = low_weight(head, torch.bfloat16)
+    assert copy is not None
+    return copy
+
+
 def run_rank(rank: int, directory: Path) -> None:
     """Compute and save the results of one rank. Runs in a process of its own."""
     torch.set_num_threads(1)
@@ -102,6 +121,7 @@ def run_rank(rank: int, directory: Path) -> None:
         for needs in NEEDS:
             engine.step.logprobs.CHUNK_LOGITS = {"cpu": 36 * largest}  # of 12 targets, with three buffers
             results[num_shards, needs] = head_results(lay_out(pair_examples()), True, rows, shard, *needs)
+        results[num_shards, "copy"] = {"weight": copy_of_shard(group)}
         results[num_shards, "nothing"] = head_results(empty_microbatch(2), True, rows, shard)
     torch.save(results, directory / f"{rank}.pt")
     dist.destroy_process_group()
@@ -154,6 +174,14 @@ def test_shards_padded_for_a_gpu_equal_those_without(by_rank, num_shards: int) -
         padded, plain = results[num_shards, "rows of a GPU"], results[num_shards, True, CHUNKS[-1]]
         for name, value in padded.items():
             assert_same(value, plain[name])
+
+
+@pytest.mark.parametrize("num_shards", SHARDS)
+def test_shards_are_rounded_like_the_full_weight(by_rank, num_shards: int) -> None:
+    full = low_weight(head := head_of_copies(), torch.bfloat16)
+    assert full is not None and not torch.equal(full, head.weight.bfloat16())
+    copies = [results[num_shards, "copy"]["weight"] for results in by_rank[:num_shards]]
+    assert torch.equal(torch.cat(copies), full)
 
 
 @pytest.mark.parametrize("num_shards", SHARDS)

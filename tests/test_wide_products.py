@@ -69,6 +69,7 @@ def sum_of_products(factors: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def test_wide_products_are_not_rounded(wide: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.models.wide_products, "BLOCK", 16)  # of 40 rows
     factors = low_factors(8)
     exact = torch.stack([left.double() @ right.double() for left, right in factors]).sum(0)
     assert relative_error(sum_of_products(factors), exact) < 1e-6
@@ -221,7 +222,7 @@ def low_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_products_of_a_cpu_are_exact_for_bf16_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     """With matrix units and without, a part of the weight at a time."""
-    monkeypatch.setattr(engine.models.wide_products, "CPU_BLOCK", 48)
+    monkeypatch.setattr(engine.models.wide_products, "BLOCK", 48)
     generator = torch.Generator().manual_seed(0)
     inputs, weight = (torch.randn(size, 96, generator=generator).to(LOW) for size in (70, 130))
     out = torch.empty(70, 130)

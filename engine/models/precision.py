@@ -53,7 +53,7 @@ def low_weight_in(head: nn.Module, dtype: torch.dtype, is_trained: bool) -> Iter
     """Keep one low_weight() of a head for all passes in a with block.
 
     Args:
-        is_trained: whether the model has trained weights. A CPU needs the copy for gradients alone.
+        is_trained: whether the model has trained weights. Their gradients need the copy everywhere.
     """
     weight: Tensor = head.weight  # type: ignore[assignment]
     is_needed = takes_low_weight(weight.device, dtype) or (is_trained and torch.is_grad_enabled())

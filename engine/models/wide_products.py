@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.models.rounding import Thresholds, round_by
 
 ROW_MULTIPLE = 64  # a GPU's products of an odd number of rows take up to eight times as long
-CPU_BLOCK = 4096  # rows of a weight at a time
+BLOCK = 4096  # rows of a weight at a time, where a result of all rows would take much memory
 
 
 def has_wide_products(device: torch.device) -> bool:
@@ -34,7 +34,7 @@ def cpu_rounds_products() -> bool:
 
     oneDNN does so where it has matrix units. Its other kernels ignore the setting.
     """
-    size = 64  # other libraries have products below 32 x 32
+    size = 64  # below 32 x 32 torch does not call oneDNN
     with _rounded_products():
         product = torch.full((size, size), 1 + 2**-10) @ torch.eye(size)
     return bool((product == 1).all())
@@ -42,6 +42,7 @@ def cpu_rounds_products() -> bool:
 
 @contextmanager
 def _rounded_products() -> Iterator[None]:
+    """Allow it in a with block, to all threads of the process."""
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
@@ -65,8 +66,8 @@ def wide_product(inputs: Tensor, weight: Tensor, out: Tensor) -> None:
     else:  # a CPU takes fp32: a copy of all rows would need twice the memory of the weight
         wide_inputs = inputs.to(out.dtype)
         with _rounded_products():  # of factors that are bf16 already
-            for start in range(0, len(weight), CPU_BLOCK):
-                part = slice(start, start + CPU_BLOCK)
+            for start in range(0, len(weight), BLOCK):
+                part = slice(start, start + BLOCK)
                 torch.mm(wide_inputs, weight[part].to(out.dtype).T, out=out[:, part])
 
 
@@ -80,11 +81,16 @@ def copy_for_products(weight: Tensor, dtype: torch.dtype, thresholds: Thresholds
     """
     weight, num_rows = weight.detach(), len(weight)
     padding = -num_rows % ROW_MULTIPLE if has_wide_products(weight.device) else 0
-    rounded = weight if thresholds is None else round_by(weight, thresholds)
-    if not padding:
-        return rounded.to(dtype)
+    if not padding and thresholds is None:
+        return weight.to(dtype)
     copy = weight.new_empty(num_rows + padding, *weight.shape[1:], dtype=dtype)
-    copy[:num_rows], copy[num_rows:] = rounded, 0
+    copy[num_rows:] = 0
+    if thresholds is None:
+        copy[:num_rows] = weight
+        return copy
+    for start in range(0, num_rows, BLOCK):  # all rows at once would take five times the memory of the copy
+        part = slice(start, min(start + BLOCK, num_rows))
+        copy[part] = round_by(weight[part], Thresholds(thresholds.rows[part], thresholds.columns))
     return copy
 
 
@@ -98,8 +104,8 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.
         return left @ right if total is None else total.addmm_(left, right)
     if not has_wide_products(left.device):
         total = left.new_zeros(len(left), right.shape[1], dtype=dtype) if total is None else total
-        for start in range(0, len(left), CPU_BLOCK):  # a product of all rows would need half of the total's memory
-            part = slice(start, start + CPU_BLOCK)
+        for start in range(0, len(left), BLOCK):  # a product of all rows would need half of the total's memory
+            part = slice(start, start + BLOCK)
             total[part].add_(left[part] @ right)
         return total
     if total is None:

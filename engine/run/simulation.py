@@ -30,6 +30,7 @@ from engine.models.loading import hf_config_of
 from engine.models.policy import load_policy
 from engine.models.score_head import AUTO_CLASSES, finish_score_head, head_of, head_of_loss, prepare_config
 from engine.models.shards import local_shard
+from engine.models.wide_products import takes_low_weight
 from engine.placement.placement import Placement
 from engine.placement.sharding import shard_model
 from engine.run.reference_setup import place_reference
@@ -196,9 +197,10 @@ class Simulated(Placement):
     def simulated(self) -> Iterator[None]:
         """Make tensors without memory inside a with block, and count it."""
         # Fake tensors are on the CPU, also for a planned GPU.
-        products = patch("engine.step.logprobs.takes_low_weight", lambda device, dtype: self.is_on_gpu)
-        low = patch("engine.models.precision.takes_low_weight", lambda device, dtype: self.is_on_gpu)
-        with self.fake, self.live, patch.dict(CHUNK_LOGITS, cpu=self.chunk_logits), products, low:
+        takes_low = self.is_on_gpu or takes_low_weight(torch.device("cpu"), torch.bfloat16)
+        modules = ("engine.step.logprobs", "engine.models.precision")
+        products, copies = (patch(f"{module}.takes_low_weight", lambda *weight: takes_low) for module in modules)
+        with self.fake, self.live, patch.dict(CHUNK_LOGITS, cpu=self.chunk_logits), products, copies:
             yield
 
     def gather_from_data_ranks(self, value: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from engine.step.reference_cache import CachedReference
 from engine.step.token_needs import NO_NEEDS, ReferenceHead, TokenNeeds
 from utils import content_hash, prefetch, progress
 
-KERNELS = 4  # the version of our own kernels: count up when they change log-probs
+KERNELS = 5  # the version of our own kernels: count up when they change log-probs
 COMMIT_SECONDS = 5.0  # a commit waits for the disk; a killed run loses the log-probs of so many seconds
 
 
