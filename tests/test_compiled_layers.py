@@ -98,16 +98,18 @@ def test_training_and_sampling_are_left_alone(recorder: Recorder) -> None:
 
 @pytest.mark.parametrize("variable", ["CXX", "CC"])
 def test_compiling_without_a_compiler_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config  # slow to import
+
     device = torch.device("cuda" if variable == "CC" else "cpu")
     monkeypatch.setattr("engine.models.compiled_layers.has_c_compiler", lambda: False)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "g++"))
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=rf"no C(\+\+)? compiler was found; fix: .*{variable}") as caught:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with config.patch({"cpp.cxx": (None, "g++")}):
+        with pytest.raises(UserError, match=rf"no C(\+\+)? compiler was found; fix: .*{variable}") as caught:
+            check_compiler(device)
+        assert caught.value.exit_status == 2
+        monkeypatch.setattr("engine.models.compiled_layers.has_c_compiler", lambda: True)
+        monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
         check_compiler(device)
-    assert caught.value.exit_status == 2
-    monkeypatch.setattr("engine.models.compiled_layers.has_c_compiler", lambda: True)
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    check_compiler(device)
 
 
 @pytest.mark.slow
