@@ -31,6 +31,7 @@ from engine.step.splitting import split_batch
 from engine.step.token_needs import ReferenceHead, TokenNeeds
 from losses import LOSSES, dpo_loss, ld_dpo_loss, tdpo1_loss, tdpo2_loss, wpo_loss
 from tests.configs import make_settings
+from tests.invariants.batches import make_runner
 from tests.invariants.test_packing import make_logits_twice
 from tests.models import VOCABULARY, exact_norms, pair_examples, random_examples, tiny_model
 from tests.runs import Program
@@ -288,8 +289,7 @@ def test_small_gradients_survive_fp16() -> None:
 
 def runner_of(name: str, layout: str, policy: PreTrainedModel, reference: PreTrainedModel) -> MicrobatchRunner:
     objective = make_objective(make_settings(f"loss={name}").loss)
-    cpu = torch.device("cpu")
-    runner = MicrobatchRunner(policy, objective, layout=layout, pad_token_id=0, device=cpu, compute_dtype=None)
+    runner = make_runner(policy, objective, layout)
     runner.reference = LiveReference(reference)
     return runner
 

@@ -13,11 +13,12 @@ from engine.run.start_report import warn_of_first_margin, warn_of_imbalance
 from engine.step import microbatches
 from engine.step.layout import Microbatch
 from engine.step.metrics import MetricAccumulator
-from engine.step.microbatches import Batch, MicrobatchRunner
+from engine.step.microbatches import Batch
 from engine.step.objectives import make_objective
 from engine.step.reference import LiveReference
 from losses import LOSSES, bco_loss, bco_state, kto_loss
 from tests.configs import make_settings
+from tests.invariants.batches import make_runner
 from tests.models import random_examples, tiny_model
 from tests.quick import slow_except
 from tests.runs import Program, Run
@@ -131,14 +132,7 @@ def test_kl_by_hand() -> None:
         return predicted.gather(1, torch.from_numpy(response).long()[:, None]).sum().item()
 
     expected = sum(logp(policy, each) - logp(reference, each) for each in mismatched) / 3
-    runner = MicrobatchRunner(
-        policy,
-        make_objective(make_settings("loss=kto").loss),
-        layout="padded",
-        pad_token_id=0,
-        device=torch.device("cpu"),
-        compute_dtype=None,
-    )
+    runner = make_runner(policy, make_objective(make_settings("loss=kto").loss), "padded")
     runner.reference = LiveReference(reference, None)
     parts = [runner.prepare(mismatched[:1]), runner.prepare(mismatched[1:])]
     batch = Batch(examples, 1000, [], mismatched=parts)

@@ -27,6 +27,7 @@ from engine.step.rollout_source import SampledResponses
 from engine.step.splitting import split_batch
 from losses import LOSSES
 from online_losses import Scored
+from tests.invariants.batches import make_runner
 from tests.models import SIZES, exact_norms, random_examples, tiny_model
 from tests.quick import slow_except
 
@@ -73,15 +74,7 @@ def runner_of(
         if reference is not None:
             use_packed_attention(reference)
     settings = LossSettings(name=name, keywords={**keywords_of(name), **keywords})
-    runner = MicrobatchRunner(
-        model,
-        make_objective(settings),
-        layout=layout,
-        pad_token_id=0,
-        device=torch.device("cpu"),
-        compute_dtype=None,
-        temperature=temperature,
-    )
+    runner = make_runner(model, make_objective(settings), layout, temperature=temperature)
     runner.reference = None if reference is None else LiveReference(reference)
     return runner
 

@@ -21,6 +21,7 @@ from engine.step.splitting import split_batch
 from engine.step.token_needs import TokenNeeds
 from engine.step.value_objective import ValueObjective
 from online_losses import value_loss
+from tests.invariants.batches import make_runner
 from tests.models import SIZES, exact_norms, random_examples, tiny_reward_model
 
 CLIP = 0.2
@@ -45,8 +46,7 @@ def critic(architecture: str, layout: str) -> MicrobatchRunner:
     if layout == "packed":
         use_packed_attention(model)
     objective = ValueObjective(LossSettings(name="ppo", keywords={"value_clip": CLIP}))
-    device = torch.device("cpu")
-    return MicrobatchRunner(model, objective, layout=layout, pad_token_id=0, device=device, compute_dtype=None)
+    return make_runner(model, objective, layout)
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
